@@ -1,0 +1,78 @@
+# Two commands do everything, set-up included, on a fresh Linux or macOS machine with Python 3.10 or later:
+#     make demo      the main job on the embedded model: a table, a picture, generated text
+#     make test      every notebook, the kernels in Triton's interpreter, and the pytest files
+# What may be overridden, as in `make test PYTHON=python3.12`:
+#     PYTHON    the interpreter the environment is made with   (the first of python3, python3.13, ... that is new enough)
+#     VENV      where the environment lives                    (.venv)
+#     TORCH     what `pip install` is given for PyTorch, before anything else; options may follow, as in
+#               TORCH='torch==2.13.0 --index-url URL' with the URL that PyTorch's install page shows for CPU, CUDA or ROCm builds
+#     WORKERS   how many notebooks or test files run at a time (the cores of this machine, 8 at most)
+
+VENV    ?= .venv
+TORCH   ?= torch==2.13.0
+WORKERS ?= $(shell n=`getconf _NPROCESSORS_ONLN`; [ $$n -gt 8 ] && n=8; echo $$n)
+PYTHON  ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+             $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
+
+BIN   := $(abspath $(VENV))/bin
+PIP   := $(BIN)/python -m pip --disable-pip-version-check install
+FACTS := settings.ini setup.py pyproject.toml
+# One thread a worker; no test reaches the network
+TEST  := PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+
+.PHONY: help demo test sync docs readme hooks clean
+.DEFAULT_GOAL := help
+
+help:  ## Show the targets
+	@echo "make TARGET, where TARGET is one of (the head of the Makefile says what can be overridden):"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.stamp-core  ## Set up, then convert the embedded model: perplexities, a figure, generated text
+	@PATH="$(BIN):$$PATH" hedgehog demo
+
+test: $(VENV)/.stamp-dev  ## Set up, then test the notebooks, the kernels (in Triton's interpreter) and tests/
+	@if $(BIN)/python -c 'import triton' 2>/dev/null; then \
+	  echo "== notebooks" && $(TEST) nbdev-test --n-workers $(WORKERS) --timing && \
+	  echo "== kernels, in Triton's interpreter" && $(TEST) TRITON_INTERPRET=1 nbdev-test kernels --flags triton --n-workers $(WORKERS) --timing; \
+	else \
+	  echo "== notebooks (no Triton on this system: kernels/ is left out)" && $(TEST) nbdev-test nbs --n-workers $(WORKERS) --timing; \
+	fi
+	@echo "== tests" && $(TEST) python -m pytest -q -n $(WORKERS) --dist loadfile tests
+
+sync: $(VENV)/.stamp-dev  ## Check that modules equal their notebooks and that the notebooks are clean (works on a copy)
+	@PATH="$(BIN):$$PATH" .ci/sync
+
+docs: $(VENV)/.stamp-dev  ## Build the site into _docs (needs Quarto)
+	@command -v quarto >/dev/null || { echo "make docs needs Quarto, which pip cannot install: see https://quarto.org/docs/get-started, then run make docs again." >&2; exit 1; }
+	@PATH="$(BIN):$$PATH" nbdev-docs
+
+readme: $(VENV)/.stamp-dev  ## Write README.md from nbs/index.ipynb (Quarto is not needed)
+	@$(BIN)/python -c 'from hedgehog_nb.docs import write_readme; write_readme()'
+
+hooks: $(VENV)/.stamp-dev  ## Install nbdev's git and Jupyter hooks, and pre-commit's where that is installed
+	@PATH="$(BIN):$$PATH" nbdev-install-hooks
+	@if command -v pre-commit >/dev/null; then pre-commit install; fi
+
+clean:  ## Remove what builds and tests leave behind; the environment stays
+	rm -rf build dist _docs _proc .pytest_cache .hypothesis
+	find hedgehog_nb nbs kernels tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# The environment: PyTorch first, so that a CPU build is kept where the package index has one, then the library.
+# A stamp is older than the files it depends on only when they changed, so a second run has nothing to do.
+$(VENV)/.stamp-torch:
+	@[ -n "$(PYTHON)" ] || { echo "No Python 3.10 or later found: install one, or name it with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "$(PYTHON) is not a Python 3.10 or later: name one with PYTHON=..." >&2; exit 1; }
+	@echo "== Setting up $(VENV) with `$(PYTHON) --version`: once, a few minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) $(TORCH) || { echo "PyTorch could not be installed: name another build with TORCH=... (see the head of the Makefile; Intel Macs have none since 2.3)" >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.stamp-core: $(VENV)/.stamp-torch $(FACTS)
+	@echo "== Installing hedgehog_nb and what it needs into $(VENV)"
+	@$(PIP) -q -e .
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-torch $(FACTS)
+	@echo "== Installing hedgehog_nb, what it needs and what its tests need into $(VENV)"
+	@$(PIP) -q -e '.[dev]'
+	@touch $(VENV)/.stamp-core $@

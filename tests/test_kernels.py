@@ -1,0 +1,183 @@
+"""The fused feature map against fp64 PyTorch: on a GPU where there is one, else in Triton's interpreter.
+
+The interpreter must be chosen before Triton is imported and holds for the whole process, so without a GPU one test runs
+this file again in a process of its own, and the other tests of the suite keep theirs as it is."""
+import os, subprocess, sys
+from pathlib import Path
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from hedgehog_nb.feature_maps import per_head
+from hedgehog_nb.hedgehog import FORMS, hedgehog_features
+
+ROOT = Path(__file__).parents[1]
+HERE = torch.cuda.is_available() or os.environ.get('TRITON_INTERPRET')=='1'
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+TOL = {torch.float32:1e-5, torch.float16:2e-3, torch.bfloat16:2e-2} # of the largest reference value
+
+def python(*args, **env): return subprocess.run([sys.executable, *args], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=300)
+
+if HERE: from hedgehog_nb.kernels.feature_map import fused_feature_map
+else:
+    def test_under_the_interpreter():
+        pytest.importorskip('triton')
+        res = python('-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', '-k', 'not import and not compile', '--durations=5', __file__,
+                     TRITON_INTERPRET='1', OMP_NUM_THREADS='1', PYTEST_ADDOPTS='')
+        print(res.stdout)
+        assert res.returncode==0, res.stdout + res.stderr
+        assert ' passed' in res.stdout and 'skipped' not in res.stdout
+
+def kernel(f):
+    "A test that runs kernels: collected only where this process can."
+    f.__test__ = HERE
+    return f
+
+def inputs(B, H, T, D, E=None, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    r = lambda *s: torch.randn(*s, generator=g)
+    return tuple(a.to(DEVICE, dtype) for a in (r(B, H, T, D), r(H, E or D, D)/D**.5, r(H, E or D)/4))
+
+def check(x, weight, bias, form, tol=None, **kw):
+    "Features, log weights and all gradients against fp64 autograd."
+    ins = [a for a in (x, weight, bias) if a is not None]
+    mine,ref = [a.detach().requires_grad_() for a in ins], [a.detach().double().requires_grad_() for a in ins]
+    phi,m = fused_feature_map(*mine, form=form, **kw)
+    phi_,m_ = hedgehog_features(per_head(*ref), form)
+    tol = tol or TOL[phi.dtype if x.dtype==torch.float32 else x.dtype]
+    assert phi.dtype==kw.get('out_dtype', x.dtype) and (m is None)==(form!='exp') and (m is None or m.dtype==torch.float32)
+    outs,refs = ([o for o in f if o is not None] for f in ((phi, m), (phi_, m_)))
+    gs = [torch.randn(o.shape, generator=torch.Generator().manual_seed(1)).to(o) for o in outs]
+    grads,grads_ = torch.autograd.grad(outs, mine, gs), torch.autograd.grad(refs, ref, [g.double() for g in gs])
+    for name,a,r in zip(['phi','m'][:len(outs)] + ['dx','dW','db'], [*outs, *grads], [*refs, *grads_]):
+        assert a.shape==r.shape and torch.isfinite(a).all(), name
+        err = ((a.double() - r).abs().max()/r.abs().max().clamp_min(1e-3)).item()
+        assert err < tol, f"{name}: {err:.1e}, allowed {tol:.0e}"
+
+@kernel
+@pytest.mark.parametrize('dtype', TOL, ids=str)
+@pytest.mark.parametrize('form', FORMS)
+def test_forms_and_dtypes(form, dtype): check(*inputs(2, 3, 70, 64, dtype=dtype), form)
+
+@kernel
+@pytest.mark.parametrize('T', [1, 17, 64, 100])
+@pytest.mark.parametrize('D', [8, 32, 60, 64, 128])
+def test_shapes(D, T): # the forms take turns; test_drawn mixes everything
+    for form in FORMS if T==17 else [FORMS[(D+T) % 3]]: check(*inputs(1, 2, T, D), form)
+
+@kernel
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('D,E', [(256,256), (1,1), (64,192), (100,3)])
+def test_extreme_widths(D, E, form): check(*inputs(1, 1, 5, D, E), form)
+
+@kernel
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(B=st.integers(1, 3), H=st.integers(1, 3), T=st.integers(1, 140), D=st.integers(1, 80), E=st.integers(1, 80), form=st.sampled_from(FORMS),
+       dtype=st.sampled_from(list(TOL)), bias=st.booleans(), bthd=st.booleans(), seed=st.integers(0, 99))
+def test_drawn(B, H, T, D, E, form, dtype, bias, bthd, seed):
+    x,w,b = inputs(B, H, T, D, E, dtype, seed)
+    if bthd: x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    check(x, w, b if bias else None, form, tol=3*TOL[dtype])
+
+@kernel
+def test_strided_views_are_read_in_place():
+    x,w,b = inputs(2, 3, 50, 32)
+    qkv = torch.randn(2, 50, 3, 96, device=DEVICE) # as a fused projection leaves them
+    views = dict(bthd=x.transpose(1, 2).contiguous().transpose(1, 2), part=qkv.transpose(1, 2)[...,32:64], skip=qkv.transpose(1, 2)[:,:,::2,:32],
+                 expanded=x[:,:1].expand(-1, 3, -1, -1), flipped_heads=x[:,[2,0,1]])
+    for form in FORMS:
+        for v in views.values():
+            check(v, w, b, form)
+            assert torch.equal(fused_feature_map(v, w, b, form)[0], fused_feature_map(v.contiguous(), w, b, form)[0])
+
+@kernel
+def test_gradients_arriving_with_any_stride():
+    x,w,_ = inputs(1, 2, 20, 16)
+    for wrap in (lambda p: p.sum(), lambda p: (p.mT.contiguous()*torch.arange(20., device=DEVICE)).sum(), lambda p: p[...,::2].square().sum()):
+        for form in FORMS:
+            a,r = x.clone().requires_grad_(), x.double().requires_grad_()
+            got,want = torch.autograd.grad(wrap(fused_feature_map(a, w, form=form)[0]), a)[0], torch.autograd.grad(wrap(hedgehog_features(per_head(r, w.double()), form)[0]), r)[0]
+            assert (got.double() - want).abs().max() < 1e-4*max(1, want.abs().max()), form
+
+@kernel
+def test_only_what_is_needed():
+    x,w,b = inputs(1, 2, 20, 16)
+    full = [a.clone().requires_grad_() for a in (x, w, b)]
+    fused_feature_map(*full)[0].square().sum().backward()
+    for i in range(3):
+        part = [a.clone().requires_grad_(i==j) for j,a in enumerate((x, w, b))]
+        fused_feature_map(*part)[0].square().sum().backward()
+        assert torch.equal(part[i].grad, full[i].grad) and all(a.grad is None for j,a in enumerate(part) if j!=i)
+
+@kernel
+@pytest.mark.parametrize('form', FORMS)
+def test_repeats_to_the_bit(form):
+    x,w,b = inputs(1, 2, 300, 16) # several partial sums
+    runs = []
+    for _ in range(2):
+        ins = [a.clone().requires_grad_() for a in (x, w, b)]
+        fused_feature_map(*ins, form=form)[0].square().sum().backward()
+        runs.append([a.grad for a in ins])
+    assert all(map(torch.equal, *runs))
+
+@kernel
+def test_ties_share_the_gradient_as_amax_does():
+    x = torch.tensor([[2.,-2,1,0],[0,0,0,0],[3,3,3,-3]], device=DEVICE)[None,None]
+    check(x, torch.eye(4, device=DEVICE)[None], None, 'exp')
+
+@kernel
+def test_large_inputs_do_not_overflow():
+    x,w,b = inputs(1, 1, 20, 16)
+    for form in FORMS: assert torch.isfinite(fused_feature_map(1e4*x, w, b, form)[0]).all()
+    phi,m = fused_feature_map(1e4*x, w, b, 'exp')
+    y = per_head(1e4*x.double(), w.double(), b.double())
+    assert (phi.amax(-1)==1).all() and torch.allclose(m.double(), y.abs().amax(-1), rtol=1e-5)
+
+@kernel
+def test_mixed_dtypes():
+    x,w,b = inputs(1, 2, 20, 32, dtype=torch.bfloat16)
+    check(x, w.float(), b.float(), 'exp', out_dtype=torch.float32, tol=1e-2) # only dx is rounded to bf16
+    check(x.float(), w, b, 'softmax_halves', out_dtype=torch.bfloat16)
+    check(x.half(), w, b.float(), 'softmax_joint', tol=2e-2)
+
+@kernel
+@pytest.mark.parametrize('shape', [(0,2,5,16), (2,2,0,16)])
+@pytest.mark.parametrize('form', FORMS)
+def test_empty(shape, form):
+    x,w,b = (a.requires_grad_() for a in inputs(*shape))
+    phi,m = fused_feature_map(x, w, b, form)
+    assert phi.shape==(*shape[:3], 32) and (m is None or m.shape==shape[:3])
+    phi.sum().backward()
+    assert x.grad.shape==shape and w.grad.shape==w.shape and not w.grad.any() and not b.grad.any()
+
+@kernel
+@pytest.mark.parametrize('message,change', [
+    ('x is \\(B, H, T, D\\)', lambda x,w,b: dict(x=x[0])), ('same H and D', lambda x,w,b: dict(weight=w[:1])), ('same H and D', lambda x,w,b: dict(weight=w[...,:8])),
+    ('same H and D', lambda x,w,b: dict(weight=w[0])), ('bias is', lambda x,w,b: dict(bias=b[:,:8])), ('from 1 to 256', lambda x,w,b: dict(weight=torch.ones(2, 300, 16), bias=None)),
+    ('from 1 to 256', lambda x,w,b: dict(weight=w[:,:0], bias=b[:,:0])), ('x is float32', lambda x,w,b: dict(x=x.double())), ('weight is float32', lambda x,w,b: dict(weight=w.long())),
+    ('out_dtype is float32', lambda x,w,b: dict(out_dtype=torch.int32)), ('last stride 1', lambda x,w,b: dict(x=x.mT.contiguous().mT)),
+    ('form is one of', lambda x,w,b: dict(form='softmax')), ('precision is', lambda x,w,b: dict(precision='tf16')), ('different devices', lambda x,w,b: dict(weight=w.to('meta'))),
+])
+def test_errors_say_what_was_given(message, change):
+    x,w,b = inputs(1, 2, 5, 16)
+    with pytest.raises(ValueError, match=message): fused_feature_map(**(dict(x=x, weight=w, bias=b) | change(x, w, b)))
+
+def test_import_without_triton_says_so():
+    res = python('-c', 'import sys; sys.modules["triton"] = None\nimport hedgehog_nb.kernels.feature_map')
+    assert res.returncode!=0 and 'ImportError: hedgehog_nb.kernels needs Triton' in res.stderr
+
+def test_import_without_a_gpu_works_and_cpu_tensors_are_refused():
+    pytest.importorskip('triton')
+    res = python('-c', 'import torch\nfrom hedgehog_nb.kernels.feature_map import fused_feature_map as f\nf(torch.ones(1,1,1,8), torch.ones(1,8,8))', TRITON_INTERPRET='0', CUDA_VISIBLE_DEVICES='')
+    assert res.returncode!=0 and 'ValueError: the kernel runs on a GPU; given tensors on cpu' in res.stderr
+
+def test_compiles_for_hopper_without_spills(tmp_path):
+    pytest.importorskip('triton')
+    code = """
+import torch
+from hedgehog_nb.kernels.feature_map import feature_map_usage as use
+for form in ('exp', 'softmax_halves', 'softmax_joint'):
+    for backward in (False, True):
+        u = use(64, torch.bfloat16, form, backward, HAS_BIAS=True)
+        assert u['spilled_bytes']==0 and u['shared_bytes']<=227*1024, u
+"""
+    res = python('-c', code, TRITON_INTERPRET='0', TRITON_CACHE_DIR=str(tmp_path))
+    assert res.returncode==0, res.stderr

@@ -1,0 +1,253 @@
+"What a user installs, and the frame around the book: wheel, lazy names, README, site, Makefile, sync check."
+import configparser, os, re, shutil, subprocess, sys, tarfile, zipfile
+from email import message_from_string
+from pathlib import Path
+
+import pytest, yaml
+from packaging.requirements import Requirement
+
+NAMES = {'linear_attention', 'linearize', 'save_linearized', 'load_linearized', 'distill', 'finetune', 'make_feature_map'}
+
+
+def sh(*args, cwd=None, **env):
+    "Run a command; what it printed, with its exit code"
+    r = subprocess.run([str(a) for a in args], cwd=cwd, env={**os.environ, **env}, text=True, stdin=subprocess.DEVNULL,
+                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return r.returncode, r.stdout
+
+def ok(*args, **kw):
+    rc, out = sh(*args, **kw)
+    assert rc == 0, out
+    return out
+
+def py(code, **kw): return ok(sys.executable, '-c', code, **kw).strip()
+
+
+# ---- the wheel, built from the source archive as PyPI's users get it
+
+@pytest.fixture(scope='session')
+def dist(root, tmp_path_factory):
+    src = tmp_path_factory.mktemp('src')
+    for f in 'settings.ini setup.py pyproject.toml MANIFEST.in README.md LICENSE'.split(): shutil.copy(root/f, src)
+    shutil.copytree(root/'hedgehog_nb', src/'hedgehog_nb', ignore=shutil.ignore_patterns('__pycache__'))
+    ok(sys.executable, '-m', 'build', '--no-isolation', '--outdir', src/'dist', src)
+    return src/'dist'
+
+@pytest.fixture(scope='session')
+def wheel(dist): return zipfile.ZipFile(next(dist.glob('*.whl')))
+
+@pytest.fixture(scope='session')
+def metadata(wheel): return message_from_string(wheel.read(next(n for n in wheel.namelist() if n.endswith('/METADATA'))).decode())
+
+
+def test_source_archive_can_build(dist):
+    names = {n.partition('/')[2] for n in tarfile.open(next(dist.glob('*.tar.gz'))).getnames()}
+    assert {'settings.ini', 'setup.py', 'pyproject.toml', 'LICENSE', 'README.md'} <= names
+
+def test_wheel_holds_the_package_and_nothing_else(root, wheel):
+    tree = {p.relative_to(root).as_posix() for p in (root/'hedgehog_nb').rglob('*') if p.is_file() and '__pycache__' not in p.parts}
+    packed = {n for n in wheel.namelist() if '.dist-info/' not in n and not n.endswith('/')}
+    assert packed == tree
+    assert any(n.startswith('hedgehog_nb/assets/') and n.endswith('.safetensors') for n in packed)
+    assert any(n.endswith('licenses/LICENSE') for n in wheel.namelist())
+
+def test_metadata_is_settings_ini(root, metadata):
+    ini = configparser.ConfigParser(delimiters=['='], interpolation=None)
+    ini.read(root/'settings.ini')
+    want = set()
+    for key, val in ini['DEFAULT'].items():
+        extra = key.removesuffix('requirements').rstrip('_')
+        for r in map(Requirement, val.split('\n')[1:]):
+            marks = [m for m in (str(r.marker or ''), f'extra == "{extra}"' if extra else '') if m]
+            want.add((r.name, str(r.specifier), ' and '.join(marks)))
+    have = {(r.name, str(r.specifier), str(r.marker or '')) for r in map(Requirement, metadata.get_all('Requires-Dist'))}
+    assert have == want
+    assert ('triton', '', 'platform_system == "Linux"') in have
+
+def test_metadata_facts(wheel, metadata):
+    assert metadata['Name'].replace('-', '_') == 'hedgehog_nb' and metadata['License-Expression'] == 'Apache-2.0'
+    assert metadata['Version'] == py('import hedgehog_nb; print(hedgehog_nb.__version__)')
+    assert metadata['Requires-Python'] == '>=3.10'
+    eps = configparser.ConfigParser(delimiters=['='])
+    eps.read_string(wheel.read(next(n for n in wheel.namelist() if n.endswith('entry_points.txt'))).decode())
+    assert dict(eps['console_scripts']) == {'hedgehog': 'hedgehog_nb.cli:app'}
+    assert dict(eps['nbdev']) == {'hedgehog_nb': 'hedgehog_nb._modidx:d'}
+
+def test_installed_wheel_works_away_from_the_checkout(dist, tmp_path):
+    "Its assets are found, its index for nbdev loads, and its command answers"
+    site = tmp_path/'site'
+    ok(sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-index', '--target', site, next(dist.glob('*.whl')))
+    env = dict(cwd=tmp_path, PYTHONPATH=str(site))
+    where, model = py('import hedgehog_nb; from importlib.resources import files; p = files("hedgehog_nb")/"assets"\n'
+                      'print(hedgehog_nb.__file__); print(len(list(p.rglob("model.safetensors"))))', **env).splitlines()
+    assert Path(where).is_relative_to(site) and model == '1'
+    py('from hedgehog_nb._modidx import d; assert d["syms"]', **env)
+    assert 'demo' in ok(site/'bin'/'hedgehog', '--help', **env)
+
+
+# ---- the package's own names
+
+def test_import_is_light(root):
+    "`import hedgehog_nb` loads nothing heavy, and still shows every name"
+    assert py('import sys, hedgehog_nb as h; print(sorted({"torch", "transformers", "triton", "numpy"} & set(sys.modules)), set(h.__all__) <= set(dir(h)))', cwd=root) == '[] True'
+
+def test_names():
+    import hedgehog_nb
+    assert set(hedgehog_nb.__all__) == NAMES
+    with pytest.raises(AttributeError, match='no_such_name'): hedgehog_nb.no_such_name
+
+@pytest.mark.parametrize('name', sorted(NAMES))
+def test_name_loads(name):
+    import hedgehog_nb
+    assert callable(getattr(hedgehog_nb, name)) and getattr(hedgehog_nb, name).__name__ == name
+
+@pytest.mark.parametrize('name,first', [('linear_attention', 'from hedgehog_nb.{0} import {0}'), ('linear_attention', 'import hedgehog_nb.{0}'),
+                                        ('linear_attention', 'from hedgehog_nb import {0}'), ('linearize', 'import hedgehog_nb.{0}')])
+def test_function_wins_over_its_module(name, first, root):
+    "The two names that a module and its function share mean the function, whatever was imported before"
+    code = f'{first.format(name)}\nimport hedgehog_nb, sys\nfrom hedgehog_nb import {name} as f\nassert f is hedgehog_nb.{name} is sys.modules["hedgehog_nb.{name}"].{name}; print(type(f).__name__)'
+    assert py(code, cwd=root) == 'function'
+
+
+# ---- README and site
+
+def squeeze(md):
+    "Markdown without what Quarto and we may write differently: spacing, table rules, quotes, escapes, links on names in backticks"
+    md = re.sub(r'\[(`[^`\n]+`)\]\([^)]*\)', r'\1', md).translate(str.maketrans('‘’“”', "''\"\""))
+    md = md.replace('\\', '').replace('…', '...').replace('–', '--')
+    md = re.sub(r'-{3,}:?', '---', md)
+    return [' '.join(l.replace('|', ' | ').split()) for l in md.splitlines() if l.strip()]
+
+def test_readme_is_the_home_page(root):
+    from hedgehog_nb.docs import readme_md
+    assert squeeze((root/'README.md').read_text()) == squeeze(readme_md(str(root/'nbs/index.ipynb'))), 'run make readme'
+
+def test_quickstart_has_two_lines(root):
+    fences = re.findall(r'^## Quickstart\n.*?^```\s*bash\n(.*?)^```', (root/'README.md').read_text(), flags=re.M|re.S)
+    assert fences == ['make demo\nmake test\n']
+
+def test_squeeze_sees_changes(root):
+    md = (root/'README.md').read_text()
+    assert squeeze(md) == squeeze(md.replace('|---|---|', '| :------ | ----- |'.replace(':', '')))
+    for old, new in [('## Quickstart', '## Quick start'), ('make demo', 'make dem'), ('causal', 'casual'), ('(B, H, T, D)', '(B, T, H, D)')]:
+        if old in md: assert squeeze(md) != squeeze(md.replace(old, new, 1))
+
+def hrefs(o):
+    "Every page named in a sidebar"
+    if isinstance(o, str): return [o] if o.endswith('.ipynb') else []
+    if isinstance(o, dict): return [p for k, v in o.items() if k in ('href', 'contents') for p in hrefs(v)]
+    return [p for v in o for p in hrefs(v)]
+
+def test_sidebar_lists_every_page(root):
+    cfg = yaml.safe_load((root/'_quarto.yml').read_text())
+    pages = {p.relative_to(root).as_posix() for d in ('nbs', 'kernels') for p in (root/d).glob('[!_.]*.ipynb')}
+    listed = hrefs(cfg['website']['sidebar'])
+    assert sorted(listed) == sorted(pages)
+    assert cfg['project']['render'][0] == listed[0] == 'nbs/index.ipynb'
+
+def test_home_page_links_lead_somewhere(root):
+    from fastcore.nbio import read_nb
+    for c in read_nb(root/'nbs/index.ipynb').cells:
+        for t in re.findall(r'\]\(([^)\s]+\.ipynb)\)', c.source): assert (root/'nbs'/t).exists(), t
+
+def test_nbdev_yml_follows_pyproject(root, tmp_path):
+    for f in ('pyproject.toml', '_quarto.yml', 'nbdev.yml'): shutil.copy(root/f, tmp_path)
+    py('from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()', cwd=tmp_path)
+    for f in ('_quarto.yml', 'nbdev.yml'): assert (tmp_path/f).read_text() == (root/f).read_text()
+
+
+# ---- Makefile
+
+def make(root, *args):
+    "Run make as from a fresh shell, whatever this one was started with"
+    return sh('env', *(f'-u{v}' for v in 'MAKEFLAGS MFLAGS MAKELEVEL PYTHON VENV TORCH WORKERS'.split()), 'make', '-C', root, '--no-print-directory', *args)
+
+@pytest.mark.skipif(not shutil.which('make'), reason='needs make')
+class TestMakefile:
+    def test_help_names_the_commands(self, root):
+        rc, out = make(root)
+        assert rc == 0 and all(re.search(rf'^  {t} ', out, re.M) for t in ('demo', 'test', 'sync', 'docs'))
+
+    def test_fresh_set_up_takes_torch_first(self, root, tmp_path):
+        rc, out = make(root, '-n', 'demo', f'VENV={tmp_path}/v')
+        steps = [out.index(s) for s in ('-m venv', 'install torch==2.13.0', '-e .', 'hedgehog demo')]
+        assert rc == 0 and steps == sorted(steps) and '[dev]' not in out
+
+    def test_torch_can_be_chosen(self, root, tmp_path):
+        rc, out = make(root, '-n', 'test', f'VENV={tmp_path}/v', 'TORCH=torch==2.6.0 --no-index')
+        assert rc == 0 and 'install torch==2.6.0 --no-index' in out and "-e '.[dev]'" in out
+
+    def test_second_run_sets_nothing_up(self, root, tmp_path):
+        for s in ('torch', 'core'): (tmp_path/f'.stamp-{s}').touch()
+        rc, out = make(root, '-n', 'demo', f'VENV={tmp_path}')
+        assert rc == 0 and 'install' not in out and 'hedgehog demo' in out
+
+    def test_new_requirements_are_installed(self, root, tmp_path):
+        for s in ('torch', 'core'): (tmp_path/f'.stamp-{s}').touch()
+        os.utime(tmp_path/'.stamp-core', (0, 0))
+        rc, out = make(root, '-n', 'demo', f'VENV={tmp_path}')
+        assert rc == 0 and '-e .' in out and 'install torch' not in out
+
+    def test_old_python_is_named(self, root, tmp_path):
+        rc, out = make(root, 'demo', f'VENV={tmp_path}/v', 'PYTHON=false')
+        assert rc != 0 and 'Python 3.10' in out and not (tmp_path/'v').exists()
+
+    def test_docs_without_quarto_says_so(self, root, tmp_path):
+        if shutil.which('quarto'): pytest.skip('Quarto is here')
+        for s in ('torch', 'core', 'dev'): (tmp_path/f'.stamp-{s}').touch()
+        rc, out = make(root, 'docs', f'VENV={tmp_path}')
+        assert rc != 0 and 'make docs needs Quarto' in out
+
+
+# ---- the sync check
+
+@pytest.fixture(scope='module')
+def synced(root, tmp_path_factory):
+    "A small project in sync: one notebook, its module, and our sync script"
+    p = tmp_path_factory.mktemp('synced')
+    for d in ('.ci', 'nbs', 'hedgehog_nb'): (p/d).mkdir()
+    for f in ('pyproject.toml', '.gitignore', '.ci/sync', 'nbs/90_docs.ipynb', 'nbs/index.ipynb', 'hedgehog_nb/__init__.py'): shutil.copy(root/f, p/f)
+    ok('git', 'init', '-q', cwd=p)
+    ok('nbdev-export', cwd=p, PATH=PATH)
+    return p
+
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
+
+def sync(p): return sh('.ci/sync', cwd=p, PATH=PATH)
+
+@pytest.mark.skipif(not shutil.which('git'), reason='needs git')
+class TestSync:
+    @pytest.fixture
+    def proj(self, synced, tmp_path): return Path(shutil.copytree(synced, tmp_path/'p'))
+
+    def test_in_sync(self, proj):
+        before = {f: f.read_bytes() for f in proj.rglob('*') if f.is_file()}
+        rc, out = sync(proj)
+        assert rc == 0 and 'In sync' in out, out
+        assert {f: f.read_bytes() for f in proj.rglob('*') if f.is_file()} == before
+
+    def test_module_edited_by_hand(self, proj):
+        with open(proj/'hedgehog_nb/docs.py', 'a') as f: f.write('\nx = 1\n')
+        rc, out = sync(proj)
+        assert rc == 1 and 'M hedgehog_nb/docs.py' in out and (proj/'hedgehog_nb/docs.py').read_text().endswith('x = 1\n')
+
+    def test_module_without_notebook(self, proj):
+        (proj/'hedgehog_nb/gone.py').write_text((proj/'hedgehog_nb/docs.py').read_text().replace('90_docs', '99_gone'))
+        rc, out = sync(proj)
+        assert rc == 1 and 'D hedgehog_nb/gone.py' in out
+
+    def test_notebook_not_exported(self, proj):
+        (proj/'hedgehog_nb/docs.py').unlink()
+        rc, out = sync(proj)
+        assert rc == 1 and '?? hedgehog_nb/docs.py' in out
+
+    def test_notebook_not_clean(self, proj):
+        nb = proj/'nbs/90_docs.ipynb'
+        nb.write_text(nb.read_text().replace('"execution_count": null', '"execution_count": 7', 1))
+        rc, out = sync(proj)
+        assert rc == 1 and 'M nbs/90_docs.ipynb' in out
+
+    def test_without_git(self, proj):
+        shutil.rmtree(proj/'.git')
+        rc, out = sh('.ci/sync', cwd=proj, PATH=PATH, GIT_CEILING_DIRECTORIES=str(proj.parent))
+        assert rc == 1 and 'needs a git checkout' in out
