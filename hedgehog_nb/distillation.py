@@ -7,15 +7,16 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/distillation.html.md"""
 # %% auto #0
 __all__ = ['LEAST', 'naive_weight_loss', 'weight_loss', 'output_loss', 'distill_map']
 
-# %% ../nbs/06_distillation.ipynb #846cfcc6
+# %% ../nbs/06_distillation.ipynb #36a2b8b5
 import math, torch
 from torch import Tensor
-from .attention import check_qkv, softmax_weights, softmax_attention
+from .attention import check_qkv, full_precision, softmax_weights, softmax_attention
 from .linear_attention import naive_linear_weights, linear_attention, NOTHING
 
-# %% ../nbs/06_distillation.ipynb #a5792d75
+# %% ../nbs/06_distillation.ipynb #3bee7719
 LEAST = 1e-20 # Weights below this count as this: a key that the student cannot see costs 46 nats, not infinity
 
+@full_precision
 def naive_weight_loss(
     q:Tensor, # (B, H, T, D) teacher's queries
     k:Tensor, # (B, Hkv, T, D) teacher's keys
@@ -79,7 +80,8 @@ class _WeightLoss(torch.autograd.Function):
         dq,dk,dl = ctx.saved_tensors
         return dq*g, dk*g, None if dl is None else dl*g, *[None]*6
 
-# %% ../nbs/06_distillation.ipynb #bde6defb
+# %% ../nbs/06_distillation.ipynb #8304b983
+@full_precision
 def weight_loss(
     q:Tensor, # (B, H, T, D) teacher's queries
     k:Tensor, # (B, Hkv, T, D) teacher's keys
@@ -93,7 +95,8 @@ def weight_loss(
     check_qkv(q, k, k, mask)
     return _WeightLoss.apply(*feature_map(q, k), q.detach(), k.detach(), causal, q.shape[-1]**-0.5 if scale is None else scale, mask, rows)
 
-# %% ../nbs/06_distillation.ipynb #7a2ca212
+# %% ../nbs/06_distillation.ipynb #1f654645
+@full_precision
 def output_loss(
     q:Tensor, # (B, H, T, D) teacher's queries
     k:Tensor, # (B, Hkv, T, D) teacher's keys

@@ -8,12 +8,12 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/linear_attention.html.md"""
 __all__ = ['NOTHING', 'EPS', 'IMPLEMENTATIONS', 'prepare_keys', 'naive_linear_weights', 'naive_linear_attention', 'LinearState',
            'recurrent_linear_attention', 'chunk_linear_attention', 'bidirectional_linear_attention', 'linear_attention']
 
-# %% ../nbs/02_linear_attention.ipynb #c10bdd1f
+# %% ../nbs/02_linear_attention.ipynb #93668b2a
 from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from .attention import repeat_kv, visible, check_qkv
+from .attention import repeat_kv, visible, check_qkv, full_precision
 
 # %% ../nbs/02_linear_attention.ipynb #59cb4b0b
 NOTHING = -1e30  # The log weight of a padded key, and of an empty state: finite, so that differences stay finite
@@ -39,7 +39,8 @@ def prepare_keys(
         if log_k is not None: log_k = log_k.masked_fill(~real, NOTHING)
     return phi_q,phi_k,v,log_k
 
-# %% ../nbs/02_linear_attention.ipynb #19233142
+# %% ../nbs/02_linear_attention.ipynb #2b46d05a
+@full_precision
 def naive_linear_weights(
     phi_q:Tensor, # (B, H, Tq, F) mapped queries
     phi_k:Tensor, # (B, Hkv, T, F) mapped keys; Hkv divides H
@@ -57,7 +58,8 @@ def naive_linear_weights(
     a = a.masked_fill(~ok, 0)
     return a / a.sum(-1, keepdim=True).clamp_min(EPS)
 
-# %% ../nbs/02_linear_attention.ipynb #5c8731c5
+# %% ../nbs/02_linear_attention.ipynb #259cab16
+@full_precision
 def naive_linear_attention(
     phi_q:Tensor, # (B, H, Tq, F) mapped queries
     phi_k:Tensor, # (B, Hkv, T, F) mapped keys; Hkv divides H
@@ -101,7 +103,8 @@ def _start(state, phi_k, v):
 def _group(x, Hkv): # (B, H, T, F) -> (B, Hkv, G, T, F)
     return x.unflatten(1, (Hkv,-1))
 
-# %% ../nbs/02_linear_attention.ipynb #fa9dbb8f
+# %% ../nbs/02_linear_attention.ipynb #191b5dc2
+@full_precision
 def recurrent_linear_attention(
     phi_q:Tensor, # (B, H, T, F) mapped queries
     phi_k:Tensor, # (B, Hkv, T, F) mapped keys; Hkv divides H
@@ -143,7 +146,8 @@ def _chunk_logs(log_k, m0):
     m = torch.maximum(log_k.flatten(2).cummax(-1).values, m0[...,None]).view_as(log_k)
     return m, torch.cat([m0[...,None], m[:,:,:-1,-1]], 2), m[:,:,-1,-1]
 
-# %% ../nbs/02_linear_attention.ipynb #ed38cd45
+# %% ../nbs/02_linear_attention.ipynb #2e7dfa15
+@full_precision
 def chunk_linear_attention(
     phi_q:Tensor, # (B, H, T, F) mapped queries
     phi_k:Tensor, # (B, Hkv, T, F) mapped keys; Hkv divides H
@@ -181,7 +185,8 @@ def chunk_linear_attention(
     o = o.transpose(2,3).flatten(3,4)[...,:T,:].reshape(B,H,T,-1).to(dtype)
     return (o, LinearState(S_end[...,:-1], S_end[...,-1], m_end)) if output_final_state else o
 
-# %% ../nbs/02_linear_attention.ipynb #ba097de6
+# %% ../nbs/02_linear_attention.ipynb #108afddf
+@full_precision
 def bidirectional_linear_attention(
     phi_q:Tensor, # (B, H, Tq, F) mapped queries
     phi_k:Tensor, # (B, Hkv, T, F) mapped keys; Hkv divides H
@@ -225,7 +230,8 @@ def _dispatch(phi_q, phi_k, v, log_k, causal, mask, initial_state, output_final_
     if implementation=='recurrent' or phi_q.shape[2]==1: return recurrent_linear_attention(phi_q, phi_k, v, log_k, mask, **kw)
     return chunk_linear_attention(phi_q, phi_k, v, log_k, mask, chunk_size=chunk_size, **kw)
 
-# %% ../nbs/02_linear_attention.ipynb #1e743273
+# %% ../nbs/02_linear_attention.ipynb #0c4dbd35
+@full_precision
 def linear_attention(
     q:Tensor, # (B, H, Tq, D) queries
     k:Tensor, # (B, Hkv, T, D) keys; Hkv divides H

@@ -365,3 +365,15 @@ def test_curves():
     assert [l.get_xydata().tolist() for l in ax.lines]==[[[1,3],[2,1]]] and len(ax.collections)==1
     one_line(ValueError, plots.plot_curves, [dict(s=1)], 's', 'y')
     plots.plt.close('all')
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.sampled_from('ab. \n\n\t='), max_size=200), size=st.integers(1,60))
+def test_pieces_join(text, size):
+    ps = list(data._pieces(text, size))
+    assert ''.join(ps)==text and all(p.endswith('\n') for p in ps[:-1])
+
+def test_marks(embedded):
+    assert data._marks(embedded[1])==([1],[])
+    long = 'One day, Tim ran.\n'*5000
+    ids = sum(data.token_ids([long,'x'], embedded[1]), [])
+    assert ids.count(1)==2 and embedded[1].decode(ids[:20], skip_special_tokens=True)==long[:len(embedded[1].decode(ids[:20], skip_special_tokens=True))]

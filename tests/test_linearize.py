@@ -1,0 +1,312 @@
+"Conversion of four architectures: equal to its own oracle, trained where it should be, saved whole or not at all."
+import copy, json, math
+from pathlib import Path
+import pytest, torch
+from torch.nn import functional as F
+from hedgehog_nb.attention import attention_as, repeat_kv
+from hedgehog_nb.data import load_embedded
+from hedgehog_nb.distillation import naive_weight_loss
+from hedgehog_nb.feature_maps import FEATURE_MAPS
+from hedgehog_nb.hedgehog import FORMS
+from hedgehog_nb.linearize import (distill, finetune, linear_layers, linearize, load_linearized, padding_mask, parse_layers, perplexity, save_linearized,
+    set_implementation, teacher_pass)
+from tiny_models import MODELS, VOCAB, bert, gpt2, inputs, llama, tokens, vit
+
+SETTINGS = [(n,{}) for n in sorted(FEATURE_MAPS) if n!='hedgehog'] + [('hedgehog',dict(form=f)) for f in FORMS] + [('hedgehog',dict(form='exp', num_maps=2, bias=True))]
+ids = lambda v: v if isinstance(v,str) else '-'.join(f'{k}={x}' for k,x in v.items()) or 'plain'
+CAUSAL = 'llama','gpt2'
+
+def shake(model, by=.1):
+    "Move the maps off their start, so that queries, keys and heads differ."
+    g = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for m in linear_layers(model).values():
+            for p in m.feature_map.parameters(): p += (by*torch.randn(p.shape, generator=g)).to(p)
+    return model
+
+def oracle(causal):
+    "The converted model's attention by definition, T × T and in one line; written apart from the library."
+    def fn(module, q, k, v, attention_mask, scaling=None, **kw):
+        T = q.shape[2]
+        if hasattr(module, 'feature_map'):
+            pq,pk,l = module.feature_map(q, k)
+            a = pq @ repeat_kv(pk, q.shape[1]).mT
+            if l is not None: a = a * repeat_kv(l-l.max(), q.shape[1])[:,:,None].exp()
+        else: a = (q @ repeat_kv(k, q.shape[1]).mT * scaling); a = (a-a.amax(-1, keepdim=True)).exp()
+        if causal: a = a.tril()
+        if attention_mask is not None: a = a*attention_mask[:,None,None]
+        a = a/a.sum(-1, keepdim=True).clamp_min(1e-200 if a.dtype==torch.float64 else 1e-30)
+        return (a @ repeat_kv(v, q.shape[1]).to(a.dtype)).to(v.dtype).transpose(1,2), None
+    return fn
+
+def by_definition(model, name, **x):
+    with torch.no_grad(), attention_as(model, oracle(name in CAUSAL), padding_mask): return model(**x, **({'use_cache':False} if name in CAUSAL else {})).logits
+
+@torch.no_grad()
+def logits(model, **x): return model(**x).logits
+
+def same(a, b, tol): torch.testing.assert_close(a.double(), b.double(), atol=tol, rtol=tol)
+
+# --- the forward pass
+
+@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('feature_map,kw', SETTINGS, ids=ids)
+def test_forward_is_its_own_oracle(name, feature_map, kw):
+    model = shake(linearize(MODELS[name]().double(), feature_map, **kw))
+    assert len(linear_layers(model))==3
+    x = inputs(model)
+    want = by_definition(model, name, **x)
+    got = logits(model, **x)
+    same(got, want, 1e-10)
+    set_implementation(model, 'naive'); same(logits(model, **x), want, 1e-10)
+    set_implementation(model, None)
+    same(logits(model.float(), **{k: v.float() if v.is_floating_point() else v for k,v in x.items()}), want, 2e-3)  # fp32: logits of order 10, through three layers
+
+@pytest.mark.parametrize('name,seed,head_dim', [(n,s,d) for n in MODELS for s,d in ((1,8),(2,12),(3,60))])
+def test_forward_for_other_seeds_and_sizes(name, seed, head_dim):
+    model = shake(linearize(MODELS[name](seed, head_dim, layers=2).double()))
+    for T in (1,17,70):
+        x = inputs(model, T=T, seed=seed)
+        same(logits(model, **x), by_definition(model, name, **x), 1e-10)
+
+def test_conversion_changes_the_output_and_nothing_else():
+    model = llama()
+    before = {k:v.clone() for k,v in model.state_dict().items()}
+    x = inputs(model); soft = logits(model, **x)
+    linearize(model)
+    assert (logits(model, **x)-soft).abs().max()>1e-2
+    assert all(torch.equal(v, model.state_dict()[k]) for k,v in before.items())
+    assert all('.feature_map.' in k for k in model.state_dict().keys()-before.keys())
+
+@pytest.mark.parametrize('name', ['llama','gpt2','bert'])
+@pytest.mark.parametrize('side', ['left','right'])
+@pytest.mark.parametrize('kw', [{}, dict(form='exp'), dict(layers='0')], ids=ids)
+def test_padding(name, side, kw):
+    model = shake(linearize(MODELS[name]().double(), **kw))
+    mask = torch.ones(3,20, dtype=torch.long)
+    for b,n in enumerate((0,5,13)): mask[b, slice(0,n) if side=='left' else slice(20-n,20)] = 0
+    real,x = mask.bool(),tokens(3,20)
+    want = by_definition(model, name, input_ids=x, attention_mask=mask)
+    got = logits(model, input_ids=x, attention_mask=mask)
+    same(got[real], want[real], 1e-10)
+    y = torch.where(real, x, tokens(3,20,seed=9))                  # other tokens under the padding
+    same(logits(model, input_ids=y, attention_mask=mask)[real], got[real], 1e-12)
+    if name!='bert' or side=='right':                             # positions as of the sequence alone
+        kw = dict(position_ids=(mask.cumsum(-1)-1).clamp_min(0)) if name in CAUSAL else {}
+        for b in range(3):
+            alone = logits(model, input_ids=x[b:b+1,real[b]])
+            same(logits(model, input_ids=x, attention_mask=mask, **kw)[b,real[b]], alone[0], 1e-10)
+
+@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('layers', ['0','1-2',[0,2]], ids=str)
+def test_hybrids(name, layers):
+    model = shake(linearize(MODELS[name]().double(), layers=layers))
+    assert len(linear_layers(model))==len(parse_layers(layers, 3))
+    x = inputs(model)
+    same(logits(model, **x), by_definition(model, name, **x), 1e-10)
+
+@pytest.mark.parametrize('name', CAUSAL)
+def test_causal(name):
+    model = shake(linearize(MODELS[name]()))
+    x = tokens(1,20); y = x.clone(); y[:,12] = (y[:,12]+1)%VOCAB
+    a,b = logits(model, input_ids=x),logits(model, input_ids=y)
+    assert torch.equal(a[:,:12], b[:,:12]) and (a[:,12:]!=b[:,12:]).any(-1).all()
+
+@pytest.mark.parametrize('name', MODELS)
+def test_bf16_models_have_float_maps(name):
+    model = linearize(MODELS[name]().bfloat16())
+    assert all(p.dtype==torch.float32 for m in linear_layers(model).values() for p in m.feature_map.parameters())
+    x = inputs(model); out = logits(model, **x)
+    assert out.dtype==torch.bfloat16 and out.isfinite().all()
+
+def test_layers_are_read():
+    assert parse_layers('all', 3)==[0,1,2] and parse_layers('0-2,5', 6)==[0,1,2,5] and parse_layers([3,1,1], 4)==[1,3]
+    for bad in ('', '3', '0-3', 'x', '-1', '1-', [3], [-1], [], '0,,1'):
+        with pytest.raises(ValueError, match='layers'): parse_layers(bad, 3)
+
+BAD = [dict(feature_map='hedghog'), dict(layers='0-9'), dict(layers='first'), dict(form='halves'), dict(feature_map='elu', form='exp'), dict(num_maps=0), dict(inputs=dict(nonsense=1))]
+
+@pytest.mark.parametrize('kw', BAD, ids=ids)
+@pytest.mark.parametrize('training', [True,False])
+def test_what_cannot_be_converted_is_left_as_it_was(kw, training):
+    model = llama().train(training)
+    names,impl,hooks = list(model.state_dict()),model.config._attn_implementation,[len(m._forward_pre_hooks) for m in model.modules()]
+    with pytest.raises((ValueError,TypeError)): linearize(model, **kw)
+    assert list(model.state_dict())==names and model.config._attn_implementation==impl and not hasattr(model.config, 'hedgehog')
+    assert [len(m._forward_pre_hooks) for m in model.modules()]==hooks and all(m.training==training for m in model.modules())
+
+def test_models_that_are_linear_already_or_off_the_interface():
+    with pytest.raises(ValueError, match='already'): linearize(linearize(llama()))
+    from transformers import XLNetConfig, XLNetLMHeadModel
+    model = XLNetLMHeadModel(XLNetConfig(vocab_size=20, d_model=8, n_layer=1, n_head=2, d_inner=8))
+    with pytest.raises(ValueError, match='XLNet'): linearize(model)
+
+# --- training
+
+def corpus(n, T=24, seed=0):
+    "Token blocks with something to attend to: each repeats a random half."
+    x = torch.randint(3, VOCAB, (n,T//2), generator=torch.Generator().manual_seed(seed))
+    return torch.cat([x,x], 1)
+
+@torch.no_grad()
+def kl(model, batch):
+    "KL to the teacher of each layer, by the n × n oracle."
+    out = []
+    teacher_pass(model, batch, lambda module, q, k, v, causal, scale, mask, o: out.append(naive_weight_loss(q, k, module.feature_map, causal, scale, mask).mean().item()))
+    return out
+
+def batches_of(model, name, n):
+    if name=='vit': return [inputs(model, B=4, seed=i) for i in range(n)]
+    return [dict(input_ids=corpus(4, seed=i), **(dict(attention_mask=torch.ones(4,24, dtype=torch.long)) if name=='bert' else {})) for i in range(n)]
+
+@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('objective', ['weights','outputs','both'])
+def test_distillation_teaches_the_maps_alone(name, objective):
+    model = linearize(MODELS[name](), layers='0,2').train()
+    batches,held = batches_of(model, name, 25),batches_of(model, name, 26)[-1]
+    before = {k:v.clone() for k,v in model.state_dict().items()}
+    kl0 = kl(model.eval(), held); model.train()
+    seen = []
+    history = distill(model, batches, 25, on_step=lambda *a: seen.append(a))
+    assert model.training and len(history)==25 and [s[0] for s in seen]==list(range(1,26)) and [s[1] for s in seen]==history
+    assert all(math.isfinite(x) for x in history) and sum(history[-5:])<.95*sum(history[:5])
+    if objective=='weights': assert all(b<.95*a for a,b in zip(kl0, kl(model.eval(), held)))
+    for k,v in model.state_dict().items(): assert torch.equal(v, before[k])==('.feature_map.' not in k), k
+    assert all(p.grad is None for n,p in model.named_parameters() if '.feature_map.' not in n)
+
+def test_distillation_sees_the_teacher_not_the_student():
+    "A layer is taught on what softmax layers below would give it: wrecked maps below change nothing above."
+    model = linearize(llama()); batch = dict(input_ids=corpus(2))
+    want = kl(model, batch)
+    layers = list(linear_layers(model).values())
+    with torch.no_grad(): layers[0].feature_map.w_q.mul_(-3)
+    got = kl(model, batch)
+    assert got[0]!=want[0] and got[1:]==want[1:]
+
+def test_a_loss_that_is_not_finite_names_its_layer():
+    model = linearize(llama())
+    names = list(linear_layers(model))
+    with torch.no_grad(): linear_layers(model)[names[1]].feature_map.w_k[0,0,0] = float('nan')
+    for objective in ('weights','outputs','both'):
+        with pytest.raises(FloatingPointError, match=f'{names[1]} .*lower the learning rate'): distill(model, [corpus(2)], 1, objective=objective)
+    assert not model.training and model.config._attn_implementation=='hedgehog'
+
+def test_settings_of_distillation_are_checked():
+    model = linearize(llama())
+    with pytest.raises(ValueError, match='weights.*outputs'): distill(model, [corpus(2)], 1, objective='logits')
+    with pytest.raises(ValueError, match='no maps'): distill(linearize(llama(), 'elu'), [corpus(2)], 1)
+    with pytest.raises(ValueError, match='no maps'): distill(llama(), [corpus(2)], 1)
+    assert len(distill(model, iter([corpus(2)]*3), 9))==3  # batches end before the steps
+
+@pytest.mark.parametrize('name', CAUSAL)
+def test_finetuning_reaches_everything(name):
+    model = linearize(MODELS[name](layers=2)); blocks = corpus(32)
+    before,ppl = {k:v.clone() for k,v in model.named_parameters()},perplexity(model, blocks)
+    losses = []
+    finetune(model, blocks, 20, batch_size=8, lr=1e-2, on_step=lambda s,l: losses.append(l))
+    assert len(losses)==20 and not model.training
+    assert perplexity(model, blocks)<.8*ppl
+    assert not [k for k,v in model.named_parameters() if torch.equal(v, before[k])]
+    assert model.config._attn_implementation=='hedgehog'
+
+@pytest.mark.parametrize('name', MODELS)
+def test_gradients_are_the_oracles(name):
+    model = shake(linearize(MODELS[name](layers=2).double())).train(); x = inputs(model)
+    for m in model.modules():
+        if isinstance(m, torch.nn.Dropout): m.p = 0.
+    def grads(): return torch.autograd.grad(model(**x).logits.square().mean(), list(model.parameters()), allow_unused=True)
+    got = grads()
+    with attention_as(model, oracle(name in CAUSAL), padding_mask): want = grads()
+    for (n,_),a,b in zip(model.named_parameters(), got, want):
+        assert (a is None)==(b is None), n
+        if a is not None: same(a, b, 1e-9)
+
+def test_perplexity_by_hand():
+    model = linearize(llama()); x = corpus(5)
+    p = logits(model, input_ids=x)[:,:-1].log_softmax(-1).gather(-1, x[:,1:,None])
+    want = math.exp(-p.mean().item())
+    assert perplexity(model, x, batch_size=2)==pytest.approx(want, rel=1e-5)==pytest.approx(perplexity(model, x, batch_size=5), rel=1e-5)
+
+# --- saving
+
+@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('dtype', [torch.float32,torch.bfloat16])
+@pytest.mark.parametrize('kw', [{}, dict(form='exp', num_maps=2, bias=True, layers='1-2'), dict(feature_map='elu')], ids=ids)
+def test_what_is_saved_comes_back_bit_for_bit(tmp_path, name, dtype, kw):
+    MODELS[name]().save_pretrained(tmp_path/'base')
+    model = shake(linearize(type(MODELS[name]()).from_pretrained(tmp_path/'base', dtype=dtype), **kw))
+    x = inputs(model); want = logits(model, **x)
+    path = save_linearized(model, tmp_path/'deep'/'model')
+    again = load_linearized(path, dtype='auto')
+    a,b = model.state_dict(),again.state_dict()
+    assert a.keys()==b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype==b[k].dtype for k in a)
+    assert torch.equal(logits(again, **x), want) and not again.training
+    assert all(p.requires_grad for p in again.parameters())
+    assert again.config.hedgehog==model.config.hedgehog
+    assert model.dtype==dtype and torch.equal(logits(load_linearized(path), **x), want)
+    assert [p.name for p in path.parent.iterdir()]==['model']     # no scratch folder stays
+    for f in path.iterdir():
+        assert f.suffix in ('.json','.safetensors'), f
+        assert f.read_bytes()[:2] not in (b'\x80\x02',b'\x80\x04',b'PK'), f  # pickles, and torch's zip of pickles
+
+def test_a_second_save_is_the_first(tmp_path):
+    a = save_linearized(shake(linearize(llama())), tmp_path/'a')
+    b = save_linearized(load_linearized(a), tmp_path/'b')
+    for f in a.iterdir(): assert f.read_bytes()==(b/f.name).read_bytes(), f.name
+
+@pytest.mark.parametrize('name', MODELS)
+def test_shards(tmp_path, name):
+    model = shake(linearize(MODELS[name](), form='exp'))
+    model.save_pretrained(tmp_path/'m', max_shard_size='12KB')
+    assert len(list((tmp_path/'m').glob('*.safetensors')))>2
+    x = inputs(model)
+    assert torch.equal(logits(load_linearized(tmp_path/'m'), **x), logits(model, **x))
+
+def test_the_tokenizer_goes_along(tmp_path):
+    from transformers import AutoTokenizer
+    model,tok = load_embedded()
+    path = save_linearized(linearize(model), tmp_path/'m', tokenizer=tok)
+    text = 'Once upon a time, Lily saw a hedgehog.'
+    assert AutoTokenizer.from_pretrained(path)(text).input_ids==tok(text).input_ids
+    x = tok(text, return_tensors='pt').input_ids
+    assert torch.equal(logits(load_linearized(path), input_ids=x), logits(model, input_ids=x))
+
+def test_folders_that_exist_are_kept(tmp_path):
+    model = linearize(llama())
+    (tmp_path/'m').mkdir(); (tmp_path/'m'/'precious').write_text('data')
+    with pytest.raises(ValueError, match='exists'): save_linearized(model, tmp_path/'m')
+    assert [f.name for f in (tmp_path/'m').iterdir()]==['precious'] and len(list(tmp_path.iterdir()))==1
+    save_linearized(model, tmp_path/'m', overwrite=True)
+    assert not (tmp_path/'m'/'precious').exists() and (tmp_path/'m'/'config.json').exists()
+
+class Broken:
+    def save_pretrained(self, path): raise OSError('no space left')
+
+def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    model = linearize(llama())
+    with pytest.raises(OSError): save_linearized(model, tmp_path/'new', tokenizer=Broken())
+    assert not list(tmp_path.iterdir())
+    save_linearized(model, tmp_path/'old'); before = (tmp_path/'old'/'model.safetensors').read_bytes()
+    with pytest.raises(OSError): save_linearized(model, tmp_path/'old', tokenizer=Broken(), overwrite=True)
+    assert [f.name for f in tmp_path.iterdir()]==['old'] and (tmp_path/'old'/'model.safetensors').read_bytes()==before
+    def half(path, **kw): (Path(path)/'config.json').write_text('{}'); raise KeyboardInterrupt
+    monkeypatch.setattr(model, 'save_pretrained', half)
+    with pytest.raises(KeyboardInterrupt): save_linearized(model, tmp_path/'new')
+    assert [f.name for f in tmp_path.iterdir()]==['old']
+
+def test_folders_that_hold_no_converted_model(tmp_path):
+    with pytest.raises(ValueError, match='not converted'): save_linearized(llama(), tmp_path/'m')
+    with pytest.raises(ValueError, match='config.json'): load_linearized(tmp_path/'m')
+    llama().save_pretrained(tmp_path/'plain')
+    with pytest.raises(ValueError, match='not converted'): load_linearized(tmp_path/'plain')
+    path = save_linearized(linearize(llama()), tmp_path/'m')
+    from safetensors.torch import load_file, save_file
+    w = load_file(path/'model.safetensors')
+    save_file({k:v for k,v in w.items() if 'layers.1.self_attn.feature_map' not in k}, path/'model.safetensors', metadata={'format':'pt'})
+    with pytest.raises(ValueError, match=r'lacks.*layers\.1\.'): load_linearized(path)
+
+def test_copies_are_their_own():
+    model = shake(linearize(llama())); twin = copy.deepcopy(model); x = inputs(model)
+    assert torch.equal(logits(twin, **x), logits(model, **x))
+    with torch.no_grad(): next(iter(linear_layers(twin).values())).feature_map.w_q.zero_()
+    assert not torch.equal(logits(twin, **x), logits(model, **x))
