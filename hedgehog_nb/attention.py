@@ -47,12 +47,13 @@ def check_qkv(
     if mask is not None and mask.shape!=(k.shape[0],k.shape[2]):
         raise ValueError(f"mask is (batch, tokens) = {(k.shape[0],k.shape[2])}, True at real tokens; given {tuple(mask.shape)}")
 
-# %% ../nbs/01_softmax_attention.ipynb #a54cf5e3
+# %% ../nbs/01_softmax_attention.ipynb #14e47d70
 def full_precision(f):
     "Decorator: run `f` outside autocast, in the precision that it chooses itself."
     @functools.wraps(f)
-    def _f(q, *args, **kwargs):
-        with torch.autocast(q.device.type, enabled=False): return f(q, *args, **kwargs)
+    def _f(*args, **kwargs):
+        x = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        with torch.autocast(x.device.type, enabled=False): return f(*args, **kwargs)
     return _f
 
 # %% ../nbs/01_softmax_attention.ipynb #fe27153d

@@ -175,7 +175,7 @@ def _explain(e):
     if isinstance(e, OSError) and e.strerror: return f"{e.filename or 'file system'}: {e.strerror}"
     return f"unexpected {type(e).__name__}: {str(e)[:200]} (--debug shows where)"
 
-# %% ../nbs/93_cli.ipynb #f8336589
+# %% ../nbs/93_cli.ipynb #97e5ad1a
 def is_converted(
     path, # A folder
 )->bool: # Did `save_linearized` write it?
@@ -187,12 +187,13 @@ def check_output(
     path, # File or folder that will be written; None: nothing will
     overwrite:bool=False, # May it replace what is there?
     option:str='--out', # For messages
+    folder:bool=True, # Will it be a folder?
 )->Path: # The path
     "Raise `ValueError` if `path` cannot, or must not, be written."
     if path is None: return
     path = Path(path).expanduser()
     if path.exists() and not overwrite: raise ValueError(f"{path} exists already; choose another {option}, or say --overwrite")
-    if path.exists() and (option=='--out') != path.is_dir() or path.is_dir() and any(path.iterdir()) and not is_converted(path):
+    if path.exists() and folder!=path.is_dir() or path.is_dir() and any(path.iterdir()) and not is_converted(path):
         raise ValueError(f"{path} is something else and will not be replaced; choose another {option}")
     up = next(p for p in path.absolute().parents if p.exists())
     if not up.is_dir() or not os.access(up, os.W_OK): raise ValueError(f"{path} cannot be written, since {up} is no folder you may write to; choose another {option}")
@@ -211,7 +212,7 @@ def whole(
         if path.is_dir(): path.rename(Path(d)/'old')
         os.replace(new, path)
 
-# %% ../nbs/93_cli.ipynb #846b3adf
+# %% ../nbs/93_cli.ipynb #238d52c4
 def pick_device(
     device:str=None, # As PyTorch names it; None: the first GPU, or the CPU
 )->str: # The device
@@ -221,6 +222,13 @@ def pick_device(
     try: torch.empty(1, device=device)
     except Exception as e: raise ValueError(f"device {device!r} cannot be used here ({str(e).splitlines()[0][:120]}); use cpu") from None
     return device
+
+def _unmark(model):
+    "GGUF weights are plain numbers once they are read; without the marks of a quantised model it can be trained and saved."
+    if str(getattr(model, 'quantization_method', '')).endswith(('gguf','GGUF')):
+        model.is_quantized = False
+        del model.hf_quantizer, model.quantization_method, model.config.quantization_config
+    return model
 
 def open_model(
     spec, # Folder, converted or not; .gguf file; hub id; or "embedded"
@@ -239,9 +247,9 @@ def open_model(
     model,tok = load_model(spec, dtype, device)
     if type(model).__name__ not in language_models.values():
         raise ValueError(f"{spec} is a {type(model).__name__}, no language model that writes left to right; convert it in Python, with hedgehog_nb.linearize")
-    return model,tok
+    return _unmark(model),tok
 
-# %% ../nbs/93_cli.ipynb #9c93943c
+# %% ../nbs/93_cli.ipynb #d6feb46e
 def open_blocks(
     spec, # Texts, as `load_texts` takes them
     split:str, # train, validation, test, or all
@@ -253,10 +261,13 @@ def open_blocks(
     text_column:str=None, # Column that holds the text
 ): # (N, seq_len) tokens
     "Texts as blocks of tokens. Raises `ValueError` where the text is too short, or a block too long for the model."
-    from hedgehog_nb.data import load_texts, token_blocks
+    from hedgehog_nb.data import DataError, load_texts, token_blocks
     context = getattr(model.config, 'max_position_embeddings', None)
     if context and seq_len>context: raise ValueError(f"--seq-len {seq_len} is more than the {context} tokens of context this model was made for")
-    return token_blocks(load_texts(list(spec), None if split=='all' else split, text_column), tok, seq_len, max_tokens, seed)
+    if max_tokens and max_tokens<seq_len: raise ValueError(f"{max_tokens} tokens are less than one block of {seq_len}; give more, or a smaller --seq-len")
+    texts = load_texts(list(spec), None if split=='all' else split, text_column)
+    try: return token_blocks(texts, tok, seq_len, max_tokens, seed)
+    except DataError as e: raise DataError(f"{', '.join(spec)}: {e}") from None
 
 def map_plan(
     model, # A model not converted yet; it stays so
@@ -269,6 +280,7 @@ def map_plan(
     from hedgehog_nb.linearize import probe_inputs, parse_layers
     from hedgehog_nb.feature_maps import make_feature_map
     calls = capture_attention(model, **probe_inputs(model))
+    if not calls: raise ValueError(f"{type(model).__name__} has no attention that could be converted; name a Transformer")
     which = parse_layers(layers, len(calls))
     maps = [make_feature_map(feature_map, c.q.shape[-1], c.q.shape[1], c.k.shape[1], c.scale, **map_kwargs) for c in (calls[i] for i in which)]
     return which, sum(p.numel() for m in maps for p in m.parameters())
@@ -302,7 +314,7 @@ def spiky_heads(
     entropy = -(weights*weights.clamp_min(1e-9).log()).sum(-1).mean(-1)
     return sorted(entropy.argsort()[:n].tolist())
 
-# %% ../nbs/93_cli.ipynb #f3d2ff05
+# %% ../nbs/93_cli.ipynb #fe7c6cdf
 def both(
     *listeners, # Functions that take the same events
 ): # One function that calls them all
@@ -315,10 +327,12 @@ class Camera:
     "Listens to a conversion: keeps its rows, and its attention weights at each stage."
     def __init__(self,
         input_ids, # (1, T) the text to look at
+        tok, # Its tokenizer
         layer:int, # The layer to look at
         name:str='hedgehog', # The map's name
     ):
         self.ids,self.layer,self.maps,self.rows = input_ids,layer,{},[]
+        self.tokens = [tok.decode([i]).strip().replace('$', r'\$') or '␣' for i in input_ids[0].tolist()]
         self.names = dict(teacher='softmax', swapped='swapped', distilled=name, finetuned=name)
 
     def __call__(self, event, row=None, model=None, **_):
@@ -330,7 +344,8 @@ class Camera:
         "Save teacher, swapped and converted attention, side by side."
         from hedgehog_nb.plots import use_style, plot_attention_maps, save_figure
         heads = spiky_heads(self.maps['softmax'])
-        with use_style(): save_figure(plot_attention_maps({n:w[heads] for n,w in self.maps.items()}, heads=[f'layer {self.layer}, head {h}' for h in heads]), path)
+        maps = {n:w[heads] for n,w in self.maps.items()}
+        with use_style(): save_figure(plot_attention_maps(maps, self.tokens, [f'layer {self.layer}, head {h}' for h in heads], size=3), path)
 
     def curve(self, path):
         "Save perplexity over tokens; nothing where there are fewer than two points."
@@ -338,12 +353,14 @@ class Camera:
         name,pts = self.names['finetuned'],[(r['tokens'], r['value']) for r in self.rows if r['tokens']]
         if len(pts)<2: return
         with use_style():
-            ax = plot_curves({name: tuple(zip(*pts))}, logx=True, logy=True, xlabel='tokens of training', ylabel='perplexity')
+            ax = plot_curves({name: tuple(zip(*pts))}, logx=True, xlabel='tokens of training', ylabel='perplexity')
+            ax.set_xticks([t for t,_ in pts], [human(t) for t,_ in pts])
+            ax.minorticks_off()
             ax.axhline(self.rows[0]['value'], color=color('softmax'), linestyle='--', label='softmax, the teacher')
             ax.legend()
             save_figure(ax, path)
 
-# %% ../nbs/93_cli.ipynb #c44648a4
+# %% ../nbs/93_cli.ipynb #85f1f755
 def label(row):
     "A row's variant and stage in words."
     m = {'hedgehog':'Hedgehog', 'elu':'1+ELU'}.get(row['map'], row['map'])
@@ -370,10 +387,11 @@ class Progress:
     def __exit__(self, *_): self.bars.stop()
 
     def __call__(self, event, row=None, **kw):
-        if event=='progress': self.progress(**kw)
+        if event=='progress': self.bar(event, **kw)
         elif row['metric']=='ppl': self.row(row)
 
-    def progress(self, phase, done, total, seconds, loss=None, metric=None):
+    def bar(self, event, phase=None, done=0, total=0, seconds=0., loss=None, metric=None, **_):
+        if event!='progress': return
         t = self.tasks.setdefault(phase, {})
         if 'id' not in t: t.update(id=self.bars.add_task(phase, info='', total=total), first=loss, mean=loss)
         if loss is not None: t['mean'] = .9*t['mean']+.1*loss
@@ -472,22 +490,22 @@ def word_wrap(
         file.flush()
     return write
 
-# %% ../nbs/93_cli.ipynb #7de4a806
+# %% ../nbs/93_cli.ipynb #93480f3f
 def _opt(*names, panel='Options', **kw): return typer.Option(*names, rich_help_panel=panel, **kw)
 
 ModelArg = Annotated[str, typer.Argument(metavar='MODEL', show_default=False, help="A local folder, a [cyan].gguf[/] file, a hub id, or [cyan]embedded[/], the small model that comes with the package.")]
 DataOpt = Annotated[List[str], _opt('--data', '-d', metavar='DATA', help="A text file, a folder, a [cyan]datasets[/] name ([cyan]name:config[/]), or [cyan]embedded[/]. May be given several times.")]
 ColumnOpt = Annotated[Optional[str], _opt('--text-column', metavar='NAME', help="Column that holds the text, where there are columns.")]
-LenOpt = Annotated[int, _opt('--seq-len', min=2, help="Tokens in a block.")]
-BatchOpt = Annotated[int, _opt('--batch-size', min=1, help="Blocks per step.")]
-EvalOpt = Annotated[Optional[int], _opt('--eval-tokens', min=2, help="Measure on the first so many tokens of the test split; all of it if not given.")]
-DtypeOpt = Annotated[Optional[str], _opt('--dtype', panel='Machine', help="[cyan]float32[/], [cyan]bfloat16[/] or [cyan]float16[/]; as saved if not given.")]
-DeviceOpt = Annotated[Optional[str], _opt('--device', panel='Machine', help="[cyan]cpu[/], [cyan]cuda[/], [cyan]cuda:1[/], [cyan]mps[/]; the first GPU, or the CPU, if not given.")]
-SeedOpt = Annotated[int, _opt('--seed', panel='Machine', help="Same seed, same result.")]
+LenOpt = Annotated[int, _opt('--seq-len', metavar='N', min=2, help="Tokens in a block.")]
+BatchOpt = Annotated[int, _opt('--batch-size', metavar='N', min=1, help="Blocks per step.")]
+EvalOpt = Annotated[Optional[int], _opt('--eval-tokens', panel='Measuring', metavar='N', min=2, help="Measure on the first so many tokens of the test split; all of it if not given.")]
+DtypeOpt = Annotated[Optional[str], _opt('--dtype', panel='Machine', metavar='NAME', help="[cyan]float32[/], [cyan]bfloat16[/] or [cyan]float16[/]; as saved if not given.")]
+DeviceOpt = Annotated[Optional[str], _opt('--device', panel='Machine', metavar='NAME', help="[cyan]cpu[/], [cyan]cuda[/], [cyan]cuda:1[/], [cyan]mps[/]; the first GPU, or the CPU, if not given.")]
+SeedOpt = Annotated[int, _opt('--seed', panel='Machine', metavar='N', help="Same seed, same result.")]
 JsonOpt = Annotated[bool, _opt('--json', panel='Machine', help="Print one JSON object on stdout, all else on stderr.")]
 DebugOpt = Annotated[bool, _opt('--debug', panel='Machine', help="Show warnings, and the traceback of an error.")]
 
-# %% ../nbs/93_cli.ipynb #3893dfe3
+# %% ../nbs/93_cli.ipynb #47b9e6d5
 class _Group(TyperGroup):
     "Remembers the command line as it was typed."
     def parse_args(self, ctx, args):
@@ -502,8 +520,10 @@ def _quiet(debug):
     for s in (sys.stdout, sys.stderr): getattr(s, 'reconfigure', lambda **k: None)(errors='replace')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
+        from transformers import modeling_gguf_pytorch_utils as gguf
         from transformers.utils import logging
         logging.set_verbosity_error(); logging.disable_progress_bar()
+        gguf.tqdm = lambda x, **_: x
         yield
 
 def _command(f):
@@ -513,7 +533,7 @@ def _command(f):
         with one_line_errors(debug), _quiet(debug): return f(*args, debug=debug, **kw)
     return _f
 
-def _examples(*lines): return '\n\n'.join(['[bold]Examples[/]', *(f'  [dim]$[/] {l}' for l in lines)])
+def _examples(*lines): return '\n'.join(['[bold]Examples[/]', *(f'  [dim]$[/] {l}' for l in lines)])
 
 def _version(on):
     if not on: return
@@ -522,10 +542,10 @@ def _version(on):
     print(f"hedgehog_nb {hedgehog_nb.__version__} (torch {version('torch')}, transformers {version('transformers')}, Python {sys.version.split()[0]})")
     raise typer.Exit()
 
-# %% ../nbs/93_cli.ipynb #cd597d3e
+# %% ../nbs/93_cli.ipynb #0677487b
 app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode='rich', context_settings=dict(help_option_names=['-h','--help']),
-    epilog=_examples('hedgehog demo', 'hedgehog linearize HuggingFaceTB/SmolLM2-135M --data Salesforce/wikitext:wikitext-2-raw-v1 --out smol-hedgehog',
-        'hedgehog generate smol-hedgehog --prompt "The hedgehog"'))
+    epilog=_examples('hedgehog demo', 'hedgehog linearize gpt2 --data book.txt --out gpt2-hedgehog',
+        'hedgehog generate gpt2-hedgehog --prompt "The hedgehog"'))
 
 @app.callback()
 def main(
@@ -533,17 +553,18 @@ def main(
 ):
     "Turn a pretrained Transformer's softmax attention into [bold]linear attention[/] that imitates it: the Hedgehog map, distilled, then finetuned."
 
-# %% ../nbs/93_cli.ipynb #4e7dc8ee
+# %% ../nbs/93_cli.ipynb #d9af9d2a
 def _name(spec): return spec if spec=='embedded' else Path(spec).name
 
 def _plan(model, spec, feature_map, layers, extra, train, test, steps, batch_size):
-    "What is about to happen, in three lines."
-    n,(N,T) = model.num_parameters(),test.shape
-    budget = ', '.join(f"{w} {tokens_after(s, train, batch_size):,} tokens in {s} steps of {min(batch_size, len(train))} × {T}" for w,s in zip(('distill','finetune'), steps) if s) or 'no training'
-    return (f"[bold]{_name(spec)}[/]: {type(model).__name__}, {n:,} parameters, {str(model.dtype)[6:]} on {model.device.type}\n"
-        f"[bold]{feature_map}[/] in {layers} layers: {extra:,} parameters of maps ({extra/n:.1%})\n{budget}; measure on {N*T:,} tokens")
+    "What is about to happen, a line each."
+    n,(_,T) = model.num_parameters(),test.shape
+    lines = [('convert', f"[bold]{_name(spec)}[/], {type(model).__name__}, {n:,} parameters, {str(model.dtype)[6:]} on {model.device.type}"),
+        ('to', f"[bold]{feature_map}[/] attention in {layers} layers, {extra:,} parameters of maps ({extra/n:.2%})")]
+    lines += [(w, f"{tokens_after(s, train, batch_size):,} tokens, {s} steps of {min(batch_size, len(train))} × {T}") for w,s in zip(('distill','finetune'), steps) if s]
+    return '\n'.join(f'  [dim]{w:<9}[/] {l}' for w,l in [*lines, ('measure', f'{test.numel():,} tokens in blocks of {T}')])+'\n'
 
-# %% ../nbs/93_cli.ipynb #64826aed
+# %% ../nbs/93_cli.ipynb #7851f940
 def _prepare(model, data, eval_data, text_column, feature_map, layers, kw, seq_len, batch_size, eval_tokens, budgets, dtype, device, seed):
     "Everything that can fail before the first step: (model, tokenizer, train, test, numbers of the layers, parameters of their maps, steps of each phase)."
     if is_converted(model): raise ValueError(f"{model} is converted already; name the model it came from")
@@ -555,19 +576,28 @@ def _prepare(model, data, eval_data, text_column, feature_map, layers, kw, seq_l
     test = open_blocks(eval_data or data, 'all' if eval_data else 'test', m, tok, seq_len, eval_tokens, None, text_column)
     return m, tok, train, test, which, extra, [steps_for(t, train, batch_size) if s is None else s for t,s in budgets]
 
+def _check(objective, record, **lrs):
+    "Settings that would be refused only later."
+    from hedgehog_nb.linearize import OBJECTIVES
+    if objective not in OBJECTIVES: raise ValueError(f"--objective is one of {', '.join(OBJECTIVES)}; given {objective!r}")
+    if record and record.suffix!='.json': raise ValueError(f"--record writes JSON; give it a name that ends in .json, not {record.name!r}")
+    for n,x in lrs.items():
+        if not 0<x<math.inf: raise ValueError(f"--{n.replace('_','-')} must be above 0; given {x:g}")
+
 def _save(model, tok, out, record, camera, rows, **run):
     "Model, figures and results as one folder; the results once more as `record`, if that is given."
     from hedgehog_nb.linearize import save_linearized
     from hedgehog_nb.results import write_results
     with whole(out) as d:
         save_linearized(model, d, tok)
+        for f in d.iterdir(): f.chmod(0o644)   # safetensors writes for its owner alone
         camera.attention(d/'attention.png')
         camera.curve(d/'perplexity.png')
         write_results(d/'results.json', rows, **run)
         if record: write_results(record, rows, **run)
     return json.loads((out/'results.json').read_text())
 
-# %% ../nbs/93_cli.ipynb #25a514ad
+# %% ../nbs/93_cli.ipynb #7a2add08
 @app.command('linearize', epilog=_examples('hedgehog linearize embedded --data embedded --out stories-hedgehog --seq-len 256',
     'hedgehog linearize SmolLM2.gguf --data wikitext-2/ --out smol --baseline --evals 5 --record smol.json', 'hedgehog linearize gpt2 --data book.txt --out gpt2-hedgehog --distill-tokens 1000000 --finetune-tokens 0'))
 @_command
@@ -579,21 +609,21 @@ def linearize_command(ctx:typer.Context,
     eval_data:Annotated[Optional[List[str]], _opt('--eval-data', metavar='DATA', help="Text to measure on, all of it; the test split of --data if not given.")]=None,
     text_column:ColumnOpt=None,
     feature_map:Annotated[str, _opt('--map', panel='Conversion', metavar='NAME', help="The feature map: [cyan]hedgehog[/], [cyan]t2r[/], [cyan]elu[/], [cyan]relu[/], [cyan]exp[/] or [cyan]taylor[/].")]='hedgehog',
-    form:Annotated[Optional[str], _opt('--form', panel='Conversion', help="Hedgehog's form: [cyan]softmax_halves[/], [cyan]softmax_joint[/] or [cyan]exp[/].")]=None,
-    num_maps:Annotated[Optional[int], _opt('--num-maps', panel='Conversion', min=1, help="Hedgehog's matrices per head: more features, a larger state.")]=None,
-    layers:Annotated[str, _opt('--layers', panel='Conversion', help="Layers to convert, such as [cyan]0-5,8[/].")]='all',
-    objective:Annotated[str, _opt('--objective', panel='Conversion', help="What the maps imitate: attention [cyan]weights[/], [cyan]outputs[/], or [cyan]both[/].")]='weights',
-    distill_tokens:Annotated[int, _opt('--distill-tokens', panel='Training', min=0, help="Budget for the maps alone; 0: none.")]=200_000,
-    distill_steps:Annotated[Optional[int], _opt('--distill-steps', panel='Training', min=0, help="The same in steps; wins over tokens.")]=None,
-    finetune_tokens:Annotated[int, _opt('--finetune-tokens', panel='Training', min=0, help="Budget for the whole model; 0: none.")]=200_000,
-    finetune_steps:Annotated[Optional[int], _opt('--finetune-steps', panel='Training', min=0, help="The same in steps; wins over tokens.")]=None,
-    seq_len:Annotated[int, _opt('--seq-len', panel='Training', min=2, help="Tokens in a block.")]=512,
-    batch_size:Annotated[int, _opt('--batch-size', panel='Training', min=1, help="Blocks per step.")]=8,
-    lr:Annotated[float, _opt('--lr', panel='Training', help="Learning rate of the maps.")]=1e-2,
-    finetune_lr:Annotated[float, _opt('--finetune-lr', panel='Training', help="Learning rate of the whole model.")]=6e-4,
+    form:Annotated[Optional[str], _opt('--form', panel='Conversion', metavar='NAME', help="Hedgehog's form: [cyan]softmax_halves[/], [cyan]softmax_joint[/] or [cyan]exp[/].")]=None,
+    num_maps:Annotated[Optional[int], _opt('--num-maps', panel='Conversion', metavar='N', min=1, help="Hedgehog's matrices per head: more features, a larger state.")]=None,
+    layers:Annotated[str, _opt('--layers', panel='Conversion', metavar='LIST', help="Layers to convert, such as [cyan]0-5,8[/].")]='all',
+    objective:Annotated[str, _opt('--objective', panel='Conversion', metavar='NAME', help="What the maps imitate: attention [cyan]weights[/], [cyan]outputs[/], or [cyan]both[/].")]='weights',
+    distill_tokens:Annotated[int, _opt('--distill-tokens', panel='Training', metavar='N', min=0, help="Budget for the maps alone; 0: none.")]=200_000,
+    distill_steps:Annotated[Optional[int], _opt('--distill-steps', panel='Training', metavar='N', min=0, help="The same in steps; wins over tokens.")]=None,
+    finetune_tokens:Annotated[int, _opt('--finetune-tokens', panel='Training', metavar='N', min=0, help="Budget for the whole model; 0: none.")]=200_000,
+    finetune_steps:Annotated[Optional[int], _opt('--finetune-steps', panel='Training', metavar='N', min=0, help="The same in steps; wins over tokens.")]=None,
+    seq_len:Annotated[int, _opt('--seq-len', panel='Training', metavar='N', min=2, help="Tokens in a block.")]=512,
+    batch_size:Annotated[int, _opt('--batch-size', panel='Training', metavar='N', min=1, help="Blocks per step.")]=8,
+    lr:Annotated[float, _opt('--lr', panel='Training', metavar='X', help="Learning rate of the maps.")]=1e-2,
+    finetune_lr:Annotated[float, _opt('--finetune-lr', panel='Training', metavar='X', help="Learning rate of the whole model.")]=6e-4,
     baseline:Annotated[bool, _opt('--baseline', panel='Measuring', help="Finetune the softmax model too, with the same budget, to compare with.")]=False,
     eval_tokens:EvalOpt=None,
-    evals:Annotated[int, _opt('--evals', panel='Measuring', min=1, help="Evaluations during distillation, each at twice the tokens of the one before.")]=1,
+    evals:Annotated[int, _opt('--evals', panel='Measuring', metavar='N', min=1, help="Evaluations during distillation, each at twice the tokens of the one before.")]=1,
     record:Annotated[Optional[Path], _opt('--record', panel='Measuring', metavar='FILE', help="Also write the results to this JSON file.")]=None,
     experiment:Annotated[str, _opt('--experiment', panel='Measuring', metavar='NAME', help="What the results call this run.")]='linearize',
     dtype:DtypeOpt='float32', device:DeviceOpt=None, seed:SeedOpt=0, as_json:JsonOpt=False, debug:DebugOpt=False,
@@ -601,27 +631,28 @@ def linearize_command(ctx:typer.Context,
     "[bold]Convert a model[/]: swap its attention, distil the maps, finetune, measure after each, save.\n\nWithout a GPU expect about a minute for the embedded model, and hours for a hundred million parameters; smaller budgets and [cyan]--eval-tokens[/] make it shorter."
     from hedgehog_nb.results import command_line
     start,screen,kw = time.perf_counter(),Screen(as_json),{k:v for k,v in dict(form=form, num_maps=num_maps).items() if v is not None}
-    out,record = check_output(out, overwrite),check_output(record, overwrite, '--record')
+    out,record = check_output(out, overwrite),check_output(record, overwrite, '--record', folder=False)
+    _check(objective, record, lr=lr, finetune_lr=finetune_lr)
     with screen.wait(f'loading {model}'):
         m,tok,train,test,which,extra,steps = _prepare(model, data, eval_data, text_column, feature_map, layers, kw, seq_len, batch_size, eval_tokens,
             [(distill_tokens,distill_steps), (finetune_tokens,finetune_steps)], dtype, device, seed)
     screen.say(_plan(m, model, feature_map, len(which), extra, train, test, steps, batch_size))
-    camera = Camera(test[:1,:48], which[len(which)//2], feature_map)
+    camera = Camera(test[:1,:24], tok, which[len(which)//2], feature_map)
     with screen.progress:
         rows = convert(m, train, test, feature_map, layers, kw, *steps, batch_size, lr, finetune_lr, objective, evals, baseline=baseline, seed=seed, on_event=both(screen.progress, camera))
     rows = [dict(experiment=experiment, model=_name(model), data='+'.join(map(_name, data)), **r, seq_len=seq_len, eval_tokens=test.numel()) for r in rows]
     result = _save(m, tok, out, record, camera, rows, command=command_line(ctx.obj), seed=seed, wall_s=time.perf_counter()-start, device=m.device)
     screen.out.print(perplexity_table(rows))
-    screen.say(f"saved [bold]{out}[/]: the model, {' and '.join(p.name for p in sorted(out.glob('*.png')))}; try [cyan]hedgehog generate {out} --prompt \"…\"[/]")
+    screen.say(f"saved [bold]{out}[/], with {', '.join(p.name for p in sorted(out.glob('*.png')))} and results.json; let it write with\n  [cyan]hedgehog generate {out} --prompt \"…\"[/]")
     screen.object(**result, out=str(out))
 
-# %% ../nbs/93_cli.ipynb #d9e3da65
+# %% ../nbs/93_cli.ipynb #8f758508
 @app.command('evaluate', epilog=_examples('hedgehog evaluate stories-hedgehog --data embedded --seq-len 256', 'hedgehog evaluate embedded --data book.txt --split all --json'))
 @_command
 def evaluate_command(
     model:ModelArg,
     data:DataOpt,
-    split:Annotated[str, _opt('--split', help="[cyan]train[/], [cyan]validation[/], [cyan]test[/] or [cyan]all[/]. A text without splits is cut: first 90%, next 5%, last 5%.")]='test',
+    split:Annotated[str, _opt('--split', metavar='NAME', help="[cyan]train[/], [cyan]validation[/], [cyan]test[/] or [cyan]all[/]. A text without splits is cut: first 90%, next 5%, last 5%.")]='test',
     text_column:ColumnOpt=None, seq_len:LenOpt=512, batch_size:BatchOpt=8, eval_tokens:EvalOpt=None,
     dtype:DtypeOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
@@ -631,20 +662,20 @@ def evaluate_command(
         m,tok = open_model(model, dtype, device)
         test = open_blocks(data, split, m, tok, seq_len, eval_tokens, None, text_column)
     t = time.perf_counter()
-    with screen.progress: row = Journal(test, batch_size, screen.progress).evaluate(m, _name(model), 'evaluate')
+    with screen.progress: row = Journal(test, batch_size, screen.progress.bar).evaluate(m, _name(model), 'evaluate')
     s = time.perf_counter()-t
     screen.out.print(f"perplexity [bold]{row['value']:.4g}[/]  on {test.numel():,} tokens in blocks of {seq_len}, {human(test.numel()/s)} tokens/s", highlight=False)
     screen.object(model=_name(model), data='+'.join(map(_name, data)), split=split, metric='ppl', value=row['value'], eval_tokens=test.numel(), seq_len=seq_len, seconds=round(s,3), tokens_per_s=round(test.numel()/s,1))
 
-# %% ../nbs/93_cli.ipynb #e0e8bbb3
+# %% ../nbs/93_cli.ipynb #1d0c632d
 @app.command('generate', epilog=_examples('hedgehog generate stories-hedgehog --prompt "Once upon a time"', 'hedgehog generate embedded --prompt "Lily and Tom" --temperature 0 --max-new-tokens 50'))
 @_command
 def generate_command(
     model:ModelArg,
     prompt:Annotated[str, _opt('--prompt', '-p', metavar='TEXT', help="How the text begins; [cyan]-[/] reads it from stdin.")],
-    max_new_tokens:Annotated[int, _opt('--max-new-tokens', '-n', min=1, help="Tokens to add, at most.")]=200,
-    temperature:Annotated[float, _opt('--temperature', min=0, help="0: always the likeliest token.")]=.8,
-    top_p:Annotated[float, _opt('--top-p', min=0, max=1, help="Sample from the likeliest tokens that have this much of the probability.")]=.95,
+    max_new_tokens:Annotated[int, _opt('--max-new-tokens', '-n', metavar='N', min=1, help="Tokens to add, at most.")]=200,
+    temperature:Annotated[float, _opt('--temperature', metavar='X', min=0, help="0: always the likeliest token.")]=.8,
+    top_p:Annotated[float, _opt('--top-p', metavar='X', min=0, max=1, help="Sample from the likeliest tokens that have this much of the probability.")]=.95,
     seed:SeedOpt=0, dtype:DtypeOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
     "[bold]Write[/] with a model, converted or not; the text on stdout as it comes, what it cost on stderr."
@@ -660,7 +691,7 @@ def generate_command(
 DEMO = dict(seq_len=256, batch_size=16, distill_steps=150, finetune_steps=150, lr=1e-2, finetune_lr=1e-3, num_maps=2, quick=10,
     prompt='Once upon a time', max_new_tokens=300, temperature=.8, layer=2)
 
-# %% ../nbs/93_cli.ipynb #2dba0dcc
+# %% ../nbs/93_cli.ipynb #27721756
 def _demo_rows(train, test, quick, listeners, seed):
     "(converted model, rows): Hedgehog, then 1+ELU with as many steps in all."
     from hedgehog_nb.data import load_embedded
@@ -671,19 +702,19 @@ def _demo_rows(train, test, quick, listeners, seed):
     return m, rows+convert(load_embedded()[0], train, test, 'elu', finetune_steps=a+b, teacher=False, on_event=listeners[0], **kw)
 
 def _memory_table(model, memory):
-    "Bytes remembered after some numbers of tokens, beside the cache the softmax model would need."
+    "Bytes remembered after some numbers of tokens written, beside the cache that softmax would need for them."
     from rich import box
     from rich.table import Table
-    c,at = model.config,[i for i in (1,4,16,64,256) if i<len(memory)]+[len(memory)]
+    c,at = model.config,[i for i in (1,16,64,256) if i<len(memory)]+[len(memory)]
     per_token = 2*c.num_hidden_layers*c.num_key_value_heads*c.head_dim*4
     t = Table(box=box.SIMPLE_HEAD)
-    t.add_column('bytes remembered after')
+    t.add_column('bytes remembered')
     for i in at: t.add_column(f'{i} tokens' if i==at[-1] else str(i), justify='right')
-    t.add_row('Hedgehog, the state', *(f'{memory[i-1]:,}' for i in at), style='bold')
-    t.add_row('softmax, the cache', *(f'{per_token*i:,}' for i in at))
+    t.add_row('Hedgehog state', *(f'{memory[i-1]:,}' for i in at), style='bold')
+    t.add_row('softmax cache', *(f'{per_token*i:,}' for i in at))
     return t
 
-# %% ../nbs/93_cli.ipynb #ef005591
+# %% ../nbs/93_cli.ipynb #273c9943
 @app.command('demo', epilog=_examples('hedgehog demo', 'hedgehog demo --quick --out pictures'))
 @_command
 def demo_command(
@@ -694,12 +725,12 @@ def demo_command(
     "[bold]See it work[/] in about a minute, with no network: convert the embedded story teller, compare, let it write."
     import torch
     from hedgehog_nb.data import load_embedded, load_texts, token_blocks
-    screen,fig = Screen(as_json),check_output(out.expanduser()/'hedgehog_demo.png', True, '--out')
+    screen,fig = Screen(as_json),check_output(out/'hedgehog_demo.png', True, folder=False)
     teacher,tok = load_embedded()
     train = token_blocks(load_texts('embedded'), tok, DEMO['seq_len'], seed=seed)
     test = token_blocks(load_texts('embedded', 'test'), tok, DEMO['seq_len'])
-    screen.say(f"[bold]stories260K[/], a Llama of {teacher.num_parameters():,} parameters that writes children's stories, has softmax attention.\nWe convert it to linear attention, and measure on {test.numel():,} tokens of stories it has not seen.\n")
-    camera = Camera(test[:1,:40], DEMO['layer'])
+    screen.say(f"[bold]stories260K[/], a Llama of {teacher.num_parameters():,} parameters that writes stories, has softmax attention.\nNow we give it linear attention, and measure on {test.numel():,} tokens it has not seen.\n")
+    camera = Camera(test[:1,:24], tok, DEMO['layer'])
     with screen.progress: model,rows = _demo_rows(train, test, quick, (screen.progress, camera), seed)
     screen.out.print('\n', perplexity_table(rows))
     screen.out.print("[bold]The converted model writes[/]\n")

@@ -10,10 +10,11 @@ __all__ = ['read_llama2c', 'rotary_rows', 'llama2c_state_dict', 'read_llama2c_vo
            'load_embedded', 'write_stories', 'write_texts', 'read_text', 'read_docs', 'cut_split', 'load_texts',
            'token_ids', 'token_blocks', 'batches']
 
-# %% ../nbs/91_data.ipynb #1ef8efbc
+# %% ../nbs/91_data.ipynb #097f1732
 import gzip, json, math, os, random, re, socket, struct, sys, zlib
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import islice
 from textwrap import shorten
 from urllib.parse import urlparse
 from importlib.resources import files
@@ -461,18 +462,41 @@ def load_texts(
     if not res: raise DataError(f"{spec} is too short to be cut into splits; name a longer text")
     return res
 
-# %% ../nbs/91_data.ipynb #5f79e0cc
+# %% ../nbs/91_data.ipynb #5c8cc76d
+def _marks(tokenizer):
+    "Ids that a document begins and ends with: those the tokenizer adds, or `eos` at the end where it adds none."
+    full, plain = tokenizer('a').input_ids, tokenizer('a', add_special_tokens=False).input_ids
+    k = next(k for k in range(len(full)) if full[k:k+len(plain)]==plain)
+    begin, end = full[:k], full[k+len(plain):]
+    return begin, end if begin or end or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+# %% ../nbs/91_data.ipynb #9e932a1a
+_cut = re.compile(r'(?<=\S\n)(?=\S)|(?<=\n)(?= \S)')
+
+def _pieces(text, size=2**15):
+    a = 0
+    while len(text)-a>size and (m := _cut.search(text, a+size)):
+        yield text[a:m.start()]
+        a = m.start()
+    yield text[a:]
+
 def token_ids(
     texts:list, # Documents
     tokenizer, # A Hugging Face tokenizer
-    batch:int=256, # Documents tokenized at once
-): # Yields the ids of one document at a time
-    "Ids of each document: with the special tokens its tokenizer adds, or ended by `eos` where it adds none."
-    end = [tokenizer.eos_token_id] if not tokenizer('').input_ids and tokenizer.eos_token_id is not None else []
-    for i in range(0, len(texts), batch):
-        for ids in tokenizer(texts[i:i+batch], return_attention_mask=False, verbose=False).input_ids: yield ids+end
+    batch:int=32, # Documents, or pieces of long ones, tokenized at once
+): # Yields lists of ids: a document each, or a piece of a long one
+    "Ids of all documents in order, each marked at its beginning or end as its tokenizer does."
+    begin,end = _marks(tokenizer)
+    def parts():
+        for t in texts:
+            ps = list(_pieces(t))
+            for i,p in enumerate(ps): yield p, begin if i==0 else [], end if i==len(ps)-1 else []
+    todo = parts()
+    while chunk := list(islice(todo, batch)):
+        ids = tokenizer([p for p,_,_ in chunk], add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+        for x,(_,b,e) in zip(ids, chunk): yield b+x+e
 
-# %% ../nbs/91_data.ipynb #b04f9457
+# %% ../nbs/91_data.ipynb #49180302
 def token_blocks(
     texts:list, # Documents
     tokenizer, # A Hugging Face tokenizer
@@ -485,10 +509,9 @@ def token_blocks(
     texts, need = listify(texts), None if max_tokens is None else max_tokens//seq_len*seq_len
     if need==0: raise DataError(f"max_tokens={max_tokens} is less than one block of seq_len={seq_len}")
     if seed is not None: texts = random.Random(seed).sample(texts, len(texts))
-    if need: texts = [t[:need*32] for t in texts]   # no token is 32 characters long on average
     ids = []
-    for doc in token_ids(texts, tokenizer):
-        ids += doc
+    for part in token_ids(texts, tokenizer):
+        ids += part
         if need and len(ids)>=need: break
     n = (need if need and len(ids)>=need else len(ids))//seq_len
     if not n: raise DataError(f"the text is {len(ids)} tokens long, less than one block of seq_len={seq_len}; give more text or a smaller seq_len")

@@ -7,14 +7,14 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/distillation.html.md"""
 # %% auto #0
 __all__ = ['LEAST', 'naive_weight_loss', 'weight_loss', 'output_loss', 'distill_map']
 
-# %% ../nbs/06_distillation.ipynb #36a2b8b5
+# %% ../nbs/06_distillation.ipynb #0f08c761
 import math, torch
 from torch import Tensor
-from .attention import check_qkv, full_precision, softmax_weights, softmax_attention
-from .linear_attention import naive_linear_weights, linear_attention, NOTHING
+from .attention import check_qkv, full_precision, repeat_kv, visible, softmax_weights, softmax_attention
+from .linear_attention import naive_linear_weights, linear_attention, prepare_keys, NOTHING
 
-# %% ../nbs/06_distillation.ipynb #3bee7719
-LEAST = 1e-20 # Weights below this count as this: a key that the student cannot see costs 46 nats, not infinity
+# %% ../nbs/06_distillation.ipynb #da93cd61
+LEAST = 1e-30 # Similarities below this count as this: a key that the student cannot see costs 69 nats, not infinity
 
 @full_precision
 def naive_weight_loss(
@@ -26,51 +26,58 @@ def naive_weight_loss(
     mask:Tensor=None, # (B, T) True at real tokens
 )->Tensor: # (H,) KL from softmax to linear weights in nats, mean over rows
     "The distillation loss of the paper (Eq. 4), less the teacher's entropy; T² memory, the oracle."
-    p = softmax_weights(q, k, causal, scale, mask)
-    a = naive_linear_weights(*feature_map(q, k), causal=causal, mask=mask)
-    kl = torch.where(p>0, p*(p.clamp_min(LEAST).log()-a.clamp_min(LEAST).log()), 0).sum(-1)  # (B, H, T)
-    rows = torch.ones_like(kl[:,:1]) if mask is None else mask[:,None].to(kl.dtype)
-    return (kl*rows).sum((0,2))/rows.sum()
+    check_qkv(q, k, k, mask)
+    H,p = q.shape[1],softmax_weights(q, k, causal, scale, mask)
+    phi_q,phi_k,_,log_k = prepare_keys(*(x:=feature_map(q, k))[:2], k, x[2])
+    log_u = (phi_q @ repeat_kv(phi_k, H).mT).clamp_min(LEAST).log()
+    if log_k is not None: log_u = log_u + repeat_kv(log_k, H)[:,:,None]
+    log_a = log_u.masked_fill(~visible(q.shape[2], k.shape[2], causal, mask, q.device), NOTHING).log_softmax(-1)
+    rows = torch.ones_like(p[:,:1,:,0]) if mask is None else mask[:,None].to(p.dtype)
+    return ((torch.special.xlogy(p, p) - p*log_a).sum(-1)*rows).sum((0,2))/rows.sum()
 
-# %% ../nbs/06_distillation.ipynb #1d57455a
+# %% ../nbs/06_distillation.ipynb #49d9fd2d
 def _weight_loss_rows(pq, pk, lk, q, k, hide, keep):
-    """Loss of some rows, and its gradients with respect to their features.
-    pq (Hkv, G, C, F), pk (Hkv, T, F), lk (Hkv, T) or None, q (Hkv, G, C, D) scaled, k (Hkv, T, D), hide (C, T) True where row i may not see key j,
-    keep (C, 1) 0 for rows that do not count."""
-    C,split = pq.shape[2],(pq.shape[1],pq.shape[2])
-    s = (q.flatten(1,2) @ k.mT).unflatten(1, split).masked_fill_(hide, NOTHING)
-    u = (pq.flatten(1,2) @ pk.mT).unflatten(1, split)
-    m = s.amax(-1, keepdim=True)
-    p = (s-m).exp_(); z = p.sum(-1, keepdim=True); p /= z
-    if lk is None: w = 1.; a = u.masked_fill(hide, 0)
-    else:
-        w = lk[:,None,None].expand(*lk.shape[:1],1,C,-1).masked_fill(hide, NOTHING)
-        w = (w-w.amax(-1, keepdim=True)).exp_(); a = (u*w).masked_fill_(hide, 0)
-    A = a.sum(-1, keepdim=True).clamp_min_(LEAST); a /= A
-    seen = p*(a>LEAST); P = seen.sum(-1, keepdim=True)
-    loss = (p*s).sum(-1,keepdim=True) - m - z.log() - (seen*a.clamp_min(LEAST).log_()).sum(-1, keepdim=True) - (1-P)*math.log(LEAST)
-    du = (P*w/A - seen/u.clamp_min(1e-38)).masked_fill_(hide, 0).mul_(keep)
-    dpq = (du.flatten(1,2) @ pk).unflatten(1, split)
-    return (loss*keep).sum(), dpq, du.flatten(1,2).mT @ pq.flatten(1,2), None if lk is None else ((P*a-seen)*keep).sum((1,2))
+    """Loss of some rows and its gradients with respect to pq, pk and lk. pq (Hkv, G, C, F), pk (Hkv, T, F), lk (Hkv, T) or None,
+    q (Hkv, G, C, D) scaled, k (Hkv, T, D), hide (C, n) True where a row may not see one of the last n keys, keep (C, 1) 0 at rows that do not count."""
+    split,n = pq.shape[1:3],hide.shape[1]
+    p = (q.flatten(1,2) @ k.mT).unflatten(1, split)
+    p[...,-n:].masked_fill_(hide, NOTHING)
+    p = p.softmax(-1)
+    u = (pq.flatten(1,2) @ pk.mT).unflatten(1, split).clamp_min_(LEAST)
+    if lk is not None:
+        w = lk[:,None,None].expand(*lk.shape[:1], 1, *hide.shape[:1], -1).clone()
+        w[...,-n:].masked_fill_(hide, NOTHING)
+        w = (w-w.amax(-1, keepdim=True)).exp_()
+        u = (u*w).clamp_min_(LEAST)
+    u[...,-n:].masked_fill_(hide, 0)
+    A = u.sum(-1, keepdim=True).clamp_min_(LEAST)
+    u[...,-n:].masked_fill_(hide, LEAST)
+    r = p/u
+    loss = (((p*r.clamp_min_(LEAST).log()).sum(-1, keepdim=True)+A.log())*keep).sum()
+    g = torch.sub(keep/A, r if keep.all() else r*keep, out=r).masked_fill_(u<=LEAST, 0)  # dL/d(u w)
+    dl = None if lk is None else (g*u).sum((1,2))
+    if lk is not None: g *= w
+    g = g.flatten(1,2)
+    return loss, (g@pk).unflatten(1, split), g.mT@pq.flatten(1,2), dl
 
-# %% ../nbs/06_distillation.ipynb #8bd212b2
+# %% ../nbs/06_distillation.ipynb #31b4951f
 class _WeightLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, phi_q, phi_k, log_k, q, k, causal, scale, mask, rows):
         (B,H,T,_),Hkv = phi_q.shape,phi_k.shape[1]
         dt = torch.promote_types(phi_q.dtype, torch.float32)
-        phi_q,q = (x.to(dt).unflatten(1, (Hkv,-1)) for x in (phi_q,q))
+        phi_q,q = (x.to(dt).unflatten(1, (Hkv,-1)) for x in (phi_q,q*scale))
         phi_k,k,log_k = phi_k.to(dt),k.to(dt),None if log_k is None else log_k.to(dt)
         real = torch.ones(B, T, dtype=torch.bool, device=q.device) if mask is None else mask.bool()
         n,loss = real.sum()*H,phi_q.new_zeros(())
         dq,dk,dl = torch.zeros_like(phi_q),torch.zeros_like(phi_k),None if log_k is None else torch.zeros_like(log_k)
         for b in range(B):
             for i in range(0, T, rows):
-                r,e = slice(i,i+rows),min(i+rows,T) if causal else T
-                hide = (~real[b,:e]).expand(min(rows,T-i), e)
+                r,C,e = slice(i,i+rows),min(rows,T-i),min(i+rows,T) if causal else T
+                hide = (~real[b,:e]).expand(C, e)
                 if causal: hide = hide | torch.ones_like(hide).triu(i+1)
-                keep = real[b,r].to(dt)[:,None]
-                l,g,gk,gl = _weight_loss_rows(phi_q[b,:,:,r], phi_k[b,:,:e], None if log_k is None else log_k[b,:,:e], q[b,:,:,r]*scale, k[b,:,:e], hide, keep)
+                if mask is None: hide = hide[:,i:] if causal else hide[:,:1]  # only where something is hidden
+                l,g,gk,gl = _weight_loss_rows(phi_q[b,:,:,r], phi_k[b,:,:e], None if log_k is None else log_k[b,:,:e], q[b,:,:,r], k[b,:,:e], hide, real[b,r,None].to(dt))
                 loss += l; dq[b,:,:,r] = g; dk[b,:,:e] += gk
                 if dl is not None: dl[b,:,:e] += gl
         ctx.save_for_backward(dq.flatten(1,2)/n, dk/n, None if dl is None else dl/n)
@@ -80,7 +87,7 @@ class _WeightLoss(torch.autograd.Function):
         dq,dk,dl = ctx.saved_tensors
         return dq*g, dk*g, None if dl is None else dl*g, *[None]*6
 
-# %% ../nbs/06_distillation.ipynb #8304b983
+# %% ../nbs/06_distillation.ipynb #335c51b4
 @full_precision
 def weight_loss(
     q:Tensor, # (B, H, T, D) teacher's queries
@@ -89,7 +96,7 @@ def weight_loss(
     causal:bool=True, # Query i sees keys up to its own position?
     scale:float=None, # The teacher's factor on q·k; 1/√D if None
     mask:Tensor=None, # (B, T) True at real tokens
-    rows:int=64, # Queries handled at a time; memory is rows × T
+    rows:int=128, # Queries handled at a time; memory is rows × T
 )->Tensor: # () KL from softmax to linear weights in nats, mean over rows and heads
     "`naive_weight_loss`, mean over heads, in memory linear in T: loss and gradient are formed together, block by block."
     check_qkv(q, k, k, mask)

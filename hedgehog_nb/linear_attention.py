@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from .attention import repeat_kv, visible, check_qkv, full_precision
 
-# %% ../nbs/02_linear_attention.ipynb #59cb4b0b
+# %% ../nbs/02_linear_attention.ipynb #d5f6944f
 NOTHING = -1e30  # The log weight of a padded key, and of an empty state: finite, so that differences stay finite
-EPS = 1e-20      # Least normaliser: rows that see no key give 0, not NaN
+EPS = 1e-30      # Least normaliser: rows that see no key give 0, not NaN
 
 def prepare_keys(
     phi_q:Tensor, # (B, H, Tq, F) mapped queries
@@ -146,7 +146,7 @@ def _chunk_logs(log_k, m0):
     m = torch.maximum(log_k.flatten(2).cummax(-1).values, m0[...,None]).view_as(log_k)
     return m, torch.cat([m0[...,None], m[:,:,:-1,-1]], 2), m[:,:,-1,-1]
 
-# %% ../nbs/02_linear_attention.ipynb #2e7dfa15
+# %% ../nbs/02_linear_attention.ipynb #9a3777cf
 @full_precision
 def chunk_linear_attention(
     phi_q:Tensor, # (B, H, T, F) mapped queries
@@ -164,6 +164,7 @@ def chunk_linear_attention(
     phi_q,phi_k,v,log_k = prepare_keys(phi_q, phi_k, v, log_k, mask)
     if phi_k.shape[2]!=T: raise ValueError(f"causal linear attention needs as many queries as keys; given {T} and {phi_k.shape[2]}")
     state,C = _start(initial_state, phi_k, v),min(chunk_size, T)
+    if log_k is None and initial_state is not None: log_k = torch.zeros_like(phi_k[...,0])  # so that it meets the state's m
     v = F.pad(v, (0,1), value=1.)                                                # a column of ones: the normaliser
     phi_q,phi_k,v = (F.pad(x, (0,0,0,-T%C)).unflatten(2, (-1,C)) for x in (phi_q,phi_k,v))  # (B, h, N, C, ·)
     qs = _group(phi_q, Hkv).transpose(2,3)                                       # (B, Hkv, N, G, C, F)
@@ -185,7 +186,7 @@ def chunk_linear_attention(
     o = o.transpose(2,3).flatten(3,4)[...,:T,:].reshape(B,H,T,-1).to(dtype)
     return (o, LinearState(S_end[...,:-1], S_end[...,-1], m_end)) if output_final_state else o
 
-# %% ../nbs/02_linear_attention.ipynb #108afddf
+# %% ../nbs/02_linear_attention.ipynb #5638bc53
 @full_precision
 def bidirectional_linear_attention(
     phi_q:Tensor, # (B, H, Tq, F) mapped queries
@@ -200,6 +201,7 @@ def bidirectional_linear_attention(
     dtype = v.dtype
     phi_q,phi_k,v,log_k = prepare_keys(phi_q, phi_k, v, log_k, mask)
     S0,z0,m0 = _start(initial_state, phi_k, v)
+    if log_k is None and initial_state is not None: log_k = torch.zeros_like(phi_k[...,0])
     m = m0.clamp_min(0) if log_k is None else torch.maximum(m0, log_k.amax(-1))
     if log_k is not None:
         phi_k,keep = phi_k*(log_k-m[...,None]).exp()[...,None], (m0-m).exp()

@@ -75,7 +75,7 @@ def parse_layers(
     if bad or not layers: raise ValueError(f"the model has layers 0 to {n-1}; given {layers}")
     return sorted(set(layers))
 
-# %% ../nbs/08_linearize.ipynb #426a72d7
+# %% ../nbs/08_linearize.ipynb #fcda89f5
 def linear_layers(
     model, # A converted model
 )->dict: # {name: attention module}
@@ -94,8 +94,8 @@ def linearize(
     from hedgehog_nb.state import use_recurrent_cache
     if linear_layers(model): raise ValueError("this model is linear already; load the original to convert it otherwise")
     was,_ = model.training,model.eval()
-    calls = list({c.name:c for c in capture_attention(model, **(inputs or probe_inputs(model)))}.values())
-    model.train(was)
+    try: calls = list({c.name:c for c in capture_attention(model, **(inputs or probe_inputs(model)))}.values())
+    finally: model.train(was)
     if not calls: raise ValueError(f"no attention call was seen in {type(model).__name__}")
     which = parse_layers(layers, len(calls))
     maps = [make_feature_map(feature_map, c.q.shape[-1], c.q.shape[1], c.k.shape[1], c.scale, **map_kwargs) for c in (calls[i] for i in which)]
@@ -243,7 +243,13 @@ def save_linearized(
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return path
 
-# %% ../nbs/08_linearize.ipynb #53ebf324
+# %% ../nbs/08_linearize.ipynb #11c3dea2
+def _saved_names(model):
+    "{name in a saved file: name in the model} of all weights of feature maps."
+    from transformers.core_model_loading import revert_weight_conversion
+    maps = {k:v for k,v in model.state_dict().items() if '.feature_map.' in k}
+    return {n:k for k,v in maps.items() for n in (k, *revert_weight_conversion(model, {k:v}))}
+
 def load_linearized(
     path, # Folder written by `save_linearized` or `save_pretrained`
     **kwargs # For `from_pretrained`: dtype, device_map …
@@ -258,10 +264,11 @@ def load_linearized(
     try: model = cls.from_pretrained(path, local_files_only=True, **kwargs)
     finally: transformers.logging.set_verbosity(level)
     linearize(model, **cfg['hedgehog'])
-    want,maps = {k for k in model.state_dict() if '.feature_map.' in k},{}
+    names,maps = _saved_names(model),{}
     for f in sorted(path.glob('*.safetensors')):
-        with safe_open(f, 'pt') as s: maps.update({k:s.get_tensor(k) for k in s.keys() if '.feature_map.' in k})
-    if want-maps.keys(): raise ValueError(f"{path} lacks weights of its feature maps: {', '.join(sorted(want-maps.keys())[:3])} …")
+        with safe_open(f, 'pt') as s: maps.update({names[k]:s.get_tensor(k) for k in s.keys() if k in names})
+    lacks = sorted(set(names.values())-maps.keys())
+    if lacks: raise ValueError(f"{path} lacks weights of its feature maps: {', '.join(lacks[:3])} …")
     model.load_state_dict(maps, strict=False, assign=True) # in the precision they were saved in
     for m in linear_layers(model).values(): m.feature_map.to(model.device).requires_grad_()
     return model.eval()

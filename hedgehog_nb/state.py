@@ -7,8 +7,9 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/generation.html.md"""
 # %% auto #0
 __all__ = ['RecurrentLayer', 'recurrent_layer', 'use_recurrent_cache']
 
-# %% ../nbs/09_generation.ipynb #f071843f
-from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache
+# %% ../nbs/09_generation.ipynb #a6a89a91
+from functools import partial
+from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache, StaticLayer
 from .linear_attention import LinearState
 
 # %% ../nbs/09_generation.ipynb #039b182f
@@ -41,7 +42,7 @@ class RecurrentLayer(CacheLayerMixin):
     @property
     def nbytes(self): return 0 if self.state is None else sum(x.nbytes for x in self.state)
 
-# %% ../nbs/09_generation.ipynb #120b41a9
+# %% ../nbs/09_generation.ipynb #41041c36
 def recurrent_layer(
     cache:Cache, # The cache of this forward pass; the layer's seat is taken if it is empty
     layer_idx:int, # Which layer
@@ -54,10 +55,12 @@ def recurrent_layer(
     cache.layers[layer_idx] = RecurrentLayer()
     return cache.layers[layer_idx]
 
-def _take_seat(module, args, kwargs):
-    "Forward pre-hook: find the cache among the arguments, and this module's layer in it."
+def _take_seat(linear, module, args, kwargs):
+    "Forward pre-hook: find the cache among the arguments, and this module's layer in it. `linear` are the layers that are converted."
     cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
     if isinstance(cache, EncoderDecoderCache): cache = cache.self_attention_cache
+    if cache is not None and any(isinstance(l, StaticLayer) for i,l in enumerate(cache.layers) if i not in linear):
+        raise ValueError("the softmax layers of a partly converted model cannot use a static cache; choose cache_implementation='dynamic'")
     module._past = None if cache is None else recurrent_layer(cache, module.layer_idx)
 
 def _leave_seat(module, args, output): module._past = None
@@ -66,7 +69,7 @@ def use_recurrent_cache(
     model, # A model whose converted attention modules have a `feature_map`
 ):
     "Let the converted layers of `model` keep their states in whatever `Cache` they are called with. `linearize` does this."
-    for m in model.modules():
-        if hasattr(m, 'feature_map') and hasattr(m, 'layer_idx'):
-            m.register_forward_pre_hook(_take_seat, with_kwargs=True)
-            m.register_forward_hook(_leave_seat, always_call=True)
+    ms = [m for m in model.modules() if hasattr(m, 'feature_map') and hasattr(m, 'layer_idx')]
+    for m in ms:
+        m.register_forward_pre_hook(partial(_take_seat, {m.layer_idx for m in ms}), with_kwargs=True)
+        m.register_forward_hook(_leave_seat, always_call=True)

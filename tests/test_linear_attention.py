@@ -308,3 +308,16 @@ def test_log_weights_that_do_not_fit_are_refused():
     q,k,v,l = features()
     for f in (naive_linear_attention, bidirectional_linear_attention, *CAUSAL.values()):
         with pytest.raises(ValueError, match='log_k'): f(q, k, v, l[:,:1])
+
+@pytest.mark.parametrize('logs', [False,True])
+def test_autocast_does_not_reach_the_sums(logs):
+    args = [x if x is None else x.float() for x in features(T=80, logs=logs)]
+    forms = [naive_linear_attention, bidirectional_linear_attention, *CAUSAL.values(), lambda q, k, v, l: linear_attention(q, k, v, lambda q,k: (q,k,l))]
+    want = [f(*args) for f in forms]
+    with torch.autocast('cpu', torch.bfloat16):
+        for f,w in zip(forms, want): assert torch.equal(f(*args), w)
+
+def test_arguments_may_be_named():
+    q,k,v,l = features()
+    for f in (naive_linear_attention, bidirectional_linear_attention, *CAUSAL.values()): assert torch.equal(f(v=v, log_k=l, phi_k=k, phi_q=q), f(q, k, v, l))
+    assert torch.equal(linear_attention(v=v, k=k, q=q), linear_attention(q, k, v))

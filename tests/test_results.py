@@ -30,7 +30,7 @@ def test_missing_fields_are_filled(tmp_path):
 @pytest.mark.parametrize('bad', [dict(value=float('nan')), dict(value=float('inf')), dict(value='30'), dict(value=True), dict(value=None), dict(experiment=''), dict(model=None),
     dict(data=3), dict(variant=None), dict(metric=''), dict(tokens=-1), dict(tokens=1.5), dict(seed=None), dict(metric='accuracy', unit='points')], ids=str)
 def test_a_row_that_is_not_complete_is_refused(tmp_path, bad):
-    with pytest.raises(ValueError): write_results(tmp_path/'a.json', [ROW, {**ROW, **bad}])
+    with pytest.raises(ValueError, match='finite' if 'value' in bad else None): write_results(tmp_path/'a.json', [ROW, {**ROW, **bad}])
     assert not list(tmp_path.iterdir())
     for f in ('experiment','model','data','variant','metric','value'):
         with pytest.raises(ValueError, match=f): write_results(tmp_path/'a.json', [{k:v for k,v in ROW.items() if k!=f}])
@@ -52,7 +52,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
 
 
 def test_a_file_that_is_no_result_is_named(tmp_path):
-    for text in ('{', '[]', '{"rows": []}', json.dumps(dict(commit='c', device='d', date='t', rows=[{**ROW, 'value':None}]))):
+    for text in ('{', '[]', '{"rows": []}', json.dumps(dict(commit='c', device='d', date='t', rows=[{**ROW, 'value':float('nan')}]))):
         (tmp_path/'broken.json').write_text(text)
         with pytest.raises(ValueError, match='broken.json'): read_results(tmp_path)
 

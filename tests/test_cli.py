@@ -1,0 +1,188 @@
+"The command line as its users meet it: help, the round trip linearize → evaluate → generate, results files, the demo."
+import json, os, subprocess, sys, time
+from pathlib import Path
+import pytest
+from typer.testing import CliRunner
+from hedgehog_nb import cli
+from hedgehog_nb.cli import app, log_spaced, steps_for, tokens_after, word_wrap
+
+torch = pytest.importorskip('torch')
+COMMANDS = 'linearize', 'evaluate', 'generate', 'demo'
+SHORT = '--seq-len 64 --batch-size 4 --eval-tokens 256'.split()
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+def hedgehog(*args, code=0, **kw):
+    "Run the command in this process; stdout and stderr, kept apart"
+    r = CliRunner().invoke(app, [str(a) for a in args], prog_name='hedgehog', **kw)
+    assert r.exit_code==code, (r.stdout, r.stderr, r.exception)
+    return r
+
+@pytest.fixture(scope='module')
+def converted(tmp_path_factory):
+    "A folder written by `hedgehog linearize`, its results file, and what the command printed"
+    d = tmp_path_factory.mktemp('converted')
+    r = hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', d/'tales', '--record', d/'run.json', '--json', '--baseline', '--evals', 3, '--num-maps', 2, '--seed', 1,
+        '--distill-tokens', 2048, '--finetune-steps', 3, '--experiment', 'demo', *SHORT)
+    return d/'tales', d/'run.json', r
+
+# What it says about itself
+
+@pytest.mark.parametrize('cmd', [(), *((c,) for c in COMMANDS)])
+def test_help(cmd):
+    out = hedgehog(*cmd, '--help').stdout
+    assert 'Usage: hedgehog' in out and 'Examples' in out and '$ hedgehog' in out
+    assert all(c in out for c in (COMMANDS if not cmd else ('--debug','--json')))
+    assert hedgehog(*cmd, '-h').stdout==out
+
+def test_help_names_every_map_and_form():
+    from hedgehog_nb.hedgehog import FORMS
+    from hedgehog_nb.feature_maps import FEATURE_MAPS
+    out = hedgehog('linearize', '--help', env={'COLUMNS':'200', 'TERMINAL_WIDTH':'200'}).stdout
+    assert all(n in out for n in (*FORMS, *FEATURE_MAPS))
+
+def test_help_is_quick_and_light(root):
+    code = "import sys; from hedgehog_nb.cli import app; app(['--help'], standalone_mode=False); print([m for m in ('torch','transformers','datasets','matplotlib','numpy') if m in sys.modules])"
+    runs = []
+    for _ in range(2):
+        t = time.perf_counter()
+        out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=root, check=True).stdout
+        runs.append(time.perf_counter()-t)
+    assert out.strip().endswith('[]') and min(runs)<1
+
+def test_version():
+    import hedgehog_nb
+    out = hedgehog('--version').stdout
+    assert out.startswith(f'hedgehog_nb {hedgehog_nb.__version__} (torch ') and out.count('\n')==1
+
+# linearize → evaluate → generate
+
+def test_linearize_saves_everything(converted):
+    out,_,r = converted
+    assert {'config.json','model.safetensors','tokenizer.json','attention.png','perplexity.png','results.json'} <= {p.name for p in out.iterdir()}
+    assert all((out/f).read_bytes()[:8]==b'\x89PNG\r\n\x1a\n' for f in ('attention.png','perplexity.png'))
+    assert not [p for p in out.parent.iterdir() if p.name.startswith('.')]
+    assert out.stat().st_mode & 0o055==0o055
+
+def test_linearize_json_is_the_record(converted):
+    out,record,r = converted
+    said = json.loads(r.stdout)
+    assert said.pop('out')==str(out)
+    assert said==json.loads(record.read_text())==json.loads((out/'results.json').read_text())
+    assert 'perplexity' in r.stderr and 'Traceback' not in r.stderr and 'Warning' not in r.stderr
+
+def test_record_schema(converted):
+    from hedgehog_nb.results import check_row, read_results
+    _,record,_ = converted
+    run = json.loads(record.read_text())
+    assert list(run)==['command','commit','date','device','versions','seed','wall_s','rows']
+    assert run['command'].startswith('hedgehog linearize embedded --data embedded --out tales --record run.json') and run['seed']==1 and run['wall_s']>0
+    assert all(check_row(r)==r and r['experiment']=='demo' and r['model']==r['data']=='embedded' for r in run['rows'])
+    assert len(read_results(record.parent))==len(run['rows'])
+
+def test_record_rows(converted):
+    rows = [r for r in json.loads(converted[1].read_text())['rows'] if r['metric']=='ppl']
+    assert [(r['variant'],r['stage'],r['tokens']) for r in rows] == [('softmax','teacher',0), ('softmax-finetuned','finetuned',768), ('swapped','swapped',0),
+        ('hedgehog-distilled','distill',512), ('hedgehog-distilled','distill',1024), ('hedgehog-distilled','distilled',2048), ('hedgehog','finetuned',2816)]
+    assert all(r['seed']==1 and r['seq_len']==64 and r['eval_tokens']==256 for r in rows)
+
+def test_evaluate_agrees(converted):
+    out,record,_ = converted
+    r = hedgehog('evaluate', out, '--data', 'embedded', '--json', *SHORT)
+    ppl,want = json.loads(r.stdout), json.loads(record.read_text())['rows'][-1]
+    assert abs(ppl['value']/want['value']-1)<1e-5 and ppl['eval_tokens']==256 and ppl['tokens_per_s']>0
+    teacher = json.loads(hedgehog('evaluate', 'embedded', '--data', 'embedded', '--json', *SHORT).stdout)
+    assert abs(teacher['value']/json.loads(record.read_text())['rows'][0]['value']-1)<1e-5
+
+def test_evaluate_plain(converted):
+    r = hedgehog('evaluate', converted[0], '--data', 'embedded', *SHORT)
+    assert r.stdout.startswith('perplexity ') and r.stdout.count('\n')==1
+
+def test_generate(converted):
+    args = 'generate', converted[0], '--prompt', 'Once upon a time', '--max-new-tokens', 12
+    r,j = hedgehog(*args),json.loads(hedgehog(*args, '--json').stdout)
+    assert r.stdout.strip()==j['text'].strip() and r.stdout.startswith('Once upon a time') and 'recurrent state' in r.stderr
+    assert j['tokens']==12 and j['first_bytes']==j['last_bytes']>0
+
+def test_generate_softmax_cache_grows():
+    j = json.loads(hedgehog('generate', 'embedded', '-p', 'Lily', '-n', 8, '--json').stdout)
+    assert j['last_bytes']>j['first_bytes']
+
+def test_generate_greedy_and_seeds(converted):
+    def text(*a): return json.loads(hedgehog('generate', converted[0], '-p', 'Tom', '-n', 10, '--json', *a).stdout)['text']
+    assert text('--temperature', 0)==text('--temperature', 0, '--seed', 3)
+    assert text('--seed', 1)==text('--seed', 1)!=text('--seed', 2)
+
+def test_generate_from_stdin():
+    assert hedgehog('generate', 'embedded', '-p', '-', '-n', 3, input='Tim saw').stdout.startswith('Tim saw')
+
+def test_overwrite(converted, here):
+    args = 'linearize', 'embedded', '--data', 'embedded', '--out', 'm', '--distill-tokens', 0, '--finetune-tokens', 0, *SHORT
+    hedgehog(*args)
+    before = (here/'m'/'results.json').read_text()
+    hedgehog(*args, code=1)
+    assert (here/'m'/'results.json').read_text()==before
+    hedgehog(*args, '--overwrite', '--map', 'elu', '--layers', '0-1')
+    assert json.loads((here/'m'/'config.json').read_text())['hedgehog']=={'feature_map':'elu', 'layers':[0,1]}
+    assert [p.name for p in here.iterdir()]==['m']
+
+def test_unlearned_map_is_not_distilled(here):
+    r = json.loads(hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', 'm', '--map', 'elu', '--finetune-steps', 1, '--json', *SHORT).stdout)
+    assert [x['variant'] for x in r['rows'] if x['metric']=='ppl']==['softmax','swapped','elu']
+
+def test_own_text_and_eval_data(here):
+    Path('book.txt').write_text('The cat sat on the mat. It was a fat cat.\n'*200)
+    Path('other.txt').write_text('The dog ran in the park. It was a big dog.\n'*40)
+    r = json.loads(hedgehog('linearize', 'embedded', '--data', 'book.txt', '--eval-data', 'other.txt', '--out', 'm', '--distill-steps', 1, '--finetune-steps', 0, '--json', *SHORT).stdout)
+    assert r['rows'][0]['data']=='book.txt' and r['rows'][-1]['variant']=='hedgehog-distilled'
+    assert json.loads(hedgehog('evaluate', 'm', '--data', 'other.txt', '--split', 'all', '--json', *SHORT).stdout)['eval_tokens']==256
+
+# The demo
+
+@pytest.fixture(scope='module')
+def demo(tmp_path_factory):
+    d = tmp_path_factory.mktemp('demo')
+    old,cli.DEMO = cli.DEMO,dict(cli.DEMO, distill_steps=2, finetune_steps=1, batch_size=4, seq_len=64, max_new_tokens=20)
+    try: return d, hedgehog('demo', '--json', '--out', d), hedgehog('demo', '--out', d)
+    finally: cli.DEMO = old
+
+def test_demo(demo):
+    d,as_json,plain = demo
+    j = json.loads(as_json.stdout)
+    ppl = [r for r in j['rows'] if r['metric']=='ppl']
+    assert [(r['variant'],r['map']) for r in ppl] == [('softmax','hedgehog'), ('swapped','hedgehog'), ('hedgehog-distilled','hedgehog'), ('hedgehog','hedgehog'), ('swapped','elu'), ('elu','elu')]
+    assert ppl[3]['tokens']==ppl[5]['tokens']==3*4*64
+    assert len(j['state_bytes'])==1 and j['story'].startswith('Once upon a time')
+    assert [p.name for p in d.iterdir()]==['hedgehog_demo.png']
+    assert all(s in plain.stdout for s in ('softmax, the teacher', '1+ELU', 'Once upon a time', 'Hedgehog state'))
+
+def test_quiet_where_there_is_no_terminal(demo):
+    "A line per phase, no bars, no warnings, no control codes"
+    _,as_json,plain = demo
+    for r in demo[1:]:
+        assert 'Warning' not in r.stderr and '\x1b' not in r.stderr and '\r' not in r.stderr and '━' not in r.stderr
+        assert len(r.stderr.splitlines())<(40 if r is as_json else 20)
+
+# The parts
+
+@pytest.mark.parametrize('n,b', [(10,4), (10,5), (3,8), (1,1), (7,7)])
+def test_budget(n, b):
+    "Steps and tokens are each other's inverse, and count what `batches` gives out"
+    from hedgehog_nb.data import batches
+    blocks = torch.zeros(n, 16, dtype=torch.long)
+    data,seen = batches(blocks, b, epochs=3),0
+    for i,x in enumerate(data,1):
+        seen += x.numel()
+        assert tokens_after(i, blocks, b)==seen and steps_for(seen, blocks, b)==i and steps_for(seen+1, blocks, b)==i+1
+
+def test_log_spaced(): assert log_spaced(100, 4)==[12,25,50,100] and log_spaced(2, 9)==[1,2] and log_spaced(0, 3)==[]
+
+def test_word_wrap():
+    import io
+    f = io.StringIO()
+    w = word_wrap(f, 10)
+    for s in ('one two ', 'three four\nfive ', 'a', 'bc ', 'averyverylongword end'): w(s)
+    assert [l.rstrip() for l in f.getvalue().split('\n')]==['one two', 'three four', 'five abc', 'averyverylongword', 'end']
