@@ -85,7 +85,7 @@ def test_record_schema(converted):
 
 def test_record_rows(converted):
     rows = [r for r in json.loads(converted[1].read_text())['rows'] if r['metric']=='ppl']
-    assert [(r['variant'],r['stage'],r['tokens']) for r in rows] == [('softmax','teacher',0), ('softmax-finetuned','finetuned',768), ('swapped','swapped',0),
+    assert [(r['variant'],r['stage'],r['tokens']) for r in rows] == [('softmax-zero-shot','teacher',0), ('softmax','finetuned',768), ('swapped','swapped',0),
         ('hedgehog-distilled','distill',512), ('hedgehog-distilled','distill',1024), ('hedgehog-distilled','distilled',2048), ('hedgehog','finetuned',2816)]
     assert all(r['seed']==1 and r['seq_len']==64 and r['eval_tokens']==256 for r in rows)
 
@@ -131,7 +131,7 @@ def test_overwrite(converted, here):
 
 def test_unlearned_map_is_not_distilled(here):
     r = json.loads(hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', 'm', '--map', 'elu', '--finetune-steps', 1, '--json', *SHORT).stdout)
-    assert [x['variant'] for x in r['rows'] if x['metric']=='ppl']==['softmax','swapped','elu']
+    assert [x['variant'] for x in r['rows'] if x['metric']=='ppl']==['softmax-zero-shot','swapped','elu']
 
 def test_own_text_and_eval_data(here):
     Path('book.txt').write_text('The cat sat on the mat. It was a fat cat.\n'*200)
@@ -153,7 +153,7 @@ def test_demo(demo):
     d,as_json,plain = demo
     j = json.loads(as_json.stdout)
     ppl = [r for r in j['rows'] if r['metric']=='ppl']
-    assert [(r['variant'],r['map']) for r in ppl] == [('softmax','hedgehog'), ('swapped','hedgehog'), ('hedgehog-distilled','hedgehog'), ('hedgehog','hedgehog'), ('swapped','elu'), ('elu','elu')]
+    assert [(r['variant'],r['map']) for r in ppl] == [('softmax-zero-shot','hedgehog'), ('swapped','hedgehog'), ('hedgehog-distilled','hedgehog'), ('hedgehog','hedgehog'), ('swapped','elu'), ('elu','elu')]
     assert ppl[3]['tokens']==ppl[5]['tokens']==3*4*64
     assert len(j['state_bytes'])==1 and j['story'].startswith('Once upon a time')
     assert [p.name for p in d.iterdir()]==['hedgehog_demo.png']
