@@ -47,12 +47,13 @@ def check_qkv(
     if mask is not None and mask.shape!=(k.shape[0],k.shape[2]):
         raise ValueError(f"mask is (batch, tokens) = {(k.shape[0],k.shape[2])}, True at real tokens; given {tuple(mask.shape)}")
 
-# %% ../nbs/01_softmax_attention.ipynb #14e47d70
+# %% ../nbs/01_softmax_attention.ipynb #668b1c17
 def full_precision(f):
     "Decorator: run `f` outside autocast, in the precision that it chooses itself."
     @functools.wraps(f)
     def _f(*args, **kwargs):
         x = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        if not torch.amp.is_autocast_available(x.device.type): return f(*args, **kwargs)
         with torch.autocast(x.device.type, enabled=False): return f(*args, **kwargs)
     return _f
 
@@ -102,7 +103,7 @@ def softmax_attention(
     o = (a @ repeat_kv(v, q.shape[1]).to(a.dtype)).to(v.dtype)
     return (o, a) if return_weights else o
 
-# %% ../nbs/01_softmax_attention.ipynb #068de6d0
+# %% ../nbs/01_softmax_attention.ipynb #5dc23838
 def fused_softmax_attention(
     q:Tensor, # (B, H, Tq, D) queries
     k:Tensor, # (B, Hkv, T, D) keys; Hkv divides H
@@ -111,6 +112,7 @@ def fused_softmax_attention(
     scale:float=None, # Factor on q·k; 1/√D if None
     mask:Tensor=None, # (B, T) True at real tokens
     window:int=None, # Query i sees only the last `window` keys, itself included
+    dropout:float=0., # Share of the weights set to zero, in training
 )->Tensor: # (B, H, Tq, D) outputs, in v's dtype
     "`softmax_attention` through PyTorch's fused kernels. Raises `ValueError` on shapes that do not fit."
     check_qkv(q, k, v, mask)
@@ -120,7 +122,7 @@ def fused_softmax_attention(
         ok = visible(Tq, T, causal, mask, q.device)
         if window is not None: ok = ok & ~torch.ones(Tq, T, dtype=torch.bool, device=q.device).tril(T-Tq-window)
         ok = ok | ~ok.any(-1, keepdim=True)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=ok, is_causal=causal and ok is None, scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=ok, dropout_p=dropout, is_causal=causal and ok is None, scale=scale)
 
 # %% ../nbs/01_softmax_attention.ipynb #5180fb5f
 class AttentionCall(NamedTuple):

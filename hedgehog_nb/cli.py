@@ -224,7 +224,7 @@ def whole(
         if path.is_dir(): path.rename(Path(d)/'old')
         os.replace(new, path)
 
-# %% ../nbs/93_cli.ipynb #238d52c4
+# %% ../nbs/93_cli.ipynb #b33f3c86
 def pick_device(
     device:str=None, # As PyTorch names it; None: the first GPU, or the CPU
 )->str: # The device
@@ -234,13 +234,6 @@ def pick_device(
     try: torch.empty(1, device=device)
     except Exception as e: raise ValueError(f"device {device!r} cannot be used here ({str(e).splitlines()[0][:120]}); use cpu") from None
     return device
-
-def _unmark(model):
-    "GGUF weights are plain numbers once they are read; without the marks of a quantised model it can be trained and saved."
-    if str(getattr(model, 'quantization_method', '')).endswith(('gguf','GGUF')):
-        model.is_quantized = False
-        del model.hf_quantizer, model.quantization_method, model.config.quantization_config
-    return model
 
 def open_model(
     spec, # Folder, converted or not; .gguf file; hub id; or "embedded"
@@ -259,9 +252,9 @@ def open_model(
     model,tok = load_model(spec, dtype, device)
     if type(model).__name__ not in language_models.values():
         raise ValueError(f"{spec} is a {type(model).__name__}, no language model that writes left to right; convert it in Python, with hedgehog_nb.linearize")
-    return _unmark(model),tok
+    return model,tok
 
-# %% ../nbs/93_cli.ipynb #d6feb46e
+# %% ../nbs/93_cli.ipynb #dd59e43c
 def open_blocks(
     spec, # Texts, as `load_texts` takes them
     split:str, # train, validation, test, or all
@@ -287,15 +280,10 @@ def map_plan(
     layers='all', # Layers to convert
     **map_kwargs # Settings of the map
 )->tuple: # (numbers of the layers to convert, parameters of their maps)
-    "What converting would add, found out by one tiny forward pass. Raises `ValueError` where it cannot be done."
-    from hedgehog_nb.attention import capture_attention
-    from hedgehog_nb.linearize import probe_inputs, parse_layers
-    from hedgehog_nb.feature_maps import make_feature_map
-    calls = capture_attention(model, **probe_inputs(model))
-    if not calls: raise ValueError(f"{type(model).__name__} has no attention that could be converted; name a Transformer")
-    which = parse_layers(layers, len(calls))
-    maps = [make_feature_map(feature_map, c.q.shape[-1], c.q.shape[1], c.k.shape[1], c.scale, **map_kwargs) for c in (calls[i] for i in which)]
-    return which, sum(p.numel() for m in maps for p in m.parameters())
+    "What converting would add. Raises `ValueError` where it cannot be done."
+    from hedgehog_nb.linearize import plan_maps
+    which,maps = plan_maps(model, feature_map, layers, **map_kwargs)
+    return which, sum(p.numel() for m in maps.values() for p in m.parameters())
 
 # %% ../nbs/93_cli.ipynb #20286b95
 def attention_maps(
@@ -577,7 +565,7 @@ def _plan(model, spec, feature_map, layers, extra, train, test, steps, batch_siz
     lines += [(w, f"{tokens_after(s, train, batch_size):,} tokens, {s} steps of {min(batch_size, len(train))} × {T}") for w,s in zip(('distill','finetune'), steps) if s]
     return '\n'.join(f'  [dim]{w:<9}[/] {l}' for w,l in [*lines, ('measure', f'{test.numel():,} tokens in blocks of {T}')])+'\n'
 
-# %% ../nbs/93_cli.ipynb #7851f940
+# %% ../nbs/93_cli.ipynb #2a80a9b0
 def _prepare(model, data, eval_data, text_column, feature_map, layers, kw, seq_len, batch_size, eval_tokens, budgets, dtype, device, seed):
     "Everything that can fail before the first step: (model, tokenizer, train, test, numbers of the layers, parameters of their maps, steps of each phase)."
     if is_converted(model): raise ValueError(f"{model} is converted already; name the model it came from")
@@ -603,14 +591,13 @@ def _save(model, tok, out, record, camera, rows, **run):
     from hedgehog_nb.results import write_results
     with whole(out) as d:
         save_linearized(model, d, tok)
-        for f in d.iterdir(): f.chmod(0o644)   # safetensors writes for its owner alone
         camera.attention(d/'attention.png')
         camera.curve(d/'perplexity.png')
         write_results(d/'results.json', rows, **run)
         if record: write_results(record, rows, **run)
     return json.loads((out/'results.json').read_text())
 
-# %% ../nbs/93_cli.ipynb #6de2f6d7
+# %% ../nbs/93_cli.ipynb #cfd722b0
 @app.command('linearize', epilog=_examples('hedgehog linearize embedded --data embedded --out stories-hedgehog --seq-len 256',
     'hedgehog linearize SmolLM2.gguf --data wikitext-2/ --out smol --baseline --evals 5 --record smol.json', 'hedgehog linearize gpt2 --data book.txt --out gpt2-hedgehog --distill-tokens 1000000 --finetune-tokens 0'))
 @_command
@@ -643,7 +630,8 @@ def linearize_command(ctx:typer.Context,
     dtype:DtypeOpt='float32', autocast:AutocastOpt=None, device:DeviceOpt=None, seed:SeedOpt=0, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
     "[bold]Convert a model[/]: swap its attention, distil the maps, finetune, measure after each, save.\n\nWithout a GPU expect about a minute for the embedded model, and hours for a hundred million parameters; smaller budgets and [cyan]--eval-tokens[/] make it shorter."
-    from hedgehog_nb.results import command_line
+    from hedgehog_nb.results import command_line, code_version
+    code_version() # of the code that runs, even if the checkout moves on meanwhile
     start,screen,kw = time.perf_counter(),Screen(as_json),{k:v for k,v in dict(form=form, num_maps=num_maps, bias=bias).items() if v is not None}
     out,record = check_output(out, overwrite),check_output(record, overwrite, '--record', folder=False)
     _check(objective, record, lr=lr, finetune_lr=finetune_lr)

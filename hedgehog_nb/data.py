@@ -224,7 +224,7 @@ def _tokenizer(auto, name, config, kw):
     if tok.pad_token is None: tok.pad_token = tok.eos_token
     return tok
 
-# %% ../nbs/91_data.ipynb #c54f7610
+# %% ../nbs/91_data.ipynb #858b4261
 def load_model(
     spec, # `embedded`, a folder, a .gguf file or a folder holding one, or a hub id
     dtype=None, # Name or `torch.dtype`; None: as saved
@@ -240,6 +240,9 @@ def load_model(
             model = model_class(config).from_pretrained(name, config=config, **kw, **({} if dtype is None else dict(dtype=dtype)))
             tok = _tokenizer(AutoTokenizer, name, config, kw)
             if device: model.to(device)
+        if kw: # weights from GGUF are plain numbers once read; with the marks of a quantised model they could not be trained or saved
+            model.is_quantized = False
+            for o,n in ((model,'hf_quantizer'),(model,'quantization_method'),(model.config,'quantization_config')): vars(o).pop(n, None)
     except ModelError: raise
     except Exception as e:
         if Path(name).is_dir(): raise ModelError(f"{spec} cannot be loaded: {_line(e)}") from e

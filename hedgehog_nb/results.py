@@ -9,8 +9,8 @@ __all__ = ['UNITS', 'HEAD', 'PAPER', 'EXPERIMENTS', 'SETTING', 'command_line', '
            'check_row', 'write_results', 'results_folder', 'read_results', 'Table', 'results_table', 'runs_table',
            'metrics_of', 'trend_rows']
 
-# %% ../nbs/19_results.ipynb #00f8ee01
-import json, math, os, platform, re, shlex, subprocess, sys, tempfile
+# %% ../nbs/19_results.ipynb #5d6c1bf7
+import functools, json, math, os, platform, re, shlex, subprocess, sys, tempfile
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +24,8 @@ def command_line(
     name,*args = sys.argv if argv is None else argv
     return shlex.join([Path(name).name, *(re.sub(r'(^|=)/(?:[^/]+/)*(?=[^/]+/?$)', r'\1', a) for a in args)])
 
-# %% ../nbs/19_results.ipynb #db24a05d
+# %% ../nbs/19_results.ipynb #f9351e59
+@functools.cache
 def code_version()->str: # Such as "1f3c9a2b7d10", "1f3c9a2b7d10-dirty" or "hedgehog_nb 0.0.1"
     "The commit this package was imported from, or else its version."
     pkg = Path(hedgehog_nb.__file__).resolve().parent
