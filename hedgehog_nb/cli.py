@@ -597,7 +597,7 @@ def _save(model, tok, out, record, camera, rows, **run):
         if record: write_results(record, rows, **run)
     return json.loads((out/'results.json').read_text())
 
-# %% ../nbs/93_cli.ipynb #cfd722b0
+# %% ../nbs/93_cli.ipynb #e870b766
 @app.command('linearize', epilog=_examples('hedgehog linearize embedded --data embedded --out stories-hedgehog --seq-len 256',
     'hedgehog linearize SmolLM2.gguf --data wikitext-2/ --out smol --baseline --evals 5 --record smol.json', 'hedgehog linearize gpt2 --data book.txt --out gpt2-hedgehog --distill-tokens 1000000 --finetune-tokens 0'))
 @_command
@@ -631,8 +631,7 @@ def linearize_command(ctx:typer.Context,
 ):
     "[bold]Convert a model[/]: swap its attention, distil the maps, finetune, measure after each, save.\n\nWithout a GPU expect about a minute for the embedded model, and hours for a hundred million parameters; smaller budgets and [cyan]--eval-tokens[/] make it shorter."
     from hedgehog_nb.results import command_line, code_version
-    code_version() # of the code that runs, even if the checkout moves on meanwhile
-    start,screen,kw = time.perf_counter(),Screen(as_json),{k:v for k,v in dict(form=form, num_maps=num_maps, bias=bias).items() if v is not None}
+    start,commit,screen,kw = time.perf_counter(),code_version(),Screen(as_json),{k:v for k,v in dict(form=form, num_maps=num_maps, bias=bias).items() if v is not None}
     out,record = check_output(out, overwrite),check_output(record, overwrite, '--record', folder=False)
     _check(objective, record, lr=lr, finetune_lr=finetune_lr)
     with screen.wait(f'loading {model}'):
@@ -643,7 +642,7 @@ def linearize_command(ctx:typer.Context,
     with screen.progress:
         rows = convert(m, train, test, feature_map, layers, kw, *steps, batch_size, lr, finetune_lr, objective, evals, baseline=baseline, autocast=autocast, seed=seed, on_event=both(screen.progress, camera))
     rows = [dict(experiment=experiment, model=_name(model), data='+'.join(map(_name, data)), **r, seq_len=seq_len, eval_tokens=test.numel()) for r in rows]
-    result = _save(m, tok, out, record, camera, rows, command=command_line(ctx.obj), seed=seed, wall_s=time.perf_counter()-start, device=m.device)
+    result = _save(m, tok, out, record, camera, rows, command=command_line(ctx.obj), seed=seed, wall_s=time.perf_counter()-start, device=m.device, commit=commit)
     screen.out.print(perplexity_table(rows))
     screen.say(f"saved [bold]{out}[/], with {', '.join(p.name for p in sorted(out.glob('*.png')))} and results.json; let it write with\n  [cyan]hedgehog generate {out} --prompt \"…\"[/]")
     screen.object(**result, out=str(out))
@@ -689,18 +688,18 @@ def generate_command(
     screen.say(f"[dim]{story['tokens']} tokens, {story['tokens']/story['seconds']:.0f} tokens/s; {what} {mem[0]:,} bytes after the first, {mem[-1]:,} after the last[/]")
     screen.object(model=_name(model), prompt=prompt, **story, first_bytes=mem[0], last_bytes=mem[-1])
 
-# %% ../nbs/93_cli.ipynb #0d644a32
-DEMO = dict(seq_len=256, batch_size=16, distill_steps=150, finetune_steps=150, lr=1e-2, finetune_lr=1e-3, num_maps=2, quick=10,
+# %% ../nbs/93_cli.ipynb #69b86360
+DEMO = dict(seq_len=256, batch_size=8, distill_steps=100, finetune_steps=120, lr=0.1, finetune_lr=2e-3, map=dict(num_maps=8, bias=True), quick=10,
     prompt='Once upon a time', max_new_tokens=300, temperature=.8, layer=2)
 
-# %% ../nbs/93_cli.ipynb #27721756
+# %% ../nbs/93_cli.ipynb #f96e7292
 def _demo_rows(train, test, quick, listeners, seed):
     "(converted model, rows): Hedgehog, then 1+ELU with as many steps in all."
     from hedgehog_nb.data import load_embedded
     m,n = load_embedded()[0],DEMO['quick'] if quick else 1
     a,b = DEMO['distill_steps']//n,DEMO['finetune_steps']//n
     kw = dict(batch_size=DEMO['batch_size'], lr=DEMO['lr'], finetune_lr=DEMO['finetune_lr'], seed=seed)
-    rows = convert(m, train, test, map_kwargs=dict(num_maps=DEMO['num_maps']), distill_steps=a, finetune_steps=b, on_event=both(*listeners), **kw)
+    rows = convert(m, train, test, map_kwargs=DEMO['map'], distill_steps=a, finetune_steps=b, on_event=both(*listeners), **kw)
     return m, rows+convert(load_embedded()[0], train, test, 'elu', finetune_steps=a+b, teacher=False, on_event=listeners[0], **kw)
 
 def _memory_table(model, memory):

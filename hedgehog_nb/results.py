@@ -9,8 +9,8 @@ __all__ = ['UNITS', 'HEAD', 'PAPER', 'EXPERIMENTS', 'SETTING', 'command_line', '
            'check_row', 'write_results', 'results_folder', 'read_results', 'Table', 'results_table', 'runs_table',
            'metrics_of', 'trend_rows']
 
-# %% ../nbs/19_results.ipynb #5d6c1bf7
-import functools, json, math, os, platform, re, shlex, subprocess, sys, tempfile
+# %% ../nbs/19_results.ipynb #00f8ee01
+import json, math, os, platform, re, shlex, subprocess, sys, tempfile
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,8 +24,7 @@ def command_line(
     name,*args = sys.argv if argv is None else argv
     return shlex.join([Path(name).name, *(re.sub(r'(^|=)/(?:[^/]+/)*(?=[^/]+/?$)', r'\1', a) for a in args)])
 
-# %% ../nbs/19_results.ipynb #f9351e59
-@functools.cache
+# %% ../nbs/19_results.ipynb #db24a05d
 def code_version()->str: # Such as "1f3c9a2b7d10", "1f3c9a2b7d10-dirty" or "hedgehog_nb 0.0.1"
     "The commit this package was imported from, or else its version."
     pkg = Path(hedgehog_nb.__file__).resolve().parent
@@ -54,7 +53,7 @@ def device_name(
     n = torch.get_num_threads()
     return f"{_cpu_name()}, {n} thread{'s'*(n>1)}" + ('' if device.type=='cpu' else f', {device.type}')
 
-# %% ../nbs/19_results.ipynb #816601c4
+# %% ../nbs/19_results.ipynb #0e04bd28
 def _version(name):
     try: return version(name)
     except PackageNotFoundError: return None
@@ -62,10 +61,11 @@ def _version(name):
 def provenance(
     command:str=None, # What was typed; `command_line()` if None
     device=None, # Where the run took place; the GPU if there is one, if None
+    commit:str=None, # `code_version()` when a long run began; that of now if None
 )->dict: # command, commit, date (UTC), device, versions
     "What is needed to repeat a run, or to doubt it."
     vs = dict(python=platform.python_version(), **{n:_version(n) for n in ('torch','triton','transformers')}, hedgehog_nb=hedgehog_nb.__version__)
-    return dict(command=command or command_line(), commit=code_version(), date=datetime.now(timezone.utc).isoformat(timespec='seconds'),
+    return dict(command=command or command_line(), commit=commit or code_version(), date=datetime.now(timezone.utc).isoformat(timespec='seconds'),
         device=device_name(device), versions={n:v for n,v in vs.items() if v})
 
 # %% ../nbs/19_results.ipynb #14eb063b
@@ -87,7 +87,7 @@ def check_row(
     if row['unit']!=UNITS.get(row['metric'], row['unit']): bad(f"{row['metric']} is given in {UNITS[row['metric']] or 'no unit'!r}, not in {row['unit']!r},")
     return row
 
-# %% ../nbs/19_results.ipynb #012acfa4
+# %% ../nbs/19_results.ipynb #86f31fe7
 HEAD = 'command','commit','date','device','versions','seed','wall_s'
 
 def write_results(
@@ -97,11 +97,12 @@ def write_results(
     seed:int=0, # Seed of the run
     wall_s:float=0., # Seconds the run took
     device=None, # Where the run took place; the GPU if there is one, if None
+    commit:str=None, # `code_version()` when a long run began; that of now if None
 )->Path: # The file
     "Write a run down (see `read_results`). Raises `ValueError` on a row that is not complete; then nothing is written."
     path,rows = Path(path),[check_row(r, seed) for r in rows]
     if path.suffix!='.json' or not rows: raise ValueError(f"results are at least one row in a .json file; given {len(rows)} rows for {path.name}")
-    head = dict(provenance(command, device), seed=seed, wall_s=round(float(wall_s), 2))
+    head = dict(provenance(command, device, commit), seed=seed, wall_s=round(float(wall_s), 2))
     lines = [f' {json.dumps(k)}: {json.dumps(head[k], ensure_ascii=False)},' for k in HEAD]
     text = '\n'.join(['{', *lines, ' "rows": [', ',\n'.join('  '+json.dumps(r, ensure_ascii=False, allow_nan=False) for r in rows), ' ]', '}', ''])
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,35 +1,15 @@
-"""The fused feature map against fp64 PyTorch: on a GPU where there is one, else in Triton's interpreter.
-
-The interpreter must be chosen before Triton is imported and holds for the whole process, so without a GPU one test runs
-this file again in a process of its own, and the other tests of the suite keep theirs as it is."""
-import os, subprocess, sys
-from pathlib import Path
+"""The fused feature map against fp64 PyTorch: on a GPU where there is one, else in Triton's interpreter."""
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from hedgehog_nb.feature_maps import per_head
 from hedgehog_nb.hedgehog import FORMS, hedgehog_features
+from interpreter import DEVICE, HERE, kernel, python, run_under_interpreter
 
-ROOT = Path(__file__).parents[1]
-HERE = torch.cuda.is_available() or os.environ.get('TRITON_INTERPRET')=='1'
-DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 TOL = {torch.float32:1e-5, torch.float16:2e-3, torch.bfloat16:2e-2} # of the largest reference value
-
-def python(*args, **env): return subprocess.run([sys.executable, *args], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=300)
 
 if HERE: from hedgehog_nb.kernels.feature_map import fused_feature_map
 else:
-    def test_under_the_interpreter():
-        pytest.importorskip('triton')
-        res = python('-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', '-k', 'not import and not compile', '--durations=5', __file__,
-                     TRITON_INTERPRET='1', OMP_NUM_THREADS='1', PYTEST_ADDOPTS='')
-        print(res.stdout)
-        assert res.returncode==0, res.stdout + res.stderr
-        assert ' passed' in res.stdout and 'skipped' not in res.stdout
-
-def kernel(f):
-    "A test that runs kernels: collected only where this process can."
-    f.__test__ = HERE
-    return f
+    def test_under_the_interpreter(): run_under_interpreter(__file__)
 
 def inputs(B, H, T, D, E=None, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)

@@ -1,0 +1,27 @@
+"""Kernels are tested on a GPU where there is one, else in Triton's interpreter.
+
+The interpreter must be chosen before Triton is imported and holds for the whole process, so without a GPU one test runs
+its file again in a process of its own, and the other tests of the suite keep theirs as it is."""
+import os, subprocess, sys
+from pathlib import Path
+import pytest, torch
+
+ROOT = Path(__file__).parents[1]
+HERE = torch.cuda.is_available() or os.environ.get('TRITON_INTERPRET')=='1'
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+
+def python(*args, **env): return subprocess.run([sys.executable, *args], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=300)
+
+def kernel(f):
+    "A test that runs kernels: collected only where this process can."
+    f.__test__ = HERE
+    return f
+
+def run_under_interpreter(file):
+    "Run the tests of `file` that run kernels in a process with the interpreter."
+    pytest.importorskip('triton')
+    res = python('-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', '-k', 'not import and not compile', '--durations=5', file,
+                 TRITON_INTERPRET='1', OMP_NUM_THREADS='1', PYTEST_ADDOPTS='')
+    print(res.stdout)
+    assert res.returncode==0, res.stdout + res.stderr
+    assert ' passed' in res.stdout and 'skipped' not in res.stdout

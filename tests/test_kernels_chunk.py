@@ -1,0 +1,234 @@
+"""Chunked linear attention in Triton against fp64 PyTorch: on a GPU where there is one, else in Triton's interpreter."""
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from hedgehog_nb.linear_attention import LinearState, bidirectional_linear_attention, chunk_linear_attention, naive_linear_attention, recurrent_linear_attention
+from interpreter import DEVICE, HERE, kernel, python, run_under_interpreter
+
+TOL = {torch.float32:1e-5, torch.float16:2e-3, torch.bfloat16:2e-2} # of the largest reference value; the interpreter cuts bf16 where a GPU rounds
+
+if HERE:
+    from hedgehog_nb.kernels import chunk
+    from hedgehog_nb.kernels.chunk import triton_linear_attention
+else:
+    def test_under_the_interpreter(): run_under_interpreter(__file__)
+
+def rand(*s, seed=0): return torch.randn(*s, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+def inputs(B=1, H=2, Hkv=2, T=20, F=16, D=8, dtype=torch.float32, Tq=None, seed=0):
+    return tuple(x.to(dtype) for x in (rand(B, H, Tq or T, F, seed=seed).softmax(-1), rand(B, Hkv, T, F, seed=seed+1).softmax(-1), rand(B, Hkv, T, D, seed=seed+2)))
+
+def extras(B=1, Hkv=2, T=20, F=16, D=8, seed=9, log=True, masked=True, state=True):
+    "Log weights, a mask with holes at both ends, and a state with its own maximum."
+    mask = rand(B, T, seed=seed) > -1
+    if T>2: mask[:,:2], mask[-1,-1] = False, False
+    before = LinearState(rand(B, Hkv, F, D, seed=seed+1), rand(B, Hkv, F, seed=seed+2).abs(), 3*rand(B, Hkv, seed=seed+3))
+    return dict(log_k=5*rand(B, Hkv, T, seed=seed+4) if log else None, mask=mask if masked else None, initial_state=before if state else None)
+
+def close(a, r, tol, name=''):
+    assert a.shape==r.shape and torch.isfinite(a).all(), name
+    err = ((a.double() - r).abs().max()/r.abs().max().clamp_min(1e-3)).item()
+    assert err < tol, f"{name}: {err:.1e}, allowed {tol:.0e}"
+
+def check(q, k, v, causal=True, schedule=None, tol=None, **kw):
+    "Outputs and final state against the fp64 oracle."
+    double = lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else LinearState(*map(double, x)) if isinstance(x, LinearState) else x
+    f = recurrent_linear_attention if causal else bidirectional_linear_attention
+    o,s = triton_linear_attention(q, k, v, causal=causal, schedule=schedule, output_final_state=True, **kw)
+    ref,after = f(*map(double, (q, k, v)), **{n:double(x) for n,x in kw.items()}, output_final_state=True)
+    tol = tol or TOL[torch.promote_types(q.dtype, v.dtype) if q.dtype!=v.dtype else v.dtype]
+    assert o.dtype==v.dtype and all(x.dtype==torch.float32 for x in s)
+    close(o, ref.double(), tol, 'o'); close(s.S, after.S, tol, 'S'); close(s.z, after.z, tol, 'z'); close(s.m, after.m, 1e-5, 'm')
+    return o,s
+
+SCHEDULES = 'scan','parallel',2
+
+@kernel
+@pytest.mark.parametrize('T', [1, 17, 64, 100, 257])
+@pytest.mark.parametrize('F,D', [(16,8), (120,60), (128,64), (16,32)])
+def test_shapes(F, D, T):
+    for i,schedule in enumerate(('scan', 'parallel')):
+        H,Hkv = [(4,4), (4,2), (4,1)][(F + D + T + i) % 3]
+        check(*inputs(1, H, Hkv, T, F, D, dtype=torch.float32 if T<=64 else torch.float16 if T==100 else torch.bfloat16), schedule=schedule)
+
+@kernel
+@pytest.mark.parametrize('causal', [True, False])
+@pytest.mark.parametrize('heads', [(4,4), (4,2), (4,1)])
+@pytest.mark.parametrize('schedule', SCHEDULES)
+def test_everything_at_once(schedule, heads, causal):
+    H,Hkv = heads
+    check(*inputs(2, H, Hkv, 40, 24, 20), causal, schedule, **extras(2, Hkv, 40, 24, 20))
+
+@kernel
+@pytest.mark.parametrize('log', [False, True])
+@pytest.mark.parametrize('masked', [False, True])
+@pytest.mark.parametrize('state', [False, True])
+def test_each_alone(log, masked, state):
+    for causal in (True, False):
+        for schedule in ('scan', 'parallel'): check(*inputs(1, 2, 1, 40), causal, schedule, **extras(1, 1, 40, log=log, masked=masked, state=state))
+
+@kernel
+@pytest.mark.parametrize('dtype', TOL, ids=str)
+@pytest.mark.parametrize('causal', [True, False])
+def test_dtypes(causal, dtype):
+    for schedule in SCHEDULES[:2]: check(*inputs(1, 2, 1, 150, 64, 32, dtype=dtype), causal, schedule, **extras(1, 1, 150, 64, 32))
+
+@kernel
+def test_mixed_dtypes():
+    q,k,v = inputs(T=70)
+    check(q.bfloat16(), k.bfloat16(), v, tol=1e-2); check(q, k, v.half(), tol=2e-3); check(q.half(), k.half(), v.bfloat16(), tol=1e-2)
+
+@kernel
+@pytest.mark.parametrize('F,D', [(512,256), (300,8), (1,1), (17,130)])
+def test_extreme_widths(F, D):
+    for causal in (True, False): check(*inputs(1, 1, 1, 9, F, D), causal, **extras(1, 1, 9, F, D))
+
+@kernel
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(B=st.integers(1, 2), Hkv=st.integers(1, 2), G=st.integers(1, 3), T=st.integers(1, 140), Tq=st.integers(1, 80), F=st.integers(1, 40), D=st.integers(1, 40), causal=st.booleans(),
+       log=st.booleans(), masked=st.booleans(), state=st.booleans(), bthd=st.booleans(), dtype=st.sampled_from(list(TOL)), schedule=st.sampled_from([None, 'scan', 'parallel', 3]), seed=st.integers(0, 99))
+def test_drawn(B, Hkv, G, T, Tq, F, D, causal, log, masked, state, bthd, dtype, schedule, seed):
+    qkv = inputs(B, Hkv*G, Hkv, T, F, D, dtype, None if causal else Tq, seed)
+    if bthd: qkv = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv]
+    # a state of random signs makes sums that cancel: o is then as large as it is uncertain
+    check(*qkv, causal, schedule, tol=3*TOL[dtype], **extras(B, Hkv, T, F, D, seed, log, masked, state))
+
+@kernel
+def test_strided_views_are_read_in_place():
+    q,k,v = inputs(2, 4, 2, 20, 16, 16)
+    qkv = rand(2, 20, 8, 48).abs().transpose(1, 2) # as a fused projection leaves them
+    bthd = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    for views in (bthd, (qkv[:,:4,:,:16], qkv[:,4:6,:,16:32], qkv[:,6:,:,32:]), (q[:,:,::2], k[:,:,::2], v[:,:,::2]), (q[:,:1].expand(-1, 4, -1, -1), k[:1].expand(2, -1, -1, -1), v)):
+        for causal in (True, False):
+            a,b = (triton_linear_attention(*x, causal=causal) for x in (views, [x.contiguous() for x in views]))
+            assert torch.equal(a, b)
+        check(*views)
+
+@kernel
+@pytest.mark.parametrize('schedule', SCHEDULES)
+def test_two_halves_are_the_whole(schedule):
+    q,k,v = inputs(2, 2, 1, 60)
+    kw = extras(2, 1, 60)
+    first,second = ([None if x is None else x[:,:,s] for x in (q, k, v, kw['log_k'])] for s in (slice(37), slice(37, None)))
+    whole,end = triton_linear_attention(q, k, v, **kw, output_final_state=True)
+    a,mid = triton_linear_attention(*first, mask=kw['mask'][:,:37], initial_state=kw['initial_state'], output_final_state=True, schedule=schedule)
+    b,last = triton_linear_attention(*second, mask=kw['mask'][:,37:], initial_state=mid, output_final_state=True, schedule=schedule)
+    close(torch.cat([a, b], 2), whole.double(), 1e-5); [close(x, y.double(), 1e-5) for x,y in zip(last, end)]
+
+@kernel
+def test_causal():
+    q,k,v = inputs(H=1, Hkv=1, T=100)
+    for schedule in SCHEDULES:
+        o = triton_linear_attention(q, k, v, schedule=schedule)
+        v2,k2 = v.clone(),k.clone(); v2[:,:,70:] = 9; k2[:,:,70:] = 5
+        o2 = triton_linear_attention(q, k2, v2, schedule=schedule)
+        assert torch.equal(o[:,:,:70], o2[:,:,:70]) and not torch.equal(o[:,:,70:], o2[:,:,70:])
+
+@kernel
+def test_padding_changes_nothing_else():
+    q,k,v = inputs(2, 2, 2, 40)
+    mask = torch.ones(2, 40, dtype=torch.bool, device=DEVICE); mask[0,:9] = False; mask[1,30:] = False
+    k[0,:,:9], v[0,:,:9], v[1,:,30:] = float('inf'), float('nan'), float('nan') # whatever lies there is not read
+    for schedule in SCHEDULES:
+        o,s = triton_linear_attention(q, k, v, mask=mask, output_final_state=True, schedule=schedule)
+        for b,sl in ((0, slice(9, None)), (1, slice(30))):
+            ref,after = chunk_linear_attention(*(x[b:b+1,:,sl].double() for x in (q, k, v)), output_final_state=True)
+            close(o[b:b+1,:,sl], ref, 1e-5); close(s.S[b:b+1], after.S, 1e-5)
+        assert not o[0,:,:9].any() # these queries see no key
+
+@kernel
+@pytest.mark.parametrize('causal', [True, False])
+def test_nothing_visible_gives_zero(causal):
+    q,k,v = inputs(T=20)
+    for log_k in (None, rand(1, 2, 20)):
+        o = triton_linear_attention(q, k, v, log_k, causal, torch.zeros(1, 20, dtype=torch.bool, device=DEVICE), schedule='parallel')
+        assert not o.any()
+
+@kernel
+def test_large_log_weights_and_sums_beyond_fp16():
+    q,k,v = inputs(T=150)
+    for causal in (True, False): check(q, k, v, causal, 'parallel', log_k=200*rand(1, 2, 150))
+    q,k,v = inputs(T=300, dtype=torch.float16)
+    assert k.double().sum(2).max()*5000 > 65504
+    for causal in (True, False): check(60*q, 5000*k, 30*v, causal, 'parallel', tol=4e-3)
+
+@kernel
+def test_repeats_to_the_bit_and_schedules_agree():
+    q,k,v = inputs(1, 2, 1, 130, dtype=torch.bfloat16)
+    for schedule in SCHEDULES: assert torch.equal(*(triton_linear_attention(q, k, v, schedule=schedule) for _ in range(2)))
+    q,k,v = inputs(1, 2, 1, 100)
+    o = triton_linear_attention(q, k, v, schedule='scan')
+    for n in (1, 3, 4, 100, None): close(triton_linear_attention(q, k, v, schedule=n), o.double(), 1e-5)
+
+@kernel
+def test_segments():
+    for P in (1, 7, 88, 131, 132, 5000):
+        for chunks in (1, 3, 33, 200):
+            for again in (0, .2, .5):
+                for schedule in (None, 'scan', 'parallel', 1, 7):
+                    n = chunk._segments(P, chunks, again, 2.7, schedule)
+                    length = -(-chunks//n)
+                    assert 1<=n<=chunks and (n-1)*length<chunks<=n*length # no segment is empty
+                    if schedule=='scan': assert n==1
+                    if schedule=='parallel' and chunks>1: assert n>1
+                    if schedule is None: assert all(chunk._waves(n, P, chunks, again, 2.7)<=chunk._waves(i, P, chunks, again, 2.7) for i in range(1, min(chunks, 264)+1))
+    assert [chunk._segments(P, 128, .5, 2.7) for P in (8, 132, 264)]==[16, 1, 1]
+
+@kernel
+@pytest.mark.parametrize('causal', [True, False])
+def test_gradients_are_those_of_pytorch(causal):
+    q,k,v = inputs(2, 4, 2, 40)
+    kw = extras(2, 2, 40)
+    f = chunk_linear_attention if causal else bidirectional_linear_attention
+    def grads(fn, dt, **extra):
+        ins = [x.to(dt).detach().requires_grad_() for x in (q, k, v, kw['log_k'], *kw['initial_state'])]
+        o,s = fn(*ins[:4], mask=kw['mask'], initial_state=LinearState(*ins[4:]), output_final_state=True, **extra)
+        loss = o.sin().sum() + s.S.cos().sum() + s.z.square().sum() + s.m.sum()
+        return torch.autograd.grad(loss, ins)
+    for a,r in zip(grads(triton_linear_attention, torch.float32, causal=causal), grads(f, torch.float64)): close(a, r, 1e-4)
+
+@kernel
+def test_only_some_gradients():
+    q,k,v = inputs(T=30)
+    v.requires_grad_()
+    o = triton_linear_attention(q, k, v)
+    g, = torch.autograd.grad(o.sum(), v)
+    r, = torch.autograd.grad(chunk_linear_attention(q, k, v).sum(), v)
+    close(g, r.double(), 1e-5)
+    assert not triton_linear_attention(q, k, v.detach()).requires_grad
+
+@kernel
+@pytest.mark.parametrize('message,change', [
+    ('4|batch, heads', lambda q,k,v: dict(phi_q=q[0])), ('same channels', lambda q,k,v: dict(phi_q=q[...,:8])), ('do not divide', lambda q,k,v: dict(phi_q=q[:,[0,1,1]])),
+    ('same heads and tokens', lambda q,k,v: dict(v=v[:,:,:9])), ('empty', lambda q,k,v: dict(phi_q=q[:,:,:0], phi_k=k[:,:,:0], v=v[:,:,:0])), ('empty', lambda q,k,v: dict(phi_q=q[:0], phi_k=k[:0], v=v[:0])),
+    ('as many queries as keys', lambda q,k,v: dict(phi_q=q[:,:,:9])), ('up to 512', lambda q,k,v: dict(phi_q=torch.ones(1,2,20,513), phi_k=torch.ones(1,2,20,513))),
+    ('256 channels', lambda q,k,v: dict(v=torch.ones(1,2,20,257))), ('phi_q is float32', lambda q,k,v: dict(phi_q=q.double())), ('floating point', lambda q,k,v: dict(v=v.long())),
+    ('last stride 1', lambda q,k,v: dict(phi_k=k.mT.contiguous().mT)), ('log_k is', lambda q,k,v: dict(log_k=torch.ones(1, 2, 9))), ('mask is', lambda q,k,v: dict(mask=torch.ones(1, 9))),
+    ('initial_state has shapes', lambda q,k,v: dict(initial_state=LinearState(torch.zeros(1,2,16,9), torch.zeros(1,2,16), torch.zeros(1,2)))),
+    ('must lie on', lambda q,k,v: dict(mask=torch.ones(1, 20, device='meta'))), ('different devices', lambda q,k,v: dict(v=v.to('meta'))),
+    ('schedule is', lambda q,k,v: dict(schedule='fast')), ('schedule is', lambda q,k,v: dict(schedule=0)), ('schedule is', lambda q,k,v: dict(schedule=True)), ('precision is', lambda q,k,v: dict(precision='tf16')),
+])
+def test_errors_say_what_was_given(message, change):
+    q,k,v = inputs()
+    with pytest.raises(ValueError, match=message): triton_linear_attention(**(dict(phi_q=q, phi_k=k, v=v) | {n: x.to(DEVICE) if isinstance(x, torch.Tensor) and x.device.type!='meta' else x for n,x in change(q, k, v).items()}))
+
+def test_import_without_a_gpu_works_and_cpu_tensors_are_refused():
+    pytest.importorskip('triton')
+    res = python('-c', 'import torch\nfrom hedgehog_nb.kernels.chunk import triton_linear_attention as f\nf(*[torch.ones(1,1,4,8)]*3)', TRITON_INTERPRET='0', CUDA_VISIBLE_DEVICES='')
+    assert res.returncode!=0 and 'ValueError: the kernel runs on a GPU; given tensors on cpu' in res.stderr
+
+def test_compiles_for_hopper(tmp_path):
+    pytest.importorskip('triton')
+    code = """
+import torch
+from hedgehog_nb.kernels import chunk
+from hedgehog_nb.kernels.chunk import chunk_usage as use
+for kernel in ('forward', 'states', 'read'): assert use(128, 64, kernel=kernel)['spilled_bytes']==0
+for kw in (dict(group=4, parallel=True, log_k=True, HAS_MASK=True), dict(dtype=torch.float16), dict(dtype=torch.float32)):
+    u = use(128, 64, **kw)
+    assert u['shared_bytes']<=227*1024 and u['spilled_bytes']<=512, u
+assert use(512, 256, torch.float32)['shared_bytes']<=227*1024
+assert use(60, 60, kernel='states', log_k=True, HAS_MASK=True)['spilled_bytes']==0
+chunk.offline_usage(chunk._scan_states_kernel, dict(WIDTH=8320, BLOCK=1024, HAS_LOG=True, num_warps=4, num_stages=1), 'fp32')
+"""
+    res = python('-c', code, TRITON_INTERPRET='0', TRITON_DEFAULT_FP_FUSION='1', TRITON_CACHE_DIR=str(tmp_path))
+    assert res.returncode==0, res.stderr
