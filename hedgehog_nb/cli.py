@@ -715,7 +715,7 @@ def _memory_table(model, memory):
     t.add_row('softmax cache', *(f'{per_token*i:,}' for i in at))
     return t
 
-# %% ../nbs/93_cli.ipynb #273c9943
+# %% ../nbs/93_cli.ipynb #b1e78973
 @app.command('demo', epilog=_examples('hedgehog demo', 'hedgehog demo --quick --out pictures'))
 @_command
 def demo_command(
@@ -724,7 +724,6 @@ def demo_command(
     seed:SeedOpt=0, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
     "[bold]See it work[/] in about a minute, with no network: convert the embedded story teller, compare, let it write."
-    import torch
     from hedgehog_nb.data import load_embedded, load_texts, token_blocks
     screen,fig = Screen(as_json),check_output(out/'hedgehog_demo.png', True, folder=False)
     teacher,tok = load_embedded()

@@ -7,11 +7,11 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/distillation.html.md"""
 # %% auto #0
 __all__ = ['LEAST', 'naive_weight_loss', 'weight_loss', 'output_loss', 'distill_map']
 
-# %% ../nbs/06_distillation.ipynb #0f08c761
-import math, torch
+# %% ../nbs/06_distillation.ipynb #db0c6280
+import torch
 from torch import Tensor
 from .attention import check_qkv, full_precision, repeat_kv, visible, softmax_weights, softmax_attention
-from .linear_attention import naive_linear_weights, linear_attention, prepare_keys, NOTHING
+from .linear_attention import linear_attention, prepare_keys, NOTHING
 
 # %% ../nbs/06_distillation.ipynb #da93cd61
 LEAST = 1e-30 # Similarities below this count as this: a key that the student cannot see costs 69 nats, not infinity

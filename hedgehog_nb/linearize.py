@@ -9,12 +9,12 @@ __all__ = ['OBJECTIVES', 'padding_mask', 'hedgehog_attention', 'probe_inputs', '
            'linearize', 'set_implementation', 'teacher_pass', 'distill', 'perplexity', 'finetune', 'save_linearized',
            'load_linearized']
 
-# %% ../nbs/08_linearize.ipynb #6450b7b1
+# %% ../nbs/08_linearize.ipynb #858b656c
 import json, math, os, re, shutil, tempfile
 from functools import partial
 from pathlib import Path
 import torch, transformers
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from safetensors import safe_open
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel

@@ -7,10 +7,9 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/generation.html.md"""
 # %% auto #0
 __all__ = ['RecurrentLayer', 'recurrent_layer', 'use_recurrent_cache']
 
-# %% ../nbs/09_generation.ipynb #a6a89a91
+# %% ../nbs/09_generation.ipynb #b0070e27
 from functools import partial
 from transformers.cache_utils import Cache, CacheLayerMixin, EncoderDecoderCache, StaticLayer
-from .linear_attention import LinearState
 
 # %% ../nbs/09_generation.ipynb #039b182f
 class RecurrentLayer(CacheLayerMixin):
