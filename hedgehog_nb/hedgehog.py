@@ -10,7 +10,7 @@ __all__ = ['FORMS', 'hedgehog_features', 'Hedgehog']
 # %% ../nbs/05_hedgehog.ipynb #e7b590a3
 import torch
 from torch import Tensor, nn
-from .feature_maps import FeatureMap, register_feature_map, exp_features, per_head
+from .feature_maps import FeatureMap, register_attention, exp_features, per_head
 
 # %% ../nbs/05_hedgehog.ipynb #43eab646
 FORMS = 'exp','softmax_halves','softmax_joint'
@@ -27,7 +27,7 @@ def hedgehog_features(
     raise ValueError(f"form is one of {', '.join(FORMS)}; given {form!r}")
 
 # %% ../nbs/05_hedgehog.ipynb #24746602
-@register_feature_map('hedgehog')
+@register_attention('hedgehog')
 class Hedgehog(FeatureMap):
     "The learned map of the paper (Eq. 6): φ(x) = [exp(Wx+b), exp(−Wx−b)], or one of its normalised forms."
     learned = True

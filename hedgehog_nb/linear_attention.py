@@ -246,11 +246,12 @@ def linear_attention(
     cu_seqlens=None, # Borders of sequences packed into one row, from 0 to T: (n+1,) integers
     chunk_size:int=64, # Tokens handled by one matrix product
     implementation:str=None, # "naive", "recurrent" or "chunked"; chosen by the input if None
+    offset:int=0, # Tokens before these, for a map that looks at positions
 ): # (B, H, Tq, Dv) outputs in v's dtype; with `output_final_state` the pair (outputs, `LinearState`)
     "Linear attention (paper, Eq. 2) from queries, keys and values. Raises `ValueError` that says what was given and what fits."
     if implementation not in (None,)+IMPLEMENTATIONS: raise ValueError(f"implementation is one of {', '.join(IMPLEMENTATIONS)}; given {implementation!r}")
     check_qkv(q, k, v, mask)
-    phi_q,phi_k,log_k = (q,k,None) if feature_map is None else feature_map(q, k)
+    phi_q,phi_k,log_k = (q,k,None) if feature_map is None else feature_map(q, k, offset) if getattr(feature_map, 'positional', False) else feature_map(q, k)
     args = causal,mask,initial_state,output_final_state,chunk_size,implementation
     if cu_seqlens is None: return _dispatch(phi_q, phi_k, v, log_k, *args)
     if initial_state is not None or output_final_state or mask is not None: raise ValueError("cu_seqlens goes without mask and states: give the sequences as a batch instead")

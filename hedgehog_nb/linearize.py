@@ -43,7 +43,7 @@ def hedgehog_attention(module, q, k, v, attention_mask=None, scaling=None, dropo
     if not hasattr(module, 'feature_map'):
         return fused_softmax_attention(q, k, v, causal, scaling, mask, kwargs.get('sliding_window'), dropout).transpose(1,2), None
     past,impl = getattr(module, '_past', None), getattr(module, '_implementation', None)
-    attend = partial(linear_attention, q, k, v, module.feature_map, causal=causal, mask=mask)
+    attend = partial(linear_attention, q, k, v, module.feature_map, causal=causal, mask=mask, offset=0 if past is None else past.length-k.shape[2])
     if past is None or not causal: o = attend(implementation=impl)
     elif impl!='naive': o,past.state = attend(initial_state=past.state, output_final_state=True, implementation=impl)
     else: # the oracle keeps no state: it gives the output of a first pass, and the chunked form the state

@@ -151,13 +151,14 @@ def row_metrics(
 def map_weights(
     q:Tensor, # (B, H, Tq, D) queries
     k:Tensor, # (B, Hkv, T, D) keys
-    feature_map=None, # Callable: (q, k) -> (phi_q, phi_k, log_k or None); softmax if None
+    feature_map=None, # An `Attention`, or a callable: (q, k) -> (phi_q, phi_k, log_k or None); softmax if None
     causal:bool=True, # Query i sees keys up to its own position?
     scale:float=None, # Softmax's factor on q·k; 1/√D if None
     mask:Tensor=None, # (B, T) True at real tokens
 )->Tensor: # (B, H, Tq, T) weights
-    "The weights of softmax attention, or of the linear attention with `feature_map`."
+    "The weights of softmax attention, of the linear attention with `feature_map`, or of any `Attention`."
     if feature_map is None: return softmax_weights(q, k, causal, scale, mask)
+    if hasattr(feature_map, 'weights'): return feature_map.weights(q, k, causal, mask)
     return naive_linear_weights(*feature_map(q, k), causal, mask)
 
 # %% ../nbs/03_softmax_properties.ipynb #06c0d85a
