@@ -1,0 +1,146 @@
+"Associative recall: the generator's promises, causality of the model, early stopping, and a sweep that is killed."
+import json
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from hedgehog_nb.feature_maps import make_attention, ATTENTIONS
+from hedgehog_nb.recall import *
+
+make_attention('hedgehog', 1)
+TINY = RecallTask(vocab_size=8, seq_len=8)
+FEW = dict(train=64, valid=16, test=16)
+FAST = dict(steps=4, every=2, batch_size=16, sizes=dict(dim=8, num_heads=1))
+
+
+@st.composite
+def tasks(draw):
+    K = draw(st.integers(2, 12))
+    if draw(st.booleans()): return RecallTask(2*K, 2*draw(st.integers(2, 20)))
+    N = draw(st.integers(1, K))
+    return RecallTask(2*K, 2*(N+draw(st.integers(1, N))), N)
+
+
+@given(tasks(), st.integers(0, 2**31))
+def test_labels_are_the_dictionarys(task, seed):
+    x,y = recall_sequences(task, 5, torch.Generator().manual_seed(seed))
+    assert x.shape==y.shape==(5, task.seq_len-1)
+    for a,b in zip(x.tolist(), y.tolist()):
+        book,K = {},task.num_keys
+        for i in range(0, task.seq_len-1, 2):
+            assert 0<=a[i]<K and b[i]==book.get(a[i], -100)  # a label exactly where the key has been there
+            if i+1==len(a): break
+            assert K<=a[i+1]<2*K and b[i+1]==-100
+            assert book.setdefault(a[i], a[i+1])==a[i+1]     # a key keeps its value
+        assert b[-1]!=-100                                   # the last query can be answered
+        if task.num_pairs:
+            asked = a[2*task.num_pairs::2]
+            assert len(book)==task.num_pairs and len({*asked})==len(asked)
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**31), st.sampled_from([RecallTask(), RecallTask(32, 32, 8)]))
+def test_splits_are_disjoint_and_repeatable(seed, task):
+    a,b = (recall_data(task, FEW, seed) for _ in range(2))
+    assert all(torch.equal(u, v) for k in FEW for u,v in zip(a[k], b[k]))
+    assert [len(a[k][0]) for k in FEW]==[*FEW.values()]
+    rows = torch.cat([a[k][0] for k in FEW])
+    assert len(rows.unique(dim=0))==len(rows)
+    assert not torch.equal(a['train'][0], recall_data(task, FEW, seed+1)['train'][0])
+
+
+def test_disjoint_where_draws_collide():
+    data = recall_data(RecallTask(4, 10), dict(train=30, test=15))
+    rows = torch.cat([x for x,_ in data.values()])
+    assert len(rows.unique(dim=0))==len(rows)==45
+
+
+@pytest.mark.parametrize('task', [RecallTask(20, 24), RecallTask(20, 24, 8)])
+def test_balanced(task):
+    x,y = recall_sequences(task, 20_000, torch.Generator().manual_seed(0))
+    for t in (x[:,-1], y[:,-1]-10, x[:,0], x[:,1]-10):
+        n = torch.bincount(t, minlength=10)
+        assert len(n)==10 and ((n-2000).abs()<5*(2000*.9)**.5).all()  # five standard deviations
+
+
+@pytest.mark.parametrize('kw,word', [(dict(seq_len=7), 'seq_len'), (dict(seq_len=2), 'seq_len'), (dict(vocab_size=9), 'vocab_size'), (dict(vocab_size=2), 'vocab_size'),
+    (dict(vocab_size=8, seq_len=16, num_pairs=5), '4 to 4'), (dict(seq_len=16, num_pairs=8), '4 to 7'), (dict(seq_len=16, num_pairs=3), '4 to 7'), (dict(num_pairs=0), 'num_pairs')])
+def test_sizes_that_do_not_fit(kw, word):
+    with pytest.raises(ValueError, match=word): RecallTask(**kw)
+
+
+def test_too_few_sequences():
+    with pytest.raises(ValueError, match='different sequences'): recall_data(RecallTask(4, 4))
+
+
+def test_bad_training_settings():
+    data = recall_data(TINY, FEW)
+    for kw,word in ((dict(batch_size=0), 'batch_size'), (dict(batch_size=65), 'batch_size'), (dict(sizes=dict(dim=10, num_heads=4)), 'dim'), (dict(t=2.), 'does not take')):
+        with pytest.raises(ValueError, match=word): train_recall('elu', TINY, data=data, **{**FAST, **kw})
+    with pytest.raises(ValueError, match='no attention'): train_recall('nothing', TINY, data=data, **FAST)
+
+
+@pytest.mark.parametrize('name', sorted(n for n,c in ATTENTIONS.items() if True in c.directions))
+def test_model_is_causal(name):
+    m = RecallModel(name, 8, dim=16).double()
+    x = torch.randint(8, (2,11))
+    with torch.no_grad():
+        before = m(x)
+        for t in (10,5):
+            z = x.clone(); z[:,t] = (z[:,t]+1)%8
+            after = m(z)
+            torch.testing.assert_close(after[:,:t], before[:,:t], rtol=0, atol=1e-10)
+            assert (after[:,t:]-before[:,t:]).abs().amax()>1e-6
+
+
+def test_linformer_says_why():
+    with pytest.raises(ValueError, match='Linformer is bidirectional only'): RecallModel('linformer', 8)
+
+
+def test_rotation_knows_distances_only():
+    q,k = torch.randn(2, 1, 1, 1, 16, dtype=torch.double).expand(2, 1, 1, 9, 16)
+    s = rotate(q, rotary(9, 16).to(torch.cdouble)) @ rotate(k, rotary(9, 16).to(torch.cdouble)).mT
+    for d in range(-8, 9): assert s[0,0].diagonal(d).std(correction=0)<1e-5
+    assert s[0,0,0].std()>1e-3
+
+
+def test_accuracy_counts():
+    x = torch.tensor([[0,4,0],[1,5,1],[2,6,2]]); y = torch.tensor([[4,-100,4],[5,-100,5],[0,-100,6]])
+    right = lambda x, where: F_one_hot(x+4)[where]  # says value = key + 4
+    F_one_hot = lambda t: torch.nn.functional.one_hot(t, 12).float()
+    assert recall_accuracy(right, x, y)==100
+    assert recall_accuracy(right, x, y, last=False, batch_size=2)==pytest.approx(500/6)
+
+
+def test_stops_early():
+    data,kw = recall_data(TINY, FEW),{**FAST, 'steps':40}
+    full = train_recall("softmax", TINY, data=data, target=101, patience=None, **kw)
+    assert full['steps']==40 and [s for s,_ in full['curve']]==[*range(2, 41, 2)] and full['tokens']==40*16*7
+    assert train_recall('softmax', TINY, data=data, target=0, **kw)['steps']==4    # two looks in a row
+    flat = train_recall('softmax', TINY, data=data, lr=1e-9, target=101, patience=6, **kw)
+    assert flat['steps']==8 and flat['valid']==flat['curve'][0][1]                 # nothing better since step 2
+    again = train_recall('softmax', TINY, data=data, target=101, **kw)
+    assert again['curve']==full['curve'] and again['accuracy']==full['accuracy']
+
+
+def test_sweep_goes_on_after_a_kill(tmp_path):
+    rows = dict(softmax=('softmax',{}), exp2=('exp',dict(t=2.)), linformer=('linformer',{}), elu=('elu',{}))
+    args = dict(rows=rows, task=RecallTask(40, 8), seeds=(0,1), lrs=(1e-3,1e-2), command='a test', **FAST)
+    whole,why = recall_sweep(tmp_path/'whole.json', **args)
+    assert [(r['variant'],r['seed']) for r in whole]==[(v,s) for s in (0,1) for v in ('softmax','exp2','elu')]
+    assert [*why]==['linformer'] and 'bidirectional' in why['linformer']
+
+    class Killed(BaseException): pass
+    def kill(row):
+        if (row['variant'],row['seed'])==('softmax',1): raise Killed
+    with pytest.raises(Killed): recall_sweep(tmp_path/'cut.json', **args, on_row=kill)
+    assert len(json.loads((tmp_path/'cut.json').read_text())['rows'])==4
+    ran = []
+    rest,_ = recall_sweep(tmp_path/'cut.json', **args, on_row=ran.append)
+    assert [(r['variant'],r['seed']) for r in ran]==[('exp2',1),('elu',1)]
+    same = lambda rs: [{k:v for k,v in r.items() if k!='wall_s'} for r in rs]
+    assert same(rest)==same(whole)
+    assert all(r['lr']==s['lr'] for r,s in zip(whole[:3], whole[3:]))               # a rate per attention, for all seeds
+
+
+def test_rate_is_chosen_on_validation():
+    runs = {.1:dict(valid=50., steps=9, accuracy=90.), .2:dict(valid=60., steps=9, accuracy=10.), .3:dict(valid=60., steps=5, accuracy=5.)}
+    assert best_recall('a', [*runs], runs.get)==(.3, runs[.3])
