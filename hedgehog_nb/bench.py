@@ -9,7 +9,7 @@ __all__ = ['CONTENDERS', 'TOLERANCE', 'Case', 'floor_bytes', 'flops', 'NotHere',
            'peak_bytes', 'copy_rate', 'matmul_rate', 'check_contenders', 'default_cases', 'run_benchmark',
            'bench_table']
 
-# %% ../kernels/07_benchmarks.ipynb #20da56fa
+# %% ../kernels/07_benchmarks.ipynb #dc8c9ce5
 import functools, statistics, time, torch
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from .feature_maps import make_feature_map
 from .linear_attention import linear_attention
 from .results import Table, code_version, write_results
 
-# %% ../kernels/07_benchmarks.ipynb #073c0885
+# %% ../kernels/07_benchmarks.ipynb #f87bb1c1
 class Case(NamedTuple):
     "One shape to measure."
     kind:str # "forward", "train" (forward and backward) or "decode" (one token on a state or cache of T tokens)
@@ -37,7 +37,7 @@ class Case(NamedTuple):
     def kv_unit(self): return self.B*self.Hkv*self.T*self.D*self.dtype.itemsize # bytes of k, or v
     def __str__(self): return f"{self.kind} B={self.B} H={self.H}{f'/{self.Hkv}' if self.Hkv!=self.H else ''} T={self.T} D={self.D} {str(self.dtype)[6:]}{'' if self.causal else ' bidirectional'}"
 
-# %% ../kernels/07_benchmarks.ipynb #2626e39d
+# %% ../kernels/07_benchmarks.ipynb #86e33908
 def floor_bytes(
     c:Case, # What is computed
 )->int: # Bytes
@@ -55,7 +55,7 @@ def flops(
     if c.causal and c.kind!='decode': per += chunk*(F_+c.D)
     return int(c.B*c.H*(1 if c.kind=='decode' else c.T)*per*(3 if c.kind=='train' else 1))
 
-# %% ../kernels/07_benchmarks.ipynb #861d5525
+# %% ../kernels/07_benchmarks.ipynb #d0d9c609
 class NotHere(Exception): "A contender that cannot run a case, and why."
 
 CONTENDERS = {} # Kind -> {name: function}
@@ -73,7 +73,7 @@ def contender(
 def needs(ok, why):
     if not ok: raise NotHere(why)
 
-# %% ../kernels/07_benchmarks.ipynb #c2b45e00
+# %% ../kernels/07_benchmarks.ipynb #71c3c266
 def make_inputs(
     c:Case, # The shape
     device, # Where
@@ -89,7 +89,7 @@ def make_inputs(
         for n in ('q','k','v','w_q','w_k'): x[n].requires_grad_()
     return x
 
-# %% ../kernels/07_benchmarks.ipynb #0698cbc2
+# %% ../kernels/07_benchmarks.ipynb #a9b72afb
 def _map(c, x, form='softmax_halves'):
     "A Hedgehog map that holds the inputs' matrices."
     m = make_feature_map('hedgehog', c.D, c.H, c.Hkv, form=form).to(x['q'].device)
@@ -108,7 +108,7 @@ def _(c, x):
     f = torch.compile(linear_attention, dynamic=False); m = _map(c, x)
     return lambda: f(x['q'], x['k'], x['v'], m, causal=c.causal, implementation='chunked')
 
-# %% ../kernels/07_benchmarks.ipynb #f269de56
+# %% ../kernels/07_benchmarks.ipynb #5838f46d
 def _triton(x):
     needs(find_spec('triton') is not None, "Triton is not installed")
     needs(x['q'].is_cuda, "the kernels run on a GPU")
@@ -128,7 +128,7 @@ def _(c, x):
     from hedgehog_nb.kernels.fused import fused_hedgehog_attention
     return lambda: fused_hedgehog_attention(x['q'], x['k'], x['v'], x['w_q'], x['w_k'], causal=c.causal)
 
-# %% ../kernels/07_benchmarks.ipynb #40076e15
+# %% ../kernels/07_benchmarks.ipynb #9fe43fdb
 def _fla(c, x, op):
     needs(find_spec('fla') is not None, "flash-linear-attention is not installed")
     needs(x['q'].is_cuda, "its kernels run on a GPU"); needs(c.causal, "it is causal only")
@@ -144,7 +144,7 @@ def _fla(c, x, op):
 contender('fla-chunk', 'forward', 'train')(functools.partial(_fla, op='chunk_linear_attn'))
 contender('fla-fused', 'forward', 'train')(functools.partial(_fla, op='fused_chunk_linear_attn'));
 
-# %% ../kernels/07_benchmarks.ipynb #3e3b2cdb
+# %% ../kernels/07_benchmarks.ipynb #db5c5159
 def _sdpa(c, x, backend):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     needs(backend is None or x['q'].is_cuda, "that backend runs on a GPU")
@@ -172,7 +172,7 @@ def _(c, x):
     m = _map(c, x)
     return lambda: linear_attention(x['q'], x['k'], x['v'], m, causal=c.causal, implementation='naive')
 
-# %% ../kernels/07_benchmarks.ipynb #4a0e422d
+# %% ../kernels/07_benchmarks.ipynb #2b2c65fb
 @contender('hedgehog-torch', 'decode')
 def _(c, x):
     m = _map(c, x)
@@ -196,7 +196,7 @@ def _(c, x):
         return F.scaled_dot_product_attention(x['q'], *cache, enable_gqa=c.Hkv!=c.H)
     return run
 
-# %% ../kernels/07_benchmarks.ipynb #97549311
+# %% ../kernels/07_benchmarks.ipynb #711e6bb9
 def _step(c, x, f):
     "The call that is timed: `f`, and for training its gradients."
     if c.kind!='train':
@@ -232,7 +232,7 @@ def peak_bytes(
     f(); torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated()-before
 
-# %% ../kernels/07_benchmarks.ipynb #74c3afac
+# %% ../kernels/07_benchmarks.ipynb #6f88d7d3
 def copy_rate(
     device, # Where
     size:int=None, # Bytes of the tensor; 1 GiB on a GPU, 256 MiB on a CPU if None
@@ -252,7 +252,7 @@ def matmul_rate(
     a,b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2*n**3/(median_ms(lambda: a@b, device)/1e3)
 
-# %% ../kernels/07_benchmarks.ipynb #c200c57b
+# %% ../kernels/07_benchmarks.ipynb #fc37e3e0
 TOLERANCE = {torch.float32:1e-4, torch.float16:5e-3, torch.bfloat16:2e-2} # of the largest output
 
 @torch.no_grad()
@@ -276,7 +276,7 @@ def check_contenders(
             res.append((name, str(c), f'{err:.1e}' if ours else 'finite'))
     return res
 
-# %% ../kernels/07_benchmarks.ipynb #56703ac9
+# %% ../kernels/07_benchmarks.ipynb #8159fef6
 def default_cases(
     device, # Where
 )->list: # Of `Case`
@@ -300,13 +300,13 @@ def _rows(c, name, ms, mem, rates):
     row = lambda metric,value: dict(experiment=experiment, model='attention', data='random', variant=name, metric=metric, value=value, tokens=c.B*(1 if c.kind=='decode' else c.T), **extra)
     return [row('ms', ms)] + ([row('bytes', mem)] if mem is not None else []) + ([row('tflops', flops(c)/ms/1e9)] if name.startswith('hedgehog') else [])
 
-# %% ../kernels/07_benchmarks.ipynb #3b8d9652
+# %% ../kernels/07_benchmarks.ipynb #5222e1b4
 def run_benchmark(
     out, # File to write, results/bench-DEVICE.json
     device=None, # Where; the GPU if there is one, if None
     cases:list=None, # `default_cases(device)` if None
     names=None, # Contenders; all if None
-    minutes:float=9., # Stop before this
+    minutes:float=9., # Begin no case but the first after so many
     on_case=None, # Called with (case, {name: milliseconds or reason})
     command:str=None, # For the record; that of this process if None
 )->list: # Rows written
@@ -320,8 +320,8 @@ def run_benchmark(
     rates = dict(device=device.type, copy=copy_rate(device), matmul=matmul_rate(device, cases[0].dtype))
     rows = [dict(experiment='bench-forward' if device.type=='cuda' else 'cpu-forward', model='machine', data='random', variant='copy', metric='bytes_per_s', value=rates['copy'], unit='B/s'),
             dict(experiment='bench-forward' if device.type=='cuda' else 'cpu-forward', model='machine', data='random', variant='matmul', metric='tflops', value=rates['matmul']/1e12, dtype=str(cases[0].dtype)[6:])]
-    for c in cases:
-        if time.time()-start>60*minutes: break
+    for i,c in enumerate(cases):
+        if i and time.time()-start>60*minutes: break
         said = {}
         for name,f in CONTENDERS[c.kind].items():
             if names and name not in names: continue
@@ -338,7 +338,7 @@ def run_benchmark(
         if on_case: on_case(c, said)
     return rows
 
-# %% ../kernels/07_benchmarks.ipynb #68cc9bee
+# %% ../kernels/07_benchmarks.ipynb #a44cb678
 def bench_table(
     rows:list, # From `read_results`
     experiment:str, # "bench-forward", "bench-train", "bench-decode", or the same with "cpu-"
