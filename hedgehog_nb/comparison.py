@@ -6,9 +6,9 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/comparison.html.md"""
 
 # %% auto #0
 __all__ = ['VARIANTS', 'comparison_rows', 'attention_loss', 'time_per_token', 'judge_attention', 'Comparison',
-           'compare_attentions']
+           'compare_attentions', 'plot_comparison']
 
-# %% ../nbs/18_comparison.ipynb #c657e710
+# %% ../nbs/18_comparison.ipynb #07136fe3
 import math, statistics, time, torch
 from torch import Tensor
 from .attention import capture_attention, softmax_weights
@@ -17,7 +17,7 @@ from .feature_maps import ATTENTIONS, Attention, FeatureMap, make_attention
 from .metrics import attention_metrics, kl_to_softmax
 from .results import Table, read_results
 
-# %% ../nbs/18_comparison.ipynb #bb727eb6
+# %% ../nbs/18_comparison.ipynb #ddc0ceed
 VARIANTS = dict(exp={'exp1':dict(t=1.), 'exp2':dict(t=2.)},
     hedgehog={'hedgehog':{}, 'hedgehog-joint':dict(form='softmax_joint'), 'hedgehog-exp':dict(form='exp')})
 
@@ -29,7 +29,7 @@ def comparison_rows(
     fixed = dict(cosformer=dict(max_len=max_len), linformer=dict(max_len=max_len, rank=min(32, max_len)))
     return {label:(n,kw) for n in ATTENTIONS for label,kw in VARIANTS.get(n, {n: fixed.get(n, {})}).items()}
 
-# %% ../nbs/18_comparison.ipynb #ed4f8f47
+# %% ../nbs/18_comparison.ipynb #d86a83fd
 def attention_loss(
     q:Tensor, # (B, H, T, D) teacher's queries
     k:Tensor, # (B, Hkv, T, D) teacher's keys
@@ -41,7 +41,7 @@ def attention_loss(
     if isinstance(attention, FeatureMap): return weight_loss(q, k, attention, causal, scale)
     return kl_to_softmax(softmax_weights(q, k, causal, scale), attention.weights(q, k, causal)).mean()
 
-# %% ../nbs/18_comparison.ipynb #4af14997
+# %% ../nbs/18_comparison.ipynb #3ed23d6f
 @torch.no_grad()
 def time_per_token(
     attention:Attention, # What to time
@@ -52,14 +52,17 @@ def time_per_token(
     tokens:int=1024, # Length to time
     repeats:int=5, # Timed passes, after one that is not
 )->float: # Microseconds per token
-    "Median time of a forward pass of one sequence, per token."
+    "Median time of a forward pass of one sequence, per token; on a CPU, processor time over all threads."
     q,k,v = (x[:1].repeat(1, 1, -(-tokens//x.shape[2]), 1)[:,:,:tokens].contiguous() for x in (q,k,v))
+    if q.is_cuda:
+        import triton
+        return triton.testing.do_bench(lambda: attention.attend(q, k, v, causal), return_mode='median')*1e3/tokens
     ts = []
     for _ in range(repeats+1):
-        t = time.perf_counter(); attention.attend(q, k, v, causal); ts.append(time.perf_counter()-t)
+        t = time.process_time(); attention.attend(q, k, v, causal); ts.append(time.process_time()-t)
     return statistics.median(ts[1:])*1e6/tokens
 
-# %% ../nbs/18_comparison.ipynb #3c80093b
+# %% ../nbs/18_comparison.ipynb #1b73bd51
 def judge_attention(
     name:str, # A registered name
     train, # `AttentionCall` of one layer on the text to distil on
@@ -83,7 +86,7 @@ def judge_attention(
         held.q, held.k, held.v, train.causal, tokens)
     return dict(features=a.feature_dim, parameters=sum(p.numel() for p in a.parameters()), before=before, after=measure() if a.learned else before, us_per_token=us)
 
-# %% ../nbs/18_comparison.ipynb #ea0403d6
+# %% ../nbs/18_comparison.ipynb #bbb72c8d
 class Comparison(list):
     "A dict per attention; a notebook shows it as a table."
     def table(self): # Table
@@ -101,7 +104,7 @@ def _recall(label, rows):
     got = [r['value'] for r in rows if (r['experiment'],r['metric'],r['variant'])==('recall','accuracy',label)]
     return f'{sum(got)/len(got):.1f}' if got else 'not run yet'
 
-# %% ../nbs/18_comparison.ipynb #d17637e0
+# %% ../nbs/18_comparison.ipynb #f4c41b9f
 def compare_attentions(
     model, # A transformers model
     train_ids:Tensor, # (N, T) token ids to distil on
@@ -124,3 +127,23 @@ def compare_attentions(
                 recall=_recall(label, measured), **{w:{m: mean(lambda p: p[w][m]) for m in per[0][w]} for w in ('before','after')}))
         if on_row: on_row(res[-1])
     return res
+
+# %% ../nbs/18_comparison.ipynb #09949025
+def plot_comparison(
+    report:Comparison, # From `compare_attentions`
+    ax=None, # Axes to draw on; None: a new figure
+): # Axes
+    "Monotonicity against spikiness, a mark per attention, and for learned ones the way that distillation took."
+    import matplotlib.pyplot as plt
+    from hedgehog_nb.plots import color
+    ax = ax or plt.subplots(figsize=(6.4,4.4))[1]
+    done = sorted((r for r in report if 'why' not in r and math.isfinite(r['after']['share'])), key=lambda r: -r['after']['share'])
+    for r,marker in zip(done, 'osD^vP'*9):
+        (x0,y0),(x,y) = (tuple(r[w][m] for m in ('spearman','share')) for w in ('before','after'))
+        c = color(r['variant'])
+        if r['learned']:
+            ax.plot(x0, y0, marker, mfc='white', color=c, ms=5); ax.annotate('', (x,y), (x0,y0), arrowprops=dict(arrowstyle='->', color=c, lw=1, shrinkA=3, shrinkB=4))
+        ax.plot(x, y, '*' if r['variant']=='softmax' else marker, color=c, ms=13 if r['variant']=='softmax' else 6, label=r['variant'])
+    ax.set(xlabel='rank correlation of weight and q·k', ylabel='entropy / log n')
+    ax.legend(loc='center left', bbox_to_anchor=(1, .5), fontsize=8)
+    return ax

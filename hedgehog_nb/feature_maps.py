@@ -19,7 +19,7 @@ from .attention import check_qkv, full_precision, repeat_kv, softmax_attention, 
 from .linear_attention import NOTHING, linear_attention, naive_linear_weights
 from .metrics import lognormal_fit, pairs
 
-# %% ../nbs/04_feature_maps.ipynb #7970a355
+# %% ../nbs/04_feature_maps.ipynb #0ce4e77c
 class Attention(nn.Module):
     "Base of all attentions. A subclass defines `_attend(q, k, v, causal, mask)`, linear in v."
     learned = False          # Has parameters to distil?
@@ -48,7 +48,7 @@ class Attention(nn.Module):
         if causal not in self.directions: raise ValueError(f"{type(self).__name__} is {'causal' if True in self.directions else 'bidirectional'} only; given causal={causal}")
     def extra_repr(self): return f"head_dim={self.head_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
 
-# %% ../nbs/04_feature_maps.ipynb #fc61d96d
+# %% ../nbs/04_feature_maps.ipynb #ebae16fd
 @patch
 @full_precision
 def attend(self:Attention,
@@ -74,7 +74,7 @@ def weights(self:Attention,
     eye = torch.eye(k.shape[2], dtype=torch.promote_types(k.dtype, torch.float32), device=k.device)
     return self.attend(q, k, eye.expand(*k.shape[:3], -1), causal, mask)
 
-# %% ../nbs/04_feature_maps.ipynb #e2c69f58
+# %% ../nbs/04_feature_maps.ipynb #9a07d4e9
 class FeatureMap(Attention):
     "Base of all feature maps φ: head_dim → feature_dim. A subclass defines `phi`, or `map_q` and `map_k`."
     positional = False  # Does φ look at the position of a token?
@@ -96,7 +96,7 @@ class FeatureMap(Attention):
         return naive_linear_weights(*self(q, k), causal, mask)
     def extra_repr(self): return f"{super().extra_repr()}, feature_dim={self.feature_dim}"
 
-# %% ../nbs/04_feature_maps.ipynb #42b8135e
+# %% ../nbs/04_feature_maps.ipynb #6eabcea9
 ATTENTIONS   = {} # Every attention by name
 FEATURE_MAPS = {} # Those that are feature maps
 
@@ -110,7 +110,7 @@ def register_attention(
         return cls
     return _f
 
-# %% ../nbs/04_feature_maps.ipynb #d3a05652
+# %% ../nbs/04_feature_maps.ipynb #7fcd1341
 def make_attention(
     name:str, # A registered name; see `ATTENTIONS`
     head_dim:int, # Channels D of one head
@@ -142,7 +142,7 @@ def make_feature_map(
         raise ValueError(f"{why}; there are {', '.join(sorted(FEATURE_MAPS))}")
     return make_attention(name, head_dim, num_heads, num_kv_heads, scale, **kwargs)
 
-# %% ../nbs/04_feature_maps.ipynb #da66b7ad
+# %% ../nbs/04_feature_maps.ipynb #66d3f4c2
 @register_attention('softmax')
 class Softmax(Attention):
     "softmax(q·k·scale): the teacher (paper, Eq. 1)."
@@ -176,7 +176,7 @@ class Exp(FeatureMap):
     def map_q(self, q): return exp_features(self.t*q)[0]
     def map_k(self, k): return exp_features(self.t*k)
 
-# %% ../nbs/04_feature_maps.ipynb #d870349f
+# %% ../nbs/04_feature_maps.ipynb #2a41d23c
 def monomials(
     D:int, # Channels
     order:int, # Highest degree
@@ -186,7 +186,7 @@ def monomials(
     times = lambda c: math.prod(math.factorial(c.count(i)) for i in set(c))
     return [(torch.tensor(cs), torch.tensor([times(c) for c in cs])) for cs in combs]
 
-# %% ../nbs/04_feature_maps.ipynb #0fcc7c0c
+# %% ../nbs/04_feature_maps.ipynb #e5489b78
 @register_attention('taylor')
 class Taylor(FeatureMap):
     "Taylor expansion of exp(q·k·scale) up to `order` (paper, Section 4.1): φ(x) = [1, x, vec(xxᵀ)/√2, …], doubles kept once."
@@ -210,7 +210,7 @@ class Fast(Taylor):
     "Taylor expansion on queries and keys standardised over their channels (Gerami et al. 2024, arXiv 2402.07901)."
     def _expand(self, x): return super()._expand(F.layer_norm(x, x.shape[-1:]))
 
-# %% ../nbs/04_feature_maps.ipynb #0bc28e72
+# %% ../nbs/04_feature_maps.ipynb #76c22626
 def orthogonal_gaussian(
     rows:int, # Directions
     D:int, # Channels
@@ -222,7 +222,7 @@ def orthogonal_gaussian(
     q = q*r.diagonal(dim1=1, dim2=2).sign()[:,None]  # uniform over rotations: QR alone prefers signs
     return q.mT.flatten(0,1)[:rows]*torch.randn(rows, D, generator=g).norm(dim=-1, keepdim=True)
 
-# %% ../nbs/04_feature_maps.ipynb #ca9aad63
+# %% ../nbs/04_feature_maps.ipynb #08221202
 class _RandomFeatures(FeatureMap):
     "Directions `omega`, shared by a key-value head and its queries, drawn anew by `redraw`; they are saved with the model."
     def __init__(self, head_dim, num_heads=1, num_kv_heads=None, scale=None, num_features:int=None, seed:int=0):
@@ -246,7 +246,7 @@ class Performer(_RandomFeatures):
         phi,log_k = exp_features(self._along(k, self.omega))
         return phi, log_k-k.square().sum(-1)/2
 
-# %% ../nbs/04_feature_maps.ipynb #c8cfc097
+# %% ../nbs/04_feature_maps.ipynb #51e9d199
 @register_attention('rfa')
 class Rfa(_RandomFeatures):
     "φ(x) = [sin(ω'x), cos(ω'x)]/√m for x/‖x‖, ω' = σ∘ω with σ learned (Peng et al. 2021, arXiv 2103.02143); m = D ln D if not given."
@@ -260,7 +260,7 @@ class Rfa(_RandomFeatures):
         y = self._along(F.normalize(x, dim=-1, eps=1e-6), self.sigma*self.omega)
         return torch.cat([y.sin(), y.cos()], -1)*self.num_features**-.5
 
-# %% ../nbs/04_feature_maps.ipynb #41ff35a2
+# %% ../nbs/04_feature_maps.ipynb #836cfef6
 @register_attention('cosformer')
 class CosFormer(FeatureMap):
     "φ(x_i) = relu(x)·[cos(πi/2M), sin(πi/2M)], M = `max_len` (Qin et al. 2022, arXiv 2202.08791)."
@@ -280,7 +280,7 @@ class CosFormer(FeatureMap):
         q,k = self._inputs(q, k)
         return self._at(q, end), self._at(k, end), None
 
-# %% ../nbs/04_feature_maps.ipynb #8c8bd0fa
+# %% ../nbs/04_feature_maps.ipynb #3344f966
 @register_attention('lognormal')
 class LogNormal(FeatureMap):
     "φ(q) = exp(αq), φ(k) = exp(βk), α and β per head, moments matched to softmax's (Nahshan et al. 2023, arXiv 2311.13541)."
@@ -292,7 +292,7 @@ class LogNormal(FeatureMap):
     def map_q(self, q): return exp_features(self.alpha*q)[0]
     def map_k(self, k): return exp_features(self.beta*k)
 
-# %% ../nbs/04_feature_maps.ipynb #32165edf
+# %% ../nbs/04_feature_maps.ipynb #51f88b82
 @patch
 @torch.no_grad()
 def match(self:LogNormal,
@@ -336,7 +336,7 @@ class T2R(FeatureMap):
     def map_q(self, q): return F.relu(per_head(q, self.w_q, self.b_q))
     def map_k(self, k): return F.relu(per_head(k, self.w_k, self.b_k)), None
 
-# %% ../nbs/04_feature_maps.ipynb #00679441
+# %% ../nbs/04_feature_maps.ipynb #9730c27d
 @register_attention('transnormer')
 class TransNormer(Attention):
     "RMSNorm of Σ λ^(t−s) φ(q)·φ(k) v, φ = 1 + elu, λ per head (Qin et al. 2022, arXiv 2210.10340; decay 2023, arXiv 2307.14995); no decay if bidirectional."
@@ -357,7 +357,7 @@ class TransNormer(Attention):
         self.check(q, k, k, causal, mask)
         return naive_linear_weights(1+F.elu(q), *self._keys(k, causal), causal, mask)
 
-# %% ../nbs/04_feature_maps.ipynb #e28185fb
+# %% ../nbs/04_feature_maps.ipynb #5d1e3177
 @register_attention('flowformer')
 class Flowformer(Attention):
     "Linear attention with conserved flows, φ the logistic function (Wu et al. 2022, arXiv 2202.06258)."
@@ -378,7 +378,7 @@ class Flowformer(Attention):
         o = linear_attention(q, k, v*rival, causal=causal)
         return into_kept.sigmoid()*o*real
 
-# %% ../nbs/04_feature_maps.ipynb #4f0d73de
+# %% ../nbs/04_feature_maps.ipynb #784491fc
 @register_attention('linformer')
 class Linformer(Attention):
     "softmax(q·(Ek)·scale)(Fv): `rank` mixtures of up to `max_len` keys, learned (Wang et al. 2020, arXiv 2006.04768). Bidirectional only."
@@ -398,7 +398,7 @@ class Linformer(Attention):
         e,f = (x[...,:T].to(k.dtype) for x in (self.e, self.f))
         return softmax_attention(q, e@k, f@v, causal=False, scale=self.scale)
 
-# %% ../nbs/04_feature_maps.ipynb #11578af2
+# %% ../nbs/04_feature_maps.ipynb #11f34f03
 @register_attention('latte')
 class Latte(Attention):
     "Σ_l softmax_l(Wq) softmax_time(Wk): weights through `num_latents` latents, learned, identity at the start (Dolga et al. 2024, arXiv 2402.17512)."
@@ -428,7 +428,7 @@ class Latte(Attention):
     def _seen(self, o, mask, causal): # queries that see no key give 0
         return o if mask is None else o*visible(o.shape[2], o.shape[2], causal, mask).any(-1, keepdim=True)
 
-# %% ../nbs/04_feature_maps.ipynb #7f73e9a4
+# %% ../nbs/04_feature_maps.ipynb #5475c072
 def join_softmax(
     a:tuple, # (m, w, u): (...), (...), (..., D) of one stretch of keys
     b:tuple, # The same of the next
@@ -451,7 +451,7 @@ def scan_softmax(
         n *= 2
     return c[2]/c[1][...,None]
 
-# %% ../nbs/04_feature_maps.ipynb #68cd209f
+# %% ../nbs/04_feature_maps.ipynb #72cb0f17
 @register_attention('softmax-scan')
 class SoftmaxScan(Attention):
     "Exact softmax, `block` keys at a time: a recurrence whose carry is one (m, w, u) per query (Feng et al. 2024, arXiv 2405.13956)."
