@@ -144,3 +144,34 @@ def test_sweep_goes_on_after_a_kill(tmp_path):
 def test_rate_is_chosen_on_validation():
     runs = {.1:dict(valid=50., steps=9, accuracy=90.), .2:dict(valid=60., steps=9, accuracy=10.), .3:dict(valid=60., steps=5, accuracy=5.)}
     assert best_recall('a', [*runs], runs.get)==(.3, runs[.3])
+
+
+@pytest.mark.parametrize('name', ['softmax','hedgehog','elu'])
+def test_weights_are_those_used(name):
+    m,x = RecallModel(name, 8, dim=16),torch.randint(8, (3,9))
+    with torch.no_grad():
+        h = m.embed(x)
+        for l,w in zip(m.layers, recall_weights(m, x), strict=True):
+            torch.testing.assert_close(w.sum(-1), torch.ones(3, 2, 9))
+            o = h + l.out((w@l.project(h)[2]).transpose(1,2).flatten(2))
+            torch.testing.assert_close(o, h := l(h), rtol=1e-4, atol=1e-5)
+
+
+class _Fixed(torch.nn.Module):
+    "A layer whose attention has the weights it is given."
+    def __init__(self, w): super().__init__(); self.w = w; self.attention = self
+    def project(self, h): return h,h,h
+    def weights(self, q, k): return self.w
+    def forward(self, h): return h
+
+class _Two(torch.nn.Module):
+    def __init__(self, *ws): super().__init__(); self.embed,self.layers = torch.nn.Identity(),[_Fixed(w) for w in ws]
+
+
+def test_mass():
+    x,T = torch.tensor([[0,5,1,6,0,5,1,6,0]]),9
+    even = torch.full((1,1,T,T), 1/T)
+    right = torch.zeros(1, 1, T, T); right[...,range(1, T), range(T-1)] = 1.; right[...,-1,:] = 0; right[...,-1,1] = .75; right[...,-1,5] = .25
+    assert recall_mass(_Two(right, right), x)==(1, 1)
+    assert recall_mass(_Two(torch.cat([even, right], 1), even), x)==pytest.approx((1, 2/T))
+    assert recall_mass(_Two(even, even), x)==pytest.approx((1/T, 2/T))
