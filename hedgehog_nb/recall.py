@@ -9,7 +9,7 @@ __all__ = ['RecallTask', 'recall_keys', 'recall_sequences', 'recall_data', 'rota
            'recall_accuracy', 'recall_batches', 'train_recall', 'recall_weights', 'recall_mass', 'recall_row',
            'best_recall', 'recall_sweep']
 
-# %% ../nbs/07_associative_recall.ipynb #f724fd07
+# %% ../nbs/07_associative_recall.ipynb #a5f42eda
 import json, time, torch
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from .feature_maps import make_attention
 from .results import check_row, code_version, write_results
 
-# %% ../nbs/07_associative_recall.ipynb #640c4025
+# %% ../nbs/07_associative_recall.ipynb #a666742e
 @dataclass(frozen=True)
 class RecallTask:
     "Pairs of key and value, then keys that come back: associative recall, or with `num_pairs` its multi-query form. Raises `ValueError` on sizes that do not fit."
@@ -36,7 +36,7 @@ class RecallTask:
     def num_keys(self): return self.vocab_size//2
     def __str__(self): return f"vocab_size={self.vocab_size}, seq_len={self.seq_len}" + (f", num_pairs={self.num_pairs}" if self.num_pairs else '')
 
-# %% ../nbs/07_associative_recall.ipynb #569495db
+# %% ../nbs/07_associative_recall.ipynb #8a6b19eb
 def recall_keys(
     task:RecallTask, # What to draw
     n:int, # Sequences
@@ -66,7 +66,7 @@ def recall_sequences(
     y[:,::2] = x[:,1::2].where(seen, -100)
     return x[:,:-1], y[:,:-1]
 
-# %% ../nbs/07_associative_recall.ipynb #1e93f2a2
+# %% ../nbs/07_associative_recall.ipynb #6c933e18
 def recall_data(
     task:RecallTask, # What to draw
     sizes:dict=dict(train=10_000, valid=500, test=2_000), # Name of a split -> sequences
@@ -80,7 +80,7 @@ def recall_data(
     if len(keep)<n: raise ValueError(f"{n:,} different sequences wanted, {len(keep):,} found in {2*n:,} draws of {task}: ask for fewer, or for longer ones")
     return {k:(x[i],y[i]) for k,i in zip(sizes, keep.split([*sizes.values()]))}
 
-# %% ../nbs/07_associative_recall.ipynb #79d4b833
+# %% ../nbs/07_associative_recall.ipynb #59c9fa1c
 def rotary(
     T:int, # Positions
     D:int, # Channels of a head, even
@@ -96,7 +96,7 @@ def rotate(
     "Turn each pair of channels by its position."
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1,2)).contiguous())*turns).flatten(-2)
 
-# %% ../nbs/07_associative_recall.ipynb #a4a0e5c1
+# %% ../nbs/07_associative_recall.ipynb #f64f7498
 class RecallLayer(nn.Module):
     "Attention around a residual; the attention is pluggable."
     def __init__(self, dim, num_heads, attention, **settings):
@@ -132,7 +132,7 @@ class RecallModel(nn.Module):
         for l in self.layers: h = l(h)
         return self.head(self.norm(h[where]))
 
-# %% ../nbs/07_associative_recall.ipynb #fbf21f48
+# %% ../nbs/07_associative_recall.ipynb #c8482733
 @torch.no_grad()
 def recall_accuracy(
     model:nn.Module, # Tokens to logits
@@ -158,7 +158,7 @@ def recall_batches(
         for i in torch.randperm(len(x), generator=g).split(batch_size):
             if len(i)==batch_size: yield x[i],y[i]
 
-# %% ../nbs/07_associative_recall.ipynb #d605f3c3
+# %% ../nbs/07_associative_recall.ipynb #a17328ff
 def train_recall(
     attention:str, # A registered name; see `ATTENTIONS`
     task:RecallTask=RecallTask(), # What to learn
@@ -193,7 +193,7 @@ def train_recall(
     bar.close()
     return dict(model=model, accuracy=recall_accuracy(model, *data['test'], last), valid=curve[-1][1], steps=step, tokens=step*x.numel(), wall_s=time.time()-start, curve=curve)
 
-# %% ../nbs/07_associative_recall.ipynb #48159968
+# %% ../nbs/07_associative_recall.ipynb #ddeda08f
 @torch.no_grad()
 def recall_weights(
     model:RecallModel, # A trained model
@@ -215,7 +215,7 @@ def recall_mass(
     there = F.pad(x[:,:-1]==x[:,-1:], (1,0)) & (torch.arange(T)%2==1)
     return (w1.diagonal(-1, 2, 3)[...,::2].mean((0,2)).amax().item(), (w2[:,:,-1]*there[:,None]).sum(-1).mean(0).amax().item())
 
-# %% ../nbs/07_associative_recall.ipynb #c9c6789f
+# %% ../nbs/07_associative_recall.ipynb #180002f2
 def recall_row(
     label:str, # What it is called in tables
     experiment:str, # "recall" or "mqar"
@@ -238,7 +238,7 @@ def best_recall(
     runs = [(lr, train(lr)) for lr in lrs]
     return max(runs, key=lambda r: (r[1]['valid'], -r[1]['steps']))
 
-# %% ../nbs/07_associative_recall.ipynb #71ceab70
+# %% ../nbs/07_associative_recall.ipynb #0b3b7404
 def recall_sweep(
     path, # File of results to write, and to go on with if it exists
     rows:dict, # Label -> (registered name, settings)
