@@ -38,7 +38,7 @@ def _absorb(S, z, k, v, log_ptr, m_ptr, t, n, BLOCK_T:tl.constexpr, HAS_LOG:tl.c
         S, z = S*tl.exp(m_prev - m_end), z*tl.exp(m_prev - m_end)
     return _dot(tl.trans(k), weighted, S, DOT, PRECISION), z + tl.sum(counted, 0)
 
-# %% ../../kernels/02_chunk_forward.ipynb #6e93b60f
+# %% ../../kernels/02_chunk_forward.ipynb #eac980fa
 class _Plan(NamedTuple):
     "How tokens are cut into segments. `table` holds borders, first segment of each sequence, sequence of each segment; None if each row is one sequence."
     segments:int
@@ -54,7 +54,7 @@ class _Plan(NamedTuple):
     def rows(self, x): return x[:,:,None] if self.table is None else x.transpose(0, 1)[None]    # (sequences, Hkv, …) -> as kernels keep them
     def states(self, x): return x[:,:,0] if self.table is None else x[0].transpose(0, 1)        # and back
 
-# %% ../../kernels/02_chunk_forward.ipynb #1c5971f1
+# %% ../../kernels/02_chunk_forward.ipynb #ba04bad6
 def _plan(T, n, block, borders=None, device=None):
     "Cut `T` tokens into about `n` segments, of whole blocks but for the last of each sequence."
     chunks = triton.cdiv(T, block) if borders is None else sum(triton.cdiv(b-a, block) for a,b in zip(borders, borders[1:]))
@@ -64,7 +64,7 @@ def _plan(T, n, block, borders=None, device=None):
     of = [i for i,c in enumerate(counts) for _ in range(c)]
     return _Plan(len(of), length, len(counts), torch.tensor([*borders, *accumulate(counts, initial=0), *of], dtype=torch.int32, device=device))
 
-# %% ../../kernels/02_chunk_forward.ipynb #31afdb62
+# %% ../../kernels/02_chunk_forward.ipynb #526b05a5
 @triton.jit
 def _segment(plan_ptr, segment, length, T, sequences, PACKED:tl.constexpr):
     "Of a segment: its first token and its end; and of its sequence: the number, the first token and the end."
@@ -130,7 +130,7 @@ def _scan_states_kernel(states_ptr, m_ptr, plan_ptr, T, length, segments, sequen
         S += tl.load(states_ptr, mask=i < WIDTH, other=0.)
         tl.store(states_ptr, S, mask=i < WIDTH)
 
-# %% ../../kernels/02_chunk_forward.ipynb #71261164
+# %% ../../kernels/02_chunk_forward.ipynb #03e0e234
 def _running_max(log, m0, plan):
     "(B, Hkv, T + sequences) for each sequence `m0` and the maxima after each token, of log weights (B, Hkv, T) and `m0` (B, Hkv, sequences)."
     if plan.table is None: return torch.cat([m0, log], -1).cummax(-1).values
@@ -170,7 +170,7 @@ def _constants(phi_q, phi_k, v, precision):
     return dict(F=F, D=D, **_config(F, D, dtype), DOT=getattr(tl, str(dtype).split('.')[1]), WIDE=tl.float32 if half or dtype==torch.float32 else tl.bfloat16,
                 PRECISION='tf32' if half else precision)
 
-# %% ../../kernels/02_chunk_forward.ipynb #834121d9
+# %% ../../kernels/02_chunk_forward.ipynb #0d36e7a7
 def _scan(states, m, plan, T, reverse, **flags):
     "Launch the scan over the segments of each sequence, in place."
     B,Hkv,_,width = states.shape
@@ -295,44 +295,44 @@ def _segments(programs, chunks, again, state, schedule=None, sms=132):
     else: n = min(range(2 if schedule=='parallel' and chunks>1 else 1, min(chunks, 2*sms)+1), key=lambda n: _waves(n, programs, chunks, again, state, sms))
     return triton.cdiv(chunks, triton.cdiv(chunks, n)) # no segment is empty
 
-# %% ../../kernels/02_chunk_forward.ipynb #6f3607c4
-def _cut(T, heads, again, c, phi_q, v, Hkv, schedule, borders=None):
-    "Plan for `heads` scans of `T` tokens, each in as many programs as there are tiles of D."
-    D,G,F = v.shape[-1],phi_q.shape[1]//Hkv,phi_q.shape[-1]
-    chunks,cost = triton.cdiv(T, c['BLOCK_T']),16*F*(D+1)/(c['BLOCK_T']*v.element_size()*(1+G)*(F+D))
+# %% ../../kernels/02_chunk_forward.ipynb #9bed4612
+def _cut(T, programs, block, again, state, v, schedule, borders=None):
+    "Plan for scans of `T` tokens by `programs` programs: as many segments as `_segments` says, for this device."
     sms = torch.cuda.get_device_properties(v.device).multi_processor_count if v.is_cuda else 132
-    n = _segments(heads*triton.cdiv(D, c['BLOCK_D']), chunks, again, cost, schedule, sms)
-    return _plan(T, n, c['BLOCK_T'], borders, v.device)
+    return _plan(T, _segments(programs, triton.cdiv(T, block), again, state, schedule, sms), block, borders, v.device)
+
+# %% ../../kernels/02_chunk_forward.ipynb #4e7294bb
+def _maxima(m, plan, after):
+    "(B, Hkv, sequences) the running maxima before the first token of each sequence, or after the last."
+    if plan.table is None: return m[...,-1:] if after else m[...,:1]
+    return m[...,plan.table[after:plan.sequences+after] + torch.arange(plan.sequences, device=m.device)]
 
 # %% ../../kernels/02_chunk_forward.ipynb #c178ac91
 def _forward(phi_q, phi_k, v, log_k, state, mask, causal, output_final_state, schedule, precision, borders=None):
     "Launch the kernels: the output, the normalisers, and S, z and m after the last token of each sequence or three times None."
     (B,H,Tq,F),(_,Hkv,T,D) = phi_q.shape,v.shape
-    c = _constants(phi_q, phi_k, v, precision)
-    plan = _cut(T, B*Hkv, Hkv/(H+Hkv) if causal else 0, c, phi_q, v, Hkv, schedule, borders)
+    c,G = _constants(phi_q, phi_k, v, precision),H//Hkv
+    tiles,cost = triton.cdiv(D, c['BLOCK_D']),16*F*(D+1)/(c['BLOCK_T']*v.element_size()*(1+G)*(F+D))
+    cut = lambda T, heads, again: _cut(T, heads*tiles, c['BLOCK_T'], again, cost, v, schedule, borders)
+    plan = cut(T, B*Hkv, 1/(1+G) if causal else 0)
     log,m,pad = _weights(phi_k, log_k, mask, state, plan)
     use = not causal or plan.segments>plan.sequences or state is not None
     states = _states(phi_k, v, log, m, pad, state, plan, not causal, c) if use or output_final_state else v
     o,den = v.new_empty(B, H, Tq, D),v.new_empty(B, H, Tq, dtype=torch.float32)
-    ptr,flags = lambda a: v if a is None else a,dict(GROUP=H//Hkv, PACKED=borders is not None)
+    ptr,flags = lambda a: v if a is None else a,dict(GROUP=G, PACKED=borders is not None)
     with _on(v):
-        if causal: _chunk_fwd_kernel[(B*Hkv*plan.segments*triton.cdiv(D, c['BLOCK_D']),)](
+        if causal: _chunk_fwd_kernel[(B*Hkv*plan.segments*tiles,)](
             phi_q, phi_k, v, ptr(log), ptr(m), ptr(pad), states, ptr(plan.table), o, den, *phi_q.stride()[:3], *phi_k.stride()[:3], *v.stride()[:3],
             Hkv, T, plan.length, plan.segments, plan.sequences, HAS_START=use, HAS_END=output_final_state, HAS_LOG=log is not None, HAS_MASK=pad is not None, **flags, **c)
         else:
-            ask = plan if borders else _cut(Tq, B*H, 0, c, phi_q, v, Hkv, schedule)
-            _read_kernel[(B*H*ask.segments*triton.cdiv(D, c['BLOCK_D']),)](
+            ask = plan if borders else cut(Tq, B*H, 0)
+            _read_kernel[(B*H*ask.segments*tiles,)](
                 phi_q, states, ptr(plan.table), o, den, *phi_q.stride()[:3], H, Tq, ask.length, ask.segments, states.shape[2], plan.sequences,
                 **flags, **{k:c[k] for k in c if k!='DOT'})
     if not output_final_state: return o, den, None, None, None
     S,z = plan.states(states[:,:,plan.slots(after=True)]).split([F*D, F], -1)
-    m = torch.zeros_like(z[...,0]) if m is None else plan.states(m[...,_ends(plan)]).clone()
+    m = torch.zeros_like(z[...,0]) if m is None else plan.states(_maxima(m, plan, True)).clone()
     return o, den, S.unflatten(-1, (F,D)).clone(), z.clone(), m
-
-# %% ../../kernels/02_chunk_forward.ipynb #327a0efb
-def _ends(plan):
-    "Where the maxima after all tokens of each sequence lie among the running ones."
-    return slice(-1, None) if plan.table is None else plan.table[1:plan.sequences+1] + torch.arange(plan.sequences, device=plan.table.device)
 
 # %% ../../kernels/02_chunk_forward.ipynb #04b91d85
 INTERPRETED = bool(_INTERPRET.value)
