@@ -1,6 +1,6 @@
 """The gradient of linear attention in Triton against fp64 PyTorch, the operation under autograd, autocast and torch.compile, and the way to it from `linear_attention`."""
 import pytest, torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import Phase, given, settings, strategies as st
 from hedgehog_nb import linear_attention as attention
 from hedgehog_nb.linear_attention import HAS_TRITON, LinearState, bidirectional_linear_attention, chunk_linear_attention, _suits_triton
 from interpreter import DEVICE, HERE, kernel, python, run_under_interpreter
@@ -45,7 +45,7 @@ def check(q, k, v, causal=True, schedule=None, tol=None, log_k=None, mask=None, 
             assert all(g is None or not g.any() for g in (a, r)), name
             continue
         assert a.dtype==x.dtype and a.shape==x.shape and torch.isfinite(a).all(), name
-        err,allowed = ((a.double() - r).abs().max()/torch.maximum(r.abs().max(), least)).item(),tol or max(TOL[x.dtype] for x in (q, k, v))
+        err,allowed = ((a.double() - r).abs().max()/max(r.abs().max(), least)).item(),tol or max(TOL[x.dtype] for x in (q, k, v))
         assert err < allowed, f"{name}: {err:.1e}, allowed {allowed:.0e}"
 
 @kernel
@@ -104,7 +104,7 @@ def test_packed_is_separate(causal, cu):
     assert torch.equal(a[:,:,cu[1]:], b[:,:,cu[1]:]) and not torch.equal(a, b)
 
 @kernel
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate]) # interpreted, shrinking would take minutes
 @given(B=st.integers(1, 2), Hkv=st.integers(1, 2), G=st.integers(1, 3), T=st.integers(1, 70), Tq=st.integers(1, 50), F=st.integers(1, 40), D=st.integers(1, 40), causal=st.booleans(),
        log=st.booleans(), masked=st.booleans(), state=st.booleans(), bthd=st.booleans(), cuts=st.lists(st.integers(1, 69), max_size=3),
        dtype=st.sampled_from(list(TOL)), schedule=st.sampled_from([None, 'scan', 'parallel', 3]), seed=st.integers(0, 99))
