@@ -226,7 +226,7 @@ def _check_cu_seqlens(cu_seqlens, q):
         raise ValueError(f"cu_seqlens must rise from 0 to the {q.shape[2]} tokens given; got {c}")
     return c
 
-# %% ../nbs/02_linear_attention.ipynb #90c609a7
+# %% ../nbs/02_linear_attention.ipynb #a8edd63e
 HAS_TRITON = find_spec('triton') is not None # found, not imported
 
 def _suits_triton(phi_q, phi_k, v):
@@ -248,7 +248,7 @@ def _dispatch(phi_q, phi_k, v, log_k, causal, mask, initial_state, output_final_
     if implementation=='recurrent' or phi_q.shape[2]==1: return recurrent_linear_attention(phi_q, phi_k, v, log_k, mask, **kw)
     return chunk_linear_attention(phi_q, phi_k, v, log_k, mask, chunk_size=chunk_size, **kw)
 
-# %% ../nbs/02_linear_attention.ipynb #6e81237f
+# %% ../nbs/02_linear_attention.ipynb #5168960e
 def _packed(borders, phi_q, phi_k, v, log_k, causal, mask, initial_state, output_final_state, chunk_size, implementation):
     "Each sequence by itself, outputs in one row again and states in one batch."
     n = len(borders)-1

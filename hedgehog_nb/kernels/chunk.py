@@ -38,7 +38,7 @@ def _absorb(S, z, k, v, log_ptr, m_ptr, t, n, BLOCK_T:tl.constexpr, HAS_LOG:tl.c
         S, z = S*tl.exp(m_prev - m_end), z*tl.exp(m_prev - m_end)
     return _dot(tl.trans(k), weighted, S, DOT, PRECISION), z + tl.sum(counted, 0)
 
-# %% ../../kernels/02_chunk_forward.ipynb #8b762a24
+# %% ../../kernels/02_chunk_forward.ipynb #03f0d188
 class _Plan(NamedTuple):
     "How tokens are cut into segments. `table` holds borders, first segment of each sequence, sequence of each segment; None if each row is one sequence."
     segments:int
@@ -54,7 +54,7 @@ class _Plan(NamedTuple):
     def rows(self, x): return x[:,:,None] if self.table is None else x.transpose(0, 1)[None]    # (sequences, Hkv, …) -> as kernels keep them
     def states(self, x): return x[:,:,0] if self.table is None else x[0].transpose(0, 1)        # and back
 
-# %% ../../kernels/02_chunk_forward.ipynb #949dde5b
+# %% ../../kernels/02_chunk_forward.ipynb #c0a41d16
 def _plan(T, n, block, borders=None, device=None):
     "Cut `T` tokens into about `n` segments, of whole blocks but for the last of each sequence."
     chunks = triton.cdiv(T, block) if borders is None else sum(triton.cdiv(b-a, block) for a,b in zip(borders, borders[1:]))
@@ -64,7 +64,7 @@ def _plan(T, n, block, borders=None, device=None):
     of = [i for i,c in enumerate(counts) for _ in range(c)]
     return _Plan(len(of), length, len(counts), torch.tensor([*borders, *accumulate(counts, initial=0), *of], dtype=torch.int32, device=device))
 
-# %% ../../kernels/02_chunk_forward.ipynb #a423471f
+# %% ../../kernels/02_chunk_forward.ipynb #8a69fa31
 @triton.jit
 def _segment(plan_ptr, segment, length, T, sequences, PACKED:tl.constexpr):
     "Of a segment: its first token and its end; and of its sequence: the number, the first token and the end."
@@ -130,7 +130,7 @@ def _scan_states_kernel(states_ptr, m_ptr, plan_ptr, T, length, segments, sequen
         S += tl.load(states_ptr, mask=i < WIDTH, other=0.)
         tl.store(states_ptr, S, mask=i < WIDTH)
 
-# %% ../../kernels/02_chunk_forward.ipynb #ccea9c21
+# %% ../../kernels/02_chunk_forward.ipynb #5a16344b
 def _running_max(log, m0, plan):
     "(B, Hkv, T + sequences) for each sequence `m0` and the maxima after each token, of log weights (B, Hkv, T) and `m0` (B, Hkv, sequences)."
     if plan.table is None: return torch.cat([m0, log], -1).cummax(-1).values
@@ -170,7 +170,7 @@ def _constants(phi_q, phi_k, v, precision):
     return dict(F=F, D=D, **_config(F, D, dtype), DOT=getattr(tl, str(dtype).split('.')[1]), WIDE=tl.float32 if half or dtype==torch.float32 else tl.bfloat16,
                 PRECISION='tf32' if half else precision)
 
-# %% ../../kernels/02_chunk_forward.ipynb #7c7f60f0
+# %% ../../kernels/02_chunk_forward.ipynb #c8d96e48
 def _scan(states, m, plan, T, reverse, **flags):
     "Launch the scan over the segments of each sequence, in place."
     B,Hkv,_,width = states.shape
@@ -295,13 +295,13 @@ def _segments(programs, chunks, again, state, schedule=None, sms=132):
     else: n = min(range(2 if schedule=='parallel' and chunks>1 else 1, min(chunks, 2*sms)+1), key=lambda n: _waves(n, programs, chunks, again, state, sms))
     return triton.cdiv(chunks, triton.cdiv(chunks, n)) # no segment is empty
 
-# %% ../../kernels/02_chunk_forward.ipynb #a8201793
+# %% ../../kernels/02_chunk_forward.ipynb #b58408ea
 def _cut(T, programs, block, again, state, v, schedule, borders=None):
     "Plan for scans of `T` tokens by `programs` programs: as many segments as `_segments` says, for this device."
     sms = torch.cuda.get_device_properties(v.device).multi_processor_count if v.is_cuda else 132
     return _plan(T, _segments(programs, triton.cdiv(T, block), again, state, schedule, sms), block, borders, v.device)
 
-# %% ../../kernels/02_chunk_forward.ipynb #2f87505a
+# %% ../../kernels/02_chunk_forward.ipynb #84655927
 def _maxima(m, plan, after):
     "(B, Hkv, sequences) the running maxima before the first token of each sequence, or after the last."
     if plan.table is None: return m[...,-1:] if after else m[...,:1]

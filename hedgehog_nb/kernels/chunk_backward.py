@@ -7,7 +7,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/chunk_backward.html.md""
 # %% auto #0
 __all__ = ['triton_linear_attention', 'backward_usage']
 
-# %% ../../kernels/03_chunk_backward.ipynb #83478f2f
+# %% ../../kernels/03_chunk_backward.ipynb #fda0be26
 import torch
 from typing import Optional, Sequence
 from torch import Tensor
@@ -18,14 +18,14 @@ from .chunk import (_EPS, _NOTHING, _absorb, _check, _constants, _cut, _forward,
                                        _weights)
 import triton, triton.language as tl
 
-# %% ../../kernels/03_chunk_backward.ipynb #3a7a068f
+# %% ../../kernels/03_chunk_backward.ipynb #96d7df69
 @triton.jit
 def _inverse(den_ptr, t, rows):
     "1/d of a chunk's queries, 0 where nothing was seen and past the end."
     den = tl.load(den_ptr + t, mask=rows, other=0.)
     return tl.where(den > _EPS, 1/tl.maximum(den, _EPS), 0.)
 
-# %% ../../kernels/03_chunk_backward.ipynb #598a48f6
+# %% ../../kernels/03_chunk_backward.ipynb #397867e3
 @triton.jit(do_not_specialize=["T", "length", "segments", "slots", "sequences"])
 def _dq_kernel(k_ptr, v_ptr, o_ptr, do_ptr, den_ptr, log_ptr, m_ptr, mask_ptr, states_ptr, plan_ptr, dq_ptr, dd_ptr,
                stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_gb, stride_gh, stride_gt, Hkv, T, length, segments, slots, sequences,
@@ -78,14 +78,14 @@ def _dq_kernel(k_ptr, v_ptr, o_ptr, do_ptr, den_ptr, log_ptr, m_ptr, mask_ptr, s
             if tl.program_id(0) % tiles == 0: tl.store(dd_ptr + row + t, -delta*inverse, mask=rows)
         if CAUSAL: S, z = _absorb(S, z, k, v, log, m, t, n, BLOCK_T, HAS_LOG, DOT, PRECISION)
 
-# %% ../../kernels/03_chunk_backward.ipynb #f6fe4a39
+# %% ../../kernels/03_chunk_backward.ipynb #a7766365
 @triton.jit
 def _absorb_back(R, r, q, do, inverse, dd, fade, WIDE:tl.constexpr, PRECISION:tl.constexpr):
     "R and r with a chunk of queries, whose weights in the sum are `fade`."
     weighted = do.to(tl.float32)*(inverse*fade)[:, None]
     return _dot(tl.trans(q), weighted, R, WIDE, PRECISION), r + tl.sum(q.to(tl.float32)*(dd*fade)[:, None], 0)
 
-# %% ../../kernels/03_chunk_backward.ipynb #974f6b19
+# %% ../../kernels/03_chunk_backward.ipynb #03a8810b
 @triton.jit(do_not_specialize=["T", "length", "segments", "slots", "sequences"])
 def _dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, den_ptr, dd_ptr, log_ptr, m_ptr, mask_ptr, costates_ptr, plan_ptr, dk_ptr, dv_ptr, dl_ptr,
                 stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_gb, stride_gh, stride_gt,
@@ -170,7 +170,7 @@ def _dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, den_ptr, dd_ptr, log_ptr, m_ptr, ma
             tl.store(costates_ptr + costate, R, mask=inside)
             if tile % tiles_d == 0: tl.store(costates_ptr + F*D + f, r, mask=f < F)
 
-# %% ../../kernels/03_chunk_backward.ipynb #247e7887
+# %% ../../kernels/03_chunk_backward.ipynb #7129a15f
 @triton.jit(do_not_specialize=["T", "length", "segments", "slots", "sequences", "skip"])
 def _segment_costates_kernel(q_ptr, do_ptr, den_ptr, dd_ptr, m_ptr, costates_ptr, plan_ptr, stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
                              Hkv, T, length, segments, slots, sequences, skip, GROUP:tl.constexpr, F:tl.constexpr, D:tl.constexpr,
@@ -203,7 +203,7 @@ def _segment_costates_kernel(q_ptr, do_ptr, den_ptr, dd_ptr, m_ptr, costates_ptr
     tl.store(costates_ptr + f[:, None]*D + d[None, :], R, mask=(f < F)[:, None] & (d < D)[None, :])
     if tl.program_id(0) % tiles == 0: tl.store(costates_ptr + F*D + f, r, mask=f < F)
 
-# %% ../../kernels/03_chunk_backward.ipynb #9930f8c6
+# %% ../../kernels/03_chunk_backward.ipynb #612612b1
 def _bwd_constants(phi_q, phi_k, v, precision, free):
     "As `_constants`, for a kernel whose state may be cut along `free`, F or D, or not at all."
     c = _constants(phi_q, phi_k, v, precision)
@@ -213,7 +213,7 @@ def _bwd_constants(phi_q, phi_k, v, precision, free):
     wide = c['DOT']==tl.float32
     return c | dict(BLOCK_T=16 if wide else 32, BLOCK_F=F, BLOCK_D=D, num_warps=8, num_stages=3 if free and not wide else 1)
 
-# %% ../../kernels/03_chunk_backward.ipynb #0ba0475b
+# %% ../../kernels/03_chunk_backward.ipynb #23e45131
 def _costates(phi_q, do, den, dd, m, dS, dz, Hkv, plan, every, c):
     "(B, Hkv, segments + sequences, F·(D + 1)): gradients of the final states, and of the states before each segment but, unless `every`, the first of each sequence."
     (B,H,T,F),D = phi_q.shape,do.shape[-1]
@@ -229,7 +229,7 @@ def _costates(phi_q, do, den, dd, m, dS, dz, Hkv, plan, every, c):
         _scan(R, m, plan, T, reverse=True, **flags)
     return R
 
-# %% ../../kernels/03_chunk_backward.ipynb #4c07f254
+# %% ../../kernels/03_chunk_backward.ipynb #39d132bd
 def _to_largest(dm, log, m, plan):
     "Gradient `dm` (B, Hkv, sequences) of final maxima, given in equal shares to the log weights, and the initial maxima, that are as large."
     end,T = _maxima(m, plan, True),log.shape[-1]
@@ -239,7 +239,7 @@ def _to_largest(dm, log, m, plan):
     share = dm/(at0.index_add(-1, of, at))
     return at*share[...,of], at0*share
 
-# %% ../../kernels/03_chunk_backward.ipynb #42b94925
+# %% ../../kernels/03_chunk_backward.ipynb #869e7da5
 def _plans(phi_q, phi_k, v, causal, schedule, borders):
     "Plans for keys and for queries; the same but for bidirectional attention with more or fewer queries."
     (B,H,Tq,F),(_,Hkv,T,D),G = phi_q.shape,v.shape,phi_q.shape[1]//phi_k.shape[1]
@@ -250,7 +250,7 @@ def _plans(phi_q, phi_k, v, causal, schedule, borders):
     plan = cut(T, (1+G)*(F+D)/moved if causal else 0)
     return plan, plan if causal or borders else cut(Tq, 0)
 
-# %% ../../kernels/03_chunk_backward.ipynb #fa530644
+# %% ../../kernels/03_chunk_backward.ipynb #6de03725
 def _grad_queries(do, phi_q, phi_k, v, log, m, pad, state, o, den, causal, precision, plan, ask):
     "The forward scan: gradients of the queries and of the normalisers."
     (B,H,Tq,F),Hkv = phi_q.shape,phi_k.shape[1]
@@ -264,7 +264,7 @@ def _grad_queries(do, phi_q, phi_k, v, log, m, pad, state, o, den, causal, preci
         HAS_LOG=log is not None, HAS_MASK=pad is not None, **c)
     return dq, dd
 
-# %% ../../kernels/03_chunk_backward.ipynb #d52e017f
+# %% ../../kernels/03_chunk_backward.ipynb #992e57d9
 def _grad_keys(do, phi_q, phi_k, v, log, m, pad, R, den, dd, causal, precision, plan, start, end, dk, dv, dl):
     "The reverse scan: fill the gradients of keys, values and log weights that are not None; `R` holds co-states."
     (B,Hkv,T,F),D,H = phi_k.shape,v.shape[-1],phi_q.shape[1]
@@ -283,7 +283,7 @@ def _grad_keys(do, phi_q, phi_k, v, log, m, pad, R, den, dd, causal, precision, 
             HAS_END=end and need_k is not None, PACKED=plan.table is not None, HAS_LOG=log is not None, HAS_MASK=pad is not None, **c)
         if part is not None: torch.sum(part, 0, out=dl)
 
-# %% ../../kernels/03_chunk_backward.ipynb #d7764262
+# %% ../../kernels/03_chunk_backward.ipynb #3930c642
 def _grad_state(R, state, m, ask, plan, causal):
     "Gradients of the initial S, z and m, from the co-states before each sequence."
     F,D = state.S.shape[2:]
@@ -292,7 +292,7 @@ def _grad_state(R, state, m, ask, plan, causal):
     dS,dz = R[...,:F*D].unflatten(-1, (F, D)).clone(),R[...,F*D:].clone()
     return dS, dz, (dS*state.S).sum((-1, -2)) + (dz*state.z).sum(-1)
 
-# %% ../../kernels/03_chunk_backward.ipynb #81d8f750
+# %% ../../kernels/03_chunk_backward.ipynb #8887d41b
 def _backward(do, dS, dz, dm, phi_q, phi_k, v, log_k, state, mask, o, den, after, causal, schedule, precision, borders, need):
     "Launch the kernels: gradients of phi_q, phi_k, v, log_k and the three of the state; None where `need` is false."
     if do.stride(-1)!=1: do = do.contiguous() # e.g. the expanded ones of a plain sum
@@ -316,7 +316,7 @@ def _backward(do, dS, dz, dm, phi_q, phi_k, v, log_k, state, mask, o, den, after
     res = dq, dk, dv, dl, *grads
     return [x if n else None for x,n in zip(res, need)]
 
-# %% ../../kernels/03_chunk_backward.ipynb #c9eab4b0
+# %% ../../kernels/03_chunk_backward.ipynb #bd4f3753
 def _borders(cu_seqlens, phi_q): return None if cu_seqlens is None else _check_cu_seqlens(cu_seqlens, phi_q)
 def _state(S, z, m): return None if S is None else LinearState(S.float(), z.float(), m.float())
 def _how(schedule): return int(schedule) if schedule.isdigit() else schedule or None
@@ -334,7 +334,7 @@ def _(phi_q, phi_k, v, log_k, S, z, m, mask, cu_seqlens, causal, output_final_st
     n = B if cu_seqlens is None else cu_seqlens.shape[0]-1
     return v.new_empty(*phi_q.shape[:3], D), new(*phi_q.shape[:3]), *((new(n, Hkv, F, D), new(n, Hkv, F), new(n, Hkv)) if output_final_state else (new(0), new(0), new(0)))
 
-# %% ../../kernels/03_chunk_backward.ipynb #b1303ecc
+# %% ../../kernels/03_chunk_backward.ipynb #d11fff98
 @torch.library.custom_op('hedgehog_nb::linear_attention_backward', mutates_args=())
 def _attention_bwd_op(do:Tensor, dS:Optional[Tensor], dz:Optional[Tensor], dm:Optional[Tensor], phi_q:Tensor, phi_k:Tensor, v:Tensor, log_k:Optional[Tensor], S:Optional[Tensor], z:Optional[Tensor],
                       m:Optional[Tensor], mask:Optional[Tensor], cu_seqlens:Optional[Tensor], o:Tensor, den:Tensor, S_end:Tensor, z_end:Tensor, causal:bool, schedule:str, precision:str,
@@ -348,7 +348,7 @@ def _attention_bwd_op(do:Tensor, dS:Optional[Tensor], dz:Optional[Tensor], dm:Op
 def _(do, dS, dz, dm, phi_q, phi_k, v, log_k, S, z, m, mask, cu_seqlens, o, den, S_end, z_end, causal, schedule, precision, need):
     return tuple(x.new_empty(x.shape) if n else do.new_empty(0) for x,n in zip((phi_q, phi_k, v, log_k, S, z, m), need))
 
-# %% ../../kernels/03_chunk_backward.ipynb #e53e812d
+# %% ../../kernels/03_chunk_backward.ipynb #2e7da495
 def _save(ctx, inputs, output):
     *ins,ctx.causal,_,ctx.schedule,ctx.precision = inputs
     o,den,S_end,z_end,_ = output
@@ -367,7 +367,7 @@ def _gradient(ctx, do, _, *d_state):
 
 _attention_op.register_autograd(_gradient, setup_context=_save)
 
-# %% ../../kernels/03_chunk_backward.ipynb #3cf10cdf
+# %% ../../kernels/03_chunk_backward.ipynb #72c61ee0
 @full_precision
 def triton_linear_attention(
     phi_q:Tensor, # (B, H, Tq, F) mapped queries in fp32, fp16 or bf16; any strides, the last 1; F up to 512
@@ -388,7 +388,7 @@ def triton_linear_attention(
                                causal, output_final_state, '' if schedule is None else str(schedule), precision)
     return (o, LinearState(*state)) if output_final_state else o
 
-# %% ../../kernels/03_chunk_backward.ipynb #5e894f1f
+# %% ../../kernels/03_chunk_backward.ipynb #76bbbba8
 def backward_usage(
     feature_dim:int, # F
     head_dim:int, # D
