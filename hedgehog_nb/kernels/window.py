@@ -7,7 +7,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/window.html.md"""
 # %% auto #0
 __all__ = ['WindowAttentionKernel', 'triton_window_attention', 'window_usage']
 
-# %% ../../kernels/06_window.ipynb #2bf24e00
+# %% ../../kernels/06_window.ipynb #21cd97cc
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,7 +18,7 @@ from .feature_map import _INTERPRET, _dot, _on, offline_usage
 from .chunk import _tile
 import triton, triton.language as tl
 
-# %% ../../kernels/06_window.ipynb #5b6f4a51
+# %% ../../kernels/06_window.ipynb #6349c811
 _EPS, _NOTHING = tl.constexpr(EPS), tl.constexpr(NOTHING)
 
 @triton.jit
@@ -30,7 +30,7 @@ def _keys(k_ptr, v_ptr, log_ptr, mask_ptr, t, f, d, stride_kt, stride_vt, first,
     if HAS_LOG: log = tl.load(log_ptr + first + t, mask=ok, other=_NOTHING)
     return _tile(k_ptr + first*stride_kt, t, f, stride_kt, ok, F), _tile(v_ptr + first*stride_vt, t, d, stride_vt, ok, D), log
 
-# %% ../../kernels/06_window.ipynb #aeda0927
+# %% ../../kernels/06_window.ipynb #8a9d54a8
 @triton.jit
 def _near(q, k, i, j, keys, window, scale, gamma, BLOCK_T:tl.constexpr, DOT:tl.constexpr, PRECISION:tl.constexpr):
     "Scores (BLOCK_T, BLOCK_T) of queries at positions i with keys at j, of which `keys` are real."
@@ -38,7 +38,7 @@ def _near(q, k, i, j, keys, window, scale, gamma, BLOCK_T:tl.constexpr, DOT:tl.c
     ok = (i[:, None] >= j[None, :]) & (i[:, None] - j[None, :] < window) & keys[None, :]
     return tl.where(ok, s, _NOTHING)
 
-# %% ../../kernels/06_window.ipynb #c8fa0f87
+# %% ../../kernels/06_window.ipynb #2790b233
 @triton.jit(do_not_specialize=["T", "window"])
 def _window_fwd_kernel(q_ptr, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, log_q_ptr, log_k_ptr, gamma_ptr, mask_ptr, o_ptr, L_ptr, S_ptr, z_ptr, m_ptr,
                        stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_fb, stride_fh, stride_ft, stride_gb, stride_gh, stride_gt,
@@ -104,15 +104,14 @@ def _window_fwd_kernel(q_ptr, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, log_q_ptr, log
             tl.store(z_ptr + head*F + f, z, mask=f < F)
             tl.store(m_ptr + head, m)
 
-# %% ../../kernels/06_window.ipynb #2fa7519c
+# %% ../../kernels/06_window.ipynb #8085855f
 def _config(F, D, C, dtype, backward=False):
     "Block sizes, warps and pipeline stages for `F` features, `D` channels of v, `C` of q and k, and products in `dtype`."
     wide,p2 = dtype==torch.float32,lambda n: max(16, triton.next_power_of_2(n))
     BLOCK_F,BLOCK_D,BLOCK_C = p2(F),p2(D),p2(C)
     if backward: BLOCK_F = max(16, min(BLOCK_F, 8192//BLOCK_D))
     else: BLOCK_D = max(16, min(64, BLOCK_D, 8192//BLOCK_F))
-    largest = max(BLOCK_F, BLOCK_D, BLOCK_C)
-    BLOCK_T = 16 if wide else max(16, min(32, 4096//largest) if backward or dtype==torch.float16 else min(64, 8192//largest))
+    BLOCK_T = 16 if wide else max(16, min(32, 4096//max(BLOCK_F, BLOCK_D, BLOCK_C)))
     return dict(BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, BLOCK_F=BLOCK_F, BLOCK_D=BLOCK_D, num_warps=8, num_stages=1 if wide or backward else 2)
 
 def _constants(q, k, v, phi_q, phi_k, precision, backward=False):
@@ -123,7 +122,7 @@ def _constants(q, k, v, phi_q, phi_k, precision, backward=False):
     return dict(GROUP=q.shape[1]//k.shape[1], C=k.shape[-1], F=phi_k.shape[-1], D=v.shape[-1], **_config(phi_k.shape[-1], v.shape[-1], k.shape[-1], dtype, backward),
                 DOT=getattr(tl, str(dtype).split('.')[1]), WIDE=tl.float32 if half or dtype==torch.float32 else tl.bfloat16, PRECISION='tf32' if half else precision)
 
-# %% ../../kernels/06_window.ipynb #74a98c32
+# %% ../../kernels/06_window.ipynb #31d7974c
 def _extras(log_q, log_k, log_gamma, mask):
     "What the kernels read beside the big five, contiguous, and the flags that say what is there."
     c = lambda x: None if x is None else x.float().contiguous()
@@ -143,16 +142,16 @@ def _forward(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, mask
         q, k, v, phi_q, phi_k, *map(ptr, extras), o, L, *(state or (v,)*3), *_strides(q, k, v, phi_q, phi_k), Hkv, T, window, scale, HAS_END=end, **flags, **c)
     return o, L, state
 
-# %% ../../kernels/06_window.ipynb #cc249e19
+# %% ../../kernels/06_window.ipynb #e66dbd45
 @triton.jit
 def _rescaled(x): return tl.exp(tl.minimum(x, 80.)) # exponents here are bounded by -log φ(q)·φ(k); the least finite features must not make inf
 
 @triton.jit(do_not_specialize=["T", "window"])
-def _window_bwd_q_kernel(q_ptr, k_ptr, v_ptr, phi_k_ptr, log_q_ptr, log_k_ptr, gamma_ptr, mask_ptr, do_ptr, L_ptr, delta_ptr, dq_ptr, dphi_ptr,
+def _window_bwd_q_kernel(q_ptr, k_ptr, v_ptr, phi_k_ptr, log_q_ptr, log_k_ptr, gamma_ptr, mask_ptr, do_ptr, L_ptr, delta_ptr, dq_ptr, dg_ptr, dphi_ptr,
                          stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_gb, stride_gh, stride_gt,
                          Hkv, T, window, scale, GROUP:tl.constexpr, C:tl.constexpr, F:tl.constexpr, D:tl.constexpr, BLOCK_T:tl.constexpr, BLOCK_C:tl.constexpr, BLOCK_F:tl.constexpr, BLOCK_D:tl.constexpr,
                          HAS_LOG_Q:tl.constexpr, HAS_LOG_K:tl.constexpr, HAS_GAMMA:tl.constexpr, HAS_MASK:tl.constexpr, DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
-    "Gradients of `BLOCK_F` features of phi_q, and of q, for all query heads of a key-value head."
+    "Gradients of `BLOCK_F` features of phi_q, of q, and of log_gamma row by row (B, H, T), for all query heads of a key-value head."
     tiles = tl.cdiv(F, BLOCK_F)
     head = (tl.program_id(0)//tiles).to(tl.int64)
     batch, kv, tile = head//Hkv, head % Hkv, tl.program_id(0) % tiles
@@ -185,13 +184,14 @@ def _window_bwd_q_kernel(q_ptr, k_ptr, v_ptr, phi_k_ptr, log_q_ptr, log_k_ptr, g
                 gamma = 0.
                 if HAS_GAMMA: gamma = tl.load(gamma_ptr + kv*GROUP + g)
                 q = _tile(q_ptr + g*stride_qh + start*stride_qt, t, e, stride_qt, rows, C)
-                dq = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+                dq, dg = tl.zeros((BLOCK_T, BLOCK_C), tl.float32), tl.zeros((BLOCK_T,), tl.float32)
                 for first in range(tl.maximum(start - window + 1, 0), tl.where(window > 0, tl.minimum(start + BLOCK_T, T), 0), BLOCK_T):
                     k, v_near, real = _keys(k_ptr, v_ptr, log_k_ptr, mask_ptr, t, e, d, stride_kt, stride_vt, first, T, C, D, False, HAS_MASK)
                     s = _near(q, k, start + t, first + t, real > _NOTHING/2, window, scale, gamma, BLOCK_T, DOT, PRECISION)
                     p = tl.where(s > _NOTHING/2, tl.exp(s - L[:, None]), 0.)
                     p *= _dot(do, tl.trans(v_near), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), DOT, PRECISION) - delta[:, None]
-                    dq = _dot(p, k, dq, WIDE, PRECISION)
+                    dq, dg = _dot(p, k, dq, WIDE, PRECISION), dg + tl.sum(p, 1)
+                tl.store(dg_ptr + row + t, dg, mask=rows)
                 tl.store(dq_ptr + row*C + t[:, None]*C + e[None, :], dq*scale, mask=rows[:, None] & (e < C)[None, :])
 
         m_new = tl.maximum(m, tl.max(log, 0))
@@ -202,7 +202,7 @@ def _window_bwd_q_kernel(q_ptr, k_ptr, v_ptr, phi_k_ptr, log_q_ptr, log_k_ptr, g
             S, z = S*tl.exp(m - m_new), z*tl.exp(m - m_new)
         S, z, m = _dot(tl.trans(late), weighted, S, DOT, PRECISION), z + tl.sum(counted, 0), m_new
 
-# %% ../../kernels/06_window.ipynb #ab58d004
+# %% ../../kernels/06_window.ipynb #dd063230
 @triton.jit(do_not_specialize=["T", "window"])
 def _window_bwd_k_kernel(q_ptr, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, log_q_ptr, log_k_ptr, gamma_ptr, mask_ptr, do_ptr, L_ptr, delta_ptr, dk_ptr, dv_ptr, dphi_ptr,
                          stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_fb, stride_fh, stride_ft, stride_gb, stride_gh, stride_gt,
@@ -275,7 +275,7 @@ def _window_bwd_k_kernel(q_ptr, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, log_q_ptr, l
         tl.store(dphi_ptr + (head*T + start)*F + t[:, None]*F + f[None, :], dphi, mask=rows[:, None] & (f < F)[None, :])
         tl.store(dv_ptr + (head*T + start)*D + t[:, None]*D + d[None, :], dv, mask=rows[:, None] & (d < D)[None, :])
 
-# %% ../../kernels/06_window.ipynb #4c068716
+# %% ../../kernels/06_window.ipynb #c8a26ed2
 def _backward(do, o, L, q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, mask, precision):
     "Launch both backward kernels: gradients of q, k, v, phi_q, phi_k, log_q, log_k and log_gamma."
     (B,H,T,C),(_,Hkv,F_,D) = q.shape,(*phi_k.shape[:2], phi_k.shape[-1], v.shape[-1])
@@ -284,15 +284,13 @@ def _backward(do, o, L, q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, 
     tiles = triton.cdiv(F_, c['BLOCK_F'])
     dq,dk,dphi_q,dphi_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, phi_q, phi_k))
     dv = torch.empty(tiles, *v.shape, dtype=v.dtype if tiles==1 else torch.float32, device=v.device)
-    ptr = lambda a: v if a is None else a # never followed where None
+    dgamma,ptr = torch.empty_like(L),lambda a: v if a is None else a # never followed where None
     with _on(v):
-        _window_bwd_q_kernel[(B*Hkv*tiles,)](q, k, v, phi_k, *map(ptr, extras), do, L, delta, dq, dphi_q, *_strides(q, k, v, phi_k), Hkv, T, window, scale, **flags, **c)
+        _window_bwd_q_kernel[(B*Hkv*tiles,)](q, k, v, phi_k, *map(ptr, extras), do, L, delta, dq, dgamma, dphi_q, *_strides(q, k, v, phi_k), Hkv, T, window, scale, **flags, **c)
         _window_bwd_k_kernel[(B*Hkv*tiles,)](q, k, v, phi_q, phi_k, *map(ptr, extras), do, L, delta, dk, dv, dphi_k, *_strides(q, k, v, phi_q, phi_k), Hkv, T, window, scale, **flags, **c)
-    dlog_q,dlog_k = ((x.float()*g.float()).sum(-1) for x,g in ((phi_q, dphi_q), (phi_k, dphi_k)))
-    dgamma = None if log_gamma is None else -dlog_q.sum((0,2)) if window else torch.zeros_like(dlog_q[0,:,0])
-    return dq, dk, dv.sum(0).to(v.dtype), dphi_q, dphi_k, dlog_q, dlog_k, dgamma
+    return dq, dk, dv.sum(0).to(v.dtype), dphi_q, dphi_k, -dgamma, (phi_k.float()*dphi_k.float()).sum(-1), dgamma.sum((0,2))
 
-# %% ../../kernels/06_window.ipynb #aa42ce25
+# %% ../../kernels/06_window.ipynb #ff0170f5
 class WindowAttentionKernel(torch.autograd.Function):
     "The kernels as one differentiable operation; call it through `triton_window_attention`."
     @staticmethod
@@ -312,7 +310,7 @@ class WindowAttentionKernel(torch.autograd.Function):
         small = (None if x is None else g.to(x.dtype) for x,g in ((log_q, dlog_q), (log_k, dlog_k), (log_gamma, dgamma)))
         return *big, *small, *[None]*5
 
-# %% ../../kernels/06_window.ipynb #63e622d9
+# %% ../../kernels/06_window.ipynb #08d48825
 def _check(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, mask, precision):
     "Raise `ValueError` on arguments that do not fit, saying what was given."
     _check_window(q, k, v, phi_q, phi_k, window, log_q, log_gamma, mask)
@@ -327,7 +325,7 @@ def _check(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, mask, precisi
     if not (v.is_cuda or _INTERPRET.value):
         raise ValueError(f"the kernel runs on a GPU; given tensors on {v.device}. Use chunk_window_attention there, or set TRITON_INTERPRET=1 before Python starts to try the kernel in Triton's interpreter")
 
-# %% ../../kernels/06_window.ipynb #e085ac02
+# %% ../../kernels/06_window.ipynb #aa1e6b29
 def _ring(x, window, value=0.): # the last `window` tokens of (B, h, T, d), empty places in front
     x = x[:,:,max(0, x.shape[2]-window):].float()
     return F.pad(x, (0,0,window-x.shape[2],0), value=value)
@@ -352,11 +350,11 @@ def triton_window_attention(
     _check(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, mask, precision)
     o,*state = WindowAttentionKernel.apply(q, k, v, phi_q, phi_k, log_q, log_k, log_gamma, window, q.shape[-1]**-0.5 if scale is None else scale, mask, output_final_state, precision)
     if not output_final_state: return o
-    log = torch.zeros(k.shape[:3], device=k.device) if log_k is None else log_k.detach().float()
-    if mask is not None: log = log.masked_fill(~mask.bool()[:,None], NOTHING)
-    return o, WindowState(*(_ring(x.detach(), window) for x in (k, v, phi_k)), _ring(log[...,None], window, NOTHING)[...,0], LinearState(*state))
+    log,phi = torch.zeros(k.shape[:3], device=k.device) if log_k is None else log_k.detach().float(),phi_k.detach()
+    if mask is not None: log,phi = log.masked_fill(~mask.bool()[:,None], NOTHING),phi*mask.bool()[:,None,:,None]
+    return o, WindowState(*(_ring(x.detach(), window) for x in (k, v, phi)), _ring(log[...,None], window, NOTHING)[...,0], LinearState(*state))
 
-# %% ../../kernels/06_window.ipynb #5cb74f6c
+# %% ../../kernels/06_window.ipynb #b10105ee
 def window_usage(
     feature_dim:int, # F
     head_dim:int, # D, of q, k and v
@@ -372,5 +370,5 @@ def window_usage(
     c = _constants(e(group, head_dim), e(1, head_dim), e(1, head_dim), e(group, feature_dim), e(1, feature_dim), 'tf32x3', kernel!='forward')
     c = c | dict(HAS_LOG_Q=logs, HAS_LOG_K=logs, HAS_GAMMA=logs, HAS_MASK=False, HAS_END=False) | config
     short = {torch.bfloat16:'bf16', torch.float16:'fp16', torch.float32:'fp32'}[dtype]
-    use = offline_usage(f, c, short, ('log_q_ptr','log_k_ptr','gamma_ptr','L_ptr','delta_ptr','S_ptr','z_ptr','m_ptr') + (('dv_ptr',) if feature_dim>c['BLOCK_F'] else ()))
+    use = offline_usage(f, c, short, ('log_q_ptr','log_k_ptr','gamma_ptr','L_ptr','delta_ptr','dg_ptr','S_ptr','z_ptr','m_ptr') + (('dv_ptr',) if feature_dim>c['BLOCK_F'] else ()))
     return dict(kernel=kernel, F=feature_dim, D=head_dim, dtype=short, group=group, logs=logs, block_t=c['BLOCK_T'], block_f=c['BLOCK_F'], block_d=c['BLOCK_D'], warps=c['num_warps'], **use)
