@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .attention import check_qkv, full_precision, repeat_kv, visible
-from .linear_attention import EPS, NOTHING, LinearState, prepare_keys, _chunk_sums, _group, _start
+from .linear_attention import NOTHING, LinearState, prepare_keys, _away_from_zero, _chunk_sums, _group
 from .feature_maps import Attention, Exp, exp_features, make_feature_map, per_head, register_attention
 from .hedgehog import Hedgehog, hedgehog_features
 
@@ -55,7 +55,7 @@ def naive_window_weights(
     s,l = s.masked_fill(~(ok & ~old), NOTHING), l.masked_fill(~old, NOTHING)
     c = torch.maximum(s, l).amax(-1, keepdim=True).detach()
     near,far = ((s-c).exp().masked_fill(~(ok & ~old), 0), ((l-c).exp()*(phi_q @ repeat_kv(phi_k, H).mT)).masked_fill(~old, 0))
-    den = (near+far).sum(-1, keepdim=True).clamp_min(EPS)
+    den = _away_from_zero((near+far).sum(-1, keepdim=True))
     return (near/den, far/den) if branches else (near+far)/den
 
 def naive_window_attention(q, k, v, phi_q, phi_k, window, log_q=None, log_k=None, log_gamma=None, scale=None, mask=None):
@@ -165,7 +165,7 @@ def chunk_window_attention(
     _check_window(q, k, v, phi_q, phi_k, window, log_q, log_gamma, mask); _check_state(initial_state, k, v, phi_k, window)
     if initial_state is None and not output_final_state: window = min(window, q.shape[2])
     o,_,state = _window_sums(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, mask, initial_state, chunk_size)
-    o = (o[...,:-1]/o[...,-1:].clamp_min(EPS)).to(v.dtype)
+    o = (o[...,:-1]/_away_from_zero(o[...,-1:])).to(v.dtype)
     return (o, state) if output_final_state else o
 
 # %% ../nbs/10_window.ipynb #72e52f55
@@ -224,7 +224,7 @@ def window_decode_step(
     c = torch.cat([s,r], -1).amax(-1, keepdim=True)
     p,u = (s-c).exp().masked_fill(s<=NOTHING/2, 0)[:,:,None], (r-c).exp()[...,None]*phi_q
     den = p.sum(-1, keepdim=True) + u @ repeat_kv(z, H)[...,None]
-    o = (p @ repeat_kv(vs[:,:,1:], H) + u @ repeat_kv(S, H))/den.clamp_min(EPS)
+    o = (p @ repeat_kv(vs[:,:,1:], H) + u @ repeat_kv(S, H))/_away_from_zero(den)
     return o.to(dtype), WindowState(*(x[:,:,1:] for x in (ks,vs,phis,logs)), LinearState(S,z,m))
 
 # %% ../nbs/10_window.ipynb #4f17497f
@@ -245,7 +245,7 @@ def linear_share(
     "The share of each row's weight that lies on keys older than the window, in linear memory."
     _check_window(q, k, k, phi_q, phi_k, window, log_q, log_gamma, mask)
     o,lin,_ = _window_sums(q, k, k[...,:1], phi_q, phi_k, min(window, q.shape[2]), log_q, log_k, log_gamma, scale, mask, None, chunk_size)
-    return lin/o[...,-1].clamp_min(EPS)
+    return lin/_away_from_zero(o[...,-1])
 
 # %% ../nbs/10_window.ipynb #9f9f0271
 @register_attention('hedgehog_window')

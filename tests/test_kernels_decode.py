@@ -139,6 +139,11 @@ def test_other_maps_and_states_of_other_forms():
     close(decode_step(*(cut(x, 4) for x in (q, k, v)), s.apply(torch.Tensor.contiguous), fm), whole[:,:,4:], 1e-5)
 
 @kernel
+def test_normalisers_may_be_negative(): # as with a Taylor map of low order
+    q,k,v = inputs(T=4)
+    check(q, k, v, tol=1e-4)
+
+@kernel
 def test_out_is_written_in_place():
     q,k,v = inputs(T=1)
     out = torch.empty(1, 1, 2, 8, device=DEVICE).transpose(1, 2)

@@ -68,7 +68,8 @@ def _decode_kernel(q_ptr, k_ptr, v_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, log_ptr,
         h = kv*GROUP + g
         q_pos, q_neg, _ = _token_features(q_ptr + batch*stride_qb + h*stride_qh, wq_ptr + h*E*C, bq_ptr + h*E, e, C, E, F, BLOCK_E, BLOCK_C, FORM, HAS_BIAS)
         num = tl.sum(q_pos[:, None]*S_pos + q_neg[:, None]*S_neg, 0)
-        den = tl.maximum(tl.sum(q_pos*z_pos + q_neg*z_neg, 0), _EPS)
+        den = tl.sum(q_pos*z_pos + q_neg*z_neg, 0)
+        den = tl.where(tl.abs(den) > _EPS, den, _EPS)
         tl.store(o_ptr + batch*stride_ob + h*stride_oh + d, num/den, mask=cols)
 
     rows = tl.where(real, F, 0) # how many to write
