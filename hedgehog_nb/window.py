@@ -248,7 +248,7 @@ def linear_share(
     return lin/_away_from_zero(o[...,-1])
 
 # %% ../nbs/10_window.ipynb #9f9f0271
-@register_attention('hedgehog_window')
+@register_attention('hedgehog-window')
 class WindowAttention(Attention):
     "Softmax over the last `window` keys and a feature map for older ones, under one normaliser (after LoLCATs, arXiv 2410.10254)."
     learned,directions = True,(True,)
@@ -265,6 +265,8 @@ class WindowAttention(Attention):
         phi_q,phi_k,*logs = joint_features(self.map, *(torch.zeros(1, h, 1, head_dim) for h in (self.num_heads, self.num_kv_heads)))
         start = (phi_q*repeat_kv(phi_k, num_heads)).sum(-1).log() + sum(repeat_kv(l, num_heads) for l in logs if l is not None)
         self.log_gamma = nn.Parameter(start.detach()[0,:,0].clone())
+    @property
+    def feature_dim(self): return self.map.feature_dim
     def inputs(self, q, k, mask=None):
         "(phi_q, phi_k, window, log_q, log_k, log_gamma, scale): what the functions of this page need beside q, k, v and mask."
         phi_q,phi_k,log_q,log_k = joint_features(self.map, q, k)

@@ -160,14 +160,14 @@ def test_window_max():
 def test_as_an_attention(form, relative):
     import hedgehog_nb.window
     (q,k,v,*_),_ = inputs(1, T=30, dtype=torch.float32)
-    att = make_attention('hedgehog_window', 8, 4, 2, window=5, form=form, relative=relative)
+    att = make_attention('hedgehog-window', 8, 4, 2, window=5, form=form, relative=relative)
     o = att.attend(q, k, v)
     o.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum()>0 for p in att.parameters())
     close(o, att.weights(q, k) @ v.repeat_interleave(2, 1), 1e-5)
     assert ((att.linear_share(q, k)>=0) & (att.linear_share(q, k)<=1)).all()
     with pytest.raises(ValueError, match='causal only'): att.attend(q, k, v, causal=False)
-    with pytest.raises(ValueError, match='window is a number'): make_attention('hedgehog_window', 8, 4, window=-1)
+    with pytest.raises(ValueError, match='window is a number'): make_attention('hedgehog-window', 8, 4, window=-1)
 
 def test_beams_reorder_the_state():
     args,kw = inputs(3, T=20)
