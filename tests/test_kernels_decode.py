@@ -78,7 +78,7 @@ def test_half_precision_maps_and_no_bias():
     close(o, ro, TOL[torch.bfloat16])
 
 @kernel
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(B=st.integers(1, 2), Hkv=st.integers(1, 2), G=st.integers(1, 2), D=st.integers(1, 40), Dv=st.integers(1, 40), maps=st.integers(1, 2), kind=st.sampled_from([*FORMS, 'given']),
        log=st.booleans(), masked=st.booleans(), state=st.booleans(), bias=st.booleans(), bthd=st.booleans(), dtype=st.sampled_from(list(TOL)), seed=st.integers(0, 99))
 def test_drawn(B, Hkv, G, D, Dv, maps, kind, log, masked, state, bias, bthd, dtype, seed):
@@ -175,12 +175,23 @@ x = torch.ones(1,1,1,8); decode_step(x, x, x, LinearState.empty(x, x))'''
     assert res.returncode!=0 and 'ValueError: the kernel runs on a GPU; given tensors on cpu' in res.stderr
 
 def test_compiles_for_hopper(tmp_path):
+    "Nothing spills, and where tiles share z the machine code reads it before the ticket and writes it after: the interpreter, one program at a time, cannot tell."
     pytest.importorskip('triton')
     code = """
+import re, triton
 from hedgehog_nb.kernels.decode import decode_usage as use
 for kw in (dict(), dict(batch=64, form='exp', HAS_BIAS=True, HAS_MASK=True), dict(kv_heads=4, batch=64), dict(form='given', HAS_LOG=True)):
     assert use(64, **kw)['spilled_bytes']==0, kw
 assert use(128, batch=64)['spilled_bytes']==0
+
+compile,ptx = triton.compile,[]
+def keep(*args, **kw): ptx.append(res := compile(*args, **kw)); return res
+triton.compile = keep
+use(64, kv_heads=4, HAS_MASK=True); use(64, batch=64)
+tiled,whole = (re.findall(r'ld\\.global|bar\\.sync|atom\\.global\\.gpu\\.acq_rel|st\\.global', p.asm['ptx']) for p in ptx)
+ticket = tiled.index('atom.global.gpu.acq_rel')
+assert 'ld.global' in tiled[:ticket] and tiled[ticket-1]=='bar.sync' and 'ld.global' not in tiled[ticket:] and tiled[ticket:].count('st.global')>=4, tiled
+assert 'atom.global.gpu.acq_rel' not in whole
 """
     res = python('-c', code, TRITON_INTERPRET='0', TRITON_DEFAULT_FP_FUSION='1', TRITON_CACHE_DIR=str(tmp_path))
     assert res.returncode==0, res.stderr

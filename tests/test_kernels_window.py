@@ -65,16 +65,16 @@ def test_windows(Hkv, window): check(inputs(1, 4, Hkv, 40 if window==16 else 24,
 @kernel
 @pytest.mark.parametrize('form', FORMS)
 @pytest.mark.parametrize('dtype', TOL, ids=str)
-def test_forms_and_dtypes(dtype, form): check(inputs(1, 2, 1, 50, 16, form=form, dtype=dtype), 7)
+def test_forms_and_dtypes(dtype, form): check(inputs(1, 2, 1, 40, 16, form=form, dtype=dtype), 7)
 
 @kernel
 @pytest.mark.parametrize('log', [False, True])
 @pytest.mark.parametrize('gamma', [False, True])
 @pytest.mark.parametrize('masked', [False, True])
-def test_each_alone(masked, gamma, log): check(inputs(2, 2, 2, 20, log=log, gamma=gamma, masked=masked), 5)
+def test_each_alone(masked, gamma, log): check(inputs(1, 2, 2, 20, log=log, gamma=gamma, masked=masked), 5)
 
 @kernel
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(B=st.integers(1, 2), Hkv=st.integers(1, 2), G=st.integers(1, 2), T=st.integers(1, 40), D=st.integers(1, 20), Dv=st.integers(1, 20), window=st.integers(0, 60), form=st.sampled_from(FORMS),
        masked=st.booleans(), bthd=st.booleans(), dtype=st.sampled_from(list(TOL)), seed=st.integers(0, 99))
 def test_drawn(B, Hkv, G, T, D, Dv, window, form, masked, bthd, dtype, seed):
