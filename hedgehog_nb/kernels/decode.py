@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from ..attention import check_qkv
 from ..hedgehog import Hedgehog
-from ..linear_attention import EPS, NOTHING, LinearState
+from ..linear_attention import EPS, LinearState
 from .feature_map import _INTERPRET, _features, _on, offline_usage
 import triton, triton.language as tl
 
 # %% ../../kernels/05_decode_step.ipynb #9d827722
-_EPS, _NOTHING = tl.constexpr(EPS), tl.constexpr(NOTHING)
+_EPS = tl.constexpr(EPS)
 
 @triton.jit
 def _token_features(x_ptr, w_ptr, b_ptr, e, C:tl.constexpr, E:tl.constexpr, F:tl.constexpr, BLOCK_E:tl.constexpr, BLOCK_C:tl.constexpr, FORM:tl.constexpr, HAS_BIAS:tl.constexpr):
