@@ -151,25 +151,10 @@ def _chunk_logs(log_k, m0):
     m = torch.maximum(log_k.flatten(2).cummax(-1).values, m0[...,None]).view_as(log_k)
     return m, torch.cat([m0[...,None], m[:,:,:-1,-1]], 2), m[:,:,-1,-1]
 
-# %% ../nbs/02_linear_attention.ipynb #9a3777cf
-@full_precision
-def chunk_linear_attention(
-    phi_q:Tensor, # (B, H, T, F) mapped queries
-    phi_k:Tensor, # (B, Hkv, T, F) mapped keys; Hkv divides H
-    v:Tensor, # (B, Hkv, T, D) values
-    log_k:Tensor=None, # (B, Hkv, T) log weights of the keys
-    mask:Tensor=None, # (B, T) True at real tokens
-    initial_state:LinearState=None, # What was seen before these tokens
-    output_final_state:bool=False, # Also return the state after them?
-    chunk_size:int=64, # Tokens handled by one matrix product
-): # (B, H, T, D) outputs in v's dtype; with `output_final_state` the pair (outputs, `LinearState`)
-    "Causal linear attention in chunks of `chunk_size` tokens (paper, Eq. 2). Raises `ValueError` on shapes that do not fit."
-    if chunk_size<1: raise ValueError(f"chunk_size must be at least 1; given {chunk_size}")
-    dtype,(B,H,T,_),Hkv = v.dtype,phi_q.shape,phi_k.shape[1]
-    phi_q,phi_k,v,log_k = prepare_keys(phi_q, phi_k, v, log_k, mask)
-    if phi_k.shape[2]!=T: raise ValueError(f"causal linear attention needs as many queries as keys; given {T} and {phi_k.shape[2]}")
-    state,C = _start(initial_state, phi_k, v),min(chunk_size, T)
-    if log_k is None and initial_state is not None: log_k = torch.zeros_like(phi_k[...,0])  # so that it meets the state's m
+# %% ../nbs/02_linear_attention.ipynb #81046ef7
+def _chunk_sums(phi_q, phi_k, v, log_k, state, C):
+    "Numerators and, as last column, normalisers (B, H, T, D+1), divided by exp(m); the running maxima m (B, Hkv, T) or None; the state after."
+    (B,H,T,_),Hkv,C = phi_q.shape,phi_k.shape[1],min(C, phi_q.shape[2])
     v = F.pad(v, (0,1), value=1.)                                                # a column of ones: the normaliser
     phi_q,phi_k,v = (F.pad(x, (0,0,0,-T%C)).unflatten(2, (-1,C)) for x in (phi_q,phi_k,v))  # (B, h, N, C, ·)
     qs = _group(phi_q, Hkv).transpose(2,3)                                       # (B, Hkv, N, G, C, F)
@@ -187,9 +172,30 @@ def chunk_linear_attention(
     if log_k is not None: past = past * (m_prev[...,None]-m).exp()[:,:,:,None,:,None]
 
     o = (a.flatten(3,4) @ v).unflatten(3, (G,C)) + past                          # (B, Hkv, N, G, C, D+1)
-    o = o[...,:-1] / _away_from_zero(o[...,-1:])
-    o = o.transpose(2,3).flatten(3,4)[...,:T,:].reshape(B,H,T,-1).to(dtype)
-    return (o, LinearState(S_end[...,:-1], S_end[...,-1], m_end)) if output_final_state else o
+    o = o.transpose(2,3).flatten(3,4)[...,:T,:].reshape(B,H,T,-1)
+    return o, None if log_k is None else m.flatten(2)[...,:T], LinearState(S_end[...,:-1], S_end[...,-1], m_end)
+
+# %% ../nbs/02_linear_attention.ipynb #9a3777cf
+@full_precision
+def chunk_linear_attention(
+    phi_q:Tensor, # (B, H, T, F) mapped queries
+    phi_k:Tensor, # (B, Hkv, T, F) mapped keys; Hkv divides H
+    v:Tensor, # (B, Hkv, T, D) values
+    log_k:Tensor=None, # (B, Hkv, T) log weights of the keys
+    mask:Tensor=None, # (B, T) True at real tokens
+    initial_state:LinearState=None, # What was seen before these tokens
+    output_final_state:bool=False, # Also return the state after them?
+    chunk_size:int=64, # Tokens handled by one matrix product
+): # (B, H, T, D) outputs in v's dtype; with `output_final_state` the pair (outputs, `LinearState`)
+    "Causal linear attention in chunks of `chunk_size` tokens (paper, Eq. 2). Raises `ValueError` on shapes that do not fit."
+    if chunk_size<1: raise ValueError(f"chunk_size must be at least 1; given {chunk_size}")
+    dtype,T = v.dtype,phi_q.shape[2]
+    phi_q,phi_k,v,log_k = prepare_keys(phi_q, phi_k, v, log_k, mask)
+    if phi_k.shape[2]!=T: raise ValueError(f"causal linear attention needs as many queries as keys; given {T} and {phi_k.shape[2]}")
+    if log_k is None and initial_state is not None: log_k = torch.zeros_like(phi_k[...,0])  # so that it meets the state's m
+    o,_,state = _chunk_sums(phi_q, phi_k, v, log_k, _start(initial_state, phi_k, v), chunk_size)
+    o = (o[...,:-1] / _away_from_zero(o[...,-1:])).to(dtype)
+    return (o, state) if output_final_state else o
 
 # %% ../nbs/02_linear_attention.ipynb #5638bc53
 @full_precision
