@@ -7,7 +7,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/fused_hedgehog.html.md""
 # %% auto #0
 __all__ = ['fused_hedgehog_attention', 'fused_usage']
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #516e1fd1
+# %% ../../kernels/04_fused_hedgehog.ipynb #8b008473
 import re, torch
 from typing import Optional
 from torch import Tensor
@@ -18,7 +18,7 @@ from .feature_map import _INTERPRET, _dot, _features, _features_bwd, _offline, _
 from .chunk import _EPS, _NOTHING, _segments, _tile
 import triton, triton.language as tl
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #509a7d19
+# %% ../../kernels/04_fused_hedgehog.ipynb #c8573bf3
 @triton.jit
 def _mapped(x_ptr, w_ptr, b_ptr, head, t, e, d, stride_t, rows, D:tl.constexpr, E:tl.constexpr, FORM:tl.constexpr, HAS_BIAS:tl.constexpr, DOT:tl.constexpr, PRECISION:tl.constexpr):
     "A tile x of tokens, the head's W, y = x Wᵀ + b, both halves of the features, and their log weights."
@@ -30,21 +30,21 @@ def _mapped(x_ptr, w_ptr, b_ptr, head, t, e, d, stride_t, rows, D:tl.constexpr, 
     pos, neg, l = _features(y, (e < E)[None, :], FORM)
     return x, w, y, pos, neg, l
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #4177d76e
+# %% ../../kernels/04_fused_hedgehog.ipynb #414666bc
 @triton.jit
 def _pairs(a_pos, a_neg, b_pos, b_neg, DOT:tl.constexpr, PRECISION:tl.constexpr):
     "Features times features: the sum of both halves' products."
     a = _dot(a_pos, tl.trans(b_pos), tl.zeros((a_pos.shape[0], b_pos.shape[0]), tl.float32), DOT, PRECISION)
     return _dot(a_neg, tl.trans(b_neg), a, DOT, PRECISION)
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #9f7daa47
+# %% ../../kernels/04_fused_hedgehog.ipynb #35f606cb
 @triton.jit
 def _add(S_pos, S_neg, pos, neg, u, DOT:tl.constexpr, PRECISION:tl.constexpr):
     "S + uᵀφ for each half."
     u = tl.trans(u)
     return _dot(u, pos, S_pos, DOT, PRECISION), _dot(u, neg, S_neg, DOT, PRECISION)
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #00710e46
+# %% ../../kernels/04_fused_hedgehog.ipynb #e0d9abec
 @triton.jit
 def _column(c):
     "A vector as the 16 equal columns that a product wants at least."
@@ -56,14 +56,14 @@ def _count(z_pos, z_neg, pos, neg, c, DOT:tl.constexpr, PRECISION:tl.constexpr):
     c = _column(c)
     return _dot(tl.trans(pos), c, z_pos, DOT, PRECISION), _dot(tl.trans(neg), c, z_neg, DOT, PRECISION)
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #e68cb659
+# %% ../../kernels/04_fused_hedgehog.ipynb #e72a0b49
 @triton.jit
 def _two(z, DOT:tl.constexpr):
     "The 16 equal columns of z as a product's operand that loses nothing: z rounded to `DOT`, then what rounding lost, then zeros."
     col, hi = tl.arange(0, 16)[None, :], z.to(DOT).to(tl.float32)
     return tl.where(col == 0, hi, tl.where(col == 1, z - hi, 0.))
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #9ec7b49c
+# %% ../../kernels/04_fused_hedgehog.ipynb #d2c147af
 @triton.jit
 def _max(a, b): return tl.maximum(a, b)
 
@@ -89,7 +89,7 @@ def _store_state(ptr, S_pos, S_neg, z_pos, z_neg, tile, e, d, E:tl.constexpr, D:
     tl.store(z, tl.max(z_pos, 1), mask=e < E)
     tl.store(z + E, tl.max(z_neg, 1), mask=e < E)
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #9aa35365
+# %% ../../kernels/04_fused_hedgehog.ipynb #d4080852
 @triton.jit(do_not_specialize=["T", "length", "segments", "slots"])
 def _fused_fwd_kernel(q_ptr, k_ptr, v_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_ptr, states_ptr, m_ptr, o_ptr, rows_ptr, stride_qb, stride_qh, stride_qt,
                       stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, Hkv, T, length, segments, slots,
@@ -127,7 +127,7 @@ def _fused_fwd_kernel(q_ptr, k_ptr, v_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_
             if HAS_LOG:
                 l = tl.where(keys, l if FORM == "exp" else 0., _NOTHING)
                 m_t, m_end = tl.maximum(m, tl.associative_scan(l, 0, _max)), tl.maximum(m, tl.max(l, 0))
-                fade, keep, weight = tl.exp(m - m_t), tl.exp(m - m_end), tl.exp(l - m_end)
+                fade, keep, weight = tl.exp(m - m_t), tl.exp(m - m_end), tl.where(keys, tl.exp(l - m_end), 0.)
                 u, z_pos, z_neg, m = v*weight[:, None], z_pos*keep, z_neg*keep, m_end
             z_pos, z_neg = _count(z_pos, z_neg, k_pos, k_neg, weight, DOT, PRECISION)
 
@@ -163,7 +163,7 @@ def _fused_fwd_kernel(q_ptr, k_ptr, v_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_
             _store_state(states_ptr + (slot + 1)*(2*E*(DV + tiles)), S_pos, S_neg, z_pos, z_neg, tile, e, c, E, DV)
             if HAS_LOG and tile == 0: tl.store(m_ptr + slot + 1, m)
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #2ca10bfd
+# %% ../../kernels/04_fused_hedgehog.ipynb #fd3ef16e
 @triton.jit(do_not_specialize=["T", "length", "first", "segments", "slots"])
 def _fused_states_kernel(x_ptr, u_ptr, w_ptr, b_ptr, mask_ptr, rows_ptr, delta_ptr, m_ptr, states_ptr, stride_xb, stride_xh, stride_xt, stride_ub, stride_uh, stride_ut, Hkv, T, length, first, segments, slots,
                          GROUP:tl.constexpr, D:tl.constexpr, E:tl.constexpr, DV:tl.constexpr, FORM:tl.constexpr, BLOCK_T:tl.constexpr, BLOCK_E:tl.constexpr, BLOCK_D:tl.constexpr, BLOCK_V:tl.constexpr,
@@ -198,7 +198,7 @@ def _fused_states_kernel(x_ptr, u_ptr, w_ptr, b_ptr, mask_ptr, rows_ptr, delta_p
             elif HAS_LOG:
                 l = tl.where(rows, l if FORM == "exp" else 0., _NOTHING)
                 m_end = tl.maximum(m, tl.max(l, 0))
-                keep, weight, m = tl.exp(m - m_end), tl.exp(l - m_end), m_end
+                keep, weight, m = tl.exp(m - m_end), tl.where(rows, tl.exp(l - m_end), 0.), m_end
                 u, S_pos, S_neg, z_pos, z_neg = u*weight[:, None], S_pos*keep, S_neg*keep, z_pos*keep, z_neg*keep
             z_pos, z_neg = _count(z_pos, z_neg, pos, neg, weight, DOT, PRECISION)
             S_pos, S_neg = _add(S_pos, S_neg, pos, neg, u, DOT, PRECISION)
@@ -208,7 +208,7 @@ def _fused_states_kernel(x_ptr, u_ptr, w_ptr, b_ptr, mask_ptr, rows_ptr, delta_p
     _store_state(states_ptr + slot*(2*E*(DV + tiles)), S_pos, S_neg, z_pos, z_neg, tile, e, c, E, DV)
     if HAS_LOG and not QUERIES and tile == 0: tl.store(m_ptr + slot, m)
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #a8a08c27
+# %% ../../kernels/04_fused_hedgehog.ipynb #2af0c5da
 @triton.jit(do_not_specialize=["first", "step", "count", "slots"])
 def _fused_scan_kernel(states_ptr, keep_ptr, gain_ptr, first, step, count, slots, WIDTH:tl.constexpr, BLOCK:tl.constexpr, HAS_LOG:tl.constexpr):
     "Slots `first`, `first` + `step`, …, `count` of them, from what segments add to sums of all before them, starting from the slot before `first`; in place."
@@ -223,7 +223,7 @@ def _fused_scan_kernel(states_ptr, keep_ptr, gain_ptr, first, step, count, slots
         S += new
         tl.store(states_ptr + slot*WIDTH + i, S, mask=i < WIDTH)
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #1fa7f01f
+# %% ../../kernels/04_fused_hedgehog.ipynb #b2d3dfec
 def _config(D, E, DV, dtype, scan='o'):
     "Block sizes, warps and pipeline stages of the scan for `o`, `dq` or `dkv`."
     BLOCK_E,BLOCK_D = (max(16, triton.next_power_of_2(x)) for x in (E, D))
@@ -232,7 +232,7 @@ def _config(D, E, DV, dtype, scan='o'):
     BLOCK_V = max(16, min(32 if single else 64, 8192//BLOCK_E, triton.next_power_of_2(DV)))
     return dict(BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E, BLOCK_D=BLOCK_D, BLOCK_V=BLOCK_V, num_warps=8 if width>64 or scan=='dkv' else 4, num_stages=1 if single or width>64 else 2)
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #06703fdb
+# %% ../../kernels/04_fused_hedgehog.ipynb #df2e60b8
 def _constants(q, v, w, form, precision):
     "Compile-time arguments that all kernels share."
     (E,D),DV = w.shape[1:],v.shape[-1]
@@ -250,7 +250,7 @@ def _pick(c, kernel): return {k:x for k,x in c.items() if k in kernel.arg_names 
 def _or(x, other): return other if x is None else x # a pointer that is never followed where None
 def _pad(mask): return None if mask is None else mask.to(torch.int8).contiguous()
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #54ace67d
+# %% ../../kernels/04_fused_hedgehog.ipynb #85f0d5ff
 def _fill(slot, S, z, tiles): # a state into a slot, or nothing
     if S is None: slot.zero_()
     else: slot.copy_(torch.cat([S.flatten(2), *[z]*tiles], -1))
@@ -266,7 +266,7 @@ def _scan(states, M, own, first, step, count):
     with _on(states): _fused_scan_kernel[(states.shape[0]*states.shape[1]*triton.cdiv(W, 1024),)](
         states, keep, gain, first, step, count, states.shape[2], WIDTH=W, BLOCK=1024, HAS_LOG=M is not None)
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #50881a49
+# %% ../../kernels/04_fused_hedgehog.ipynb #885ce589
 def _key_states(k, v, w_k, b_k, S, z, m, pad, parts, n, length, log, c):
     "States (B, Hkv, n+1, ·) before and after segments, the first and `parts` more of them filled, and running maxima (B, Hkv, n+1) or None."
     (B,Hkv,T,DV),F = v.shape,2*c['E']
@@ -283,7 +283,7 @@ def _key_states(k, v, w_k, b_k, S, z, m, pad, parts, n, length, log, c):
     _scan(states, M, own, 1, 1, parts)
     return states, M
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #ca1c9cc7
+# %% ../../kernels/04_fused_hedgehog.ipynb #5b1f80df
 def _forward(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, form, causal, final, save, schedule, precision):
     "Launch the forward: o; rows, states and maxima for the backward; S, z and m after the last token. Empty tensors for what is not asked for."
     (B,H,Tq,_),(_,Hkv,T,DV) = q.shape,v.shape
@@ -303,7 +303,7 @@ def _forward(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, form, causal, final, sa
     S,z = _split(states[:,:,-1], 2*c['E'], DV, tiles)
     return o, rows, *kept, S.clone(), z[...,0,:].clone(), M[...,-1].clone() if log else z.new_zeros(B, Hkv)
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #1d7df315
+# %% ../../kernels/04_fused_hedgehog.ipynb #417c973b
 @triton.jit
 def _unmap(x, w, pos, neg, g_pos, g_neg, dw, db, FORM:tl.constexpr, HAS_BIAS:tl.constexpr, DOT:tl.constexpr, PRECISION:tl.constexpr):
     "Gradients of a tile x, and of W and b summed on, from those of its features; a common factor of a row's features has no gradient."
@@ -313,7 +313,7 @@ def _unmap(x, w, pos, neg, g_pos, g_neg, dw, db, FORM:tl.constexpr, HAS_BIAS:tl.
     if HAS_BIAS: db = _dot(tl.trans(dy), tl.full((x.shape[0], 16), 1., tl.float32), db, DOT, PRECISION)
     return dx, dw, db
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #a865748e
+# %% ../../kernels/04_fused_hedgehog.ipynb #72b62aa5
 @triton.jit(do_not_specialize=["T", "length", "segments", "slots"])
 def _fused_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_ptr, states_ptr, m_ptr, rows_ptr, delta_ptr, dq_ptr, dw_ptr, db_ptr, stride_qb, stride_qh, stride_qt,
                      stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot, H, T, length, segments, slots,
@@ -362,7 +362,7 @@ def _fused_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr,
             if HAS_LOG:
                 l, m_t = tl.where(keys, l if FORM == "exp" else 0., _NOTHING), tl.load(rows_ptr + T + start + t, mask=rows, other=-_NOTHING)
                 m_end = tl.maximum(m, tl.max(l, 0))
-                fade, keep, weight = tl.exp(m - m_t), tl.exp(m - m_end), tl.exp(l - m_end)
+                fade, keep, weight = tl.exp(m - m_t), tl.exp(m - m_end), tl.where(keys, tl.exp(l - m_end), 0.)
                 da *= tl.exp(tl.where(seen, l[None, :] - m_t[:, None], 0.))
                 g_pos, g_neg = g_pos*fade[:, None], g_neg*fade[:, None]
                 u, S_pos, S_neg, z_pos, z_neg, m = v*weight[:, None], S_pos*keep, S_neg*keep, z_pos*keep, z_neg*keep, m_end
@@ -386,7 +386,7 @@ def _fused_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr,
     tl.store(dw_ptr + index*E*D + e[:, None]*D + d[None, :], dw, mask=(e < E)[:, None] & (d < D)[None, :])
     if BIAS_Q: tl.store(db_ptr + index*E + e, tl.max(db, 1), mask=e < E)
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #6d5b2545
+# %% ../../kernels/04_fused_hedgehog.ipynb #29b3b5e9
 @triton.jit(do_not_specialize=["T", "length", "segments", "slots"])
 def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_ptr, states_ptr, m_ptr, rows_ptr, delta_ptr, dk_ptr, dv_ptr, dw_ptr, db_ptr, stride_qb, stride_qh, stride_qt,
                       stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot, Hkv, T, length, segments, slots,
@@ -430,7 +430,7 @@ def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_pt
         g_neg = _dot(v, R_neg, tl.zeros((BLOCK_T, BLOCK_E), tl.float32), WIDE, PRECISION) + tl.max(z_neg, 1)[None, :]
         if HAS_LOG:
             l = tl.where(keys, l if FORM == "exp" else 0., _NOTHING)
-            weight = tl.exp(l - m)
+            weight = tl.where(keys, tl.exp(l - m), 0.)
             if CAUSAL:
                 m_prev = tl.load(m_ptr + head*slots + part)
                 if left > 0: m_prev = tl.load(rows_ptr + T - 1)
@@ -476,7 +476,7 @@ def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_pt
     tl.store(dw_ptr + index*E*D + e[:, None]*D + d[None, :], dw, mask=(e < E)[:, None] & (d < D)[None, :])
     if BIAS_K: tl.store(db_ptr + index*E + e, tl.max(db, 1), mask=e < E)
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #97660de5
+# %% ../../kernels/04_fused_hedgehog.ipynb #0ee57220
 def _query_states(q, do, w_q, b_q, rows, delta, M, R, causal, n, length, group, c):
     "Fill slots of R (B, Hkv, slots, ·) with what segments' queries ask for: from the second segment on if causal, else of all."
     (B,_,T,_),Hkv,first = q.shape,R.shape[1],int(causal)
@@ -492,7 +492,7 @@ def _start_gradient(dS, dz, R, F, DV, tiles): # the last slot: the final state's
 
 def _total(x, dtype): return x.sum((0,2,3)).to(dtype) if x.numel() else x
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #1f892edc
+# %% ../../kernels/04_fused_hedgehog.ipynb #c3e7f4fa
 def _backward(do, dS, dz, q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, o, rows, states, M, form, causal, schedule, precision):
     "Launch the backward: gradients of q, k, v, w_q, w_k, b_q, b_k, S, z, m; empty tensors where the input is None."
     (B,H,Tq,D),(_,Hkv,T,DV) = q.shape,v.shape
@@ -529,7 +529,7 @@ def _backward(do, dS, dz, q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, o, rows, s
     dS,dz = dS.contiguous(),dz.sum(-2)
     return *dx, dv, dw_q, dw_k, db_q, db_k, dS, dz, (S*dS).sum((-2,-1)) + (z*dz).sum(-1)
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #d1548c7e
+# %% ../../kernels/04_fused_hedgehog.ipynb #91f00494
 @torch.library.custom_op('hedgehog_nb::fused_attention', mutates_args=())
 def _fused_op(q:Tensor, k:Tensor, v:Tensor, w_q:Tensor, w_k:Tensor, b_q:Optional[Tensor], b_k:Optional[Tensor], S:Optional[Tensor], z:Optional[Tensor], m:Optional[Tensor], mask:Optional[Tensor],
               form:str, causal:bool, final:bool, save:bool, schedule:int, precision:str)->tuple[Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor]:
@@ -544,7 +544,7 @@ def _(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, form, causal, final, save, sch
     return (v.new_empty(B, H, Tq, DV), new(B, H, 2, Tq) if save else new(0), new(B, Hkv, n+1, F*(DV + triton.cdiv(DV, c['BLOCK_V']))) if kept else new(0),
             new(B, Hkv, n+1) if kept and log else new(0), *((new(B, Hkv, F, DV), new(B, Hkv, F), new(B, Hkv)) if final else (new(0), new(0), new(0))))
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #9721143a
+# %% ../../kernels/04_fused_hedgehog.ipynb #40eb2469
 @torch.library.custom_op('hedgehog_nb::fused_attention_backward', mutates_args=())
 def _fused_bwd_op(do:Tensor, dS:Optional[Tensor], dz:Optional[Tensor], q:Tensor, k:Tensor, v:Tensor, w_q:Tensor, w_k:Tensor, b_q:Optional[Tensor], b_k:Optional[Tensor],
                   S:Optional[Tensor], z:Optional[Tensor], m:Optional[Tensor], mask:Optional[Tensor], o:Tensor, rows:Tensor, states:Tensor, M:Tensor,
@@ -571,7 +571,7 @@ def _gradient(ctx, do, _rows, _states, _M, dS, dz, _m):
 
 _fused_op.register_autograd(_gradient, setup_context=_save)
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #301f1967
+# %% ../../kernels/04_fused_hedgehog.ipynb #66fa5017
 def _check_maps(q, k, w_q, w_k, b_q, b_k, form):
     "Raise `ValueError` on matrices that do not fit queries and keys."
     (H,D),Hkv = (q.shape[1],q.shape[3]),k.shape[1]
@@ -602,7 +602,7 @@ def _check(q, k, v, w_q, w_k, b_q, b_k, form, causal, mask, state, schedule, pre
     if not (v.is_cuda or _INTERPRET.value):
         raise ValueError(f"the kernel runs on a GPU; given tensors on {v.device}. Use linear_attention with a Hedgehog map there, or set TRITON_INTERPRET=1 before Python starts to try the kernel in Triton's interpreter")
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #118aeeff
+# %% ../../kernels/04_fused_hedgehog.ipynb #5c8c2a28
 def fused_hedgehog_attention(
     q:Tensor, # (B, H, Tq, D) queries in fp32, fp16 or bf16; any strides, the last 1; D up to 128
     k:Tensor, # (B, Hkv, T, D) keys; Hkv divides H
@@ -628,7 +628,7 @@ def fused_hedgehog_attention(
     o,_,_,_,*after = _fused_op(*ins, mask, form, causal, output_final_state, save, {None:0, 'scan':1, 'parallel':-1}.get(schedule, schedule), precision)
     return (o, LinearState(*after)) if output_final_state else o
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #0f1506dd
+# %% ../../kernels/04_fused_hedgehog.ipynb #a2a180bb
 def _loop(compiled):
     "Instructions in the longest loop of a compiled kernel."
     lines = _read_binary(compiled, 'nvdisasm', '-c').split('\n')
