@@ -129,6 +129,7 @@ def distill_map(
     batch_size:int=8, # Sequences per step
     lr:float=1e-2, # AdamW's learning rate, decaying to 0
     seed:int=0, # Order of the sequences
+    loss=None, # Callable (q, k, map, **kwargs) -> scalar; `weight_loss` if None
     **kwargs # `causal`, `scale` of the loss
 )->list: # Loss after each step, mean over heads
     "Distil one layer's map from queries and keys held in memory (paper, Section 4.2)."
@@ -137,7 +138,7 @@ def distill_map(
     g,losses = torch.Generator().manual_seed(seed),[]
     for _ in range(steps):
         i = torch.randint(len(q), (min(batch_size, len(q)),), generator=g)
-        loss = weight_loss(q[i], k[i], feature_map, **kwargs)
-        opt.zero_grad(); loss.backward(); opt.step(); sched.step()
-        losses.append(loss.item())
+        l = (loss or weight_loss)(q[i], k[i], feature_map, **kwargs)
+        opt.zero_grad(); l.backward(); opt.step(); sched.step()
+        losses.append(l.item())
     return losses

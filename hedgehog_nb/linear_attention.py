@@ -17,7 +17,9 @@ from .attention import repeat_kv, visible, check_qkv, full_precision
 
 # %% ../nbs/02_linear_attention.ipynb #d5f6944f
 NOTHING = -1e30  # The log weight of a padded key, and of an empty state: finite, so that differences stay finite
-EPS = 1e-30      # Least normaliser: rows that see no key give 0, not NaN
+EPS = 1e-30      # Least size of a normaliser: rows that see no key give 0, not NaN
+
+def _away_from_zero(z): return z.where(z.abs()>EPS, EPS) # maps whose weights may be negative keep the sign of their sum
 
 def prepare_keys(
     phi_q:Tensor, # (B, H, Tq, F) mapped queries
@@ -56,7 +58,7 @@ def naive_linear_weights(
         l = repeat_kv(log_k, H)[:,:,None].masked_fill(~ok, NOTHING)
         a = a * (l - l.amax(-1, keepdim=True)).exp()
     a = a.masked_fill(~ok, 0)
-    return a / a.sum(-1, keepdim=True).clamp_min(EPS)
+    return a / _away_from_zero(a.sum(-1, keepdim=True))
 
 # %% ../nbs/02_linear_attention.ipynb #259cab16
 @full_precision
@@ -126,7 +128,7 @@ def recurrent_linear_attention(
         keep,w = (old-m).exp(), (lt-m).exp()
         S = S*keep[...,None,None] + (w[...,None]*kt)[...,None]*vt[...,None,:]
         z = z*keep[...,None] + w[...,None]*kt
-        os.append((qt@S / (qt@z[...,None]).clamp_min(EPS)).flatten(1,2))
+        os.append((qt@S / _away_from_zero(qt@z[...,None])).flatten(1,2))
     o = torch.stack(os, 2).to(dtype)
     return (o, LinearState(S,z,m)) if output_final_state else o
 
@@ -182,7 +184,7 @@ def chunk_linear_attention(
     if log_k is not None: past = past * (m_prev[...,None]-m).exp()[:,:,:,None,:,None]
 
     o = (a.flatten(3,4) @ v).unflatten(3, (G,C)) + past                          # (B, Hkv, N, G, C, D+1)
-    o = o[...,:-1] / o[...,-1:].clamp_min(EPS)
+    o = o[...,:-1] / _away_from_zero(o[...,-1:])
     o = o.transpose(2,3).flatten(3,4)[...,:T,:].reshape(B,H,T,-1).to(dtype)
     return (o, LinearState(S_end[...,:-1], S_end[...,-1], m_end)) if output_final_state else o
 
@@ -208,7 +210,7 @@ def bidirectional_linear_attention(
         S0,z0 = S0*keep[...,None,None], z0*keep[...,None]
     S,z = S0 + phi_k.mT@v, z0 + phi_k.sum(2)
     qs = _group(phi_q, phi_k.shape[1]).flatten(2,3)                              # (B, Hkv, G·Tq, F)
-    o = qs@S / (qs@z[...,None]).clamp_min(EPS)
+    o = qs@S / _away_from_zero(qs@z[...,None])
     o = o.unflatten(2, (-1,phi_q.shape[2])).flatten(1,2).to(dtype)
     return (o, LinearState(S,z,m)) if output_final_state else o
 
@@ -246,12 +248,16 @@ def linear_attention(
     cu_seqlens=None, # Borders of sequences packed into one row, from 0 to T: (n+1,) integers
     chunk_size:int=64, # Tokens handled by one matrix product
     implementation:str=None, # "naive", "recurrent" or "chunked"; chosen by the input if None
-    offset:int=0, # Tokens before these, for a map that looks at positions
+    offset:int=None, # Tokens before these; needed with `initial_state` by a map that looks at positions
 ): # (B, H, Tq, Dv) outputs in v's dtype; with `output_final_state` the pair (outputs, `LinearState`)
     "Linear attention (paper, Eq. 2) from queries, keys and values. Raises `ValueError` that says what was given and what fits."
     if implementation not in (None,)+IMPLEMENTATIONS: raise ValueError(f"implementation is one of {', '.join(IMPLEMENTATIONS)}; given {implementation!r}")
     check_qkv(q, k, v, mask)
-    phi_q,phi_k,log_k = (q,k,None) if feature_map is None else feature_map(q, k, offset) if getattr(feature_map, 'positional', False) else feature_map(q, k)
+    at = {}
+    if getattr(feature_map, 'positional', False):
+        if offset is None and initial_state is not None: raise ValueError(f"{type(feature_map).__name__} looks at positions: give `offset`, the number of tokens before these")
+        at = dict(offset=offset or 0)
+    phi_q,phi_k,log_k = (q,k,None) if feature_map is None else feature_map(q, k, **at)
     args = causal,mask,initial_state,output_final_state,chunk_size,implementation
     if cu_seqlens is None: return _dispatch(phi_q, phi_k, v, log_k, *args)
     if initial_state is not None or output_final_state or mask is not None: raise ValueError("cu_seqlens goes without mask and states: give the sequences as a batch instead")
