@@ -7,7 +7,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/fused_hedgehog.html.md""
 # %% auto #0
 __all__ = ['fused_hedgehog_attention', 'fused_usage']
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #8b008473
+# %% ../../kernels/04_fused_hedgehog.ipynb #be82827a
 import re, torch
 from typing import Optional
 from torch import Tensor
@@ -18,7 +18,7 @@ from .feature_map import _INTERPRET, _dot, _features, _features_bwd, _offline, _
 from .chunk import _EPS, _NOTHING, _segments, _tile
 import triton, triton.language as tl
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #c8573bf3
+# %% ../../kernels/04_fused_hedgehog.ipynb #1d80d91c
 @triton.jit
 def _mapped(x_ptr, w_ptr, b_ptr, head, t, e, d, stride_t, rows, D:tl.constexpr, E:tl.constexpr, FORM:tl.constexpr, HAS_BIAS:tl.constexpr, DOT:tl.constexpr, PRECISION:tl.constexpr):
     "A tile x of tokens, the head's W, y = x Wᵀ + b, both halves of the features, and their log weights."
@@ -30,21 +30,21 @@ def _mapped(x_ptr, w_ptr, b_ptr, head, t, e, d, stride_t, rows, D:tl.constexpr, 
     pos, neg, l = _features(y, (e < E)[None, :], FORM)
     return x, w, y, pos, neg, l
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #414666bc
+# %% ../../kernels/04_fused_hedgehog.ipynb #d67c1138
 @triton.jit
 def _pairs(a_pos, a_neg, b_pos, b_neg, DOT:tl.constexpr, PRECISION:tl.constexpr):
     "Features times features: the sum of both halves' products."
     a = _dot(a_pos, tl.trans(b_pos), tl.zeros((a_pos.shape[0], b_pos.shape[0]), tl.float32), DOT, PRECISION)
     return _dot(a_neg, tl.trans(b_neg), a, DOT, PRECISION)
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #35f606cb
+# %% ../../kernels/04_fused_hedgehog.ipynb #ccdffbb0
 @triton.jit
 def _add(S_pos, S_neg, pos, neg, u, DOT:tl.constexpr, PRECISION:tl.constexpr):
     "S + uᵀφ for each half."
     u = tl.trans(u)
     return _dot(u, pos, S_pos, DOT, PRECISION), _dot(u, neg, S_neg, DOT, PRECISION)
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #e0d9abec
+# %% ../../kernels/04_fused_hedgehog.ipynb #9f68bdea
 @triton.jit
 def _column(c):
     "A vector as the 16 equal columns that a product wants at least."
@@ -56,14 +56,14 @@ def _count(z_pos, z_neg, pos, neg, c, DOT:tl.constexpr, PRECISION:tl.constexpr):
     c = _column(c)
     return _dot(tl.trans(pos), c, z_pos, DOT, PRECISION), _dot(tl.trans(neg), c, z_neg, DOT, PRECISION)
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #e72a0b49
+# %% ../../kernels/04_fused_hedgehog.ipynb #5153709c
 @triton.jit
 def _two(z, DOT:tl.constexpr):
     "The 16 equal columns of z as a product's operand that loses nothing: z rounded to `DOT`, then what rounding lost, then zeros."
     col, hi = tl.arange(0, 16)[None, :], z.to(DOT).to(tl.float32)
     return tl.where(col == 0, hi, tl.where(col == 1, z - hi, 0.))
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #d2c147af
+# %% ../../kernels/04_fused_hedgehog.ipynb #71e2feb4
 @triton.jit
 def _max(a, b): return tl.maximum(a, b)
 
@@ -89,7 +89,7 @@ def _store_state(ptr, S_pos, S_neg, z_pos, z_neg, tile, e, d, E:tl.constexpr, D:
     tl.store(z, tl.max(z_pos, 1), mask=e < E)
     tl.store(z + E, tl.max(z_neg, 1), mask=e < E)
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #d4080852
+# %% ../../kernels/04_fused_hedgehog.ipynb #b421b0fa
 @triton.jit(do_not_specialize=["T", "length", "segments", "slots"])
 def _fused_fwd_kernel(q_ptr, k_ptr, v_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_ptr, states_ptr, m_ptr, o_ptr, rows_ptr, stride_qb, stride_qh, stride_qt,
                       stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, Hkv, T, length, segments, slots,
@@ -102,12 +102,12 @@ def _fused_fwd_kernel(q_ptr, k_ptr, v_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_
     tile, b, h = tl.program_id(0) % tiles, head//Hkv, head % Hkv
     t, e, d, c = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_D), tile*BLOCK_V + tl.arange(0, BLOCK_V)
     past, n = t[:, None] >= t[None, :], tl.minimum(T - part*length, length).to(tl.int32)
-    q_ptr += b*stride_qb + h*GROUP*stride_qh + part*length*stride_qt
+    q_ptr += b*stride_qb + part*length*stride_qt
     k_ptr += b*stride_kb + h*stride_kh + part*length*stride_kt
     v_ptr += b*stride_vb + h*stride_vh + part*length*stride_vt
-    o_ptr += (head*GROUP*T + part*length)*DV
+    o_ptr += (b*Hkv*GROUP*T + part*length)*DV
     mask_ptr += b*T + part*length
-    rows_ptr += head*GROUP*2*T + part*length
+    rows_ptr += b*Hkv*GROUP*2*T + part*length
     slot = head*slots + (part if CAUSAL else slots - 1)
     S_pos, S_neg, z_pos, z_neg = _empty(BLOCK_E, BLOCK_V)
     m = _NOTHING
@@ -132,7 +132,7 @@ def _fused_fwd_kernel(q_ptr, k_ptr, v_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_
             z_pos, z_neg = _count(z_pos, z_neg, k_pos, k_neg, weight, DOT, PRECISION)
 
         for g in range(GROUP):
-            x, w, y, q_pos, q_neg, l_q = _mapped(q_ptr + g*stride_qh, wq_ptr, bq_ptr, h*GROUP + g, t, e, d, stride_qt, rows, D, E, FORM, BIAS_Q, DOT, PRECISION)
+            x, w, y, q_pos, q_neg, l_q = _mapped(q_ptr + (h*GROUP + g)*stride_qh, wq_ptr, bq_ptr, h*GROUP + g, t, e, d, stride_qt, rows, D, E, FORM, BIAS_Q, DOT, PRECISION)
             den = _dot(q_pos, sum_pos, tl.zeros((BLOCK_T, 16), tl.float32), WIDE, PRECISION)
             den = tl.sum(_dot(q_neg, sum_neg, den, WIDE, PRECISION), 1)
             o = _pairs(q_pos, q_neg, S_pos, S_neg, WIDE, PRECISION)
@@ -145,10 +145,10 @@ def _fused_fwd_kernel(q_ptr, k_ptr, v_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_
                 o = _dot(a, v, o, WIDE, PRECISION)
                 den += tl.sum(a, 1)
             inv = 1/tl.maximum(den, _EPS)
-            tl.store(o_ptr + g*T*DV + t[:, None]*DV + c[None, :], o*inv[:, None], mask=rows[:, None] & (c < DV)[None, :])
+            tl.store(o_ptr + (h*GROUP + g)*T*DV + t[:, None]*DV + c[None, :], o*inv[:, None], mask=rows[:, None] & (c < DV)[None, :])
             if SAVE:
-                tl.store(rows_ptr + g*2*T + start + t, inv, mask=rows)
-                if HAS_LOG and CAUSAL: tl.store(rows_ptr + g*2*T + T + start + t, m_t, mask=rows)
+                tl.store(rows_ptr + (h*GROUP + g)*2*T + start + t, inv, mask=rows)
+                if HAS_LOG and CAUSAL: tl.store(rows_ptr + (h*GROUP + g)*2*T + T + start + t, m_t, mask=rows)
 
         if CAUSAL:
             if HAS_LOG: S_pos, S_neg = S_pos*keep, S_neg*keep
@@ -163,7 +163,7 @@ def _fused_fwd_kernel(q_ptr, k_ptr, v_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_
             _store_state(states_ptr + (slot + 1)*(2*E*(DV + tiles)), S_pos, S_neg, z_pos, z_neg, tile, e, c, E, DV)
             if HAS_LOG and tile == 0: tl.store(m_ptr + slot + 1, m)
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #fd3ef16e
+# %% ../../kernels/04_fused_hedgehog.ipynb #9a4d3e27
 @triton.jit(do_not_specialize=["T", "length", "first", "segments", "slots"])
 def _fused_states_kernel(x_ptr, u_ptr, w_ptr, b_ptr, mask_ptr, rows_ptr, delta_ptr, m_ptr, states_ptr, stride_xb, stride_xh, stride_xt, stride_ub, stride_uh, stride_ut, Hkv, T, length, first, segments, slots,
                          GROUP:tl.constexpr, D:tl.constexpr, E:tl.constexpr, DV:tl.constexpr, FORM:tl.constexpr, BLOCK_T:tl.constexpr, BLOCK_E:tl.constexpr, BLOCK_D:tl.constexpr, BLOCK_V:tl.constexpr,
@@ -174,8 +174,8 @@ def _fused_states_kernel(x_ptr, u_ptr, w_ptr, b_ptr, mask_ptr, rows_ptr, delta_p
     tile, b, h = tl.program_id(0) % tiles, head//Hkv, head % Hkv
     t, e, d, c = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_D), tile*BLOCK_V + tl.arange(0, BLOCK_V)
     n = tl.minimum(T - part*length, length).to(tl.int32)
-    x_ptr += b*stride_xb + h*GROUP*stride_xh + part*length*stride_xt
-    u_ptr += b*stride_ub + h*GROUP*stride_uh + part*length*stride_ut
+    x_ptr += b*stride_xb + part*length*stride_xt
+    u_ptr += b*stride_ub + part*length*stride_ut
     mask_ptr += b*T + part*length
     rows_ptr += head*GROUP*2*T + part*length
     delta_ptr += (tile*(tl.num_programs(0)//(tiles*segments)) + head)*GROUP*T + part*length
@@ -188,8 +188,8 @@ def _fused_states_kernel(x_ptr, u_ptr, w_ptr, b_ptr, mask_ptr, rows_ptr, delta_p
         rows = t < n - start
         if HAS_MASK: rows = tl.load(mask_ptr + start + t, mask=rows, other=0) != 0
         for g in range(GROUP):
-            u = _tile(u_ptr + g*stride_uh, t, c, stride_ut, rows, DV)
-            x, w, y, pos, neg, l = _mapped(x_ptr + g*stride_xh, w_ptr, b_ptr, h*GROUP + g, t, e, d, stride_xt, rows, D, E, FORM, HAS_BIAS, DOT, PRECISION)
+            u = _tile(u_ptr + (h*GROUP + g)*stride_uh, t, c, stride_ut, rows, DV)
+            x, w, y, pos, neg, l = _mapped(x_ptr + (h*GROUP + g)*stride_xh, w_ptr, b_ptr, h*GROUP + g, t, e, d, stride_xt, rows, D, E, FORM, HAS_BIAS, DOT, PRECISION)
             weight = tl.where(rows, 1., 0.)
             if QUERIES:
                 weight = tl.load(rows_ptr + g*2*T + start + t, mask=rows, other=0.)
@@ -208,7 +208,7 @@ def _fused_states_kernel(x_ptr, u_ptr, w_ptr, b_ptr, mask_ptr, rows_ptr, delta_p
     _store_state(states_ptr + slot*(2*E*(DV + tiles)), S_pos, S_neg, z_pos, z_neg, tile, e, c, E, DV)
     if HAS_LOG and not QUERIES and tile == 0: tl.store(m_ptr + slot, m)
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #2af0c5da
+# %% ../../kernels/04_fused_hedgehog.ipynb #f39bcb44
 @triton.jit(do_not_specialize=["first", "step", "count", "slots"])
 def _fused_scan_kernel(states_ptr, keep_ptr, gain_ptr, first, step, count, slots, WIDTH:tl.constexpr, BLOCK:tl.constexpr, HAS_LOG:tl.constexpr):
     "Slots `first`, `first` + `step`, …, `count` of them, from what segments add to sums of all before them, starting from the slot before `first`; in place."
@@ -223,7 +223,7 @@ def _fused_scan_kernel(states_ptr, keep_ptr, gain_ptr, first, step, count, slots
         S += new
         tl.store(states_ptr + slot*WIDTH + i, S, mask=i < WIDTH)
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #b2d3dfec
+# %% ../../kernels/04_fused_hedgehog.ipynb #aae69766
 def _config(D, E, DV, dtype, scan='o'):
     "Block sizes, warps and pipeline stages of the scan for `o`, `dq` or `dkv`."
     BLOCK_E,BLOCK_D = (max(16, triton.next_power_of_2(x)) for x in (E, D))
@@ -232,7 +232,7 @@ def _config(D, E, DV, dtype, scan='o'):
     BLOCK_V = max(16, min(32 if single else 64, 8192//BLOCK_E, triton.next_power_of_2(DV)))
     return dict(BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E, BLOCK_D=BLOCK_D, BLOCK_V=BLOCK_V, num_warps=8 if width>64 or scan=='dkv' else 4, num_stages=1 if single or width>64 else 2)
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #df2e60b8
+# %% ../../kernels/04_fused_hedgehog.ipynb #3f0e0ee5
 def _constants(q, v, w, form, precision):
     "Compile-time arguments that all kernels share."
     (E,D),DV = w.shape[1:],v.shape[-1]
@@ -250,7 +250,7 @@ def _pick(c, kernel): return {k:x for k,x in c.items() if k in kernel.arg_names 
 def _or(x, other): return other if x is None else x # a pointer that is never followed where None
 def _pad(mask): return None if mask is None else mask.to(torch.int8).contiguous()
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #85f0d5ff
+# %% ../../kernels/04_fused_hedgehog.ipynb #9c392b0c
 def _fill(slot, S, z, tiles): # a state into a slot, or nothing
     if S is None: slot.zero_()
     else: slot.copy_(torch.cat([S.flatten(2), *[z]*tiles], -1))
@@ -266,7 +266,7 @@ def _scan(states, M, own, first, step, count):
     with _on(states): _fused_scan_kernel[(states.shape[0]*states.shape[1]*triton.cdiv(W, 1024),)](
         states, keep, gain, first, step, count, states.shape[2], WIDTH=W, BLOCK=1024, HAS_LOG=M is not None)
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #885ce589
+# %% ../../kernels/04_fused_hedgehog.ipynb #644e1846
 def _key_states(k, v, w_k, b_k, S, z, m, pad, parts, n, length, log, c):
     "States (B, Hkv, n+1, ·) before and after segments, the first and `parts` more of them filled, and running maxima (B, Hkv, n+1) or None."
     (B,Hkv,T,DV),F = v.shape,2*c['E']
@@ -283,7 +283,7 @@ def _key_states(k, v, w_k, b_k, S, z, m, pad, parts, n, length, log, c):
     _scan(states, M, own, 1, 1, parts)
     return states, M
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #5b1f80df
+# %% ../../kernels/04_fused_hedgehog.ipynb #5c088ec9
 def _forward(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, form, causal, final, save, schedule, precision):
     "Launch the forward: o; rows, states and maxima for the backward; S, z and m after the last token. Empty tensors for what is not asked for."
     (B,H,Tq,_),(_,Hkv,T,DV) = q.shape,v.shape
@@ -303,7 +303,7 @@ def _forward(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, form, causal, final, sa
     S,z = _split(states[:,:,-1], 2*c['E'], DV, tiles)
     return o, rows, *kept, S.clone(), z[...,0,:].clone(), M[...,-1].clone() if log else z.new_zeros(B, Hkv)
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #417c973b
+# %% ../../kernels/04_fused_hedgehog.ipynb #c4111ca6
 @triton.jit
 def _unmap(x, w, pos, neg, g_pos, g_neg, dw, db, FORM:tl.constexpr, HAS_BIAS:tl.constexpr, DOT:tl.constexpr, PRECISION:tl.constexpr):
     "Gradients of a tile x, and of W and b summed on, from those of its features; a common factor of a row's features has no gradient."
@@ -313,7 +313,7 @@ def _unmap(x, w, pos, neg, g_pos, g_neg, dw, db, FORM:tl.constexpr, HAS_BIAS:tl.
     if HAS_BIAS: db = _dot(tl.trans(dy), tl.full((x.shape[0], 16), 1., tl.float32), db, DOT, PRECISION)
     return dx, dw, db
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #72b62aa5
+# %% ../../kernels/04_fused_hedgehog.ipynb #5c8e7af6
 @triton.jit(do_not_specialize=["T", "length", "segments", "slots"])
 def _fused_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_ptr, states_ptr, m_ptr, rows_ptr, delta_ptr, dq_ptr, dw_ptr, db_ptr, stride_qb, stride_qh, stride_qt,
                      stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot, H, T, length, segments, slots,
@@ -386,7 +386,7 @@ def _fused_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr,
     tl.store(dw_ptr + index*E*D + e[:, None]*D + d[None, :], dw, mask=(e < E)[:, None] & (d < D)[None, :])
     if BIAS_Q: tl.store(db_ptr + index*E + e, tl.max(db, 1), mask=e < E)
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #29b3b5e9
+# %% ../../kernels/04_fused_hedgehog.ipynb #5a143dff
 @triton.jit(do_not_specialize=["T", "length", "segments", "slots"])
 def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_ptr, states_ptr, m_ptr, rows_ptr, delta_ptr, dk_ptr, dv_ptr, dw_ptr, db_ptr, stride_qb, stride_qh, stride_qt,
                       stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot, Hkv, T, length, segments, slots,
@@ -401,10 +401,10 @@ def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_pt
     later, cols, n = t[:, None] <= t[None, :], (e < E)[None, :], tl.minimum(T - part*length, length).to(tl.int32)
     last = part*length + (tl.cdiv(n, BLOCK_T) - 1)*BLOCK_T
     heads = tl.num_programs(0)//(tiles*segments)
-    q_ptr += b*stride_qb + h*GROUP*stride_qh + last*stride_qt
+    q_ptr += b*stride_qb + last*stride_qt
     k_ptr += b*stride_kb + h*stride_kh + last*stride_kt
     v_ptr += b*stride_vb + h*stride_vh + last*stride_vt
-    do_ptr += b*stride_ob + h*GROUP*stride_oh + last*stride_ot
+    do_ptr += b*stride_ob + last*stride_ot
     mask_ptr += b*T + last
     rows_ptr += head*GROUP*2*T + last
     delta_ptr += (tile*heads + head)*GROUP*T + last
@@ -441,8 +441,8 @@ def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_pt
         if CAUSAL:
             for g in range(GROUP):
                 inv = tl.load(rows_ptr + g*2*T + t, mask=rows, other=0.)
-                do, delta = (_tile(do_ptr + g*stride_oh, t, c, stride_ot, rows, DV)*inv[:, None]).to(WIDE), inv*tl.load(delta_ptr + g*T + t, mask=rows, other=0.)
-                x_q, w_q, y_q, q_pos, q_neg, l_q = _mapped(q_ptr + g*stride_qh, wq_ptr, bq_ptr, h*GROUP + g, t, e, d, stride_qt, rows, D, E, FORM, BIAS_Q, DOT, PRECISION)
+                do, delta = (_tile(do_ptr + (h*GROUP + g)*stride_oh, t, c, stride_ot, rows, DV)*inv[:, None]).to(WIDE), inv*tl.load(delta_ptr + g*T + t, mask=rows, other=0.)
+                x_q, w_q, y_q, q_pos, q_neg, l_q = _mapped(q_ptr + (h*GROUP + g)*stride_qh, wq_ptr, bq_ptr, h*GROUP + g, t, e, d, stride_qt, rows, D, E, FORM, BIAS_Q, DOT, PRECISION)
                 q_pos, q_neg, seen = q_pos.to(WIDE), q_neg.to(WIDE), later & keys[:, None]
                 a = _pairs(k_pos, k_neg, q_pos, q_neg, DOT, PRECISION) # (keys, queries)
                 da = _dot(v, tl.trans(do), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), WIDE, PRECISION) - delta[None, :]
@@ -476,7 +476,7 @@ def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_pt
     tl.store(dw_ptr + index*E*D + e[:, None]*D + d[None, :], dw, mask=(e < E)[:, None] & (d < D)[None, :])
     if BIAS_K: tl.store(db_ptr + index*E + e, tl.max(db, 1), mask=e < E)
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #0ee57220
+# %% ../../kernels/04_fused_hedgehog.ipynb #35deefa7
 def _query_states(q, do, w_q, b_q, rows, delta, M, R, causal, n, length, group, c):
     "Fill slots of R (B, Hkv, slots, ·) with what segments' queries ask for: from the second segment on if causal, else of all."
     (B,_,T,_),Hkv,first = q.shape,R.shape[1],int(causal)
@@ -492,7 +492,7 @@ def _start_gradient(dS, dz, R, F, DV, tiles): # the last slot: the final state's
 
 def _total(x, dtype): return x.sum((0,2,3)).to(dtype) if x.numel() else x
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #c3e7f4fa
+# %% ../../kernels/04_fused_hedgehog.ipynb #63647365
 def _backward(do, dS, dz, q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, o, rows, states, M, form, causal, schedule, precision):
     "Launch the backward: gradients of q, k, v, w_q, w_k, b_q, b_k, S, z, m; empty tensors where the input is None."
     (B,H,Tq,D),(_,Hkv,T,DV) = q.shape,v.shape
@@ -529,7 +529,7 @@ def _backward(do, dS, dz, q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, o, rows, s
     dS,dz = dS.contiguous(),dz.sum(-2)
     return *dx, dv, dw_q, dw_k, db_q, db_k, dS, dz, (S*dS).sum((-2,-1)) + (z*dz).sum(-1)
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #91f00494
+# %% ../../kernels/04_fused_hedgehog.ipynb #42df6946
 @torch.library.custom_op('hedgehog_nb::fused_attention', mutates_args=())
 def _fused_op(q:Tensor, k:Tensor, v:Tensor, w_q:Tensor, w_k:Tensor, b_q:Optional[Tensor], b_k:Optional[Tensor], S:Optional[Tensor], z:Optional[Tensor], m:Optional[Tensor], mask:Optional[Tensor],
               form:str, causal:bool, final:bool, save:bool, schedule:int, precision:str)->tuple[Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor]:
@@ -544,7 +544,7 @@ def _(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, form, causal, final, save, sch
     return (v.new_empty(B, H, Tq, DV), new(B, H, 2, Tq) if save else new(0), new(B, Hkv, n+1, F*(DV + triton.cdiv(DV, c['BLOCK_V']))) if kept else new(0),
             new(B, Hkv, n+1) if kept and log else new(0), *((new(B, Hkv, F, DV), new(B, Hkv, F), new(B, Hkv)) if final else (new(0), new(0), new(0))))
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #40eb2469
+# %% ../../kernels/04_fused_hedgehog.ipynb #60de38ec
 @torch.library.custom_op('hedgehog_nb::fused_attention_backward', mutates_args=())
 def _fused_bwd_op(do:Tensor, dS:Optional[Tensor], dz:Optional[Tensor], q:Tensor, k:Tensor, v:Tensor, w_q:Tensor, w_k:Tensor, b_q:Optional[Tensor], b_k:Optional[Tensor],
                   S:Optional[Tensor], z:Optional[Tensor], m:Optional[Tensor], mask:Optional[Tensor], o:Tensor, rows:Tensor, states:Tensor, M:Tensor,
@@ -571,7 +571,7 @@ def _gradient(ctx, do, _rows, _states, _M, dS, dz, _m):
 
 _fused_op.register_autograd(_gradient, setup_context=_save)
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #66fa5017
+# %% ../../kernels/04_fused_hedgehog.ipynb #0e78848a
 def _check_maps(q, k, w_q, w_k, b_q, b_k, form):
     "Raise `ValueError` on matrices that do not fit queries and keys."
     (H,D),Hkv = (q.shape[1],q.shape[3]),k.shape[1]
@@ -602,7 +602,7 @@ def _check(q, k, v, w_q, w_k, b_q, b_k, form, causal, mask, state, schedule, pre
     if not (v.is_cuda or _INTERPRET.value):
         raise ValueError(f"the kernel runs on a GPU; given tensors on {v.device}. Use linear_attention with a Hedgehog map there, or set TRITON_INTERPRET=1 before Python starts to try the kernel in Triton's interpreter")
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #5c8c2a28
+# %% ../../kernels/04_fused_hedgehog.ipynb #b9c5d185
 def fused_hedgehog_attention(
     q:Tensor, # (B, H, Tq, D) queries in fp32, fp16 or bf16; any strides, the last 1; D up to 128
     k:Tensor, # (B, Hkv, T, D) keys; Hkv divides H
@@ -628,7 +628,7 @@ def fused_hedgehog_attention(
     o,_,_,_,*after = _fused_op(*ins, mask, form, causal, output_final_state, save, {None:0, 'scan':1, 'parallel':-1}.get(schedule, schedule), precision)
     return (o, LinearState(*after)) if output_final_state else o
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #a2a180bb
+# %% ../../kernels/04_fused_hedgehog.ipynb #a23ac598
 def _loop(compiled):
     "Instructions in the longest loop of a compiled kernel."
     lines = _read_binary(compiled, 'nvdisasm', '-c').split('\n')
