@@ -651,5 +651,5 @@ def fused_usage(
     c = _constants(q, q, w, form, 'tf32x3') | _config(head_dim, num_maps*head_dim, head_dim, dtype, kernel.replace('states', 'o')) | config
     c |= dict(GROUP=group, CAUSAL=True, QUERIES=False, HAS_LOG=form=='exp', SAVE=kernel=='o') | dict.fromkeys(('HAS_BIAS','BIAS_Q','BIAS_K','HAS_START','HAS_END','HAS_MASK'), False)
     args = f, c, {torch.bfloat16:'bf16', torch.float16:'fp16', torch.float32:'fp32'}[dtype], ('m_ptr','states_ptr','rows_ptr','delta_ptr','dw_ptr','db_ptr')
-    return dict(kernel=kernel, D=head_dim, dtype=args[2], form=form, block_t=c['BLOCK_T'], block_v=c['BLOCK_V'], warps=c['num_warps'], stages=c['num_stages'], **offline_usage(*args),
+    return dict(kernel=kernel, D=head_dim, E=c['E'], group=group, dtype=args[2], form=form, block_t=c['BLOCK_T'], block_v=c['BLOCK_V'], warps=c['num_warps'], stages=c['num_stages'], **offline_usage(*args),
                 instructions_per_token=round(_loop(_offline(*args))*c['num_warps']/c['BLOCK_T']))
