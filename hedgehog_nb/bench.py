@@ -9,7 +9,7 @@ __all__ = ['CONTENDERS', 'TOLERANCE', 'Case', 'floor_bytes', 'flops', 'NotHere',
            'peak_bytes', 'copy_rate', 'matmul_rate', 'check_contenders', 'default_cases', 'run_benchmark',
            'bench_table']
 
-# %% ../kernels/07_benchmarks.ipynb #dc8c9ce5
+# %% ../kernels/07_benchmarks.ipynb #55318018
 import functools, statistics, time, torch
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from .feature_maps import make_feature_map
 from .linear_attention import linear_attention
 from .results import Table, code_version, write_results
 
-# %% ../kernels/07_benchmarks.ipynb #f87bb1c1
+# %% ../kernels/07_benchmarks.ipynb #fcdf47bb
 class Case(NamedTuple):
     "One shape to measure."
     kind:str # "forward", "train" (forward and backward) or "decode" (one token on a state or cache of T tokens)
@@ -37,7 +37,7 @@ class Case(NamedTuple):
     def kv_unit(self): return self.B*self.Hkv*self.T*self.D*self.dtype.itemsize # bytes of k, or v
     def __str__(self): return f"{self.kind} B={self.B} H={self.H}{f'/{self.Hkv}' if self.Hkv!=self.H else ''} T={self.T} D={self.D} {str(self.dtype)[6:]}{'' if self.causal else ' bidirectional'}"
 
-# %% ../kernels/07_benchmarks.ipynb #86e33908
+# %% ../kernels/07_benchmarks.ipynb #0ed5c591
 def floor_bytes(
     c:Case, # What is computed
 )->int: # Bytes
@@ -55,7 +55,7 @@ def flops(
     if c.causal and c.kind!='decode': per += chunk*(F_+c.D)
     return int(c.B*c.H*(1 if c.kind=='decode' else c.T)*per*(3 if c.kind=='train' else 1))
 
-# %% ../kernels/07_benchmarks.ipynb #d0d9c609
+# %% ../kernels/07_benchmarks.ipynb #612a1ca6
 class NotHere(Exception): "A contender that cannot run a case, and why."
 
 CONTENDERS = {} # Kind -> {name: function}
@@ -73,7 +73,7 @@ def contender(
 def needs(ok, why):
     if not ok: raise NotHere(why)
 
-# %% ../kernels/07_benchmarks.ipynb #71c3c266
+# %% ../kernels/07_benchmarks.ipynb #6f75f828
 def make_inputs(
     c:Case, # The shape
     device, # Where
@@ -89,7 +89,7 @@ def make_inputs(
         for n in ('q','k','v','w_q','w_k'): x[n].requires_grad_()
     return x
 
-# %% ../kernels/07_benchmarks.ipynb #a9b72afb
+# %% ../kernels/07_benchmarks.ipynb #76f246cd
 def _map(c, x, form='softmax_halves'):
     "A Hedgehog map that holds the inputs' matrices."
     m = make_feature_map('hedgehog', c.D, c.H, c.Hkv, form=form).to(x['q'].device)
@@ -108,7 +108,7 @@ def _(c, x):
     f = torch.compile(linear_attention, dynamic=False); m = _map(c, x)
     return lambda: f(x['q'], x['k'], x['v'], m, causal=c.causal, implementation='chunked')
 
-# %% ../kernels/07_benchmarks.ipynb #5838f46d
+# %% ../kernels/07_benchmarks.ipynb #1efb626c
 def _triton(x):
     needs(find_spec('triton') is not None, "Triton is not installed")
     needs(x['q'].is_cuda, "the kernels run on a GPU")
@@ -116,7 +116,7 @@ def _triton(x):
 @contender('hedgehog-kernels', 'forward', 'train')
 def _(c, x):
     _triton(x)
-    from hedgehog_nb.kernels.chunk import triton_linear_attention
+    from hedgehog_nb.kernels.chunk_backward import triton_linear_attention
     from hedgehog_nb.kernels.feature_map import fused_feature_map
     def f(): return triton_linear_attention(fused_feature_map(x['q'], x['w_q'])[0], fused_feature_map(x['k'], x['w_k'])[0], x['v'], causal=c.causal)
     return f
@@ -128,7 +128,7 @@ def _(c, x):
     from hedgehog_nb.kernels.fused import fused_hedgehog_attention
     return lambda: fused_hedgehog_attention(x['q'], x['k'], x['v'], x['w_q'], x['w_k'], causal=c.causal)
 
-# %% ../kernels/07_benchmarks.ipynb #9fe43fdb
+# %% ../kernels/07_benchmarks.ipynb #ec9a252e
 def _fla(c, x, op):
     needs(find_spec('fla') is not None, "flash-linear-attention is not installed")
     needs(x['q'].is_cuda, "its kernels run on a GPU"); needs(c.causal, "it is causal only")
@@ -144,7 +144,7 @@ def _fla(c, x, op):
 contender('fla-chunk', 'forward', 'train')(functools.partial(_fla, op='chunk_linear_attn'))
 contender('fla-fused', 'forward', 'train')(functools.partial(_fla, op='fused_chunk_linear_attn'));
 
-# %% ../kernels/07_benchmarks.ipynb #db5c5159
+# %% ../kernels/07_benchmarks.ipynb #2204713d
 def _sdpa(c, x, backend):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     needs(backend is None or x['q'].is_cuda, "that backend runs on a GPU")
@@ -172,7 +172,7 @@ def _(c, x):
     m = _map(c, x)
     return lambda: linear_attention(x['q'], x['k'], x['v'], m, causal=c.causal, implementation='naive')
 
-# %% ../kernels/07_benchmarks.ipynb #2b2c65fb
+# %% ../kernels/07_benchmarks.ipynb #a681ed32
 @contender('hedgehog-torch', 'decode')
 def _(c, x):
     m = _map(c, x)
@@ -196,7 +196,7 @@ def _(c, x):
         return F.scaled_dot_product_attention(x['q'], *cache, enable_gqa=c.Hkv!=c.H)
     return run
 
-# %% ../kernels/07_benchmarks.ipynb #711e6bb9
+# %% ../kernels/07_benchmarks.ipynb #a23e0e6a
 def _step(c, x, f):
     "The call that is timed: `f`, and for training its gradients."
     if c.kind!='train':
@@ -232,7 +232,7 @@ def peak_bytes(
     f(); torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated()-before
 
-# %% ../kernels/07_benchmarks.ipynb #6f88d7d3
+# %% ../kernels/07_benchmarks.ipynb #b24f51b2
 def copy_rate(
     device, # Where
     size:int=None, # Bytes of the tensor; 1 GiB on a GPU, 256 MiB on a CPU if None
@@ -252,7 +252,7 @@ def matmul_rate(
     a,b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2*n**3/(median_ms(lambda: a@b, device)/1e3)
 
-# %% ../kernels/07_benchmarks.ipynb #fc37e3e0
+# %% ../kernels/07_benchmarks.ipynb #43786970
 TOLERANCE = {torch.float32:1e-4, torch.float16:5e-3, torch.bfloat16:2e-2} # of the largest output
 
 @torch.no_grad()
@@ -276,7 +276,7 @@ def check_contenders(
             res.append((name, str(c), f'{err:.1e}' if ours else 'finite'))
     return res
 
-# %% ../kernels/07_benchmarks.ipynb #8159fef6
+# %% ../kernels/07_benchmarks.ipynb #f08c1aca
 def default_cases(
     device, # Where
 )->list: # Of `Case`
@@ -300,7 +300,7 @@ def _rows(c, name, ms, mem, rates):
     row = lambda metric,value: dict(experiment=experiment, model='attention', data='random', variant=name, metric=metric, value=value, tokens=c.B*(1 if c.kind=='decode' else c.T), **extra)
     return [row('ms', ms)] + ([row('bytes', mem)] if mem is not None else []) + ([row('tflops', flops(c)/ms/1e9)] if name.startswith('hedgehog') else [])
 
-# %% ../kernels/07_benchmarks.ipynb #5222e1b4
+# %% ../kernels/07_benchmarks.ipynb #4a862db2
 def run_benchmark(
     out, # File to write, results/bench-DEVICE.json
     device=None, # Where; the GPU if there is one, if None
@@ -338,7 +338,7 @@ def run_benchmark(
         if on_case: on_case(c, said)
     return rows
 
-# %% ../kernels/07_benchmarks.ipynb #a44cb678
+# %% ../kernels/07_benchmarks.ipynb #d24d5d41
 def bench_table(
     rows:list, # From `read_results`
     experiment:str, # "bench-forward", "bench-train", "bench-decode", or the same with "cpu-"

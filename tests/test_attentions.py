@@ -273,7 +273,7 @@ def test_bad_input(name):
     with pytest.raises(ValueError, match='batch'): m.attend(q[:1], k, v, c)
     with pytest.raises(ValueError, match='empty'): m.attend(q[:,:,:0], k, v, c)
     if len(m.directions)==1:
-        with pytest.raises(ValueError, match='bidirectional only; given causal=True'): m.attend(q, k, v, True)
+        with pytest.raises(ValueError, match=f'only; given causal={not c}'): m.attend(q, k, v, not c)
     with pytest.raises(ValueError, match='head_dim 5'): m.weights(q[...,:4], k[...,:4], c)
 
 def test_positions_are_asked_for():

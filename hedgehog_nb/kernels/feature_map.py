@@ -242,14 +242,14 @@ def fused_feature_map(
     return FusedFeatureMap.apply(x, weight.contiguous(), None if bias is None else bias.contiguous(), form, out_dtype, precision)
 
 # %% ../../kernels/01_triton_primer.ipynb #f517de40
-def _offline(kernel, constants, dtype, fp32=(), capability=90):
+def _offline(kernel, constants, dtype, fp32=(), others={}, capability=90):
     "Compile `kernel` without a GPU; arguments as of `offline_usage`."
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     if not isinstance(kernel, triton.JITFunction): raise ValueError("offline_usage compiles; start Python without TRITON_INTERPRET")
     opts = {k:constants[k] for k in ('num_warps','num_stages')}
     const = {k:v for k,v in constants.items() if k in kernel.arg_names}
-    kind = lambda n: 'constexpr' if n in const else 'i32' if not n.endswith('_ptr') else '*fp32' if n in fp32 else f'*{dtype}'
+    kind = lambda n: 'constexpr' if n in const else 'i32' if not n.endswith('_ptr') else '*fp32' if n in fp32 else f'*{others.get(n, dtype)}'
     aligned = {(i,): [['tt.divisibility', 16]] for i,n in enumerate(kernel.arg_names) if n.endswith('_ptr') or n.startswith('stride')}
     return triton.compile(ASTSource(kernel, {n:kind(n) for n in kernel.arg_names}, const, aligned), target=GPUTarget('cuda', capability, 32), options=opts)
 
@@ -264,10 +264,11 @@ def offline_usage(
     constants:dict, # Its compile-time arguments, with `num_warps` and `num_stages`
     dtype:str, # Element type of the pointers in Triton's words: "bf16", "fp16" or "fp32"
     fp32:tuple=(), # Names of the pointers that are fp32 whatever `dtype` is
+    others:dict={}, # Element types of further pointers by name
     capability:int=90, # 80 for A100, 90 for H100 and H200
 )->dict: # registers per thread, bytes of stack (spills) per thread, bytes of shared memory per program
     "Compile `kernel` without a GPU and read what it uses. Raises `ValueError` under Triton's interpreter."
-    res = _offline(kernel, constants, dtype, fp32, capability)
+    res = _offline(kernel, constants, dtype, fp32, others, capability)
     use = dict(re.findall(r'(REG|STACK):(\d+)', _read_binary(res, 'cuobjdump', '--dump-resource-usage')))
     return dict(registers=int(use['REG']), spilled_bytes=int(use['STACK']), shared_bytes=res.metadata.shared)
 
