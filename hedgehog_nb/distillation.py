@@ -114,7 +114,7 @@ def weight_loss(
     "`naive_weight_loss`, mean over heads, in memory linear in T: loss and gradient are formed together, block by block."
     return _streamed(_weight_loss_rows, q, k, feature_map, causal, scale, mask, rows)
 
-# %% ../nbs/06_distillation.ipynb #93975b7f
+# %% ../nbs/06_distillation.ipynb #ordn0001
 @full_precision
 def naive_order_loss(
     q:Tensor, # (B, H, T, D) teacher's queries
@@ -131,7 +131,7 @@ def naive_order_loss(
     e = (log_u - (q.shape[-1]**-0.5 if scale is None else scale)*q.to(log_u.dtype) @ repeat_kv(k, q.shape[1]).to(log_u.dtype).mT).masked_fill(~ok, 0)
     return _row_mean(((e - e.sum(-1, keepdim=True)/n).masked_fill(~ok, 0).square()/n).sum(-1)/2, mask)
 
-# %% ../nbs/06_distillation.ipynb #ca81310e
+# %% ../nbs/06_distillation.ipynb #ords0001
 def _order_loss_rows(pq, pk, lk, q, k, hide, keep):
     "Loss of some rows and its gradients, from and to what `_weight_loss_rows` takes and gives."
     split,n = pq.shape[1:3],hide.shape[1]
@@ -179,7 +179,7 @@ def output_loss(
     rows = 1. if mask is None else mask[:,None,:,None]
     return ((o-t).square()*rows).sum((0,2,3)) / (t.square()*rows).sum((0,2,3)).clamp_min(1e-20)
 
-# %% ../nbs/06_distillation.ipynb #f09b9210
+# %% ../nbs/06_distillation.ipynb #objs0001
 OBJECTIVES = {'weights':('weights',), 'outputs':('outputs',), 'both':('weights','outputs'), 'order':('order',), 'weights+order':('weights','order')}
 
 def layer_loss(
