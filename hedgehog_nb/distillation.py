@@ -212,6 +212,7 @@ def distill_map(
     lr:float=1e-2, # AdamW's learning rate, decaying to 0
     seed:int=0, # Order of the sequences
     objective:str='weights', # One of `OBJECTIVES`
+    loss=None, # Callable (q, k, map, **kwargs) -> scalar, in place of the objective
     **kwargs # `causal`, `scale` of the loss
 )->list: # Loss after each step, mean over heads
     "Distil one layer's map from queries, keys and values held in memory (paper, Section 4.2)."
@@ -221,7 +222,7 @@ def distill_map(
     for _ in range(steps):
         if not order: order = [*torch.randperm(len(q), generator=g).split(batch_size)]
         i = order.pop()
-        loss = layer_loss(objective, feature_map, q[i], k[i], None if v is None else v[i], **kwargs)
-        opt.zero_grad(); loss.backward(); opt.step(); sched.step()
-        losses.append(loss.item())
+        l = loss(q[i], k[i], feature_map, **kwargs) if loss else layer_loss(objective, feature_map, q[i], k[i], None if v is None else v[i], **kwargs)
+        opt.zero_grad(); l.backward(); opt.step(); sched.step()
+        losses.append(l.item())
     return losses
