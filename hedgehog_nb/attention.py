@@ -116,6 +116,7 @@ def fused_softmax_attention(
 )->Tensor: # (B, H, Tq, D) outputs, in v's dtype
     "`softmax_attention` through PyTorch's fused kernels. Raises `ValueError` on shapes that do not fit."
     check_qkv(q, k, v, mask)
+    if window is not None and window<1: raise ValueError(f"window is at least 1, the token itself, or None; given {window}")
     H,Tq,T = q.shape[1],q.shape[2],k.shape[2]
     k,v,ok = repeat_kv(k, H),repeat_kv(v, H),None
     if mask is not None or window is not None or (causal and Tq!=T):

@@ -9,7 +9,7 @@ __all__ = ['app', 'DEMO', 'tokens_after', 'steps_for', 'log_spaced', 'Journal', 
            'one_line_errors', 'is_converted', 'check_output', 'whole', 'pick_device', 'open_model', 'open_blocks',
            'map_plan', 'attention_maps', 'spiky_heads', 'both', 'Camera', 'label', 'human', 'Progress',
            'perplexity_table', 'Screen', 'cache_bytes', 'write_story', 'word_wrap', 'main', 'linearize_command',
-           'evaluate_command', 'generate_command', 'demo_command']
+           'evaluate_command', 'generate_command', 'properties_command', 'bench_command', 'demo_command']
 
 # %% ../nbs/93_cli.ipynb #aaaf85b5
 import json, math, os, re, signal, sys, tempfile, threading, time, warnings
@@ -406,6 +406,19 @@ class Progress:
         self.line('' if during else 'measure', f"after {row['tokens']:,} tokens" if during else label(row), f"perplexity [bold]{row['value']:.4g}[/]")
     def line(self, what, *parts): self.console.print(f"[green]{'✓' if what else ' '}[/] {what:<9}", ' [dim]·[/] '.join(parts), highlight=False, soft_wrap=True)
 
+# %% ../nbs/93_cli.ipynb #0aa087dd
+def report_table(rows):
+    "An `AttentionReport` for the terminal."
+    from rich import box
+    from rich.table import Table
+    heads = dict(share='entropy\n/ log n', sink='sink\nweight', spearman='rank\ncorr.', inverted='inverted\npairs', kl='KL to\nsoftmax', support='tokens\nread')
+    names = [k for k in ('variant','layer','head') if k in rows[0]]
+    t = Table(box=box.SIMPLE_HEAD)
+    for n in names: t.add_column(n, no_wrap=True)
+    for c in heads: t.add_column(heads[c], justify='right')
+    for r in rows: t.add_row(*(str(r[n]) for n in names), *('–' if not math.isfinite(r[c]) else f'{r[c]:.3g}' if abs(r[c])>1e-9 else '0' for c in heads), style='bold' if r['variant']=='softmax' else None)
+    return t
+
 # %% ../nbs/93_cli.ipynb #6c86c0c9
 def perplexity_table(
     rows:list, # Rows from `convert`
@@ -608,7 +621,7 @@ def linearize_command(ctx:typer.Context,
     overwrite:Annotated[bool, _opt('--overwrite', help="Replace what --out and --record name, if it is there.")]=False,
     eval_data:Annotated[Optional[List[str]], _opt('--eval-data', metavar='DATA', help="Text to measure on, all of it; the test split of --data if not given.")]=None,
     text_column:ColumnOpt=None,
-    feature_map:Annotated[str, _opt('--map', panel='Conversion', metavar='NAME', help="The feature map: [cyan]hedgehog[/], [cyan]t2r[/], [cyan]elu[/], [cyan]relu[/], [cyan]exp[/] or [cyan]taylor[/].")]='hedgehog',
+    feature_map:Annotated[str, _opt('--map', panel='Conversion', metavar='NAME', help="The feature map. Learned: [cyan]hedgehog[/], [cyan]t2r[/], [cyan]rfa[/], [cyan]lognormal[/]. As they are: [cyan]elu[/], [cyan]relu[/], [cyan]exp[/], [cyan]taylor[/], [cyan]fast[/], [cyan]performer[/], [cyan]cosformer[/].")]='hedgehog',
     form:Annotated[Optional[str], _opt('--form', panel='Conversion', metavar='NAME', help="Hedgehog's form: [cyan]softmax_halves[/], [cyan]softmax_joint[/] or [cyan]exp[/].")]=None,
     num_maps:Annotated[Optional[int], _opt('--num-maps', panel='Conversion', metavar='N', min=1, help="Hedgehog's matrices per head: more features, a larger state.")]=None,
     bias:Annotated[Optional[bool], _opt('--bias', panel='Conversion', help="Learn Hedgehog's vector b as well.")]=None,
@@ -687,6 +700,67 @@ def generate_command(
     what,mem = ('recurrent state' if is_converted(model) else 'key-value cache'),story.pop('memory')
     screen.say(f"[dim]{story['tokens']} tokens, {story['tokens']/story['seconds']:.0f} tokens/s; {what} {mem[0]:,} bytes after the first, {mem[-1]:,} after the last[/]")
     screen.object(model=_name(model), prompt=prompt, **story, first_bytes=mem[0], last_bytes=mem[-1])
+
+# %% ../nbs/93_cli.ipynb #4d19f2cc
+@app.command('properties', epilog=_examples('hedgehog properties embedded --data embedded --map elu --map taylor --map hedgehog', 'hedgehog properties stories-hedgehog --data embedded --by layer --out layers.png'))
+@_command
+def properties_command(
+    model:ModelArg,
+    data:DataOpt,
+    maps:Annotated[Optional[List[str]], _opt('--map', '-m', metavar='NAME', help="A feature map to measure beside softmax, as it is made. May be given several times; a converted model's own maps if not given.")]=None,
+    by:Annotated[str, _opt('--by', metavar='NAME', help="A row of the table for each map ([cyan]model[/]), for each map and [cyan]layer[/], or for each [cyan]head[/].")]='model',
+    out:Annotated[Optional[Path], _opt('--out', '-o', metavar='FILE', help="Draw entropy, rank correlation and divergence against the layer, into a .png, .svg or .pdf.")]=None,
+    split:Annotated[str, _opt('--split', metavar='NAME', help="[cyan]train[/], [cyan]validation[/], [cyan]test[/] or [cyan]all[/].")]='test',
+    text_column:ColumnOpt=None, seq_len:LenOpt=256,
+    tokens:Annotated[int, _opt('--tokens', panel='Measuring', metavar='N', min=2, help="Measure on the first so many tokens.")]=1024,
+    every:Annotated[int, _opt('--every', panel='Measuring', metavar='N', min=1, help="Measure each so many-th query.")]=4,
+    dtype:DtypeOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
+):
+    "[bold]Measure attention[/]: its entropy, whether it rises with q·k, and how far linear maps are from softmax."
+    from hedgehog_nb.metrics import attention_report, plot_report
+    from hedgehog_nb.plots import save_figure, use_style
+    keys = dict(model=('variant',), layer=('variant','layer'), head=('variant','layer','head'))
+    if by not in keys: raise ValueError(f"--by is one of {', '.join(keys)}; given {by!r}")
+    if out and out.suffix not in ('.png','.svg','.pdf'): raise ValueError(f"--out draws a .png, .svg or .pdf; given {out.name!r}")
+    screen,fig = Screen(as_json),check_output(out, folder=False)
+    with screen.wait(f'loading {model}'):
+        m,tok = open_model(model, dtype, device)
+        ids = open_blocks(data, split, m, tok, seq_len, max(tokens, seq_len), None, text_column)
+    with screen.wait(f'measuring {ids.numel():,} tokens'): report = attention_report(m, ids, feature_map=maps or None, every=every)
+    rows = report.mean(*keys[by])
+    screen.out.print(report_table(rows))
+    if fig:
+        with whole(fig) as p, use_style(): save_figure(plot_report(report, ('share','spearman','kl') if len(rows.mean('variant'))>1 else ('share','sink','support')), p)
+        screen.say(f"against the layer: [bold]{fig}[/]")
+    screen.object(model=_name(model), data='+'.join(map(_name, data)), tokens=ids.numel(), seq_len=seq_len, rows=[{k:v for k,v in r.items() if not isinstance(v, float) or math.isfinite(v)} for r in rows])
+
+# %% ../nbs/93_cli.ipynb #d7384d6c
+@app.command('bench', epilog=_examples('hedgehog bench', 'hedgehog bench --out results/bench-h200.json --minutes 9', 'hedgehog bench --only hedgehog --only sdpa-flash'))
+@_command
+def bench_command(ctx:typer.Context,
+    out:Annotated[Path, _opt('--out', '-o', metavar='FILE', help="File of results, .json; written after every case.")]=Path('bench.json'),
+    minutes:Annotated[float, _opt('--minutes', metavar='X', min=0, help="Begin no case but the first after so many minutes.")]=9.,
+    only:Annotated[Optional[List[str]], _opt('--only', metavar='NAME', help="A contender, by the name of its column. May be given several times; all if not given.")]=None,
+    overwrite:Annotated[bool, _opt('--overwrite', help="Replace the file if it exists.")]=False,
+    device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
+):
+    "[bold]Time attention[/]: this library's and its rivals', on this machine, beside the time that the bytes alone would take."
+    from hedgehog_nb.bench import default_cases, run_benchmark
+    from hedgehog_nb.results import command_line
+    if out.suffix!='.json': raise ValueError(f"--out is a .json file; given {out.name!r}")
+    screen,out,device = Screen(as_json),check_output(out, overwrite, folder=False),pick_device(device)
+    cases,done = default_cases(device),[]
+    def on_case(c, said):
+        done.append(c)
+        times = {n:ms for n,ms in said.items() if not isinstance(ms, str)}
+        screen.out.print(f"[dim]{len(done):>3}/{len(cases)}[/]  {c}", highlight=False)
+        for n,ms in sorted(times.items(), key=lambda x: x[1]): screen.out.print(f"         {n:<18} {ms:10.4g} ms", highlight=False)
+        for n,why in said.items():
+            if n not in times: screen.out.print(f"         [dim]{n:<18} not run: {why}[/]", highlight=False)
+    with screen.wait('checking every contender, then measuring'): rows = run_benchmark(out, device, cases, only or None, minutes, on_case, command_line(ctx.obj))
+    if len(done)<len(cases): screen.say(f"{len(cases)-len(done)} cases were not begun within {minutes:g} minutes")
+    screen.say(f"{len(rows)} numbers in [bold]{out}[/]")
+    screen.object(out=str(out), cases=len(done), of=len(cases), rows=len(rows))
 
 # %% ../nbs/93_cli.ipynb #69b86360
 DEMO = dict(seq_len=256, batch_size=8, distill_steps=100, finetune_steps=120, lr=0.1, finetune_lr=2e-3, map=dict(num_maps=8, bias=True), quick=10,

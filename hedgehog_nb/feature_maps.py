@@ -1,4 +1,4 @@
-"""One base class and a registry: what a linear attention needs from its map, and the maps that need no learning
+"""Every linear attention the field has tried, behind one base class and one registry, and judged in one table
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/feature_maps.html.md"""
 
@@ -6,21 +6,26 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/feature_maps.html.md"""
 
 # %% auto #0
 __all__ = ['ATTENTIONS', 'FEATURE_MAPS', 'Attention', 'FeatureMap', 'register_attention', 'make_attention', 'make_feature_map',
-           'Softmax', 'Elu', 'Relu', 'exp_features', 'Exp', 'Taylor', 'per_head', 'T2R']
+           'Softmax', 'Elu', 'Relu', 'exp_features', 'Exp', 'monomials', 'Taylor', 'Fast', 'orthogonal_gaussian',
+           'Performer', 'Rfa', 'CosFormer', 'LogNormal', 'per_head', 'T2R', 'TransNormer', 'Flowformer', 'Linformer',
+           'Latte', 'join_softmax', 'scan_softmax', 'SoftmaxScan']
 
 # %% ../nbs/04_feature_maps.ipynb #39059044
-import inspect, math, torch
+import inspect, itertools, math, torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from .attention import check_qkv, full_precision, softmax_attention
-from .linear_attention import linear_attention, naive_linear_weights
+from .attention import check_qkv, full_precision, repeat_kv, softmax_attention, softmax_weights, visible
+from .linear_attention import NOTHING, linear_attention, naive_linear_weights
+from .metrics import lognormal_fit, pairs
 
-# %% ../nbs/04_feature_maps.ipynb #3150b598
+# %% ../nbs/04_feature_maps.ipynb #0ce4e77c
 class Attention(nn.Module):
     "Base of all attentions. A subclass defines `_attend(q, k, v, causal, mask)`, linear in v."
     learned = False          # Has parameters to distil?
+    positive = True          # Are its weights never negative?
     directions = True,False  # Values of `causal` it can do
+    feature_dim = None       # Features F per head, where it has such
     def __init__(self,
         head_dim:int, # Channels D of one head
         num_heads:int=1, # Query heads H
@@ -43,7 +48,7 @@ class Attention(nn.Module):
         if causal not in self.directions: raise ValueError(f"{type(self).__name__} is {'causal' if True in self.directions else 'bidirectional'} only; given causal={causal}")
     def extra_repr(self): return f"head_dim={self.head_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
 
-# %% ../nbs/04_feature_maps.ipynb #eb7f25db
+# %% ../nbs/04_feature_maps.ipynb #ebae16fd
 @patch
 @full_precision
 def attend(self:Attention,
@@ -69,7 +74,7 @@ def weights(self:Attention,
     eye = torch.eye(k.shape[2], dtype=torch.promote_types(k.dtype, torch.float32), device=k.device)
     return self.attend(q, k, eye.expand(*k.shape[:3], -1), causal, mask)
 
-# %% ../nbs/04_feature_maps.ipynb #9087ef40
+# %% ../nbs/04_feature_maps.ipynb #9a07d4e9
 class FeatureMap(Attention):
     "Base of all feature maps φ: head_dim → feature_dim. A subclass defines `phi`, or `map_q` and `map_k`."
     positional = False  # Does φ look at the position of a token?
@@ -78,10 +83,12 @@ class FeatureMap(Attention):
     def phi(self, x): raise NotImplementedError(f"{type(self).__name__} defines neither phi nor map_q and map_k")
     def map_q(self, q): return self.phi(q) # (B, H, T, D) -> (B, H, T, F)
     def map_k(self, k): return self.phi(k), None # (B, Hkv, T, D) -> (B, Hkv, T, F), and (B, Hkv, T) log weights or None
+    def _inputs(self, q, k): # Checked, in at least fp32
+        self._check(q, self.num_heads, 'queries'); self._check(k, self.num_kv_heads, 'keys')
+        return q.to(torch.promote_types(q.dtype, torch.float32)), k.to(torch.promote_types(k.dtype, torch.float32))
     def forward(self, q, k):
         "(phi_q, phi_k, log_k): what `linear_attention` needs. Raises `ValueError` on shapes the map was not made for."
-        self._check(q, self.num_heads, 'queries'); self._check(k, self.num_kv_heads, 'keys')
-        q,k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q,k))
+        q,k = self._inputs(q, k)
         return self.map_q(q), *self.map_k(k)
     def _attend(self, q, k, v, causal, mask): return linear_attention(q, k, v, self, causal=causal, mask=mask)
     def weights(self, q, k, causal=True, mask=None):
@@ -89,7 +96,7 @@ class FeatureMap(Attention):
         return naive_linear_weights(*self(q, k), causal, mask)
     def extra_repr(self): return f"{super().extra_repr()}, feature_dim={self.feature_dim}"
 
-# %% ../nbs/04_feature_maps.ipynb #9f481d98
+# %% ../nbs/04_feature_maps.ipynb #6eabcea9
 ATTENTIONS   = {} # Every attention by name
 FEATURE_MAPS = {} # Those that are feature maps
 
@@ -103,7 +110,7 @@ def register_attention(
         return cls
     return _f
 
-# %% ../nbs/04_feature_maps.ipynb #8b255814
+# %% ../nbs/04_feature_maps.ipynb #7fcd1341
 def make_attention(
     name:str, # A registered name; see `ATTENTIONS`
     head_dim:int, # Channels D of one head
@@ -135,7 +142,7 @@ def make_feature_map(
         raise ValueError(f"{why}; there are {', '.join(sorted(FEATURE_MAPS))}")
     return make_attention(name, head_dim, num_heads, num_kv_heads, scale, **kwargs)
 
-# %% ../nbs/04_feature_maps.ipynb #798206a0
+# %% ../nbs/04_feature_maps.ipynb #66d3f4c2
 @register_attention('softmax')
 class Softmax(Attention):
     "softmax(q·k·scale): the teacher (paper, Eq. 1)."
@@ -149,7 +156,7 @@ class Elu(FeatureMap):
 
 @register_attention('relu')
 class Relu(FeatureMap):
-    "φ(x) = relu(x)."
+    "φ(x) = relu(x) (paper, Section 3)."
     def phi(self, x): return F.relu(x)
 
 # %% ../nbs/04_feature_maps.ipynb #28f2e3a4
@@ -162,22 +169,150 @@ def exp_features(
 
 @register_attention('exp')
 class Exp(FeatureMap):
-    "φ(x) = exp(t·x) (paper, Section 3.2), `t` the temperature."
+    "φ(x) = exp(t·x), `t` the temperature (paper, Section 3.2)."
     def __init__(self, head_dim, num_heads=1, num_kv_heads=None, scale=None, t:float=1.):
         super().__init__(head_dim, num_heads, num_kv_heads, scale)
         self.t = t
     def map_q(self, q): return exp_features(self.t*q)[0]
     def map_k(self, k): return exp_features(self.t*k)
 
-# %% ../nbs/04_feature_maps.ipynb #dc527c7e
+# %% ../nbs/04_feature_maps.ipynb #2a41d23c
+def monomials(
+    D:int, # Channels
+    order:int, # Highest degree
+): # Per degree n: (C, n) channels of each monomial, and (C) its Π aᵢ!
+    "The distinct monomials of `D` variables; the sum of their products over Π aᵢ! is Σₙ (q·k)ⁿ/n!."
+    combs = [list(itertools.combinations_with_replacement(range(D), n)) for n in range(1, order+1)]
+    times = lambda c: math.prod(math.factorial(c.count(i)) for i in set(c))
+    return [(torch.tensor(cs), torch.tensor([times(c) for c in cs])) for cs in combs]
+
+# %% ../nbs/04_feature_maps.ipynb #e5489b78
 @register_attention('taylor')
 class Taylor(FeatureMap):
-    "Second-order Taylor map of exp: φ(x) = [1, x, vec(xxᵀ)/√2] (paper, Section 4.1); 1 + D + D² features."
+    "Taylor expansion of exp(q·k·scale) up to `order` (paper, Section 4.1): φ(x) = [1, x, vec(xxᵀ)/√2, …], doubles kept once."
+    def __init__(self, head_dim, num_heads=1, num_kv_heads=None, scale=None, order:int=2):
+        super().__init__(head_dim, num_heads, num_kv_heads, scale)
+        if order<1: raise ValueError(f"order must be at least 1; given {order}")
+        self.order,self.positive = order,order%2==0
+        for n,(i,f) in enumerate(monomials(head_dim, order), 1): self.register_buffer(f'i{n}', i, False); self.register_buffer(f'f{n}', f, False)
     @property
-    def feature_dim(self): return 1+self.head_dim+self.head_dim**2
+    def feature_dim(self): return math.comb(self.head_dim+self.order, self.order)
+    def _expand(self, x): # features in [-1, 1], and the log of what they were divided by
+        x = x*self.scale**0.5
+        r = x.abs().amax(-1, keepdim=True).clamp_min(1)
+        powers = [torch.ones_like(r)] + [x[...,getattr(self, f'i{n}')].div(r[...,None]).prod(-1)*getattr(self, f'f{n}').to(x.dtype).rsqrt() for n in range(1, self.order+1)]
+        return torch.cat([p*r**(n-self.order) for n,p in enumerate(powers)], -1), self.order*r[...,0].log()
+    def map_q(self, q): return self._expand(q)[0]
+    def map_k(self, k): return self._expand(k)
+
+@register_attention('fast')
+class Fast(Taylor):
+    "Taylor expansion on queries and keys standardised over their channels (Gerami et al. 2024, arXiv 2402.07901)."
+    def _expand(self, x): return super()._expand(F.layer_norm(x, x.shape[-1:]))
+
+# %% ../nbs/04_feature_maps.ipynb #76c22626
+def orthogonal_gaussian(
+    rows:int, # Directions
+    D:int, # Channels
+    seed:int=0, # Of the draw
+)->Tensor: # (rows, D)
+    "Gaussian directions, orthogonal within each block of `D`, with the lengths of Gaussian vectors (Performer, Section 3.3 there)."
+    g = torch.Generator().manual_seed(seed)
+    q,r = torch.linalg.qr(torch.randn(-(-rows//D), D, D, generator=g))
+    q = q*r.diagonal(dim1=1, dim2=2).sign()[:,None]  # uniform over rotations: QR alone prefers signs
+    return q.mT.flatten(0,1)[:rows]*torch.randn(rows, D, generator=g).norm(dim=-1, keepdim=True)
+
+# %% ../nbs/04_feature_maps.ipynb #08221202
+class _RandomFeatures(FeatureMap):
+    "Directions `omega`, shared by a key-value head and its queries, drawn anew by `redraw`; they are saved with the model."
+    def __init__(self, head_dim, num_heads=1, num_kv_heads=None, scale=None, num_features:int=None, seed:int=0):
+        super().__init__(head_dim, num_heads, num_kv_heads, scale)
+        self.num_features = max(1, int(head_dim*math.log(head_dim))) if num_features is None else num_features
+        if self.num_features<1: raise ValueError(f"num_features must be at least 1; given {num_features}")
+        self.register_buffer('omega', torch.empty(self.num_kv_heads, self.num_features, head_dim))
+        self.redraw(seed)
+    def redraw(self, seed:int): # New directions
+        self.omega.copy_(torch.stack([orthogonal_gaussian(self.num_features, self.head_dim, seed*self.num_kv_heads+h) for h in range(self.num_kv_heads)]))
+    def _along(self, x, omega): return x @ repeat_kv(omega[None], x.shape[1]).to(x.dtype).mT # (B, h, T, num_features)
+
+@register_attention('performer')
+class Performer(_RandomFeatures):
+    "φ(x) = exp(ωx − ‖x‖²/2)/√m for x·√scale, ω random and orthogonal (Choromanski et al. 2021, arXiv 2009.14794); m = D ln D if not given."
+    @property
+    def feature_dim(self): return self.num_features
+    def map_q(self, q): return exp_features(self._along(q*self.scale**.5, self.omega))[0]
+    def map_k(self, k):
+        k = k*self.scale**.5
+        phi,log_k = exp_features(self._along(k, self.omega))
+        return phi, log_k-k.square().sum(-1)/2
+
+# %% ../nbs/04_feature_maps.ipynb #51e9d199
+@register_attention('rfa')
+class Rfa(_RandomFeatures):
+    "φ(x) = [sin(ω'x), cos(ω'x)]/√m for x/‖x‖, ω' = σ∘ω with σ learned (Peng et al. 2021, arXiv 2103.02143); m = D ln D if not given."
+    learned,positive = True,False
+    def __init__(self, head_dim, num_heads=1, num_kv_heads=None, scale=None, num_features:int=None, seed:int=0):
+        super().__init__(head_dim, num_heads, num_kv_heads, scale, num_features, seed)
+        self.sigma = nn.Parameter(torch.ones(self.num_kv_heads, 1, head_dim))
+    @property
+    def feature_dim(self): return 2*self.num_features
     def phi(self, x):
-        x = x.to(torch.promote_types(x.dtype, torch.float32))*self.scale**0.5
-        return torch.cat([torch.ones_like(x[...,:1]), x, (x[...,:,None]*x[...,None,:]).flatten(-2)/math.sqrt(2)], -1)
+        y = self._along(F.normalize(x, dim=-1, eps=1e-6), self.sigma*self.omega)
+        return torch.cat([y.sin(), y.cos()], -1)*self.num_features**-.5
+
+# %% ../nbs/04_feature_maps.ipynb #836cfef6
+@register_attention('cosformer')
+class CosFormer(FeatureMap):
+    "φ(x_i) = relu(x)·[cos(πi/2M), sin(πi/2M)], M = `max_len` (Qin et al. 2022, arXiv 2202.08791)."
+    positional = True
+    def __init__(self, head_dim, num_heads=1, num_kv_heads=None, scale=None, max_len:int=2048):
+        super().__init__(head_dim, num_heads, num_kv_heads, scale)
+        if max_len<1: raise ValueError(f"max_len must be at least 1; given {max_len}")
+        self.max_len = max_len
+    @property
+    def feature_dim(self): return 2*self.head_dim
+    def _at(self, x, end): # `end` tokens up to the last of x
+        a = torch.arange(end-x.shape[2], end, device=x.device, dtype=x.dtype)[:,None]*(math.pi/2/self.max_len)
+        return torch.cat([F.relu(x)*a.cos(), F.relu(x)*a.sin()], -1)
+    def forward(self, q, k, offset=0):
+        end = offset+k.shape[2]
+        if end>self.max_len: raise ValueError(f"this CosFormer reaches {self.max_len} tokens; given {end}: make it with a larger max_len")
+        q,k = self._inputs(q, k)
+        return self._at(q, end), self._at(k, end), None
+
+# %% ../nbs/04_feature_maps.ipynb #3344f966
+@register_attention('lognormal')
+class LogNormal(FeatureMap):
+    "φ(q) = exp(αq), φ(k) = exp(βk), α and β per head, moments matched to softmax's (Nahshan et al. 2023, arXiv 2311.13541)."
+    learned = True
+    def __init__(self, head_dim, num_heads=1, num_kv_heads=None, scale=None):
+        super().__init__(head_dim, num_heads, num_kv_heads, scale)
+        a = (math.log1p(head_dim*math.expm1(min(head_dim*self.scale**2, 50)))/2)**.5
+        self.alpha,self.beta = (nn.Parameter(torch.full((h,1,1), a)) for h in (self.num_heads, self.num_kv_heads))
+    def map_q(self, q): return exp_features(self.alpha*q)[0]
+    def map_k(self, k): return exp_features(self.beta*k)
+
+# %% ../nbs/04_feature_maps.ipynb #51f88b82
+@patch
+@torch.no_grad()
+def match(self:LogNormal,
+    q:Tensor, # (B, H, T, D) queries
+    k:Tensor, # (B, Hkv, T, D) keys
+    causal:bool=True, # Query i sees keys up to its own position?
+    steps:int=25, # Halvings of the search
+)->LogNormal: # The same map
+    "Set α and β so that the deviation of the log weights, measured per key-value head, is softmax's: α = c/std(q), β = c/std(k)."
+    ok = pairs(q.shape[2], k.shape[2], causal)
+    sigma = lambda a: lognormal_fit(a, ok)[0].unflatten(0, (self.num_kv_heads,-1)).mean(1)
+    want = sigma(softmax_weights(q, k, causal, self.scale))
+    std = lambda x: x.transpose(0,1).unflatten(0, (self.num_kv_heads,-1)).flatten(1).std(1)
+    lo,hi = torch.zeros_like(want), torch.full_like(want, 64.)
+    for _ in range(steps):
+        c = (lo+hi)/2
+        self.alpha[:] = repeat_kv((c/std(q))[None], self.num_heads)[0][:,None,None]; self.beta[:] = (c/std(k))[:,None,None]
+        less = sigma(self.weights(q, k, causal))<want
+        lo,hi = c.where(less, lo), hi.where(less, c)
+    return self
 
 # %% ../nbs/04_feature_maps.ipynb #e6f95b93
 def per_head(
@@ -200,3 +335,137 @@ class T2R(FeatureMap):
             setattr(self, f'b_{n}', nn.Parameter(torch.zeros(h, head_dim)))
     def map_q(self, q): return F.relu(per_head(q, self.w_q, self.b_q))
     def map_k(self, k): return F.relu(per_head(k, self.w_k, self.b_k)), None
+
+# %% ../nbs/04_feature_maps.ipynb #9730c27d
+@register_attention('transnormer')
+class TransNormer(Attention):
+    "RMSNorm of Σ λ^(t−s) φ(q)·φ(k) v, φ = 1 + elu, λ per head (Qin et al. 2022, arXiv 2210.10340; decay 2023, arXiv 2307.14995); no decay if bidirectional."
+    def __init__(self, head_dim, num_heads=1, num_kv_heads=None, scale=None, decay:bool=True):
+        super().__init__(head_dim, num_heads, num_kv_heads, scale)
+        h = torch.arange(1, self.num_kv_heads+1)
+        self.register_buffer('slope', 2.**(-8*h/self.num_kv_heads) if decay else torch.zeros(self.num_kv_heads), False)
+    @property
+    def feature_dim(self): return self.head_dim
+    def _keys(self, k, causal): # features and log weights
+        t = torch.arange(k.shape[2], device=k.device, dtype=k.dtype)
+        return 1+F.elu(k), (self.slope.to(k.dtype)[:,None]*t*causal).expand(k.shape[:3])
+    def _attend(self, q, k, v, causal, mask):
+        o = linear_attention(q, k, v, lambda q,k: (1+F.elu(q), *self._keys(k, causal)), causal=causal, mask=mask)
+        return F.rms_norm(o, o.shape[-1:])
+    def weights(self, q, k, causal=True, mask=None):
+        "The weights before the norm, made to sum to 1."
+        self.check(q, k, k, causal, mask)
+        return naive_linear_weights(1+F.elu(q), *self._keys(k, causal), causal, mask)
+
+# %% ../nbs/04_feature_maps.ipynb #5d1e3177
+@register_attention('flowformer')
+class Flowformer(Attention):
+    "Linear attention with conserved flows, φ the logistic function (Wu et al. 2022, arXiv 2202.06258)."
+    @property
+    def feature_dim(self): return self.head_dim
+    def _attend(self, q, k, v, causal, mask):
+        k,v = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1])
+        real = torch.ones_like(k[:,:1,:,:1]) if mask is None else mask[:,None,:,None].to(k.dtype)   # (B, 1, T, 1)
+        q,k = q.sigmoid()*real, k.sigmoid()*real                                                  # (B, H, T, D)
+        upto = (lambda x: x.cumsum(2)) if causal else (lambda x: x.sum(2, keepdim=True))
+        n = upto(real).clamp_min(1)
+        per = n if causal else 1
+        flow = lambda a,b,by: ((a*upto(b/by)).sum(-1, keepdim=True)/per).clamp_min(1e-6)          # (B, H, T, 1)
+        into,out = flow(q, k, 1), flow(k, q, 1)
+        into_kept,out_kept = flow(q, k, out), flow(k, q, into)
+        rival = (out_kept.clamp(-1, 1) if causal else out_kept-out_kept.amax(2, keepdim=True)).exp()*real
+        rival = rival/upto(rival).clamp_min(1e-6)*n
+        o = linear_attention(q, k, v*rival, causal=causal)
+        return into_kept.sigmoid()*o*real
+
+# %% ../nbs/04_feature_maps.ipynb #784491fc
+@register_attention('linformer')
+class Linformer(Attention):
+    "softmax(q·(Ek)·scale)(Fv): `rank` mixtures of up to `max_len` keys, learned (Wang et al. 2020, arXiv 2006.04768). Bidirectional only."
+    learned,positive,directions = True,False,(False,)
+    def __init__(self, head_dim, num_heads=1, num_kv_heads=None, scale=None, rank:int=32, max_len:int=256):
+        super().__init__(head_dim, num_heads, num_kv_heads, scale)
+        if not 1<=rank<=max_len: raise ValueError(f"rank is from 1 to max_len; given rank={rank}, max_len={max_len}")
+        self.rank,self.max_len = rank,max_len
+        group = torch.arange(max_len)*rank//max_len==torch.arange(rank)[:,None]
+        for n in 'ef': setattr(self, n, nn.Parameter((group/group.sum(-1, keepdim=True)).repeat(self.num_kv_heads,1,1)))
+    @property
+    def feature_dim(self): return self.rank
+    def _attend(self, q, k, v, causal, mask):
+        T = k.shape[2]
+        if T>self.max_len: raise ValueError(f"this Linformer mixes up to {self.max_len} tokens; given {T}: make it with a larger max_len")
+        if mask is not None: k,v = (x*mask[:,None,:,None] for x in (k,v))
+        e,f = (x[...,:T].to(k.dtype) for x in (self.e, self.f))
+        return softmax_attention(q, e@k, f@v, causal=False, scale=self.scale)
+
+# %% ../nbs/04_feature_maps.ipynb #11f34f03
+@register_attention('latte')
+class Latte(Attention):
+    "Σ_l softmax_l(Wq) softmax_time(Wk): weights through `num_latents` latents, learned, identity at the start (Dolga et al. 2024, arXiv 2402.17512)."
+    learned = True
+    def __init__(self, head_dim, num_heads=1, num_kv_heads=None, scale=None, num_latents:int=None):
+        super().__init__(head_dim, num_heads, num_kv_heads, scale)
+        self.num_latents = L = head_dim if num_latents is None else num_latents
+        if L<1: raise ValueError(f"num_latents must be at least 1; given {L}")
+        for n,h in (('q',self.num_heads),('k',self.num_kv_heads)): setattr(self, f'w_{n}', nn.Parameter(torch.eye(L, head_dim).repeat(h,1,1)))
+    @property
+    def feature_dim(self): return self.num_latents
+    def _attend(self, q, k, v, causal, mask, chunk=16):
+        p,y = per_head(q, self.w_q).softmax(-1).unflatten(1, (k.shape[1],-1)), per_head(k, self.w_k)  # (B, Hkv, G, T, L), (B, Hkv, T, L)
+        if mask is not None: y = y.masked_fill(~mask.bool()[:,None,:,None], NOTHING)
+        if not causal: return self._seen((p@(y.softmax(2).mT@v)[:,:,None]).flatten(1,2), mask, False)
+        m,z,S,os = torch.full_like(y[:,:,0], NOTHING), torch.zeros_like(y[:,:,0]), y.new_zeros(*y.shape[:2], y.shape[-1], v.shape[-1]), []
+        for a in range(0, y.shape[2], chunk):
+            pc,yc,vc = p[...,a:a+chunk,:], y[:,:,a:a+chunk], v[:,:,a:a+chunk]
+            M = torch.maximum(yc.detach().cummax(2).values, m[:,:,None])                            # (B, Hkv, C, L)
+            e = (yc[:,:,None]-M[:,:,:,None]).masked_fill(~visible(*[yc.shape[2]]*2, device=y.device)[...,None], NOTHING).exp() # (B, Hkv, t, s, L)
+            keep = (m[:,:,None]-M).exp()
+            r = pc/(keep*z[:,:,None]+e.sum(3))[:,:,None]                                            # (B, Hkv, G, C, L)
+            os.append(torch.einsum('bhgtl,bhtsl,bhsd->bhgtd', r, e, vc) + (r*keep[:,:,None])@S[:,:,None])
+            w,end = e[:,:,-1],keep[:,:,-1]
+            m,z,S = M[:,:,-1], end*z+w.sum(2), end[...,None]*S+w.mT@vc
+        return self._seen(torch.cat(os, 3).flatten(1,2), mask, True)
+    def _seen(self, o, mask, causal): # queries that see no key give 0
+        return o if mask is None else o*visible(o.shape[2], o.shape[2], causal, mask).any(-1, keepdim=True)
+
+# %% ../nbs/04_feature_maps.ipynb #5475c072
+def join_softmax(
+    a:tuple, # (m, w, u): (...), (...), (..., D) of one stretch of keys
+    b:tuple, # The same of the next
+)->tuple: # Of both
+    "Join two stretches of softmax attention (Feng et al. 2024, arXiv 2405.13956): associative, and safe for any scores."
+    m = torch.maximum(a[0], b[0])
+    x,y = (a[0]-m).exp(), (b[0]-m).exp()
+    return m, a[1]*x+b[1]*y, a[2]*x[...,None]+b[2]*y[...,None]
+
+def scan_softmax(
+    s:Tensor, # (..., T) scores of one query
+    v:Tensor, # (..., T, D) values
+)->Tensor: # (..., T, D) its attention over the first 1, 2, … T keys
+    "Softmax attention of one query over every prefix, in log₂T parallel steps (Hillis and Steele's scan)."
+    c,n = (s, torch.ones_like(s), v),1
+    while n<s.shape[-1]:
+        early,late = [x[...,:-n] if x.dim()==s.dim() else x[...,:-n,:] for x in c], [x[...,n:] if x.dim()==s.dim() else x[...,n:,:] for x in c]
+        first = [x[...,:n] if x.dim()==s.dim() else x[...,:n,:] for x in c]
+        c = [torch.cat([f,j], s.dim()-1) for f,j in zip(first, join_softmax(early, late))]
+        n *= 2
+    return c[2]/c[1][...,None]
+
+# %% ../nbs/04_feature_maps.ipynb #72cb0f17
+@register_attention('softmax-scan')
+class SoftmaxScan(Attention):
+    "Exact softmax, `block` keys at a time: a recurrence whose carry is one (m, w, u) per query (Feng et al. 2024, arXiv 2405.13956)."
+    def __init__(self, head_dim, num_heads=1, num_kv_heads=None, scale=None, block:int=64):
+        super().__init__(head_dim, num_heads, num_kv_heads, scale)
+        if block<1: raise ValueError(f"block must be at least 1; given {block}")
+        self.block = block
+    def _attend(self, q, k, v, causal, mask):
+        k,v,ok = repeat_kv(k, q.shape[1]),repeat_kv(v, q.shape[1]),visible(q.shape[2], k.shape[2], causal, mask, q.device)
+        c = torch.full_like(q[...,0], NOTHING), torch.zeros_like(q[...,0]), torch.zeros_like(q[...,:1]).expand(*q.shape[:3], v.shape[-1])
+        for a in range(0, k.shape[2], self.block):
+            kb,vb,okb = k[:,:,a:a+self.block], v[:,:,a:a+self.block], ok[...,a:a+self.block]
+            s = (self.scale*q@kb.mT).masked_fill(~okb, NOTHING)
+            m = s.amax(-1)
+            e = (s-m[...,None]).exp()*okb
+            c = join_softmax(c, (m, e.sum(-1), e@vb))
+        return c[2]/c[1].clamp_min(1e-30)[...,None]

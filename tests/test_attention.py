@@ -46,6 +46,11 @@ def test_rows_sum_to_one_or_to_nothing():
     o,w = softmax_attention(q, k, v, mask=mask, return_weights=True)
     assert torch.equal(a, w) and (o[0,:,:3]==0).all()
 
+@pytest.mark.parametrize('window', [0,-3])
+def test_fused_window_holds_at_least_the_token(window):
+    q = torch.randn(1,2,5,8)
+    with pytest.raises(ValueError, match=f'given {window}'): fused_softmax_attention(q, q, q, window=window)
+
 def test_fused_window_counts_the_query_itself():
     q,k,v = qkv(H=2)
     i,j = torch.arange(9)[:,None], torch.arange(9)

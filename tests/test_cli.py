@@ -7,7 +7,7 @@ from hedgehog_nb import cli
 from hedgehog_nb.cli import app, log_spaced, steps_for, tokens_after, word_wrap
 
 torch = pytest.importorskip('torch')
-COMMANDS = 'linearize', 'evaluate', 'generate', 'demo'
+COMMANDS = 'linearize', 'evaluate', 'generate', 'properties', 'bench', 'demo'
 SHORT = '--seq-len 64 --batch-size 4 --eval-tokens 256'.split()
 
 @pytest.fixture(autouse=True)
@@ -186,3 +186,31 @@ def test_word_wrap():
     w = word_wrap(f, 10)
     for s in ('one two ', 'three four\nfive ', 'a', 'bc ', 'averyverylongword end'): w(s)
     assert [l.rstrip() for l in f.getvalue().split('\n')]==['one two', 'three four', 'five abc', 'averyverylongword', 'end']
+
+# properties and bench
+
+def test_properties_of_a_model_and_of_maps(here):
+    r = hedgehog('properties', 'embedded', '--data', 'embedded', '--map', 'elu', '--map', 'taylor', '--seq-len', 64, '--tokens', 128, '--out', here/'p.png', '--json')
+    got = json.loads(r.stdout)
+    rows = {x['variant']:x for x in got['rows']}
+    assert list(rows)==['softmax','elu','taylor'] and got['tokens']==128 and (here/'p.png').read_bytes()[:4]==b'\x89PNG'
+    assert rows['softmax']['spearman']>.999 and rows['softmax']['kl']<1e-6 and rows['elu']['share']>.9>rows['softmax']['share'] and rows['elu']['kl']>.1
+    by = json.loads(hedgehog('properties', 'embedded', '--data', 'embedded', '--by', 'head', '--seq-len', 64, '--tokens', 64, '--json').stdout)['rows']
+    assert len(by)==40 and {(x['layer'],x['head']) for x in by}=={(l,h) for l in range(5) for h in range(8)}
+
+def test_properties_of_a_converted_model(converted):
+    r = hedgehog('properties', converted[0], '--data', 'embedded', '--seq-len', 64, '--tokens', 64)
+    assert 'softmax' in r.stdout and 'hedgehog' in r.stdout and 'rank' in r.stdout
+
+def test_bench_writes_what_it_measured(here):
+    r = hedgehog('bench', '--minutes', 0, '--only', 'sdpa', '--only', 'hedgehog', '--out', here/'b.json')
+    rows = json.loads((here/'b.json').read_text())['rows']
+    assert [x['value']>0 for x in rows if x['variant']=='sdpa']==[True] and {x['variant'] for x in rows}=={'sdpa','copy','matmul'}
+    assert 'not run: the kernels run on a GPU' in r.stdout or torch.cuda.is_available()
+    assert 'cases were not begun' in r.stderr
+
+@pytest.mark.parametrize('args,says', [(('properties','embedded','--data','embedded','--by','token'), 'model, layer, head; given'), (('properties','embedded','--data','embedded','--map','nope'), "no feature map is called 'nope'"),
+    (('properties','embedded','--data','embedded','--out','x.doc'), 'draws a .png'), (('bench','--only','nope'), 'given nope'), (('bench','--out','x.txt'), 'is a .json file')])
+def test_what_properties_and_bench_refuse(args, says):
+    r = hedgehog(*args, code=1)
+    assert says in r.stderr and r.stderr.count('\n')==1

@@ -1,14 +1,14 @@
 """Chunked linear attention in Triton against fp64 PyTorch: on a GPU where there is one, else in Triton's interpreter."""
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from hedgehog_nb.linear_attention import LinearState, bidirectional_linear_attention, chunk_linear_attention, naive_linear_attention, recurrent_linear_attention
+from hedgehog_nb.linear_attention import LinearState, bidirectional_linear_attention, chunk_linear_attention, recurrent_linear_attention
 from interpreter import DEVICE, HERE, kernel, python, run_under_interpreter
 
 TOL = {torch.float32:1e-5, torch.float16:2e-3, torch.bfloat16:2e-2} # of the largest reference value; the interpreter cuts bf16 where a GPU rounds
 
 if HERE:
     from hedgehog_nb.kernels import chunk
-    from hedgehog_nb.kernels.chunk import triton_linear_attention
+    from hedgehog_nb.kernels.chunk import chunk_forward
 else:
     def test_under_the_interpreter(): run_under_interpreter(__file__)
 
@@ -33,7 +33,7 @@ def check(q, k, v, causal=True, schedule=None, tol=None, **kw):
     "Outputs and final state against the fp64 oracle."
     double = lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else LinearState(*map(double, x)) if isinstance(x, LinearState) else x
     f = recurrent_linear_attention if causal else bidirectional_linear_attention
-    o,s = triton_linear_attention(q, k, v, causal=causal, schedule=schedule, output_final_state=True, **kw)
+    o,s = chunk_forward(q, k, v, causal=causal, schedule=schedule, output_final_state=True, **kw)
     ref,after = f(*map(double, (q, k, v)), **{n:double(x) for n,x in kw.items()}, output_final_state=True)
     tol = tol or TOL[torch.promote_types(q.dtype, v.dtype) if q.dtype!=v.dtype else v.dtype]
     assert o.dtype==v.dtype and all(x.dtype==torch.float32 for x in s)
@@ -99,7 +99,7 @@ def test_strided_views_are_read_in_place():
     bthd = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
     for views in (bthd, (qkv[:,:4,:,:16], qkv[:,4:6,:,16:32], qkv[:,6:,:,32:]), (q[:,:,::2], k[:,:,::2], v[:,:,::2]), (q[:,:1].expand(-1, 4, -1, -1), k[:1].expand(2, -1, -1, -1), v)):
         for causal in (True, False):
-            a,b = (triton_linear_attention(*x, causal=causal) for x in (views, [x.contiguous() for x in views]))
+            a,b = (chunk_forward(*x, causal=causal) for x in (views, [x.contiguous() for x in views]))
             assert torch.equal(a, b)
         check(*views)
 
@@ -109,18 +109,18 @@ def test_two_halves_are_the_whole(schedule):
     q,k,v = inputs(2, 2, 1, 60)
     kw = extras(2, 1, 60)
     first,second = ([None if x is None else x[:,:,s] for x in (q, k, v, kw['log_k'])] for s in (slice(37), slice(37, None)))
-    whole,end = triton_linear_attention(q, k, v, **kw, output_final_state=True)
-    a,mid = triton_linear_attention(*first, mask=kw['mask'][:,:37], initial_state=kw['initial_state'], output_final_state=True, schedule=schedule)
-    b,last = triton_linear_attention(*second, mask=kw['mask'][:,37:], initial_state=mid, output_final_state=True, schedule=schedule)
+    whole,end = chunk_forward(q, k, v, **kw, output_final_state=True)
+    a,mid = chunk_forward(*first, mask=kw['mask'][:,:37], initial_state=kw['initial_state'], output_final_state=True, schedule=schedule)
+    b,last = chunk_forward(*second, mask=kw['mask'][:,37:], initial_state=mid, output_final_state=True, schedule=schedule)
     close(torch.cat([a, b], 2), whole.double(), 1e-5); [close(x, y.double(), 1e-5) for x,y in zip(last, end)]
 
 @kernel
 def test_causal():
     q,k,v = inputs(H=1, Hkv=1, T=100)
     for schedule in SCHEDULES:
-        o = triton_linear_attention(q, k, v, schedule=schedule)
+        o = chunk_forward(q, k, v, schedule=schedule)
         v2,k2 = v.clone(),k.clone(); v2[:,:,70:] = 9; k2[:,:,70:] = 5
-        o2 = triton_linear_attention(q, k2, v2, schedule=schedule)
+        o2 = chunk_forward(q, k2, v2, schedule=schedule)
         assert torch.equal(o[:,:,:70], o2[:,:,:70]) and not torch.equal(o[:,:,70:], o2[:,:,70:])
 
 @kernel
@@ -129,7 +129,7 @@ def test_padding_changes_nothing_else():
     mask = torch.ones(2, 40, dtype=torch.bool, device=DEVICE); mask[0,:9] = False; mask[1,30:] = False
     k[0,:,:9], v[0,:,:9], v[1,:,30:] = float('inf'), float('nan'), float('nan') # whatever lies there is not read
     for schedule in SCHEDULES:
-        o,s = triton_linear_attention(q, k, v, mask=mask, output_final_state=True, schedule=schedule)
+        o,s = chunk_forward(q, k, v, mask=mask, output_final_state=True, schedule=schedule)
         for b,sl in ((0, slice(9, None)), (1, slice(30))):
             ref,after = chunk_linear_attention(*(x[b:b+1,:,sl].double() for x in (q, k, v)), output_final_state=True)
             close(o[b:b+1,:,sl], ref, 1e-5); close(s.S[b:b+1], after.S, 1e-5)
@@ -140,7 +140,7 @@ def test_padding_changes_nothing_else():
 def test_nothing_visible_gives_zero(causal):
     q,k,v = inputs(T=20)
     for log_k in (None, rand(1, 2, 20)):
-        o = triton_linear_attention(q, k, v, log_k, causal, torch.zeros(1, 20, dtype=torch.bool, device=DEVICE), schedule='parallel')
+        o = chunk_forward(q, k, v, log_k, causal, torch.zeros(1, 20, dtype=torch.bool, device=DEVICE), schedule='parallel')
         assert not o.any()
 
 @kernel
@@ -154,10 +154,10 @@ def test_large_log_weights_and_sums_beyond_fp16():
 @kernel
 def test_repeats_to_the_bit_and_schedules_agree():
     q,k,v = inputs(1, 2, 1, 130, dtype=torch.bfloat16)
-    for schedule in SCHEDULES: assert torch.equal(*(triton_linear_attention(q, k, v, schedule=schedule) for _ in range(2)))
+    for schedule in SCHEDULES: assert torch.equal(*(chunk_forward(q, k, v, schedule=schedule) for _ in range(2)))
     q,k,v = inputs(1, 2, 1, 100)
-    o = triton_linear_attention(q, k, v, schedule='scan')
-    for n in (1, 3, 4, 100, None): close(triton_linear_attention(q, k, v, schedule=n), o.double(), 1e-5)
+    o = chunk_forward(q, k, v, schedule='scan')
+    for n in (1, 3, 4, 100, None): close(chunk_forward(q, k, v, schedule=n), o.double(), 1e-5)
 
 @kernel
 def test_segments():
@@ -174,27 +174,26 @@ def test_segments():
     assert [chunk._segments(P, 128, .5, 2.7) for P in (8, 132, 264)]==[16, 1, 1]
 
 @kernel
-@pytest.mark.parametrize('causal', [True, False])
-def test_gradients_are_those_of_pytorch(causal):
-    q,k,v = inputs(2, 4, 2, 40)
-    kw = extras(2, 2, 40)
-    f = chunk_linear_attention if causal else bidirectional_linear_attention
-    def grads(fn, dt, **extra):
-        ins = [x.to(dt).detach().requires_grad_() for x in (q, k, v, kw['log_k'], *kw['initial_state'])]
-        o,s = fn(*ins[:4], mask=kw['mask'], initial_state=LinearState(*ins[4:]), output_final_state=True, **extra)
-        loss = o.sin().sum() + s.S.cos().sum() + s.z.square().sum() + s.m.sum()
-        return torch.autograd.grad(loss, ins)
-    for a,r in zip(grads(triton_linear_attention, torch.float32, causal=causal), grads(f, torch.float64)): close(a, r, 1e-4)
+def test_maxima_start_anew_at_each_border():
+    for cu in ([0,1], [0,7,8,30,50]):
+        log,n = 20*rand(2, 3, cu[-1]),len(cu)-1
+        m0 = rand(2, 3, n)
+        log[0,0,0], log[1,2,-1], m0[0,1,0] = -1e30, 0., -0.
+        got = chunk._running_max(log, m0, chunk._plan(cu[-1], 2, 16, cu, DEVICE))
+        want = [torch.cat([m0[...,i:i+1], log[...,a:b]], -1).cummax(-1).values for i,(a,b) in enumerate(zip(cu, cu[1:]))]
+        assert torch.equal(got, torch.cat(want, -1))
 
 @kernel
-def test_only_some_gradients():
-    q,k,v = inputs(T=30)
-    v.requires_grad_()
-    o = triton_linear_attention(q, k, v)
-    g, = torch.autograd.grad(o.sum(), v)
-    r, = torch.autograd.grad(chunk_linear_attention(q, k, v).sum(), v)
-    close(g, r.double(), 1e-5)
-    assert not triton_linear_attention(q, k, v.detach()).requires_grad
+def test_plans_cover_each_token_once_and_cross_no_border():
+    for cu in ([0,100], [0,1,2,3,100], [0,64,65,500]):
+        for n in (1, 3, 40):
+            p = chunk._plan(cu[-1], n, 16, cu)
+            table = p.table.tolist()
+            first,of = table[len(cu):2*len(cu)],table[2*len(cu):]
+            spans = [(cu[q] + (i - first[q])*p.length, min(cu[q] + (i - first[q] + 1)*p.length, cu[q+1])) for i,q in enumerate(of)]
+            assert [t for a,b in spans for t in range(a, b)]==list(range(cu[-1])) and all(a<b for a,b in spans)
+            slots = [*range(p.segments + p.sequences)]
+            assert p.slots(after=False).tolist()==[slots[f+i] for i,f in enumerate(first[:-1])] and p.slots(after=True).tolist()==[f+i for i,f in enumerate(first[1:])]
 
 @kernel
 @pytest.mark.parametrize('message,change', [
@@ -209,11 +208,11 @@ def test_only_some_gradients():
 ])
 def test_errors_say_what_was_given(message, change):
     q,k,v = inputs()
-    with pytest.raises(ValueError, match=message): triton_linear_attention(**(dict(phi_q=q, phi_k=k, v=v) | {n: x.to(DEVICE) if isinstance(x, torch.Tensor) and x.device.type!='meta' else x for n,x in change(q, k, v).items()}))
+    with pytest.raises(ValueError, match=message): chunk_forward(**(dict(phi_q=q, phi_k=k, v=v) | {n: x.to(DEVICE) if isinstance(x, torch.Tensor) and x.device.type!='meta' else x for n,x in change(q, k, v).items()}))
 
 def test_import_without_a_gpu_works_and_cpu_tensors_are_refused():
     pytest.importorskip('triton')
-    res = python('-c', 'import torch\nfrom hedgehog_nb.kernels.chunk import triton_linear_attention as f\nf(*[torch.ones(1,1,4,8)]*3)', TRITON_INTERPRET='0', CUDA_VISIBLE_DEVICES='')
+    res = python('-c', 'import torch\nfrom hedgehog_nb.kernels.chunk import chunk_forward as f\nf(*[torch.ones(1,1,4,8)]*3)', TRITON_INTERPRET='0', CUDA_VISIBLE_DEVICES='')
     assert res.returncode!=0 and 'ValueError: the kernel runs on a GPU; given tensors on cpu' in res.stderr
 
 def test_compiles_for_hopper(tmp_path):
@@ -223,12 +222,12 @@ import torch
 from hedgehog_nb.kernels import chunk
 from hedgehog_nb.kernels.chunk import chunk_usage as use
 for kernel in ('forward', 'states', 'read'): assert use(128, 64, kernel=kernel)['spilled_bytes']==0
-for kw in (dict(group=4, parallel=True, log_k=True, HAS_MASK=True), dict(dtype=torch.float16), dict(dtype=torch.float32)):
+for kw in (dict(group=4, parallel=True, log_k=True, packed=True, HAS_MASK=True), dict(dtype=torch.float16), dict(dtype=torch.float32)):
     u = use(128, 64, **kw)
     assert u['shared_bytes']<=227*1024 and u['spilled_bytes']<=512, u
 assert use(512, 256, torch.float32)['shared_bytes']<=227*1024
 assert use(60, 60, kernel='states', log_k=True, HAS_MASK=True)['spilled_bytes']==0
-chunk.offline_usage(chunk._scan_states_kernel, dict(WIDTH=8320, BLOCK=1024, HAS_LOG=True, num_warps=4, num_stages=1), 'fp32')
+chunk.offline_usage(chunk._scan_states_kernel, dict(WIDTH=8320, BLOCK=1024, HAS_LOG=True, EVERY=True, PACKED=True, REVERSE=False, num_warps=4, num_stages=1), 'fp32', others=dict(plan_ptr='i32'))
 """
     res = python('-c', code, TRITON_INTERPRET='0', TRITON_DEFAULT_FP_FUSION='1', TRITON_CACHE_DIR=str(tmp_path))
     assert res.returncode==0, res.stderr

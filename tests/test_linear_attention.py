@@ -122,6 +122,21 @@ def test_packed_is_separate(logs, impl):
     both = linear_attention(q, k, v, fm, causal=False, cu_seqlens=cu, implementation=impl)
     same(both[:,:,1:18], oracle(*(None if x is None else x[:,:,1:18] for x in (q,k,v,l)), causal=False))
 
+@pytest.mark.parametrize('causal', [True,False])
+@pytest.mark.parametrize('impl', ['recurrent','chunked'])
+def test_packed_with_masks_and_states(impl, causal):
+    q,k,v,_ = features(B=1, T=40)
+    mask,cu = torch.rand(1, 40) > .3,[0,1,18,40]
+    before = LinearState(torch.rand(3,2,6,5).double(), torch.rand(3,2,6).double(), torch.randn(3,2).double())
+    kw = dict(causal=causal, implementation=impl, output_final_state=True, chunk_size=8)
+    o,s = linear_attention(q, k, v, mask=mask, initial_state=before, cu_seqlens=cu, **kw)
+    for i,(a,b) in enumerate(zip(cu, cu[1:])):
+        o1,s1 = linear_attention(*(x[:,:,a:b] for x in (q,k,v)), mask=mask[:,a:b], initial_state=before.apply(lambda x: x[i:i+1]), **kw)
+        same(o[:,:,a:b], o1); same_state(s.apply(lambda x: x[i:i+1]), s1)
+    with pytest.raises(ValueError, match='each of the 3'): linear_attention(q, k, v, initial_state=before.apply(lambda x: x[:1]), cu_seqlens=cu, **kw)
+    with pytest.raises(ValueError, match='list or a one-dimensional'): linear_attention(q, k, v, cu_seqlens=[0,1.5,40])
+    with pytest.raises(ValueError, match='list or a one-dimensional'): linear_attention(q, k, v, cu_seqlens=torch.tensor([[0,40]]))
+
 @pytest.mark.parametrize('where', ['left','right','middle','both'])
 @pytest.mark.parametrize('logs', [False,True])
 def test_padding_leaves_outputs_and_state(where, logs):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest, yaml
 from packaging.requirements import Requirement
 
-NAMES = {'linear_attention', 'linearize', 'save_linearized', 'load_linearized', 'distill', 'finetune', 'make_feature_map'}
+NAMES = {'make_attention', 'attention_report', 'compare_attentions', 'linear_attention', 'linearize', 'save_linearized', 'load_linearized', 'distill', 'finetune', 'make_feature_map'}
 
 
 def sh(*args, cwd=None, **env):

@@ -240,6 +240,7 @@ def offline_usage(
     constants:dict, # Its compile-time arguments, with `num_warps` and `num_stages`
     dtype:str, # Element type of the pointers in Triton's words: "bf16", "fp16" or "fp32"
     fp32:tuple=(), # Names of the pointers that are fp32 whatever `dtype` is
+    others:dict={}, # Element types of further pointers by name
     capability:int=90, # 80 for A100, 90 for H100 and H200
 )->dict: # registers per thread, bytes of stack (spills) per thread, bytes of shared memory per program
     "Compile `kernel` without a GPU and read what it uses. Raises `ValueError` under Triton's interpreter."
@@ -248,7 +249,7 @@ def offline_usage(
     if not isinstance(kernel, triton.JITFunction): raise ValueError("offline_usage compiles; start Python without TRITON_INTERPRET")
     opts = {k:constants[k] for k in ('num_warps','num_stages')}
     const = {k:v for k,v in constants.items() if k in kernel.arg_names}
-    kind = lambda n: 'constexpr' if n in const else 'i32' if not n.endswith('_ptr') else '*fp32' if n in fp32 else f'*{dtype}'
+    kind = lambda n: 'constexpr' if n in const else 'i32' if not n.endswith('_ptr') else '*fp32' if n in fp32 else f'*{others.get(n, dtype)}'
     aligned = {(i,): [['tt.divisibility', 16]] for i,n in enumerate(kernel.arg_names) if n.endswith('_ptr') or n.startswith('stride')}
     src = ASTSource(kernel, {n:kind(n) for n in kernel.arg_names}, const, aligned)
     res = triton.compile(src, target=GPUTarget('cuda', capability, 32), options=opts)

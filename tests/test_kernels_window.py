@@ -1,0 +1,166 @@
+"""Window and linear in Triton against fp64 PyTorch: on a GPU where there is one, else in Triton's interpreter."""
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from hedgehog_nb.feature_maps import make_feature_map
+from hedgehog_nb.hedgehog import FORMS
+from hedgehog_nb.window import WindowState, chunk_window_attention, joint_features, naive_window_attention, window_decode_step
+from interpreter import DEVICE, HERE, kernel, python, run_under_interpreter
+
+TOL = {torch.float32:1e-5, torch.float16:4e-3, torch.bfloat16:4e-2} # of the largest reference value; the interpreter cuts bf16 where a GPU rounds
+NAMES = 'q','k','v','phi_q','phi_k'
+
+if HERE:
+    from hedgehog_nb.kernels import window as kw
+    from hedgehog_nb.kernels.window import triton_window_attention
+else:
+    def test_under_the_interpreter(): run_under_interpreter(__file__)
+
+def rand(*s, seed=0): return torch.randn(*s, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+def inputs(B=1, H=2, Hkv=1, T=20, D=8, Dv=None, form='exp', dtype=torch.float32, seed=0, log=True, gamma=True, masked=False):
+    "A dict of what `triton_window_attention` takes, from a disturbed Hedgehog map."
+    q,k,v = (rand(B, h, T, d, seed=seed+i) for i,(h,d) in enumerate(((H, D), (Hkv, D), (Hkv, Dv or D))))
+    fm = make_feature_map('hedgehog', D, H, Hkv, form=form).to(DEVICE)
+    for i,p in enumerate(fm.parameters()): p.data = rand(*p.shape, seed=seed+9+i)*D**-.5
+    with torch.no_grad(): phi_q,phi_k,log_q,log_k = joint_features(fm, q, k)
+    mask = None
+    if masked:
+        mask = rand(B, T, seed=seed+5) > -1
+        if T>3: mask[0,:3] = False
+    return dict(zip(NAMES, (x.to(dtype) for x in (q, k, v, phi_q, phi_k)))) | dict(log_q=log_q if log else None, log_k=log_k if log else None, log_gamma=rand(H, seed=seed+6) if gamma else None, mask=mask)
+
+def close(a, r, tol, name=''):
+    assert a.shape==r.shape and torch.isfinite(a).all(), name
+    err = ((a.double() - r).abs().max()/r.abs().max().clamp_min(1)).item()
+    assert err < tol, f"{name}: {err:.1e}, allowed {tol:.0e}"
+
+def run(f, a, window, dt=None, seed=77):
+    "Outputs, and the gradients of all that has one."
+    ins = {n: x.to(dt or x.dtype).detach().requires_grad_() for n,x in a.items() if x is not None and n!='mask'}
+    o = f(**ins, window=window, mask=a['mask'])
+    gs = torch.autograd.grad(o, list(ins.values()), rand(*o.shape, seed=seed).to(a['v'].dtype).to(o.dtype), allow_unused=True)
+    return dict(o=o.detach()) | {n: torch.zeros_like(x) if g is None else g for (n,x),g in zip(ins.items(), gs)}
+
+def check(a, window, tol=None):
+    got,want = run(triton_window_attention, a, window),run(naive_window_attention, a, window, torch.float64)
+    for n in got:
+        assert got[n].dtype==(a['v'] if n=='o' else a[n]).dtype, n
+        close(got[n], want[n], (tol or TOL[a['v'].dtype])*(1 if n!='log_gamma' else 4), n) # a sum over all tokens
+
+def forward_only(a, window, tol=None): close(triton_window_attention(**a, window=window), naive_window_attention(**{n: x.double() if x is not None and n!='mask' else x for n,x in a.items()}, window=window), tol or TOL[a['v'].dtype])
+
+@kernel
+@pytest.mark.parametrize('T', [1, 17, 64, 100])
+@pytest.mark.parametrize('D', [8, 32, 60, 64])
+def test_shapes(D, T): # windows, heads and forms take turns; test_windows and test_drawn mix them
+    i = D//4 + T
+    H,Hkv = [(4,4), (4,2), (4,1)][i % 3]
+    forward_only(inputs(1, H, Hkv, T, D, form=FORMS[i % 3], masked=T==17), [0, 1, 16, 64][i % 4])
+
+@kernel
+@pytest.mark.parametrize('Hkv,window', [(4,0), (2,1), (1,1), (4,16), (2,16), (1,64), (4,200)])
+def test_windows(Hkv, window): check(inputs(1, 4, Hkv, 40 if window==16 else 24, masked=True), window)
+
+@kernel
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('dtype', TOL, ids=str)
+def test_forms_and_dtypes(dtype, form): check(inputs(1, 2, 1, 40, 16, form=form, dtype=dtype), 7)
+
+@kernel
+@pytest.mark.parametrize('log', [False, True])
+@pytest.mark.parametrize('gamma', [False, True])
+@pytest.mark.parametrize('masked', [False, True])
+def test_each_alone(masked, gamma, log): check(inputs(1, 2, 2, 20, log=log, gamma=gamma, masked=masked), 5)
+
+@kernel
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(B=st.integers(1, 2), Hkv=st.integers(1, 2), G=st.integers(1, 2), T=st.integers(1, 40), D=st.integers(1, 20), Dv=st.integers(1, 20), window=st.integers(0, 60), form=st.sampled_from(FORMS),
+       masked=st.booleans(), bthd=st.booleans(), dtype=st.sampled_from(list(TOL)), seed=st.integers(0, 99))
+def test_drawn(B, Hkv, G, T, D, Dv, window, form, masked, bthd, dtype, seed):
+    a = inputs(B, Hkv*G, Hkv, T, D, Dv, form, dtype, seed, masked=masked)
+    if bthd: a |= {n: a[n].transpose(1, 2).contiguous().transpose(1, 2) for n in NAMES}
+    check(a, window, 3*TOL[dtype])
+
+@kernel
+def test_tiles_of_channels_and_features(monkeypatch):
+    "Wide heads are cut: channels forward, features backward. Small tiles do the same for small heads."
+    whole = kw._config
+    monkeypatch.setattr(kw, '_config', lambda *a: whole(*a) | dict(BLOCK_F=16, BLOCK_T=16) if a[-1] is True else whole(*a) | dict(BLOCK_D=16, BLOCK_T=16))
+    check(inputs(1, 2, 1, 40, 24), 7); check(inputs(1, 1, 1, 20, 24, dtype=torch.float16), 3)
+
+@kernel
+def test_wide_heads(): check(inputs(1, 1, 1, 18, 128), 5)
+
+@kernel
+@pytest.mark.parametrize('window', [0, 5, 30])
+def test_the_state_goes_on(window):
+    a = inputs(2, 2, 1, 21, masked=True)
+    part = lambda s: {n: x if n=='log_gamma' else x[:,s] if n=='mask' else x[:,:,s] for n,x in a.items()}
+    o,state = triton_window_attention(**part(slice(20)), window=window, output_final_state=True)
+    _,want = chunk_window_attention(**part(slice(20)), window=window, output_final_state=True)
+    for x,y in zip((*state[:4], *state.linear), (*want[:4], *want.linear)):
+        if y.numel(): close(x, y.double(), 1e-5)
+    last,_ = window_decode_step(**part(slice(20, None)), state=state)
+    close(last, chunk_window_attention(**a, window=window)[:,:,20:].double(), 1e-5)
+
+@kernel
+def test_causal():
+    a = inputs(T=40)
+    late = a | {n: torch.cat([a[n][:,:,:25], torch.full_like(a[n][:,:,25:], 7)], 2) for n in NAMES}
+    assert torch.equal(triton_window_attention(**late, window=6)[:,:,:25], triton_window_attention(**a, window=6)[:,:,:25])
+
+@kernel
+def test_neither_branch_overflows():
+    a = inputs(T=40, form='exp')
+    for f in (60, 300):
+        steep = a | dict(q=f*a['q'], log_q=f*a['log_q'], log_k=f*a['log_k'])
+        got,want = run(triton_window_attention, steep, 7),run(naive_window_attention, steep, 7, torch.float64)
+        for n in got: close(got[n], want[n], 1e-3, n)
+
+@kernel
+def test_rows_that_see_nothing():
+    a = inputs(T=20); a['mask'] = torch.zeros(1, 20, dtype=torch.bool, device=DEVICE); a['mask'][0,12:] = True
+    got = run(triton_window_attention, a, 5)
+    assert not got['o'][:,:,:12].any() and not any(got[n][:,:,:12].any() for n in (*NAMES, 'log_q', 'log_k')); check(a, 5)
+
+@kernel
+def test_strides_are_read_in_place():
+    a = inputs(1, 2, 2, 20)
+    views = a | {n: torch.cat([a[n], a[n]], -1).transpose(1, 2).contiguous().transpose(1, 2)[...,:a[n].shape[-1]] for n in NAMES}
+    for x,y in zip(run(triton_window_attention, a, 5).values(), run(triton_window_attention, views, 5).values()): assert torch.equal(x, y)
+
+@kernel
+def test_only_some_gradients():
+    a = inputs(T=20); a['v'].requires_grad_()
+    g, = torch.autograd.grad(triton_window_attention(**a, window=5).sum(), a['v']) # the gradient of a plain sum has stride 0
+    r, = torch.autograd.grad(naive_window_attention(**a, window=5).sum(), a['v'])
+    close(g, r.double(), 1e-5)
+
+@kernel
+@pytest.mark.parametrize('message,change', [
+    ('window is a number of keys, 0 or more; given -1', dict(window=-1)), ('window is', dict(window=2.)), ('as many queries', lambda a: dict(q=a['q'][:,:,:9], phi_q=a['phi_q'][:,:,:9])), ('phi_q is', lambda a: dict(phi_q=a['phi_q'][:,:1])),
+    ('log_q is', dict(log_q=torch.zeros(1, 2, 3))), ('log_k is', dict(log_k=torch.zeros(1, 2, 20))), ('log_gamma is', dict(log_gamma=torch.zeros(3))), ('mask is', dict(mask=torch.ones(1, 3))),
+    ('q is float32', lambda a: dict(q=a['q'].double())), ('phi_k is float32', lambda a: dict(phi_k=a['phi_k'].double())), ('last stride 1', lambda a: dict(v=a['v'].mT.contiguous().mT)), ('precision is', dict(precision='tf16')),
+    ('up to 512', lambda a: dict(phi_q=torch.ones(1, 2, 20, 513), phi_k=torch.ones(1, 1, 20, 513))), ('256 channels', lambda a: dict(v=torch.ones(1, 1, 20, 257))), ('must lie on', lambda a: dict(mask=torch.ones(1, 20, device='meta'))),
+    ('do not divide', lambda a: {n: a[n].repeat(1, 3, 1, 1)[:,:h] for n,h in dict(q=3, k=2, v=2, phi_q=3, phi_k=2).items()}), ('same heads and tokens', lambda a: dict(v=a['v'][:,:,:3])),
+])
+def test_errors_say_what_was_given(message, change):
+    a = {n: x for n,x in inputs().items() if n in NAMES} | dict(window=4)
+    new = change(a) if callable(change) else change
+    with pytest.raises(ValueError, match=message): triton_window_attention(**(a | {n: x.to(DEVICE) if isinstance(x, torch.Tensor) and x.device.type!='meta' else x for n,x in new.items()}))
+
+def test_import_without_a_gpu_works_and_cpu_tensors_are_refused():
+    pytest.importorskip('triton')
+    res = python('-c', 'import torch\nfrom hedgehog_nb.kernels.window import triton_window_attention as f\nf(*[torch.ones(1,1,4,8)]*5, 2)', TRITON_INTERPRET='0', CUDA_VISIBLE_DEVICES='')
+    assert res.returncode!=0 and 'ValueError: the kernel runs on a GPU; given tensors on cpu' in res.stderr
+
+def test_compiles_for_hopper(tmp_path):
+    pytest.importorskip('triton')
+    code = """
+from hedgehog_nb.kernels.window import window_usage as use
+assert use(128, 64)['spilled_bytes']==0
+for kernel in ('backward q', 'backward k'): assert use(128, 64, kernel=kernel, logs=True, HAS_MASK=True)['spilled_bytes']<=64
+assert use(512, 256, logs=True, HAS_MASK=True, HAS_END=True)['shared_bytes']<=227*1024
+"""
+    res = python('-c', code, TRITON_INTERPRET='0', TRITON_DEFAULT_FP_FUSION='1', TRITON_CACHE_DIR=str(tmp_path))
+    assert res.returncode==0, res.stderr
