@@ -8,7 +8,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/triton_primer.html.md"""
 __all__ = ['FusedFeatureMap', 'fused_feature_map', 'offline_usage', 'feature_map_usage']
 
 # %% ../../kernels/01_triton_primer.ipynb #92416a8b
-import re, subprocess, tempfile, torch
+import math, re, subprocess, tempfile, torch
 from contextlib import nullcontext
 from torch import Tensor
 from ..hedgehog import FORMS
@@ -43,20 +43,23 @@ def _project(x_ptr, w_ptr, b_ptr, t, e, stride_t, n, D:tl.constexpr, E:tl.conste
     return y
 
 # %% ../../kernels/01_triton_primer.ipynb #e4bc7126
+_LOG2E = tl.constexpr(math.log2(math.e))
+
 @triton.jit
 def _features(y, cols, FORM:tl.constexpr):
     "Both halves of the features of a tile `y` and the largest exponent `m` of each row; columns outside `cols` give 0."
     if FORM == "softmax_joint": y = 2*y
-    pos, neg = tl.where(cols, y, -float("inf")), tl.where(cols, -y, -float("inf"))
-    m_pos, m_neg = tl.max(pos, 1), tl.max(neg, 1)
-    m = tl.maximum(m_pos, m_neg)
-    if FORM != "softmax_halves": m_pos, m_neg = m, m
+    m = tl.max(tl.where(cols, tl.abs(y), 0.), 1)
+    m_pos, m_neg = m, m
+    if FORM == "softmax_halves": m_pos, m_neg = tl.max(tl.where(cols, y, -float("inf")), 1), tl.max(tl.where(cols, -y, -float("inf")), 1)
 
-    pos, neg = tl.exp(pos - m_pos[:, None]), tl.exp(neg - m_neg[:, None])
+    y *= _LOG2E
+    pos = tl.exp2(tl.where(cols, y - (m_pos*_LOG2E)[:, None], -float("inf")))
+    neg = tl.exp2(tl.where(cols, -y - (m_neg*_LOG2E)[:, None], -float("inf")))
     if FORM != "exp":
         z_pos, z_neg = tl.sum(pos, 1), tl.sum(neg, 1)
         if FORM == "softmax_joint": z_pos, z_neg = z_pos + z_neg, z_pos + z_neg
-        pos, neg = pos/z_pos[:, None], neg/z_neg[:, None]
+        pos, neg = pos*(1/z_pos)[:, None], neg*(1/z_neg)[:, None]
     return pos, neg, m
 
 # %% ../../kernels/01_triton_primer.ipynb #0a12b420
@@ -111,17 +114,19 @@ def _forward(x, weight, bias, form, out_dtype, precision):
 
 # %% ../../kernels/01_triton_primer.ipynb #f840c20f
 @triton.jit
-def _features_bwd(y, g_pos, g_neg, g_m, cols, FORM:tl.constexpr):
-    "Gradient of a tile `y` from those of its features and, for the form `exp`, of its log weights."
-    pos, neg, m = _features(y, cols, FORM)
+def _features_bwd(pos, neg, g_pos, g_neg, FORM:tl.constexpr):
+    "Gradient of a tile y from those of its features; for the form `exp` as if the log weight were a constant."
     s_pos, s_neg = tl.sum(g_pos*pos, 1)[:, None], tl.sum(g_neg*neg, 1)[:, None]
     if FORM == "softmax_halves": dy = (g_pos - s_pos)*pos - (g_neg - s_neg)*neg
     elif FORM == "softmax_joint": dy = 2*(g_pos - s_pos - s_neg)*pos - 2*(g_neg - s_pos - s_neg)*neg
-    else:
-        top = tl.where((tl.abs(y) == m[:, None]) & cols, 1., 0.)
-        dm = tl.where(y < 0, -top, tl.where(y > 0, top, 0.))/tl.sum(top, 1)[:, None]
-        dy = g_pos*pos - g_neg*neg + (g_m[:, None] - s_pos - s_neg)*dm
+    else: dy = g_pos*pos - g_neg*neg
     return dy
+
+@triton.jit
+def _log_weight_bwd(y, m, g_m, cols):
+    "Gradient of a tile `y` from that of its log weights m, the largest magnitude of each row; channels that tie share it."
+    top = tl.where((tl.abs(y) == m[:, None]) & cols, 1., 0.)
+    return g_m[:, None]*tl.where(y < 0, -top, tl.where(y > 0, top, 0.))/tl.sum(top, 1)[:, None]
 
 # %% ../../kernels/01_triton_primer.ipynb #70a39515
 @triton.jit(do_not_specialize=["T", "blocks", "splits"])
@@ -153,7 +158,9 @@ def _feature_map_bwd_kernel(x_ptr, w_ptr, b_ptr, g_ptr, gm_ptr, dx_ptr, dw_ptr, 
         g_m = tl.zeros((BLOCK_T,), tl.float32)
         if FORM == "exp": g_m = tl.load(gm_ptr + head*T + start + t, mask=t < n, other=0.)
         y = _project(x, w_ptr, b_ptr, t, e, stride_t, n, D, E, BLOCK_T, BLOCK_E, BLOCK_D, HAS_BIAS, DOT, PRECISION)
-        dy = _features_bwd(y, g_pos, g_neg, g_m, cols, FORM)
+        pos, neg, m = _features(y, cols, FORM)
+        dy = _features_bwd(pos, neg, g_pos, g_neg, FORM)
+        if FORM == "exp": dy += _log_weight_bwd(y, m, g_m - tl.sum(g_pos*pos + g_neg*neg, 1), cols)
 
         if NEED_DX:
             dx = _dot(dy, tl.load(w_tile, mask=w_mask, other=0.), tl.zeros((BLOCK_T, BLOCK_D), tl.float32), DOT, PRECISION)
@@ -235,6 +242,23 @@ def fused_feature_map(
     return FusedFeatureMap.apply(x, weight.contiguous(), None if bias is None else bias.contiguous(), form, out_dtype, precision)
 
 # %% ../../kernels/01_triton_primer.ipynb #f517de40
+def _offline(kernel, constants, dtype, fp32=(), others={}, capability=90):
+    "Compile `kernel` without a GPU; arguments as of `offline_usage`."
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    if not isinstance(kernel, triton.JITFunction): raise ValueError("offline_usage compiles; start Python without TRITON_INTERPRET")
+    opts = {k:constants[k] for k in ('num_warps','num_stages')}
+    const = {k:v for k,v in constants.items() if k in kernel.arg_names}
+    kind = lambda n: 'constexpr' if n in const else 'i32' if not n.endswith('_ptr') else '*fp32' if n in fp32 else f'*{others.get(n, dtype)}'
+    aligned = {(i,): [['tt.divisibility', 16]] for i,n in enumerate(kernel.arg_names) if n.endswith('_ptr') or n.startswith('stride')}
+    return triton.compile(ASTSource(kernel, {n:kind(n) for n in kernel.arg_names}, const, aligned), target=GPUTarget('cuda', capability, 32), options=opts)
+
+def _read_binary(compiled, tool, *args):
+    "What one of Triton's packaged tools says of a compiled kernel."
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as f:
+        f.write(compiled.asm['cubin']); f.flush()
+        return subprocess.run([getattr(triton.knobs.nvidia, tool).path, *args, f.name], capture_output=True, text=True, check=True).stdout
+
 def offline_usage(
     kernel, # A `triton.jit` function, not interpreted; pointers are named `*_ptr`, strides `stride_*`
     constants:dict, # Its compile-time arguments, with `num_warps` and `num_stages`
@@ -244,19 +268,8 @@ def offline_usage(
     capability:int=90, # 80 for A100, 90 for H100 and H200
 )->dict: # registers per thread, bytes of stack (spills) per thread, bytes of shared memory per program
     "Compile `kernel` without a GPU and read what it uses. Raises `ValueError` under Triton's interpreter."
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    if not isinstance(kernel, triton.JITFunction): raise ValueError("offline_usage compiles; start Python without TRITON_INTERPRET")
-    opts = {k:constants[k] for k in ('num_warps','num_stages')}
-    const = {k:v for k,v in constants.items() if k in kernel.arg_names}
-    kind = lambda n: 'constexpr' if n in const else 'i32' if not n.endswith('_ptr') else '*fp32' if n in fp32 else f'*{others.get(n, dtype)}'
-    aligned = {(i,): [['tt.divisibility', 16]] for i,n in enumerate(kernel.arg_names) if n.endswith('_ptr') or n.startswith('stride')}
-    src = ASTSource(kernel, {n:kind(n) for n in kernel.arg_names}, const, aligned)
-    res = triton.compile(src, target=GPUTarget('cuda', capability, 32), options=opts)
-    with tempfile.NamedTemporaryFile(suffix='.cubin') as f:
-        f.write(res.asm['cubin']); f.flush()
-        out = subprocess.run([triton.knobs.nvidia.cuobjdump.path, '--dump-resource-usage', f.name], capture_output=True, text=True, check=True).stdout
-    use = dict(re.findall(r'(REG|STACK):(\d+)', out))
+    res = _offline(kernel, constants, dtype, fp32, others, capability)
+    use = dict(re.findall(r'(REG|STACK):(\d+)', _read_binary(res, 'cuobjdump', '--dump-resource-usage')))
     return dict(registers=int(use['REG']), spilled_bytes=int(use['STACK']), shared_bytes=res.metadata.shared)
 
 # %% ../../kernels/01_triton_primer.ipynb #412c57d7

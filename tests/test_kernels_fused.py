@@ -1,0 +1,272 @@
+"""The map inside the attention against fp64 PyTorch: on a GPU where there is one, else in Triton's interpreter."""
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from hedgehog_nb.feature_maps import per_head
+from hedgehog_nb.hedgehog import FORMS, Hedgehog, hedgehog_features
+from hedgehog_nb.linear_attention import LinearState, bidirectional_linear_attention, chunk_linear_attention, linear_attention
+from interpreter import DEVICE, HERE, kernel, python, run_under_interpreter
+
+TOL = {torch.float32:1e-5, torch.float16:4e-3, torch.bfloat16:3e-2} # of the largest reference value; the interpreter cuts bf16 where a GPU rounds
+NAMES = 'q','k','v','w_q','w_k','b_q','b_k','S','z','m'
+
+if HERE: from hedgehog_nb.kernels.fused import fused_hedgehog_attention
+else:
+    def test_under_the_interpreter(): run_under_interpreter(__file__)
+
+def inputs(B=1, H=2, Hkv=1, T=20, D=8, DV=None, E=None, dtype=torch.float32, Tq=None, bias=True, seed=0):
+    "q, k, v, w_q, w_k, b_q, b_k."
+    g,E = torch.Generator().manual_seed(seed),E or D
+    r = lambda *s: torch.randn(*s, generator=g).to(DEVICE, dtype)
+    x = r(B, H, Tq or T, D), r(B, Hkv, T, D), r(B, Hkv, T, DV or D), r(H, E, D)/D**.5, r(Hkv, E, D)/D**.5
+    return *x, *((r(H, E)/4, r(Hkv, E)/4) if bias else (None, None))
+
+def extras(x, masked=True, state=True, seed=9):
+    "A mask with holes at both ends, and a state with its own maximum."
+    (B,Hkv,T,DV),F,g = x[2].shape,2*x[3].shape[1],torch.Generator().manual_seed(seed)
+    r = lambda *s: torch.randn(*s, generator=g).to(DEVICE)
+    mask = r(B, T) > -1
+    if T>2: mask[:,:2], mask[-1,-1] = False, False
+    return dict(mask=mask if masked else None, initial_state=LinearState(r(B, Hkv, F, DV), r(B, Hkv, F).abs(), r(B, Hkv)) if state else None)
+
+def close(a, r, tol, name=''):
+    assert a.shape==r.shape and torch.isfinite(a).all(), name
+    err = ((a.double() - r).abs().max()/r.abs().max().clamp_min(.1)).item()
+    assert err < tol, f"{name}: {err:.1e}, allowed {tol:.0e}"
+
+def reference(q, k, v, w_q, w_k, b_q, b_k, form, causal, mask, state):
+    phi_q,(phi_k,log_k) = hedgehog_features(per_head(q, w_q, b_q), form)[0],hedgehog_features(per_head(k, w_k, b_k), form)
+    f = chunk_linear_attention if causal else bidirectional_linear_attention
+    return f(phi_q, phi_k, v, log_k, mask=mask, initial_state=state, output_final_state=True)
+
+def whole_state(s): # what of a state has a meaning
+    return s.S*s.m[...,None,None].exp(), s.z*s.m[...,None].exp()
+
+def check(x, form='softmax_halves', causal=True, mask=None, initial_state=None, tol=None, final=True, **kw):
+    "Outputs, final state and all gradients against fp64 autograd."
+    leaf = lambda f: [None if a is None else f(a.detach()).requires_grad_() for a in (*x, *(initial_state or (None,)*3))]
+    mine,ref = leaf(lambda a: a.clone()),leaf(torch.Tensor.double)
+    state = lambda l: None if initial_state is None else LinearState(*l[7:])
+    out = fused_hedgehog_attention(*mine[:7], form=form, causal=causal, mask=mask, initial_state=state(mine), output_final_state=final, **kw)
+    o,s = out if final else (out,None)
+    o_,s_ = reference(*ref[:7], form, causal, mask, state(ref))
+    tol = tol or TOL[x[0].dtype]
+    assert o.dtype==x[2].dtype
+    close(o, o_, tol, 'o')
+    g = torch.randn(o.shape, generator=torch.Generator().manual_seed(1)).to(o)
+    loss,loss_ = (o*g).float().sum(),(o_*g.double()).sum()
+    if final:
+        assert all(a.dtype==torch.float32 for a in s)
+        for n,a,r in zip(('S','z','m'), s, s_): close(a, r, tol, f'final {n}')
+        if causal or initial_state is not None: loss,loss_ = (l + sum((a*a.detach().cos()).sum() for a in whole_state(t))/10 for l,t in ((loss,s), (loss_,s_)))
+    want = [n for n,a in zip(NAMES, ref) if a is not None]
+    got,right = (torch.autograd.grad(l, [a for a in v if a is not None]) for l,v in ((loss,mine), (loss_,ref)))
+    for n,a,r in zip(want, got, right): close(a, r, tol if final is False or x[0].dtype!=torch.float32 else 10*tol, f'd{n}')
+    return o
+
+@kernel
+@pytest.mark.parametrize('D,T', [(D, T) for T in (1, 17) for D in (8, 32, 60, 64)] + [(32, 64), (64, 64), (8, 100), (60, 100)])
+def test_shapes(D, T): # forms, heads and dtypes take turns; test_drawn mixes everything
+    i = D + T
+    H,Hkv = [(2,2), (4,2), (4,1)][i % 3] if T<64 else (1,1)
+    check(inputs(1, H, Hkv, T, D, dtype=[torch.float32, torch.bfloat16][i % 2] if T>1 else torch.float32), FORMS[i % 3], final=False, tol=1e-4 if T==1 else None) # of one token nothing depends on q and k: zero, but for rounding
+
+@kernel
+@pytest.mark.parametrize('form', FORMS)
+def test_wide_heads(form): check(inputs(1, 1, 1, 18, 128), form, final=False)
+
+@kernel
+@pytest.mark.parametrize('form,schedule', [('softmax_halves', 'scan'), ('exp', 3)])
+def test_long(form, schedule): check(inputs(1, 1, 1, 257, 16, dtype=torch.bfloat16), form, schedule=schedule, final=False)
+
+@kernel
+@pytest.mark.parametrize('causal', [True, False])
+@pytest.mark.parametrize('heads', [(4,4), (4,2), (4,1)])
+@pytest.mark.parametrize('form', FORMS)
+def test_everything_at_once(form, heads, causal):
+    x = inputs(1, *heads, 20, 8)
+    check(x, form, causal, schedule=2 if heads[1]<4 else None, **extras(x))
+
+@kernel
+@pytest.mark.parametrize('dtype', TOL, ids=str)
+@pytest.mark.parametrize('form', FORMS)
+def test_dtypes(form, dtype): check(inputs(T=40, D=16, dtype=dtype), form, **extras(inputs(T=40, D=16), state=False), final=False)
+
+@kernel
+@pytest.mark.parametrize('kw', [dict(DV=40), dict(DV=1), dict(E=24), dict(D=1, E=1), dict(D=3, E=5, DV=17), dict(T=1, Tq=9)], ids=str)
+def test_widths_that_differ(kw):
+    for causal in (True, False) if 'Tq' not in kw else (False,): check(inputs(**kw), 'exp' if causal else 'softmax_joint', causal, final=False, schedule=2, tol=1e-4 if 'Tq' in kw else None)
+
+@kernel
+@settings(max_examples=7, deadline=None, derandomize=True)
+@given(B=st.integers(1, 2), Hkv=st.integers(1, 2), G=st.integers(1, 2), T=st.integers(1, 40), Tq=st.integers(1, 40), D=st.integers(1, 20), DV=st.integers(1, 40), maps=st.integers(1, 2), form=st.sampled_from(FORMS),
+       causal=st.booleans(), masked=st.booleans(), state=st.booleans(), bias=st.booleans(), bthd=st.booleans(), dtype=st.sampled_from(list(TOL)), schedule=st.sampled_from([None, 'scan', 'parallel', 3]), seed=st.integers(0, 99))
+def test_drawn(B, Hkv, G, T, Tq, D, DV, maps, form, causal, masked, state, bias, bthd, dtype, schedule, seed):
+    x = list(inputs(B, Hkv*G, Hkv, T, D, DV, maps*D, dtype, None if causal else Tq, bias, seed))
+    if bthd: x[:3] = [a.transpose(1, 2).contiguous().transpose(1, 2) for a in x[:3]]
+    # a state of random signs makes sums that cancel: o is then as large as it is uncertain
+    check(x, form, causal, tol=10*TOL[dtype], schedule=schedule, **extras(x, masked, state, seed))
+
+@kernel
+def test_against_the_entry_point_with_a_hedgehog_map():
+    for form in FORMS:
+        q,k,v,*_ = inputs(2, 4, 2, 30, 8)
+        fm = Hedgehog(8, 4, 2, form=form, num_maps=2, bias=True).to(DEVICE)
+        with torch.no_grad():
+            for p in fm.parameters(): p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(3)).to(p)/4)
+        ref = linear_attention(q.double(), k.double(), v.double(), fm.double(), implementation='naive')
+        fm.float()
+        close(fused_hedgehog_attention(q, k, v, fm.w_q, fm.w_k, fm.b_q, fm.b_k, form), ref.detach(), 1e-5)
+
+@kernel
+def test_strided_views_are_read_in_place():
+    q,k,v,*maps = inputs(2, 2, 1, 18, 16)
+    qkv = torch.randn(2, 18, 4, 48, generator=torch.Generator().manual_seed(2)).to(DEVICE).transpose(1, 2) # as a fused projection leaves them
+    bthd = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    for views in (bthd, (qkv[:,:2,:,:16], qkv[:,2:3,:,16:32], qkv[:,3:,:,32:]), (q[:,:,::2], k[:,:,::2], v[:,:,::2]), (q[:,:1].expand(-1, 2, -1, -1), k[:1].expand(2, -1, -1, -1), v)):
+        runs = []
+        for f in (lambda x: x, torch.Tensor.contiguous):
+            leaves = [f(x).detach().requires_grad_() for x in views]
+            o = fused_hedgehog_attention(*leaves, *maps, form='exp')
+            runs.append((o, *torch.autograd.grad(o.square().sum(), leaves)))
+        assert all(map(torch.equal, *runs))
+
+@kernel
+def test_gradients_arriving_with_any_stride():
+    x = inputs(T=20)
+    q,q_ = x[0].clone().requires_grad_(),x[0].double().requires_grad_()
+    o,(o_,_) = fused_hedgehog_attention(q, *x[1:]),reference(q_, *(a.double() for a in x[1:]), 'softmax_halves', True, None, None)
+    for wrap in (lambda o: o.sum(), lambda o: (o.mT.contiguous()*torch.arange(20., device=DEVICE)).sum(), lambda o: o[...,::2].square().sum()):
+        close(torch.autograd.grad(wrap(o), q, retain_graph=True)[0], torch.autograd.grad(wrap(o_), q_, retain_graph=True)[0], 1e-4)
+
+@kernel
+def test_only_some_gradients_and_only_the_state():
+    x = inputs(T=20)
+    full = [a.clone().requires_grad_() for a in x]
+    fused_hedgehog_attention(*full).square().sum().backward()
+    for i in (0, 2, 4):
+        part = [a.clone().requires_grad_(i==j) for j,a in enumerate(x)]
+        fused_hedgehog_attention(*part).square().sum().backward()
+        assert torch.equal(part[i].grad, full[i].grad) and all(a.grad is None for j,a in enumerate(part) if j!=i)
+    assert not fused_hedgehog_attention(*x).requires_grad
+    a,r = [a.clone().requires_grad_() for a in x],[a.double().requires_grad_() for a in x]
+    s,(_,s_) = fused_hedgehog_attention(*a, output_final_state=True)[1],reference(*r, 'softmax_halves', True, None, None)
+    for i in (1, 2): close(torch.autograd.grad(s.S.square().sum(), a[i], retain_graph=True)[0], torch.autograd.grad(s_.S.square().sum(), r[i], retain_graph=True)[0], 1e-4)
+    for i in (1,): close(torch.autograd.grad(s.z.square().sum(), a[i])[0], torch.autograd.grad(s_.z.square().sum(), r[i])[0], 1e-4)
+
+@kernel
+@pytest.mark.parametrize('schedule', [1, 3])
+def test_two_halves_are_the_whole_with_gradients(schedule):
+    x = inputs(1, 1, 1, 50, 8)
+    kw = extras(x)
+    def run(cut):
+        leaves = [a.clone().requires_grad_() for a in (*x, *kw['initial_state'])]
+        q,k,v,*maps = leaves[:7]
+        os,s = [],LinearState(*leaves[7:])
+        for sl in cut:
+            o,s = fused_hedgehog_attention(q[:,:,sl], k[:,:,sl], v[:,:,sl], *maps, form='exp', mask=kw['mask'][:,sl], initial_state=s, output_final_state=True, schedule=schedule)
+            os.append(o)
+        o = torch.cat(os, 2)
+        return [o, *s, *torch.autograd.grad(o.sin().sum() + sum(a.square().sum() for a in whole_state(s))/100, leaves)]
+    for a,b in zip(run([slice(None)]), run([slice(37), slice(37, None)])): close(a, b.double(), 1e-4)
+
+@kernel
+def test_causal_and_padding():
+    x = inputs(1, 1, 1, 50, 8)
+    for schedule in (1, 2):
+        o = fused_hedgehog_attention(*x, form='exp', schedule=schedule)
+        late = [a.clone() for a in x]; late[1][:,:,30:], late[2][:,:,30:] = 50, 9
+        o2 = fused_hedgehog_attention(*late, form='exp', schedule=schedule)
+        assert torch.equal(o[:,:,:30], o2[:,:,:30]) and not torch.equal(o[:,:,30:], o2[:,:,30:])
+    mask = torch.ones(1, 50, dtype=torch.bool, device=DEVICE); mask[:,:9], mask[:,40:] = False, False
+    bad = [a.clone() for a in x]; bad[1][:,:,:9], bad[2][:,:,40:] = float('inf'), float('nan') # whatever lies there is not read
+    leaves = [a.requires_grad_() for a in bad]
+    o,s = fused_hedgehog_attention(*leaves, mask=mask, output_final_state=True, schedule=2)
+    ref,after = reference(*(a[:,:,9:40].double() if a.dim()==4 else a.double() for a in x), 'softmax_halves', True, None, None)
+    close(o[:,:,9:40], ref, 1e-5); close(s.S, after.S, 1e-5); assert not o[:,:,:9].any() # these queries see no key
+    grads = torch.autograd.grad(o.square().sum(), leaves)
+    assert all(torch.isfinite(g).all() for g in grads) and not grads[1][:,:,:9].any() and not grads[2][:,:,40:].any()
+
+@kernel
+@pytest.mark.parametrize('causal', [True, False])
+def test_nothing_visible_gives_zero(causal):
+    for form in FORMS:
+        x = [a.requires_grad_() for a in inputs()]
+        o = fused_hedgehog_attention(*x, form=form, causal=causal, mask=torch.zeros(1, 20, dtype=torch.bool, device=DEVICE), schedule='parallel')
+        assert not o.any() and all(not g.any() for g in torch.autograd.grad(o.sum(), x))
+
+@kernel
+def test_large_log_weights():
+    x = list(inputs(1, 2, 1, 40, 16)); x[0], x[1] = 4*x[0], 40*x[1]
+    assert (x[1][:,0]@x[4][0].T).abs().max() > 89
+    check(x, 'exp', tol=1e-4, final=False, schedule=2)
+
+@kernel
+def test_repeats_to_the_bit_and_under_autocast():
+    for schedule in (1, 3):
+        x = [a.requires_grad_() for a in inputs(1, 1, 1, 50, 8, dtype=torch.bfloat16)]
+        def run():
+            o = fused_hedgehog_attention(*x, form='exp', schedule=schedule)
+            return o, *torch.autograd.grad(o.float().square().sum(), x)
+        first = run()
+        with torch.autocast(DEVICE, torch.bfloat16): again = run()
+        assert all(map(torch.equal, first, run())) and all(map(torch.equal, first, again))
+
+@kernel
+def test_matrices_in_fp32_beside_bf16_inputs():
+    x = inputs(T=30, D=16)
+    half = [a.bfloat16() for a in x[:3]]
+    maps = [a.clone().requires_grad_() for a in x[3:]]
+    o = fused_hedgehog_attention(*half, *maps)
+    assert torch.equal(o, fused_hedgehog_attention(*half, *(a.bfloat16() for a in x[3:])))
+    assert all(g.dtype==torch.float32 for g in torch.autograd.grad(o.float().sum(), maps))
+
+@kernel
+def test_compiles_into_one_graph():
+    x = [a.requires_grad_() for a in inputs(1, 2, 1, 40, 8)]
+    def f(*x):
+        o,s = fused_hedgehog_attention(*x, form='exp', schedule=2, output_final_state=True)
+        return o.square().sum() + s.z.sum()
+    ours,theirs = (torch.autograd.grad(g(*x), x) for g in (torch.compile(f, fullgraph=True, backend='aot_eager'), f))
+    assert all(map(torch.equal, ours, theirs))
+
+@kernel
+@pytest.mark.parametrize('kw', [dict(), dict(form='exp', schedule=2), dict(causal=False, form='exp')], ids=str)
+def test_fake_kernels_tell_the_shapes(kw):
+    from hedgehog_nb.kernels import fused
+    x = inputs(1, 2, 1, 40, 8)
+    args = *x, None, None, None, None, kw.get('form', 'softmax_halves'), kw.get('causal', True), True, True, kw.get('schedule', 0), 'ieee'
+    torch.library.opcheck(fused._fused_op, args, test_utils=('test_schema','test_faketensor'))
+
+@kernel
+@pytest.mark.parametrize('message,change', [
+    ('batch, heads', lambda x: dict(q=x['q'][0])), ('same channels', lambda x: dict(q=x['q'][...,:4])), ('do not divide', lambda x: dict(k=x['k'][:,[0,0,0]], v=x['v'][:,[0,0,0]])),
+    ('same heads and tokens', lambda x: dict(v=x['v'][:,:,:9])), ('empty', lambda x: {n: x[n][:,:,:0] for n in 'qkv'}), ('empty', lambda x: {n: x[n][:0] for n in 'qkv'}),
+    ('as many queries as keys', lambda x: dict(q=x['q'][:,:,:9])), ('heads and channels', lambda x: dict(w_q=x['w_q'][:1])), ('heads and channels', lambda x: dict(w_k=x['w_k'][...,:4])), ('heads and channels', lambda x: dict(w_q=x['w_q'][0])),
+    ('b_q is', lambda x: dict(b_q=x['b_q'][:,:3])), ('E up to 256', lambda x: dict(w_q=torch.ones(2, 257, 8), w_k=torch.ones(1, 257, 8), b_q=None, b_k=None)), ('up to 128 channels', lambda x: dict(v=torch.ones(1, 1, 20, 129))),
+    ('form is one of', lambda x: dict(form='relu')), ('one dtype', lambda x: dict(q=x['q'].half())), ('one dtype', lambda x: {n: x[n].double() for n in 'qkv'}), ('floating point', lambda x: dict(v=x['v'].long())),
+    ('last stride 1', lambda x: dict(k=x['k'].mT.contiguous().mT)), ('mask is', lambda x: dict(mask=torch.ones(1, 9))), ('must lie on', lambda x: dict(w_q=x['w_q'].to('meta'))), ('different devices', lambda x: dict(v=x['v'].to('meta'))),
+    ('initial_state has shapes', lambda x: dict(initial_state=LinearState(torch.zeros(1,1,16,9), torch.zeros(1,1,16), torch.zeros(1,1)))),
+    ('schedule is', lambda x: dict(schedule='fast')), ('schedule is', lambda x: dict(schedule=0)), ('schedule is', lambda x: dict(schedule=True)), ('precision is', lambda x: dict(precision='tf16')),
+])
+def test_errors_say_what_was_given(message, change):
+    x = dict(zip(NAMES, inputs()))
+    move = lambda a: a.to(DEVICE) if isinstance(a, torch.Tensor) and a.device.type!='meta' else a
+    with pytest.raises(ValueError, match=message): fused_hedgehog_attention(**(x | {n: move(a) for n,a in change(x).items()}))
+
+def test_import_without_a_gpu_works_and_cpu_tensors_are_refused():
+    pytest.importorskip('triton')
+    code = 'import torch\nfrom hedgehog_nb.kernels.fused import fused_hedgehog_attention as f\nf(*[torch.ones(1,1,4,8)]*3, *[torch.ones(1,8,8)]*2)'
+    res = python('-c', code, TRITON_INTERPRET='0', CUDA_VISIBLE_DEVICES='')
+    assert res.returncode!=0 and 'ValueError: the kernel runs on a GPU; given tensors on cpu' in res.stderr
+
+def test_compiles_for_hopper(tmp_path):
+    pytest.importorskip('triton')
+    code = """
+from hedgehog_nb.kernels.fused import fused_usage as use
+for kernel,most in dict(o=160, states=0, dq=128, dkv=256).items():
+    u = use(64, kernel=kernel)
+    assert u['spilled_bytes']<=most and u['shared_bytes']<=113*1024, u # two programs to an SM
+assert use(64, form='exp')['spilled_bytes']<=320
+"""
+    res = python('-c', code, TRITON_INTERPRET='0', TRITON_DEFAULT_FP_FUSION='1', TRITON_CACHE_DIR=str(tmp_path))
+    assert res.returncode==0, res.stderr
