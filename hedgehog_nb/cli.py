@@ -592,7 +592,7 @@ def _prepare(model, data, eval_data, text_column, feature_map, layers, kw, seq_l
 
 def _check(objective, record, **lrs):
     "Settings that would be refused only later."
-    from hedgehog_nb.linearize import OBJECTIVES
+    from hedgehog_nb.distillation import OBJECTIVES
     if objective not in OBJECTIVES: raise ValueError(f"--objective is one of {', '.join(OBJECTIVES)}; given {objective!r}")
     if record and record.suffix!='.json': raise ValueError(f"--record writes JSON; give it a name that ends in .json, not {record.name!r}")
     for n,x in lrs.items():

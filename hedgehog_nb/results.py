@@ -173,7 +173,7 @@ class Table:
         return '\n'.join([line(self.header), line(['---']*len(self.header)), *map(line, self.rows)]) + (f'\n\n{self.caption}' if self.caption else '')
 
 # %% ../nbs/19_results.ipynb #4958f67f
-SETTING = 'B','H','T','D','dtype','causal','seq_len','layers','form','num_maps' # What a row may add that makes it a measurement of its own
+SETTING = 'B','H','T','D','dtype','causal','seq_len','layers','form','num_maps','objective','floor','train_data','train_len' # What a row may add that makes it a measurement of its own
 
 def _final(rows, key):
     "{key: values, one per seed}: the newest of the rows with the most tokens."

@@ -45,6 +45,10 @@ def by_definition(model, name, **x):
 @torch.no_grad()
 def logits(model, **x): return model(**x).logits
 
+def close(a, b):
+    "Equal weights give equal outputs up to the order of sums, which some processors choose by the address of the numbers."
+    same(a, b, {torch.float64:1e-10, torch.float32:1e-5, torch.bfloat16:3e-2}[a.dtype])
+
 def same(a, b, tol): torch.testing.assert_close(a.double(), b.double(), atol=tol, rtol=tol)
 
 # --- the forward pass
@@ -240,10 +244,10 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path, name, dtype, kw):
     again = load_linearized(path, dtype='auto')
     a,b = model.state_dict(),again.state_dict()
     assert a.keys()==b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype==b[k].dtype for k in a)
-    assert torch.equal(logits(again, **x), want) and not again.training
+    close(logits(again, **x), want); assert not again.training
     assert all(p.requires_grad for p in again.parameters())
     assert again.config.hedgehog==model.config.hedgehog
-    assert model.dtype==dtype and torch.equal(logits(load_linearized(path), **x), want)
+    assert model.dtype==dtype; close(logits(load_linearized(path), **x), want)
     assert [p.name for p in path.parent.iterdir()]==['model']     # no scratch folder stays
     for f in path.iterdir():
         assert f.suffix in ('.json','.safetensors'), f
@@ -260,7 +264,7 @@ def test_shards(tmp_path, name):
     model.save_pretrained(tmp_path/'m', max_shard_size='12KB')
     assert len(list((tmp_path/'m').glob('*.safetensors')))>2
     x = inputs(model)
-    assert torch.equal(logits(load_linearized(tmp_path/'m'), **x), logits(model, **x))
+    close(logits(load_linearized(tmp_path/'m'), **x), logits(model, **x))
 
 def test_the_tokenizer_goes_along(tmp_path):
     from transformers import AutoTokenizer
@@ -269,7 +273,7 @@ def test_the_tokenizer_goes_along(tmp_path):
     text = 'Once upon a time, Lily saw a hedgehog.'
     assert AutoTokenizer.from_pretrained(path)(text).input_ids==tok(text).input_ids
     x = tok(text, return_tensors='pt').input_ids
-    assert torch.equal(logits(load_linearized(path), input_ids=x), logits(model, input_ids=x))
+    close(logits(load_linearized(path), input_ids=x), logits(model, input_ids=x))
 
 def test_folders_that_exist_are_kept(tmp_path):
     model = linearize(llama())
@@ -307,6 +311,6 @@ def test_folders_that_hold_no_converted_model(tmp_path):
 
 def test_copies_are_their_own():
     model = shake(linearize(llama())); twin = copy.deepcopy(model); x = inputs(model)
-    assert torch.equal(logits(twin, **x), logits(model, **x))
+    close(logits(twin, **x), logits(model, **x))
     with torch.no_grad(): next(iter(linear_layers(twin).values())).feature_map.w_q.zero_()
     assert not torch.equal(logits(twin, **x), logits(model, **x))

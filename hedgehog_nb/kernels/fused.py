@@ -59,7 +59,7 @@ def _count(z_pos, z_neg, pos, neg, c, DOT:tl.constexpr, PRECISION:tl.constexpr):
 # %% ../../kernels/04_fused_hedgehog.ipynb #5153709c
 @triton.jit
 def _two(z, DOT:tl.constexpr):
-    "The 16 equal columns of z as a product's operand that loses nothing: z rounded to `DOT`, then what rounding lost, then zeros."
+    "The 16 equal columns of z as the operand of a product: z rounded to `DOT`, then what rounding lost, then zeros."
     col, hi = tl.arange(0, 16)[None, :], z.to(DOT).to(tl.float32)
     return tl.where(col == 0, hi, tl.where(col == 1, z - hi, 0.))
 
