@@ -7,7 +7,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/associative_recall.html.md""
 # %% auto #0
 __all__ = ['RecallTask', 'recall_keys', 'recall_sequences', 'recall_data', 'rotary', 'rotate', 'RecallLayer', 'RecallModel',
            'recall_accuracy', 'recall_batches', 'train_recall', 'recall_weights', 'recall_mass', 'recall_row',
-           'best_recall', 'recall_sweep']
+           'best_recall', 'recall_sweep', 'convert_recall', 'conversion_sweep']
 
 # %% ../nbs/07_associative_recall.ipynb #a5f42eda
 import json, time, torch
@@ -16,7 +16,8 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from .feature_maps import make_attention
+from .distillation import distill_map
+from .feature_maps import FeatureMap, make_attention
 from .results import check_row, code_version, write_results
 
 # %% ../nbs/07_associative_recall.ipynb #a666742e
@@ -172,11 +173,12 @@ def train_recall(
     data:dict=None, # Splits, from `recall_data(task, seed=seed)` if None
     progress:bool=False, # Show a progress bar?
     sizes:dict=dict(dim=128, num_heads=2), # Of the model, see `RecallModel`
+    model:nn.Module=None, # Train this one on, instead of a new one
     **settings # Of the attention
 )->dict: # model, accuracy (test, %), valid (%), steps, tokens, wall_s, curve: [(step, validation accuracy in %), …]
     "Train a two-layer model from scratch until it recalls or the steps are used up (paper's associative recall). Raises `ValueError` on settings that do not fit."
     torch.manual_seed(seed); start = time.time()
-    data,model = data or recall_data(task, seed=seed),RecallModel(attention, task.vocab_size, **sizes, **settings)
+    data,model = data or recall_data(task, seed=seed),model or RecallModel(attention, task.vocab_size, **sizes, **settings)
     opt,curve,last = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=.01),[],task.num_pairs is None
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=.1)
     bar = tqdm(range(1, steps+1), desc=attention, leave=False, disable=not progress)
@@ -266,3 +268,57 @@ def recall_sweep(
             write_results(path, done, command, seeds[0], old['wall_s']+time.time()-start, 'cpu', commit)
             if on_row: on_row(done[-1])
     return done,why
+
+# %% ../nbs/07_associative_recall.ipynb #6ceb6b08
+def convert_recall(
+    teacher:RecallModel, # A trained softmax model
+    attention:str, # Registered name of the attention that replaces softmax
+    data:dict, # Splits from `recall_data`
+    task:RecallTask=RecallTask(), # What they are of
+    seed:int=0, # Order of the sequences
+    distill_steps:int=150, # Steps per layer for a learned map, 16 sequences each
+    finetune_steps:int=100, # Steps for the whole model afterwards, 32 sequences each
+    lr:float=1e-3, # Peak learning rate of these
+    **settings # Of the attention
+)->dict: # kl (one per distilled layer, nats), swapped and accuracy (test, %), model
+    "Replace softmax in a trained model, distil the maps (paper, Section 4.2), finetune; accuracy before and after finetuning."
+    torch.manual_seed(seed)
+    model = RecallModel(attention, *teacher.embed.weight.shape, teacher.layers[0].attention.num_heads, len(teacher.layers), **settings)
+    model.load_state_dict(teacher.state_dict(), strict=False)
+    h,kl = teacher.embed(data['train'][0][:512]).detach(),[]
+    for old,new in zip(teacher.layers, model.layers):
+        with torch.no_grad(): q,k,_ = old.project(h); h = old(h)
+        if isinstance(new.attention, FeatureMap) and new.attention.learned: kl.append(distill_map(new.attention, q, k, steps=distill_steps, batch_size=16, seed=seed)[-1])
+    swapped = recall_accuracy(model, *data['test'], task.num_pairs is None)
+    tuned = train_recall(attention, task, seed, lr, finetune_steps, data=data, model=model)['accuracy'] if finetune_steps else None
+    return dict(kl=kl, swapped=swapped, accuracy=tuned, model=model)
+
+# %% ../nbs/07_associative_recall.ipynb #7591fabe
+def conversion_sweep(
+    path, # File of results to write, and to go on with if it exists
+    rows:dict, # Label -> (registered name, settings)
+    task:RecallTask=RecallTask(), # What to learn
+    seeds=(0,), # Of data, start and order
+    command:str=None, # What was typed, for the record
+    on_row=None, # Called with (label, seed, what `convert_recall` gave)
+    **kwargs # Of `convert_recall`
+)->list: # Rows of results, two a conversion: "swapped" and "finetuned"
+    "Train softmax on each seed, convert it to every attention of `rows`, and write each conversion as it ends; what is in the file is not run again."
+    path,start,commit = Path(path),time.time(),code_version()
+    old = json.loads(path.read_text(encoding='utf-8')) if path.exists() else dict(rows=[], wall_s=0.)
+    done = old['rows']
+    def add(label, seed, state, value, **more):
+        done.append(check_row(dict(experiment='recall-converted', model='2 layers', data=f'vocabulary {task.vocab_size}', variant=label, metric='accuracy', value=round(value, 2), seed=seed, seq_len=task.seq_len, state=state, **more)))
+    for seed in seeds:
+        todo = {l:r for l,r in {'softmax':None, **rows}.items() if (l,seed) not in {(r['variant'],r['seed']) for r in done}}
+        if not todo: continue
+        data = recall_data(task, seed=seed)
+        teacher = train_recall('softmax', task, seed, data=data)
+        for label,row in todo.items():
+            if row is None: add(label, seed, 'trained', teacher['accuracy'], tokens=teacher['tokens']); continue
+            c = convert_recall(teacher['model'], row[0], data, task, seed, **{**kwargs, **row[1]})
+            add(label, seed, 'swapped', c['swapped'], kl=[round(x, 4) for x in c['kl']])
+            if c['accuracy'] is not None: add(label, seed, 'finetuned', c['accuracy'], tokens=kwargs.get('finetune_steps', 100)*32*task.seq_len)
+            write_results(path, done, command, seeds[0], old['wall_s']+time.time()-start, 'cpu', commit)
+            if on_row: on_row(label, seed, c)
+    return done

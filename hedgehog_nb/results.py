@@ -151,7 +151,7 @@ PAPER = {
     'lra-listops': _lra('ListOps',36.4,37.2), 'lra-text': _lra('Text',64.3,64.6), 'lra-image': _lra('Image',42.4,40.2), 'lra-pathfinder': _lra('Pathfinder',71.4,74.2)}
 
 # %% ../nbs/19_results.ipynb #957a11fc
-EXPERIMENTS = {'recall':'associative recall', 'mqar':'multi-query associative recall', 'entropy':'entropy of the weights', 'monotonicity':'monotonicity in q·k', 'comparison':'every attention on the same queries and keys',
+EXPERIMENTS = {'recall':'associative recall', 'recall-converted':'associative recall, a softmax model converted', 'mqar':'multi-query associative recall', 'entropy':'entropy of the weights', 'monotonicity':'monotonicity in q·k', 'comparison':'every attention on the same queries and keys',
     'cola':'BERT converted, CoLA', 'sst2':'BERT converted, SST-2', 'mrpc':'BERT converted, MRPC', 'stsb':'BERT converted, STS-B',
     'demo':'the embedded model, converted', 'scratch-wikitext2':'trained from scratch on WikiText-2', 'pretrained-wikitext2':'a pretrained model converted on WikiText-2',
     'samsum':'conversion with LoRA, summaries', 'vit-cifar10':'ViT converted, CIFAR-10', 'lra-listops':'Long Range Arena, ListOps', 'lra-text':'Long Range Arena, Text',
@@ -173,7 +173,7 @@ class Table:
         return '\n'.join([line(self.header), line(['---']*len(self.header)), *map(line, self.rows)]) + (f'\n\n{self.caption}' if self.caption else '')
 
 # %% ../nbs/19_results.ipynb #4958f67f
-SETTING = 'B','H','T','D','dtype','causal','seq_len','layers','form','num_maps','objective','floor','train_data','train_len' # What a row may add that makes it a measurement of its own
+SETTING = 'state','B','H','T','D','dtype','causal','seq_len','layers','form','num_maps','objective','floor','train_data','train_len' # What a row may add that makes it a measurement of its own
 
 def _final(rows, key):
     "{key: values, one per seed}: the newest of the rows with the most tokens."
