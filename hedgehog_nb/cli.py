@@ -127,7 +127,7 @@ def convert(
     batch_size:int=8, # Blocks per step
     lr:float=1e-2, # Learning rate of the maps
     finetune_lr:float=6e-4, # Learning rate of the whole model
-    objective:str='weights', # What distillation compares: "weights", "outputs" or "both"
+    objective:str='weights', # What distillation compares, one of `OBJECTIVES`
     evals:int=1, # Evaluations during distillation, log-spaced
     teacher:bool=True, # Measure the softmax model first?
     baseline:bool=False, # Finetune a copy of the softmax model with the same budget?
@@ -626,7 +626,7 @@ def linearize_command(ctx:typer.Context,
     num_maps:Annotated[Optional[int], _opt('--num-maps', panel='Conversion', metavar='N', min=1, help="Hedgehog's matrices per head: more features, a larger state.")]=None,
     bias:Annotated[Optional[bool], _opt('--bias', panel='Conversion', help="Learn Hedgehog's vector b as well.")]=None,
     layers:Annotated[str, _opt('--layers', panel='Conversion', metavar='LIST', help="Layers to convert, such as [cyan]0-5,8[/].")]='all',
-    objective:Annotated[str, _opt('--objective', panel='Conversion', metavar='NAME', help="What the maps imitate: attention [cyan]weights[/], [cyan]outputs[/], or [cyan]both[/].")]='weights',
+    objective:Annotated[str, _opt('--objective', panel='Conversion', metavar='NAME', help="What the maps imitate: attention [cyan]weights[/], [cyan]outputs[/], [cyan]both[/], the [cyan]order[/] of all weights, or [cyan]weights+order[/].")]='weights',
     distill_tokens:Annotated[int, _opt('--distill-tokens', panel='Training', metavar='N', min=0, help="Budget for the maps alone; 0: none.")]=200_000,
     distill_steps:Annotated[Optional[int], _opt('--distill-steps', panel='Training', metavar='N', min=0, help="The same in steps; wins over tokens.")]=None,
     finetune_tokens:Annotated[int, _opt('--finetune-tokens', panel='Training', metavar='N', min=0, help="Budget for the whole model; 0: none.")]=200_000,

@@ -120,7 +120,7 @@ def make_attention(
     **kwargs # Its own settings
 )->Attention: # The attention
     "Make an attention by name. Raises `ValueError` that lists the names, or the settings, that exist."
-    import hedgehog_nb.hedgehog # registers the learned map
+    import hedgehog_nb.hedgehog, hedgehog_nb.window # register the learned map and the hybrid
     if name not in ATTENTIONS: raise ValueError(f"no attention is called {name!r}; there are {', '.join(sorted(ATTENTIONS))}")
     cls = ATTENTIONS[name]
     takes = inspect.signature(cls.__init__).parameters.keys() - {'self','head_dim','num_heads','num_kv_heads','scale'}
@@ -136,7 +136,7 @@ def make_feature_map(
     **kwargs # The map's own settings
 )->FeatureMap: # The map
     "`make_attention` for those of the form φ(q)·φ(k). Raises `ValueError` that lists the names, or the settings, that exist."
-    import hedgehog_nb.hedgehog # registers the learned map
+    import hedgehog_nb.hedgehog, hedgehog_nb.window # register the learned map and the hybrid
     if name not in FEATURE_MAPS:
         why = f"{name!r} is an attention, but not of the form φ(q)·φ(k)" if name in ATTENTIONS else f"no feature map is called {name!r}"
         raise ValueError(f"{why}; there are {', '.join(sorted(FEATURE_MAPS))}")

@@ -10,7 +10,7 @@ from hedgehog_nb.linear_attention import linear_attention, naive_linear_weights
 from hedgehog_nb.linearize import linearize
 from hedgehog_nb.metrics import lognormal_fit
 from tiny_models import llama, tokens
-import hedgehog_nb.hedgehog
+import hedgehog_nb.hedgehog, hedgehog_nb.window
 
 SETTINGS = [(n,{}) for n in sorted(ATTENTIONS)] + [('exp',dict(t=2.)), ('taylor',dict(order=1)), ('taylor',dict(order=4)), ('fast',dict(order=4)), ('performer',dict(num_features=5)),
     ('rfa',dict(num_features=3)), ('cosformer',dict(max_len=64)), ('linformer',dict(rank=4, max_len=32)), ('latte',dict(num_latents=3)), ('transnormer',dict(decay=False)),
