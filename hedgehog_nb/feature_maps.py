@@ -83,6 +83,7 @@ class FeatureMap(Attention):
     def phi(self, x): raise NotImplementedError(f"{type(self).__name__} defines neither phi nor map_q and map_k")
     def map_q(self, q): return self.phi(q) # (B, H, T, D) -> (B, H, T, F)
     def map_k(self, k): return self.phi(k), None # (B, Hkv, T, D) -> (B, Hkv, T, F), and (B, Hkv, T) log weights or None
+    def log_q(self, q): return None # (B, H, T) log of what was taken out of a query's features; it cancels, but beside a softmax window it counts
     def _inputs(self, q, k): # Checked, in at least fp32
         self._check(q, self.num_heads, 'queries'); self._check(k, self.num_kv_heads, 'keys')
         return q.to(torch.promote_types(q.dtype, torch.float32)), k.to(torch.promote_types(k.dtype, torch.float32))
@@ -175,6 +176,7 @@ class Exp(FeatureMap):
         self.t = t
     def map_q(self, q): return exp_features(self.t*q)[0]
     def map_k(self, k): return exp_features(self.t*k)
+    def log_q(self, q): return exp_features(self.t*q)[1]
 
 # %% ../nbs/04_feature_maps.ipynb #2a41d23c
 def monomials(
@@ -204,6 +206,7 @@ class Taylor(FeatureMap):
         return torch.cat([p*r**(n-self.order) for n,p in enumerate(powers)], -1), self.order*r[...,0].log()
     def map_q(self, q): return self._expand(q)[0]
     def map_k(self, k): return self._expand(k)
+    def log_q(self, q): return self._expand(q)[1]
 
 @register_attention('fast')
 class Fast(Taylor):
@@ -245,6 +248,7 @@ class Performer(_RandomFeatures):
         k = k*self.scale**.5
         phi,log_k = exp_features(self._along(k, self.omega))
         return phi, log_k-k.square().sum(-1)/2
+    def log_q(self, q): return self.map_k(q)[1]
 
 # %% ../nbs/04_feature_maps.ipynb #51e9d199
 @register_attention('rfa')
@@ -291,6 +295,7 @@ class LogNormal(FeatureMap):
         self.alpha,self.beta = (nn.Parameter(torch.full((h,1,1), a)) for h in (self.num_heads, self.num_kv_heads))
     def map_q(self, q): return exp_features(self.alpha*q)[0]
     def map_k(self, k): return exp_features(self.beta*k)
+    def log_q(self, q): return exp_features(self.alpha*q)[1]
 
 # %% ../nbs/04_feature_maps.ipynb #51f88b82
 @patch

@@ -65,6 +65,7 @@ class Hedgehog(FeatureMap):
     def feature_dim(self): return 2*self.num_maps*self.head_dim
     def map_q(self, q): return hedgehog_features(per_head(q, self.w_q, self.b_q), self.form)[0]
     def map_k(self, k): return hedgehog_features(per_head(k, self.w_k, self.b_k), self.form)
+    def log_q(self, q): return hedgehog_features(per_head(q, self.w_q, self.b_q), self.form)[1]
     def extra_repr(self): return f"{super().extra_repr()}, form={self.form!r}, num_maps={self.num_maps}"
 
 # %% ../nbs/05_hedgehog.ipynb #69812804

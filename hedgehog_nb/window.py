@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from .attention import check_qkv, full_precision, repeat_kv, visible
 from .linear_attention import NOTHING, LinearState, prepare_keys, _away_from_zero, _chunk_sums, _group
-from .feature_maps import Attention, Exp, exp_features, make_feature_map, per_head, register_attention
-from .hedgehog import Hedgehog, hedgehog_features
+from .feature_maps import Attention, make_feature_map, register_attention
 
 # %% ../nbs/10_window.ipynb #3d013101
 def _check_window(q, k, v, phi_q, phi_k, window, log_q=None, log_gamma=None, mask=None):
@@ -72,9 +71,7 @@ def joint_features(
 ): # (phi_q, phi_k, log_q, log_k), the last two None where the map has none
     "Features of queries and keys with both log weights, so that they are comparable with exp(q·k)."
     phi_q,phi_k,log_k = feature_map(q, k)
-    if isinstance(feature_map, Hedgehog): log_q = hedgehog_features(per_head(q, feature_map.w_q, feature_map.b_q), feature_map.form)[1]
-    else: log_q = exp_features(feature_map.t*q)[1] if isinstance(feature_map, Exp) else None
-    return phi_q, phi_k, log_q, log_k
+    return phi_q, phi_k, feature_map.log_q(q), log_k
 
 # %% ../nbs/10_window.ipynb #9bf499d3
 class WindowState(NamedTuple):

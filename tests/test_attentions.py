@@ -286,3 +286,14 @@ def test_positions_are_asked_for():
 def test_made_for_a_length(name):
     m,(q,k,v) = make_attention(name, 5, 4, 2, **dict(cosformer=dict(max_len=8), linformer=dict(max_len=8, rank=2))[name]), qkv(T=9, dtype=torch.float32)
     with pytest.raises(ValueError, match='8 tokens; given 9'): m.attend(q, k, v, m.directions[0])
+
+@pytest.mark.parametrize('name,kw', [s for s in SETTINGS if s[0] in FEATURE_MAPS and s[0] not in ('fast',)], ids=ids)
+def test_both_log_weights_give_back_the_kernel(name, kw):
+    "φ(q)·φ(k) times what was taken out on either side follows the kernel when a query is moved: no scalar of the query is lost."
+    m,(q,k,_) = shaken(name, **kw), qkv(T=7)
+    u = lambda q: (lambda pq,pk,l: (pq@repeat_kv(pk, 4).mT)*(0 if l is None else repeat_kv(l, 4))[:,:,None].exp() if l is not None else pq@repeat_kv(pk, 4).mT)(*m(q, k))
+    lq = m.log_q(q)
+    known = {'exp': lambda: torch.einsum('bhtd,bhsd->bhts', (m.t*q).exp(), (m.t*repeat_kv(k, 4)).exp()), 'taylor': lambda: sum((q@repeat_kv(k, 4).mT*m.scale)**n/math.factorial(n) for n in range(m.order+1)),
+        'elu': lambda: (1+F.elu(q))@(1+F.elu(repeat_kv(k, 4))).mT, 'lognormal': lambda: (m.alpha*q).exp()@repeat_kv((m.beta*k).exp(), 4).mT}
+    if name in known: same(u(q)*(1 if lq is None else lq[...,None].exp()), known[name]())
+    assert lq is None or lq.shape==(2,4,7)
