@@ -102,7 +102,7 @@ class Comparison(list):
 def _recall(label, rows):
     "Accuracy of associative recall as measured in `results/`."
     got = [r['value'] for r in rows if (r['experiment'],r['metric'],r['variant'])==('recall','accuracy',label)]
-    return f'{sum(got)/len(got):.1f}' if got else 'not run yet'
+    return f'{sum(got)/len(got):.4g}' if got else 'not run yet'
 
 # %% ../nbs/18_comparison.ipynb #f4c41b9f
 def compare_attentions(
