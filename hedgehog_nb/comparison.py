@@ -14,7 +14,7 @@ from torch import Tensor
 from .attention import capture_attention, softmax_weights
 from .distillation import distill_map, weight_loss
 from .feature_maps import ATTENTIONS, Attention, FeatureMap, make_attention
-from .metrics import attention_metrics, kl_to_softmax
+from .metrics import attention_metrics, kl_to_softmax, map_weights
 from .results import Table, read_results
 
 # %% ../nbs/18_comparison.ipynb #ddc0ceed
@@ -39,7 +39,7 @@ def attention_loss(
 )->Tensor: # () KL from softmax to its weights in nats, mean over rows and heads
     "The distillation loss (paper, Eq. 4, less the teacher's entropy) of any attention: streamed for a feature map, from the T × T weights otherwise."
     if isinstance(attention, FeatureMap): return weight_loss(q, k, attention, causal, scale)
-    return kl_to_softmax(softmax_weights(q, k, causal, scale), attention.weights(q, k, causal)).mean()
+    return kl_to_softmax(softmax_weights(q, k, causal, scale), map_weights(q, k, attention, causal)).mean()
 
 # %% ../nbs/18_comparison.ipynb #3ed23d6f
 @torch.no_grad()

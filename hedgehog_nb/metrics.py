@@ -156,10 +156,11 @@ def map_weights(
     scale:float=None, # Softmax's factor on q·k; 1/√D if None
     mask:Tensor=None, # (B, T) True at real tokens
 )->Tensor: # (B, H, Tq, T) weights
-    "The weights of softmax attention, of the linear attention with `feature_map`, or of any `Attention`."
+    "The weights of softmax attention, of the linear attention with `feature_map`, or of any `Attention`: where its rows do not sum to 1, or have negative weights, what is positive is made to."
     if feature_map is None: return softmax_weights(q, k, causal, scale, mask)
-    if hasattr(feature_map, 'weights'): return feature_map.weights(q, k, causal, mask)
-    return naive_linear_weights(*feature_map(q, k), causal, mask)
+    if not hasattr(feature_map, 'weights'): return naive_linear_weights(*feature_map(q, k), causal, mask)
+    a = feature_map.weights(q, k, causal, mask).clamp_min(0)
+    return a/a.sum(-1, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
 
 # %% ../nbs/03_softmax_properties.ipynb #06c0d85a
 @torch.no_grad()
