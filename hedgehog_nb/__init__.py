@@ -7,8 +7,8 @@ from importlib import import_module as _import_module
 from types import ModuleType as _ModuleType
 
 _where = dict(linear_attention='linear_attention', make_attention='feature_maps', make_feature_map='feature_maps',
-              attention_report='metrics', compare_attentions='comparison', linearize='linearize', distill='linearize',
-              finetune='linearize', save_linearized='linearize', load_linearized='linearize')
+              attention_report='metrics', compare_attentions='comparison', linearize='linearize', distill='training',
+              finetune='training', save_linearized='linearize', load_linearized='linearize')
 __all__ = list(_where)
 
 

@@ -68,7 +68,7 @@ class Journal:
 
     def evaluate(self, model, variant, stage):
         "Perplexity of `model` on the held-out blocks, as a row."
-        from hedgehog_nb.linearize import perplexity
+        from hedgehog_nb.training import perplexity
         done,t = 0,time.perf_counter()
         def on_step(n):
             nonlocal done
@@ -137,7 +137,8 @@ def convert(
 )->list: # Rows
     "Swap, distil, finetune, and measure before and after each. Raises what `linearize`, `distill` and `finetune` raise."
     from hedgehog_nb.data import batches
-    from hedgehog_nb.linearize import linearize, distill, finetune
+    from hedgehog_nb.linearize import linearize
+    from hedgehog_nb.training import distill, finetune
     j = Journal(test, batch_size, on_event, map=feature_map, seed=seed)
     def tune(m, variant):
         finetune(m, train, finetune_steps, batch_size, finetune_lr, seed=seed, on_step=watch(j, m, 'finetune', variant, finetune_steps, train))

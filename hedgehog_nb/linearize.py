@@ -1,4 +1,4 @@
-"""Turn any Hugging Face Transformer into a linear-attention one: swap, distil, finetune, save, load
+"""Turn any Hugging Face Transformer into a linear-attention one: swap, save, load
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/linearize.html.md"""
 
@@ -6,11 +6,10 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/linearize.html.md"""
 
 # %% auto #0
 __all__ = ['padding_mask', 'hedgehog_attention', 'probe_inputs', 'parse_layers', 'linear_layers', 'plan_maps', 'linearize',
-           'set_implementation', 'teacher_pass', 'distill', 'perplexity', 'finetune', 'save_linearized',
-           'load_linearized']
+           'set_implementation', 'save_linearized', 'load_linearized']
 
 # %% ../nbs/08_linearize.ipynb #858b656c
-import json, math, os, re, shutil, tempfile
+import json, os, re, shutil, tempfile
 from functools import partial
 from pathlib import Path
 import torch, transformers
@@ -18,10 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from safetensors import safe_open
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from .attention import is_causal, attention_as, capture_attention, fused_softmax_attention
+from .attention import is_causal, capture_attention, fused_softmax_attention
 from .linear_attention import linear_attention
 from .feature_maps import make_feature_map
-from .distillation import OBJECTIVES, layer_loss
 
 # %% ../nbs/08_linearize.ipynb #0a8ed362
 def padding_mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, attention_mask=None, **kwargs):
@@ -128,105 +126,6 @@ def set_implementation(
 ):
     "Force the implementation of `linear_attention` in every converted layer."
     for m in linear_layers(model).values(): m._implementation = implementation
-
-# %% ../nbs/08_linearize.ipynb #93e298aa
-def teacher_pass(
-    model, # A converted model
-    batch:dict, # Inputs of its forward
-    on_layer, # Called with (module, q, k, v, causal, scale, mask, teacher's output) for each converted layer
-):
-    "Run `model` as the softmax Transformer it was, showing each converted layer's attention to `on_layer`."
-    def fn(module, q, k, v, attention_mask, scaling=None, **kw):
-        causal,mask = _split(module, k, attention_mask, kw)
-        o = fused_softmax_attention(q, k, v, causal, scaling, mask, kw.get('sliding_window'))
-        if hasattr(module, 'feature_map'): on_layer(module, q, k, v, causal, scaling, mask, o)
-        return o.transpose(1,2), None
-    kw = dict(use_cache=False) if model.main_input_name=='input_ids' else {}
-    with torch.no_grad(), attention_as(model, fn, padding_mask): model.base_model(**batch, **kw)
-
-# %% ../nbs/08_linearize.ipynb #b52c110c
-def distill(
-    model:PreTrainedModel, # A converted model; only its maps are trained
-    batches, # Iterable of inputs: dicts for the model's forward, or (B, T) token ids
-    steps:int, # Optimiser steps; as many batches are drawn
-    lr:float=1e-2, # AdamW's learning rate, decaying linearly to 0
-    objective:str='weights', # One of `OBJECTIVES`: "weights" (the paper), "outputs" (LoLCATs), "both", "order", "weights+order"
-    on_step=None, # Called after each step with (step, mean loss over layers, tokens in the batch)
-)->list: # Per step, the mean loss over layers
-    "Train every layer's map to imitate the softmax attention it replaced (paper, Section 4.2). Raises `ValueError` on bad settings, `FloatingPointError` where a loss is not finite."
-    if objective not in OBJECTIVES: raise ValueError(f"objective is one of {', '.join(OBJECTIVES)}; given {objective!r}")
-    layers = linear_layers(model)
-    params = [p for m in layers.values() for p in m.feature_map.parameters()]
-    if not params: raise ValueError("this model has no maps to train: convert it with a learned map first, such as linearize(model, 'hedgehog')")
-    opt = torch.optim.AdamW(params, lr=lr, weight_decay=0)
-    sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: max(0., 1-i/steps))
-    names,history,losses = {m:n for n,m in layers.items()},[],[]
-    def on_layer(module, *args):
-        with torch.enable_grad():
-            loss = layer_loss(objective, module.feature_map, *args)
-            if not loss.isfinite(): raise FloatingPointError(f"the loss of {names[module]} is {loss.item()} at step {len(history)+1}; lower the learning rate (now {lr:g})")
-            loss.backward()
-        losses.append(loss.item())
-    was,_ = model.training,model.eval()
-    try:
-        for step,batch in zip(range(steps), batches):
-            if isinstance(batch, Tensor): batch = dict(input_ids=batch.to(model.device))
-            losses.clear(); opt.zero_grad()
-            teacher_pass(model, batch, on_layer)
-            opt.step(); sched.step()
-            history.append(sum(losses)/len(losses))
-            if on_step: on_step(step+1, history[-1], next(iter(batch.values())).numel())
-    finally: model.train(was)
-    return history
-
-# %% ../nbs/08_linearize.ipynb #445147ab
-@torch.no_grad()
-def perplexity(
-    model, # A causal language model
-    blocks:Tensor, # (N, T) token ids; every token but the first of a block is predicted
-    batch_size:int=8, # Blocks per forward pass
-    on_step=None, # Called after each batch with the tokens done
-)->float: # exp of the mean negative log likelihood per predicted token
-    "Perplexity on `blocks`, each read on its own."
-    was,_ = model.training,model.eval()
-    nll,n = 0.,0
-    for x in blocks.split(batch_size):
-        x = x.to(model.device)
-        logits = model(input_ids=x, use_cache=False).logits[:,:-1]
-        for l,y in zip(logits, x[:,1:]): nll += F.cross_entropy(l.float(), y, reduction='sum').item()
-        n += x[:,1:].numel()
-        if on_step: on_step(x.numel())
-    model.train(was)
-    return math.exp(nll/n)
-
-# %% ../nbs/08_linearize.ipynb #ee0463d3
-class _Report(transformers.TrainerCallback):
-    "Hand the Trainer's losses to `on_step`."
-    def __init__(self, on_step): self.on_step = on_step
-    def on_log(self, args, state, control, logs=None, **kw):
-        if 'loss' in (logs or {}): self.on_step(state.global_step, logs['loss'])
-
-def finetune(
-    model:PreTrainedModel, # Any causal language model, converted or not; all its parameters are trained
-    blocks:Tensor, # (N, T) token ids
-    steps:int, # Optimiser steps
-    batch_size:int=8, # Blocks per step
-    lr:float=6e-4, # AdamW's peak learning rate; warms up, then decays by a cosine
-    warmup:float=0.05, # Share of the steps spent warming up
-    seed:int=0, # Order of the blocks
-    on_step=None, # Called with (step, loss) after each step
-    **training_args # More of `transformers.TrainingArguments`: bf16=True, gradient_accumulation_steps=…
-)->PreTrainedModel: # The model, trained
-    "Train a language model on token blocks with `transformers.Trainer` (paper, Section 5.3: all parameters, 6e-4)."
-    data = [dict(input_ids=b, labels=b) for b in blocks]
-    with tempfile.TemporaryDirectory() as d:
-        args = dict(output_dir=d, max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=lr, warmup_steps=int(warmup*steps), lr_scheduler_type='cosine',
-            weight_decay=0., seed=seed, logging_steps=1, save_strategy='no', report_to='none', disable_tqdm=True, use_cpu=model.device.type=='cpu', dataloader_pin_memory=False)
-        trainer = transformers.Trainer(model, transformers.TrainingArguments(**{**args, **training_args}), train_dataset=data,
-            callbacks=[_Report(on_step)] if on_step else None)
-        trainer.remove_callback(transformers.PrinterCallback)
-        trainer.train()
-    return model.eval()
 
 # %% ../nbs/08_linearize.ipynb #8ccf0e68
 def save_linearized(

@@ -6,7 +6,8 @@ from hedgehog_nb.attention import repeat_kv, visible
 from hedgehog_nb.distillation import OBJECTIVES, distill_map, layer_loss, naive_order_loss, naive_weight_loss, order_loss, output_loss, weight_loss
 from hedgehog_nb.feature_maps import make_feature_map
 from hedgehog_nb.hedgehog import FORMS, Hedgehog
-from hedgehog_nb.linearize import distill, linear_layers, linearize, teacher_pass
+from hedgehog_nb.linearize import linear_layers, linearize
+from hedgehog_nb.training import distill, teacher_pass
 from hedgehog_nb.metrics import monotonicity
 from tiny_models import MODELS, inputs
 

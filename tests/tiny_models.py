@@ -33,3 +33,8 @@ def inputs(model, B=2, T=19, seed=1):
     "Something the model's forward takes, in its precision."
     if model.main_input_name=='input_ids': return dict(input_ids=tokens(B, T, seed))
     return dict(pixel_values=torch.randn(B,3,16,16, generator=torch.Generator().manual_seed(seed)).to(model.dtype))
+
+def corpus(n, T=24, seed=0):
+    "Token blocks with something to attend to: each repeats a random half."
+    x = torch.randint(3, VOCAB, (n,T//2), generator=torch.Generator().manual_seed(seed))
+    return torch.cat([x,x], 1)
