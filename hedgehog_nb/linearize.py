@@ -16,7 +16,8 @@ import torch, transformers
 from torch import Tensor
 from torch.nn import functional as F
 from safetensors import safe_open
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .attention import AttentionCall, attention_as, is_causal, fused_softmax_attention
@@ -75,21 +76,20 @@ def _blank(model, name):
     if name=='pixel_values':
         cfg = getattr(cfg, 'vision_config', cfg)
         size = cfg.image_size if isinstance(cfg.image_size, (tuple,list)) else (cfg.image_size,)*2
-        return zeros(1, cfg.num_channels, *size)
-    if hasattr(cfg, 'max_source_positions'): return zeros(1, cfg.num_mel_bins, 2*cfg.max_source_positions) # Whisper: two frames a position
-    if hasattr(cfg, 'num_mel_bins'): return zeros(1, cfg.max_length, cfg.num_mel_bins)
-    return zeros(1, 8*math.prod(cfg.conv_stride)) # samples of sound
+        return zeros(1, getattr(cfg, 'num_channels', 3), *size)
+    if name=='input_features': return zeros(1, cfg.num_mel_bins, 2*cfg.max_source_positions) # Whisper: two frames a position
+    if name=='input_values': return zeros(1, cfg.max_length, cfg.num_mel_bins) if hasattr(cfg, 'num_mel_bins') else zeros(1, 8*math.prod(cfg.conv_stride)) # a spectrogram, or samples
+    raise KeyError(name)
 
 def probe_inputs(
     model, # A transformers model
 )->dict: # The smallest input its forward takes
     "A tiny input for `model`: a few tokens, a blank image, silence, or two of them. Raises `ValueError` for other kinds of input."
     takes,name = inspect.signature(model.forward).parameters,model.main_input_name
-    if name not in ('input_ids','pixel_values','input_features','input_values'):
-        raise ValueError(f"{type(model).__name__} takes {name!r}; give `inputs`, a dict for its forward, so that its attention can be seen once")
     two_towers = hasattr(model.config, 'vision_config') and not model.can_generate()
     names = [n for n in ('input_ids','pixel_values','decoder_input_ids') if n in takes and (n=='decoder_input_ids' or two_towers)]
-    return {n:_blank(model, n) for n in dict.fromkeys([name, *names])}
+    try: return {n:_blank(model, n) for n in dict.fromkeys([name, *names])}
+    except (AttributeError,KeyError): raise ValueError(f"{type(model).__name__} takes {name!r} of a shape that its config does not tell; give `inputs`, a dict for its forward, so that its attention can be seen") from None
 
 # %% ../nbs/08_linearize.ipynb #ceed7e21
 def parse_layers(
@@ -112,6 +112,21 @@ def linear_layers(
     "The attention modules of `model` that are linear."
     return {n:m for n,m in model.named_modules() if hasattr(m, 'feature_map')}
 
+def _self_attention(model, calls, takes):
+    "{name: call} of self-attention. Raises `ValueError` where a recurrent state could not stand in for what the model keeps when it generates."
+    own = {c.name:c for c in calls if c.q.shape[2]==c.k.shape[2]} # cross-attention reads another sequence, here of another length
+    if 'decoder_input_ids' in takes and len(own)==len({c.name for c in calls}):
+        raise ValueError("give `inputs` whose decoder reads another number of tokens than its encoder: cross-attention is told apart by that")
+    causal = {n:c for n,c in own.items() if c.causal and hasattr(c.module, 'layer_idx')}
+    if len(causal)<sum(c.name in causal for c in calls):
+        raise ValueError(f"{type(model).__name__} passes through the same causal attention more than once, and a recurrent state holds one pass")
+    seats = DynamicCache(config=model.config).layers if causal else []
+    for n,c in causal.items():
+        kind = type(seats[c.module.layer_idx]) if c.module.layer_idx<len(seats) else DynamicLayer
+        if kind not in (DynamicLayer,DynamicSlidingWindowLayer):
+            raise ValueError(f"{n} keeps a {kind.__name__} when it generates, not keys and values of its own, and a recurrent state stands in for those alone")
+    return own
+
 @torch.no_grad()
 def probe_attention(
     model:PreTrainedModel, # A model not converted yet; it stays as it is
@@ -129,16 +144,13 @@ def probe_attention(
         want = own(module, q, k, v, attention_mask, scaling=scaling, **kw)[0]
         got = fused_softmax_attention(q, k, v, is_causal(module, kw), scaling, window=kw.get('sliding_window')).transpose(1,2)
         rows,tol = next(todo),max(torch.finfo(q.dtype).eps, 1.2e-7)**.5*want.abs().max().clamp_min(1)
-        if (want-got)[rows].abs().gt(tol).any(): raise ValueError(f"{names[module]} computes more than softmax of q·k, which linear attention cannot stand in for")
+        if (want-got)[rows].abs().gt(tol).any():
+            raise ValueError(f"{names[module]} does not compute softmax of q·k alone, or not under the mask that it names, so linear attention cannot stand in for it")
         return want, None
     with attention_as(model, see, padding_mask): model(**x)
     todo = iter(real)
     with attention_as(model, check, eager_mask): model(**x)
-    found = {c.name:c for c in calls if c.q.shape[2]==c.k.shape[2]} # cross-attention reads another sequence, here of another length
-    if 'decoder_input_ids' in x and len(found)==len({c.name for c in calls}): raise ValueError("give `inputs` whose decoder reads another number of tokens than its encoder: cross-attention is told apart by that")
-    if any(c.causal for c in found.values()) and len(found)<sum(c.name in found for c in calls):
-        raise ValueError(f"{type(model).__name__} passes through the same causal attention more than once, and a recurrent state holds one pass")
-    return list(found.values())
+    return list(_self_attention(model, calls, x).values())
 
 def _make(name, call, settings):
     "The attention that takes the place of one call's softmax."

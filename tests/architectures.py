@@ -1,18 +1,18 @@
 """Tiny random models of many architectures, and what is checked of each: `python tests/architectures.py` writes `results/architectures.json`.
 
 Every model has two layers and heads of 8 channels; its matrices are drawn with a spread of 0.3, so that attention is far from uniform."""
-import copy, sys, tempfile, time
-from contextlib import suppress
+import copy, tempfile, time
 from pathlib import Path
 import torch, transformers
 from hedgehog_nb.linearize import linear_layers, linearize, load_linearized, save_linearized, set_implementation
-from hedgehog_nb.training import distill, teacher_pass
+from hedgehog_nb.training import _body, distill, teacher_pass
 
 VOCAB = 61
 SPECIAL = dict(vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 PLAIN = dict(SPECIAL, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
 GROUPED = dict(PLAIN, num_key_value_heads=2, head_dim=8)
 GPT = dict(SPECIAL, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+LOCAL = dict(num_key_value_heads=2, sliding_window=6, layer_types=['sliding_attention','full_attention'])
 MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 BART = dict(SPECIAL, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
     max_position_embeddings=64, decoder_start_token_id=1, forced_eos_token_id=None)
@@ -78,7 +78,38 @@ ARCHITECTURES = {
     'ModernBERT': ('ModernBertForMaskedLM', dict(PLAIN, local_attention=6, global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=2), 'encoder'),
     'ESM': ('EsmForMaskedLM', dict(PLAIN, mask_token_id=3), 'encoder'),
     'MiniLM (BERT without a head)': ('BertModel', PLAIN, 'encoder'),
+    'Gemma3n': ('Gemma3nForCausalLM', dict(GROUPED, num_hidden_layers=4, num_kv_shared_layers=2, vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8, laurel_rank=4,
+        sliding_window=6, layer_types=['sliding_attention','full_attention']*2, activation_sparsity_pattern=[0.]*4), 'decoder'),
+    'Gemma4, no shared keys': ('Gemma4ForCausalLM', dict(GROUPED, num_kv_shared_layers=0, vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8, sliding_window=6, global_head_dim=8,
+        layer_types=['sliding_attention','full_attention']), 'decoder'),
+    'Llama4': ('Llama4ForCausalLM', dict(GROUPED, num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=48, attention_chunk_size=6, interleave_moe_layer_step=1), 'decoder'),
+    'LFM2': ('Lfm2ForCausalLM', dict(PLAIN, num_key_value_heads=2, layer_types=['conv','full_attention']), 'decoder'),
+    'Jamba': ('JambaForCausalLM', dict(PLAIN, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, num_experts=2, mamba_d_state=4, mamba_dt_rank=4,
+        use_mamba_kernels=False), 'decoder'),
+    'Bamba': ('BambaForCausalLM', dict(PLAIN, num_key_value_heads=2, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_expand=2), 'decoder'),
+    'Zamba2': ('Zamba2ForCausalLM', dict(PLAIN, num_hidden_layers=4, layers_block_type=['mamba','hybrid','mamba','hybrid'], mamba_ngroups=1, mamba_d_state=8, mamba_headdim=8, n_mamba_heads=8,
+        num_mem_blocks=1, adapter_rank=4), 'decoder'),
+    'Qwen3-Next': ('Qwen3NextForCausalLM', dict(GROUPED, **MOE, shared_expert_intermediate_size=16, layer_types=['linear_attention','full_attention'], linear_num_key_heads=2,
+        linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8), 'decoder'),
+    'DiffLlama': ('DiffLlamaForCausalLM', GROUPED, 'decoder'),
+    'Doge': ('DogeForCausalLM', GROUPED, 'decoder'),
+    'OLMoE': ('OlmoeForCausalLM', dict(PLAIN, num_experts=4, num_experts_per_tok=2), 'decoder'),
+    'OLMo3': ('Olmo3ForCausalLM', dict(PLAIN, **LOCAL), 'decoder'),
+    'EXAONE-4': ('Exaone4ForCausalLM', dict(PLAIN, **LOCAL), 'decoder'),
+    'Cohere2': ('Cohere2ForCausalLM', dict(PLAIN, **LOCAL), 'decoder'),
+    'ERNIE-4.5': ('Ernie4_5ForCausalLM', GROUPED, 'decoder'),
+    'Seed-OSS': ('SeedOssForCausalLM', GROUPED, 'decoder'),
+    'Apertus': ('ApertusForCausalLM', GROUPED, 'decoder'),
+    'Arcee': ('ArceeForCausalLM', GROUPED, 'decoder'),
+    'BitNet': ('BitNetForCausalLM', dict(PLAIN, num_key_value_heads=2), 'decoder'),
+    'BERT, decoder': ('BertLMHeadModel', dict(PLAIN, is_decoder=True), 'decoder'),
     'XLNet': ('XLNetLMHeadModel', dict(vocab_size=VOCAB, d_model=32, n_layer=2, n_head=4, d_inner=48), 'decoder'),
+    'data2vec, text': ('Data2VecTextForMaskedLM', dict(PLAIN, pad_token_id=1), 'encoder'),
+    'NomicBERT': ('NomicBertForMaskedLM', PLAIN, 'encoder'),
+    'EuroBERT': ('EuroBertForMaskedLM', dict(GROUPED, mask_token_id=3), 'encoder'),
+    'LayoutLM': ('LayoutLMForMaskedLM', PLAIN, 'encoder'),
+    'RoFormer': ('RoFormerForMaskedLM', PLAIN, 'encoder'),
+    'Longformer': ('LongformerForMaskedLM', dict(PLAIN, attention_window=4), 'encoder'),
     'BART': ('BartForConditionalGeneration', BART, 'encoder-decoder'),
     'mBART': ('MBartForConditionalGeneration', BART, 'encoder-decoder'),
     'Pegasus': ('PegasusForConditionalGeneration', BART, 'encoder-decoder'),
@@ -87,20 +118,30 @@ ARCHITECTURES = {
     'Blenderbot': ('BlenderbotForConditionalGeneration', BART, 'encoder-decoder'),
     'T5': ('T5ForConditionalGeneration', T5, 'encoder-decoder'),
     'mT5': ('MT5ForConditionalGeneration', T5, 'encoder-decoder'),
+    'T5Gemma': ('T5GemmaForConditionalGeneration', dict(encoder=dict(GROUPED, sliding_window=6), decoder=dict(GROUPED, sliding_window=6)), 'encoder-decoder'),
+    'BigBird-Pegasus': ('BigBirdPegasusForConditionalGeneration', dict(BART, attention_type='original_full'), 'encoder-decoder'),
     'ViT': ('ViTForImageClassification', IMAGE, 'vision'),
     'DeiT': ('DeiTForImageClassification', IMAGE, 'vision'),
     'BEiT': ('BeitForImageClassification', dict(IMAGE, use_relative_position_bias=True), 'vision'),
     'DINOv2': ('Dinov2ForImageClassification', dict(IMAGE, mlp_ratio=2), 'vision'),
     'ViT-MSN': ('ViTMSNForImageClassification', IMAGE, 'vision'),
+    'DINOv3': ('DINOv3ViTModel', IMAGE, 'vision'),
+    'I-JEPA': ('IJepaForImageClassification', IMAGE, 'vision'),
+    'YOLOS': ('YolosForObjectDetection', dict(IMAGE, image_size=[16,16], num_detection_tokens=3), 'vision'),
+    'PVT': ('PvtForImageClassification', {}, 'vision'),
     'Swin': ('SwinForImageClassification', dict(image_size=16, patch_size=2, embed_dim=16, depths=[1,1], num_heads=[2,4], window_size=4), 'vision'),
     'CLIP': ('CLIPModel', TWO_TOWERS, 'two towers'),
     'CLIP, text': ('CLIPTextModel', dict(TOWER, **SPECIAL, max_position_embeddings=64), 'encoder'),
     'CLIP, vision': ('CLIPVisionModel', dict(TOWER, image_size=16, patch_size=4), 'vision'),
+    'SigLIP, vision': ('SiglipVisionModel', dict(TOWER, image_size=16, patch_size=4), 'vision'),
+    'AltCLIP': ('AltCLIPModel', dict(TWO_TOWERS, text_config=dict(TOWER, **SPECIAL, project_dim=16)), 'two towers'),
     'SigLIP': ('SiglipModel', {k:v for k,v in TWO_TOWERS.items() if k!='projection_dim'}, 'two towers'),
     'Whisper': ('WhisperForConditionalGeneration', dict({k:v for k,v in BART.items() if k!='max_position_embeddings'}, num_mel_bins=8, max_source_positions=16, max_target_positions=64,
         suppress_tokens=None, begin_suppress_tokens=None), 'speech to text'),
     'wav2vec 2.0': ('Wav2Vec2ForCTC', SPEECH, 'sound'),
     'HuBERT': ('HubertForCTC', SPEECH, 'sound'),
+    'UniSpeech': ('UniSpeechForCTC', SPEECH, 'sound'),
+    'SEW': ('SEWForCTC', dict(SPEECH, squeeze_factor=2), 'sound'),
     'WavLM': ('WavLMForCTC', SPEECH, 'sound'),
     'Audio spectrogram Transformer': ('ASTForAudioClassification', dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, patch_size=4, frequency_stride=4, time_stride=4, max_length=16, num_mel_bins=8), 'spectrogram'),
 }
@@ -163,12 +204,12 @@ def teacher(kind, model, x, soft):
     "What the maps are taught is the attention of the model that was converted, windows and padding included."
     xs,seen,ok = [padded(x, s) for s in ('left','right')] if kind in ('decoder','encoder') else [x],[],True
     model,soft = copy.deepcopy(model).float(),copy.deepcopy(soft).float() # some models' own attention has no double precision
-    for m in (model, soft): m.base_model.register_forward_hook(lambda m, a, out: seen.append(out[0]))
+    for m in (model, soft): _body(m).register_forward_hook(lambda m, a, out: seen.append(out[0]))
     for x in xs:
         x = {k:v.float() if v.is_floating_point() else v for k,v in x.items()}
         seen.clear()
         teacher_pass(model, x, lambda *a: None)
-        with torch.no_grad(): soft.base_model(**x, **without_cache(soft))
+        with torch.no_grad(): _body(soft)(**x, **without_cache(soft))
         real = x['attention_mask'].bool() if 'attention_mask' in x else ...
         ok &= close(seen[0][real], seen[1][real])
     return ok
@@ -219,7 +260,7 @@ def train(kind, model, x, soft):
 CHECKS = dict(forward=(forward, None), teacher=(teacher, None), padding=(padding, ('decoder','encoder','encoder-decoder')),
     generate=(generate, ('decoder','encoder-decoder','speech to text')), save=(save, None), train=(train, None))
 
-def local(model): return any(getattr(m, 'sliding_window', None) for m in linear_layers(model).values()) or 'Mistral' in type(model).__name__ and model.config.sliding_window
+def local(model): return any(getattr(m, 'sliding_window', None) or getattr(m.config, 'sliding_window', None) and not hasattr(m, 'sliding_window') for m in linear_layers(model).values())
 
 def examine(name):
     "One row of results per check of an architecture; one alone if it cannot be converted."
@@ -231,3 +272,10 @@ def examine(name):
     shake(model); x = draw(kind, model)
     rows = [dict(row, metric='convert', value=1, note='layers with a window see everything' if local(model) else '', layers=len(linear_layers(model)))]
     return rows + [dict(row, metric=m, value=int(f(kind, model, x, soft)), note='') for m,(f,kinds) in CHECKS.items() if kinds is None or kind in kinds]
+
+if __name__=='__main__':
+    from hedgehog_nb.results import results_folder, write_results
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()
+    start,rows = time.time(),[r for name in ARCHITECTURES for r in examine(name)]
+    write_results(results_folder()/'architectures.json', rows, command='python tests/architectures.py', wall_s=time.time()-start, device='cpu')
