@@ -40,7 +40,7 @@ def padding_mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_
     return F.pad(m, (0, kv_length-m.shape[1]), value=True) # positions that the given mask does not reach are real
 
 BEYOND = dict(softcap="caps its scores", s_aux="has attention sinks", sinks="has attention sinks", position_bias="adds a position bias to its scores",
-    indices="attends to chosen keys", block_indices="attends to chosen blocks")
+    indices="attends to chosen keys", block_indices="attends to chosen blocks", cu_seq_lens_q="holds several sequences in a row")
 
 def _split(module, k, attention_mask, kwargs):
     "(causal, mask of the given keys) of one call. Raises `ValueError` where it is more than softmax of q·k under a padding mask."
@@ -48,7 +48,9 @@ def _split(module, k, attention_mask, kwargs):
     if more: raise ValueError(f"{type(module).__name__} {more[0]}: more than softmax of q·k, which linear attention cannot stand in for")
     if attention_mask is not None and attention_mask.dim()!=2:
         raise ValueError(f"linear attention takes a (batch, tokens) padding mask; {type(module).__name__} was given a mask of shape {tuple(attention_mask.shape)}")
-    return is_causal(module, kwargs), None if attention_mask is None else attention_mask[:, -k.shape[2]:]
+    causal,past = is_causal(module, kwargs),getattr(module, '_past', None)
+    if past is not None and past.length>k.shape[2] and not causal: raise ValueError(f"{type(module).__name__} goes on from {past.length-k.shape[2]} tokens without being causal, and a recurrent state holds a causal past")
+    return causal, None if attention_mask is None else attention_mask[:, -k.shape[2]:]
 
 # %% ../nbs/08_linearize.ipynb #e0aacc4a
 def hedgehog_attention(module, q, k, v, attention_mask=None, scaling=None, dropout=0., **kwargs):

@@ -67,6 +67,14 @@ def test_packed_sequences_are_refused():
     packed = torch.tensor([[*range(7),*range(5)]]).expand(2, -1)
     outputs(model, dict(x, position_ids=torch.arange(12).expand(2, -1)))
     with pytest.raises(ValueError, match='packed sequences'): model(**x, position_ids=packed, use_cache=False)
+    with pytest.raises(ValueError, match='several sequences in a row'): model(**x, cu_seq_lens_q=torch.tensor([0,7,12]), use_cache=False)
+
+def test_a_past_is_causal():
+    model = linearize(build('Llama'))
+    for m in linear_layers(model).values(): m.is_causal = False
+    cache = transformers.DynamicCache()
+    model(input_ids=torch.tensor([[4,5,6]]), cache=cache)                          # a whole text at once may be read both ways
+    with pytest.raises(ValueError, match='goes on from 3 tokens'): model(input_ids=torch.tensor([[7]]), cache=cache)
 
 def test_masks_over_pairs_are_refused():
     _,model,x,_ = converted()
