@@ -18,8 +18,7 @@ from torch.nn import functional as F
 from safetensors import safe_open
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from .attention import is_causal, capture_attention, fused_softmax_attention
-from .linear_attention import linear_attention
-from .feature_maps import make_feature_map
+from .feature_maps import ATTENTIONS, make_attention
 
 # %% ../nbs/08_linearize.ipynb #0a8ed362
 def padding_mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, attention_mask=None, **kwargs):
@@ -41,7 +40,7 @@ def hedgehog_attention(module, q, k, v, attention_mask=None, scaling=None, dropo
     if not hasattr(module, 'feature_map'):
         return fused_softmax_attention(q, k, v, causal, scaling, mask, kwargs.get('sliding_window'), dropout).transpose(1,2), None
     past,impl = getattr(module, '_past', None), getattr(module, '_implementation', None)
-    attend = partial(linear_attention, q, k, v, module.feature_map, causal=causal, mask=mask, offset=0 if past is None else past.length-k.shape[2])
+    attend = partial(module.feature_map.attend, q, k, v, causal, mask, offset=0 if past is None else past.length-k.shape[2])
     if past is None or not causal: o = attend(implementation=impl)
     elif impl!='naive': o,past.state = attend(initial_state=past.state, output_final_state=True, implementation=impl)
     else: # the oracle keeps no state: it gives the output of a first pass, and the chunked form the state
@@ -84,9 +83,16 @@ def linear_layers(
     "The attention modules of `model` that are linear."
     return {n:m for n,m in model.named_modules() if hasattr(m, 'feature_map')}
 
+def _make(name, call, settings):
+    "The attention that takes the place of one call's softmax."
+    m = make_attention(name, call.q.shape[-1], call.q.shape[1], call.k.shape[1], call.scale, **settings)
+    if not m.stateful: raise ValueError(f"{name!r} keeps no state, so a converted model could not write with it; there are {', '.join(n for n in sorted(ATTENTIONS) if ATTENTIONS[n].stateful)}")
+    if call.causal not in m.directions: raise ValueError(f"{name!r} is {'causal' if True in m.directions else 'bidirectional'} only, and {call.name} is not")
+    return m.to(call.q.device, torch.promote_types(call.q.dtype, torch.float32))
+
 def plan_maps(
     model:PreTrainedModel, # A model not converted yet; it stays as it is
-    feature_map:str='hedgehog', # Name of the map (see `FEATURE_MAPS`)
+    feature_map:str='hedgehog', # Name of the map (see `FEATURE_MAPS`), or "hedgehog-window"
     layers='all', # Attention layers to convert: "all", "0-5,8" or a list of integers
     inputs:dict=None, # A small input for the model's forward; tokens or a blank image if None
     **map_kwargs # Settings of the map
@@ -98,14 +104,13 @@ def plan_maps(
     finally: model.train(was)
     if not calls: raise ValueError(f"no attention call was seen in {type(model).__name__}")
     which = parse_layers(layers, len(calls))
-    return which, {c.module: make_feature_map(feature_map, c.q.shape[-1], c.q.shape[1], c.k.shape[1], c.scale, **map_kwargs)
-                   .to(c.q.device, torch.promote_types(c.q.dtype, torch.float32)) for c in (calls[i] for i in which)}
+    return which, {c.module: _make(feature_map, c, map_kwargs) for c in (calls[i] for i in which)}
 
 # %% ../nbs/08_linearize.ipynb #02218ca8
 @torch.no_grad()
 def linearize(
     model:PreTrainedModel, # Any model on transformers' attention interface; changed in place
-    feature_map:str='hedgehog', # Name of the map (see `FEATURE_MAPS`)
+    feature_map:str='hedgehog', # Name of the map (see `FEATURE_MAPS`), or "hedgehog-window"
     layers='all', # Attention layers to convert: "all", "0-5,8" or a list of integers
     inputs:dict=None, # A small input for the model's forward; tokens or a blank image if None
     **map_kwargs # Settings of the map, e.g. form="exp", num_maps=2

@@ -39,7 +39,10 @@ class RecurrentLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove):
         if tokens_to_remove: raise ValueError("a recurrent state cannot forget its last tokens, so assisted (speculative) decoding needs a model that keeps keys and values")
     @property
-    def nbytes(self): return 0 if self.state is None else sum(x.nbytes for x in self.state)
+    def nbytes(self):
+        sizes = []
+        self._apply(lambda x: sizes.append(x.nbytes) or x)
+        return sum(sizes)
 
 # %% ../nbs/09_generation.ipynb #41041c36
 def recurrent_layer(
