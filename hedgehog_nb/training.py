@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from .attention import attention_as, fused_softmax_attention
 from .data import batches as batches_of
 from .linearize import _split, linear_layers, padding_mask
@@ -273,7 +274,8 @@ class _Trainer(transformers.Trainer):
     def __init__(self, run, batch_size, *args, **kw):
         super().__init__(*args, callbacks=[_Note(run)], **kw)
         self.remove_callback(transformers.PrinterCallback)
-        self.run,self.batch_size = run,batch_size
+        self.run,self.batch_size,self.model_accepts_loss_kwargs = run,batch_size,False
+        self.shifts = bool({type(m).__name__ for m in self.model.modules()} & {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()})
 
     def get_train_dataloader(self):
         a = self.args
@@ -282,7 +284,19 @@ class _Trainer(transformers.Trainer):
 
     def get_batch_samples(self, *args, **kw):
         transformers.set_seed((self.args.seed + 1_000_003*self.state.global_step + 7_919*self.args.process_index)%2**32)
-        return super().get_batch_samples(*args, **kw)
+        pieces,_ = super().get_batch_samples(*args, **kw)
+        n = torch.tensor([sum(map(self.labelled, pieces))], device=self.args.device)
+        self.mean = self.accelerator.gather(n).sum().item()/(len(pieces)*self.args.world_size)
+        return pieces,None
+
+    def labelled(self, batch):
+        "How many labels a batch has that count."
+        y = batch.get('labels')
+        return 1 if y is None else (y[:,1:] if self.shifts else y).ne(-100).sum().item()
+
+    def compute_loss(self, model, inputs, *args, **kw):
+        share = self.labelled(inputs)/self.mean
+        return super().compute_loss(model, inputs)*share
 
     def _load_from_checkpoint(self, *args, **kw): self.run.restore(self.model)
     def _load_optimizer_and_scheduler(self, checkpoint): self.run.restore(None, self.optimizer, self.lr_scheduler)
