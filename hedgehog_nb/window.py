@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .attention import check_qkv, full_precision, repeat_kv, visible
-from .linear_attention import NOTHING, LinearState, prepare_keys, _away_from_zero, _chunk_sums, _group
+from .linear_attention import NOTHING, TRITON_BY_DEFAULT, LinearState, prepare_keys, _away_from_zero, _chunk_sums, _group, _suits_triton
 from .feature_maps import Attention, make_feature_map, register_attention
 
 # %% ../nbs/10_window.ipynb #3d013101
@@ -287,6 +287,9 @@ class WindowAttention(Attention):
         if implementation=='naive':
             if any(carry): raise ValueError("the naive form keeps no state: choose another implementation")
             return naive_window_attention(*args, mask)
+        if implementation=='triton' or implementation is None and TRITON_BY_DEFAULT and _suits_triton(q, k, v, self.map):
+            from hedgehog_nb.kernels.window import triton_window_attention
+            return triton_window_attention(*args, mask, *carry)
         if q.shape[2]==1 and all(carry): return window_decode_step(*args[:5], initial_state, *args[6:], mask)
         return chunk_window_attention(*args, mask, *carry)
     def linear_share(self, q, k, mask=None):
