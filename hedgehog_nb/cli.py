@@ -699,6 +699,16 @@ def generate_command(
     screen.say(f"[dim]{story['tokens']} tokens, {story['tokens']/story['seconds']:.0f} tokens/s; {what} {mem[0]:,} bytes after the first, {mem[-1]:,} after the last[/]")
     screen.object(model=_name(model), prompt=prompt, **story, first_bytes=mem[0], last_bytes=mem[-1])
 
+# %% ../nbs/93_cli.ipynb #55fe3a28
+def _older(model, ids):
+    "Of a hybrid: mean share of the weight that its linear branch carries, softmax's on the same keys, and the first by layer; else None."
+    from hedgehog_nb.window import WindowAttention, linear_shares
+    windows = {m.window for m in model.modules() if isinstance(m, WindowAttention)}
+    if not windows or max(windows)>=ids.shape[1]: return None
+    rows = linear_shares(model, input_ids=ids.to(model.device))
+    mean = lambda k, rows: sum(r[k] for r in rows)/len(rows)
+    return dict(share=mean('share', rows), softmax=mean('softmax', rows), layers=[round(mean('share', [r for r in rows if r['layer']==i]), 3) for i in sorted({r['layer'] for r in rows})])
+
 # %% ../nbs/93_cli.ipynb #4d19f2cc
 @app.command('properties', epilog=_examples('hedgehog properties embedded --data embedded --map elu --map taylor --map hedgehog', 'hedgehog properties stories-hedgehog --data embedded --by layer --out layers.png'))
 @_command
@@ -727,10 +737,12 @@ def properties_command(
     with screen.wait(f'measuring {ids.numel():,} tokens'): report = attention_report(m, ids, feature_map=maps or None, every=every)
     rows = report.mean(*keys[by])
     screen.out.print(report_table(rows))
+    shares = _older(m, ids)
+    if shares: screen.out.print(f"keys older than the window: [bold]{shares['share']:.1%}[/] of the weight through the linear branch, where softmax puts {shares['softmax']:.1%}; by layer", *shares['layers'], highlight=False)
     if fig:
         with whole(fig) as p, use_style(): save_figure(plot_report(report, ('share','spearman','kl') if len(rows.mean('variant'))>1 else ('share','sink','support')), p)
         screen.say(f"against the layer: [bold]{fig}[/]")
-    screen.object(model=_name(model), data='+'.join(map(_name, data)), tokens=ids.numel(), seq_len=seq_len, rows=[{k:v for k,v in r.items() if not isinstance(v, float) or math.isfinite(v)} for r in rows])
+    screen.object(model=_name(model), data='+'.join(map(_name, data)), tokens=ids.numel(), seq_len=seq_len, rows=[{k:v for k,v in r.items() if not isinstance(v, float) or math.isfinite(v)} for r in rows], **({'older_keys':shares} if shares else {}))
 
 # %% ../nbs/93_cli.ipynb #d7384d6c
 @app.command('bench', epilog=_examples('hedgehog bench', 'hedgehog bench --out results/bench-h200.json --minutes 9', 'hedgehog bench --only hedgehog --only sdpa-flash'))
