@@ -131,16 +131,19 @@ def _scan_states_kernel(states_ptr, m_ptr, plan_ptr, T, length, segments, sequen
         tl.store(states_ptr, S, mask=i < WIDTH)
 
 # %% ../../kernels/02_chunk_forward.ipynb #5a16344b
+def _cummax_within(x, seq):
+    "Running maxima along the last axis of `x`, beginning anew where the number of the sequence, `seq`, rises."
+    flip = lambda i: i ^ ((i >> 31) & 0x7fffffff)
+    key = (flip(x.contiguous().view(torch.int32)).long() + (seq << 32)).cummax(-1).values
+    return flip((key - (seq << 32)).int()).view(torch.float32)
+
 def _running_max(log, m0, plan):
     "(B, Hkv, T + sequences) for each sequence `m0` and the maxima after each token, of log weights (B, Hkv, T) and `m0` (B, Hkv, sequences)."
     if plan.table is None: return torch.cat([m0, log], -1).cummax(-1).values
     n,T = plan.sequences,log.shape[-1]
     at,borders = torch.arange(T+n, device=log.device),plan.table[:n+1]
     seq = torch.bucketize(at, borders[1:]+at[1:n+1], right=True)
-    x = torch.where(at==borders[seq]+seq, m0[...,seq], log[...,(at-seq-1).clamp_min(0)])
-    flip = lambda i: i ^ ((i >> 31) & 0x7fffffff)
-    key = (flip(x.view(torch.int32)).long() + (seq << 32)).cummax(-1).values
-    return flip((key - (seq << 32)).int()).view(torch.float32)
+    return _cummax_within(torch.where(at==borders[seq]+seq, m0[...,seq], log[...,(at-seq-1).clamp_min(0)]), seq)
 
 # %% ../../kernels/02_chunk_forward.ipynb #72830186
 def _weights(phi_k, log_k, mask, state, plan=_Plan(1, 1)):

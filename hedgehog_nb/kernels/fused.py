@@ -13,20 +13,22 @@ from typing import Optional
 from torch import Tensor
 from ..attention import check_qkv
 from ..hedgehog import FORMS
-from ..linear_attention import NOTHING, LinearState
+from ..linear_attention import NOTHING, LinearState, _check_cu_seqlens
 from .feature_map import _INTERPRET, _dot, _features, _features_bwd, _offline, _on, _read_binary, offline_usage
-from .chunk import _EPS, _NOTHING, _segments, _tile
+from .chunk import _EPS, _NOTHING, _cummax_within, _last_slot, _plan, _segment, _segments, _tile
+from .chunk_backward import _borders
 import triton, triton.language as tl
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #1d80d91c
 @triton.jit
 def _mapped(x_ptr, w_ptr, b_ptr, head, t, e, d, stride_t, rows, D:tl.constexpr, E:tl.constexpr, FORM:tl.constexpr, HAS_BIAS:tl.constexpr, DOT:tl.constexpr, PRECISION:tl.constexpr):
-    "A tile x of tokens, the head's W, y = x Wᵀ + b, both halves of the features, and their log weights."
-    w = _tile(w_ptr + head*(E*D), e, d, D, e < E, D)
-    x = _tile(x_ptr, t, d, stride_t, rows, D)
+    "A tile x of tokens, the head's W, y = x Wᵀ + b, both halves of the features, and their log weights. Where D is wider than `d`, x and W are their last columns."
     y = tl.zeros((t.shape[0], e.shape[0]), tl.float32)
     if HAS_BIAS: y += tl.load(b_ptr + head*E + e, mask=e < E, other=0.).to(tl.float32)[None, :]
-    y = _dot(x, tl.trans(w), y, DOT, PRECISION)
+    for d0 in tl.static_range(0, D, d.shape[0]):
+        w = _tile(w_ptr + head*(E*D), e, d0 + d, D, e < E, D)
+        x = _tile(x_ptr, t, d0 + d, stride_t, rows, D)
+        y = _dot(x, tl.trans(w), y, DOT, PRECISION)
     pos, neg, l = _features(y, (e < E)[None, :], FORM)
     return x, w, y, pos, neg, l
 
@@ -90,25 +92,26 @@ def _store_state(ptr, S_pos, S_neg, z_pos, z_neg, tile, e, d, E:tl.constexpr, D:
     tl.store(z + E, tl.max(z_neg, 1), mask=e < E)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #b421b0fa
-@triton.jit(do_not_specialize=["T", "length", "segments", "slots"])
-def _fused_fwd_kernel(q_ptr, k_ptr, v_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_ptr, states_ptr, m_ptr, o_ptr, rows_ptr, stride_qb, stride_qh, stride_qt,
-                      stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, Hkv, T, length, segments, slots,
+@triton.jit(do_not_specialize=["T", "length", "segments", "slots", "sequences"])
+def _fused_fwd_kernel(q_ptr, k_ptr, v_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_ptr, states_ptr, m_ptr, plan_ptr, o_ptr, rows_ptr, stride_qb, stride_qh, stride_qt,
+                      stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, Hkv, T, length, segments, slots, sequences,
                       GROUP:tl.constexpr, D:tl.constexpr, E:tl.constexpr, DV:tl.constexpr, FORM:tl.constexpr, BLOCK_T:tl.constexpr, BLOCK_E:tl.constexpr, BLOCK_D:tl.constexpr, BLOCK_V:tl.constexpr,
-                      CAUSAL:tl.constexpr, BIAS_Q:tl.constexpr, BIAS_K:tl.constexpr, HAS_START:tl.constexpr, HAS_END:tl.constexpr, HAS_LOG:tl.constexpr, HAS_MASK:tl.constexpr,
+                      CAUSAL:tl.constexpr, BIAS_Q:tl.constexpr, BIAS_K:tl.constexpr, HAS_START:tl.constexpr, HAS_END:tl.constexpr, HAS_LOG:tl.constexpr, HAS_MASK:tl.constexpr, PACKED:tl.constexpr,
                       SAVE:tl.constexpr, DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
     "Outputs (B, H, T, DV) of one segment for all query heads of a key-value head."
     tiles = tl.cdiv(DV, BLOCK_V)
     head, part = (tl.program_id(0)//(tiles*segments)).to(tl.int64), (tl.program_id(0)//tiles % segments).to(tl.int64)
     tile, b, h = tl.program_id(0) % tiles, head//Hkv, head % Hkv
     t, e, d, c = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_D), tile*BLOCK_V + tl.arange(0, BLOCK_V)
-    past, n = t[:, None] >= t[None, :], tl.minimum(T - part*length, length).to(tl.int32)
-    q_ptr += b*stride_qb + part*length*stride_qt
-    k_ptr += b*stride_kb + h*stride_kh + part*length*stride_kt
-    v_ptr += b*stride_vb + h*stride_vh + part*length*stride_vt
-    o_ptr += (b*Hkv*GROUP*T + part*length)*DV
-    mask_ptr += b*T + part*length
-    rows_ptr += b*Hkv*GROUP*2*T + part*length
-    slot = head*slots + (part if CAUSAL else slots - 1)
+    begin, stop, sequence, _, end = _segment(plan_ptr, part, length, T, sequences, PACKED)
+    past, n = t[:, None] >= t[None, :], (stop - begin).to(tl.int32)
+    q_ptr += b*stride_qb + begin*stride_qt
+    k_ptr += b*stride_kb + h*stride_kh + begin*stride_kt
+    v_ptr += b*stride_vb + h*stride_vh + begin*stride_vt
+    o_ptr += (b*Hkv*GROUP*T + begin)*DV
+    mask_ptr += b*T + begin
+    rows_ptr += b*Hkv*GROUP*2*T + begin
+    slot = head*slots + (part + sequence if CAUSAL else _last_slot(plan_ptr, sequence, slots, sequences, PACKED))
     S_pos, S_neg, z_pos, z_neg = _empty(BLOCK_E, BLOCK_V)
     m = _NOTHING
     if HAS_START:
@@ -159,27 +162,29 @@ def _fused_fwd_kernel(q_ptr, k_ptr, v_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_
         o_ptr += BLOCK_T*DV
 
     if HAS_END:
-        if part == segments - 1:
+        if stop == end:
             _store_state(states_ptr + (slot + 1)*(2*E*(DV + tiles)), S_pos, S_neg, z_pos, z_neg, tile, e, c, E, DV)
             if HAS_LOG and tile == 0: tl.store(m_ptr + slot + 1, m)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #9a4d3e27
-@triton.jit(do_not_specialize=["T", "length", "first", "segments", "slots"])
-def _fused_states_kernel(x_ptr, u_ptr, w_ptr, b_ptr, mask_ptr, rows_ptr, delta_ptr, m_ptr, states_ptr, stride_xb, stride_xh, stride_xt, stride_ub, stride_uh, stride_ut, Hkv, T, length, first, segments, slots,
+@triton.jit(do_not_specialize=["T", "length", "skip", "segments", "slots", "sequences"])
+def _fused_states_kernel(x_ptr, u_ptr, w_ptr, b_ptr, mask_ptr, rows_ptr, delta_ptr, m_ptr, states_ptr, plan_ptr, stride_xb, stride_xh, stride_xt, stride_ub, stride_uh, stride_ut, Hkv, T, length, skip, segments, slots, sequences,
                          GROUP:tl.constexpr, D:tl.constexpr, E:tl.constexpr, DV:tl.constexpr, FORM:tl.constexpr, BLOCK_T:tl.constexpr, BLOCK_E:tl.constexpr, BLOCK_D:tl.constexpr, BLOCK_V:tl.constexpr,
-                         QUERIES:tl.constexpr, HAS_BIAS:tl.constexpr, HAS_LOG:tl.constexpr, HAS_MASK:tl.constexpr, DOT:tl.constexpr, PRECISION:tl.constexpr):
-    "The sum of φ(x)uᵀ over one segment: of keys and values for slot n + 1, or of queries and scaled gradients for slot n."
+                         QUERIES:tl.constexpr, EVERY:tl.constexpr, HAS_BIAS:tl.constexpr, HAS_LOG:tl.constexpr, HAS_MASK:tl.constexpr, PACKED:tl.constexpr, DOT:tl.constexpr, PRECISION:tl.constexpr):
+    "The sum of φ(x)uᵀ over one segment: of keys and values for the slot after it, or of queries and scaled gradients for the slot before. The last, or first, of a sequence only if EVERY."
     tiles = tl.cdiv(DV, BLOCK_V)
-    head, part = (tl.program_id(0)//(tiles*segments)).to(tl.int64), (tl.program_id(0)//tiles % segments).to(tl.int64) + first
+    head, part = (tl.program_id(0)//(tiles*segments)).to(tl.int64), (tl.program_id(0)//tiles % segments).to(tl.int64) + skip
     tile, b, h = tl.program_id(0) % tiles, head//Hkv, head % Hkv
     t, e, d, c = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_D), tile*BLOCK_V + tl.arange(0, BLOCK_V)
-    n = tl.minimum(T - part*length, length).to(tl.int32)
-    x_ptr += b*stride_xb + part*length*stride_xt
-    u_ptr += b*stride_ub + part*length*stride_ut
-    mask_ptr += b*T + part*length
-    rows_ptr += head*GROUP*2*T + part*length
-    delta_ptr += (tile*(tl.num_programs(0)//(tiles*segments)) + head)*GROUP*T + part*length
-    slot = head*slots + part + (0 if QUERIES else 1)
+    begin, stop, sequence, first, end = _segment(plan_ptr, part, length, T, sequences, PACKED)
+    n = (stop - begin).to(tl.int32)
+    if not EVERY: n = tl.where(begin == first if QUERIES else stop == end, 0, n)
+    x_ptr += b*stride_xb + begin*stride_xt
+    u_ptr += b*stride_ub + begin*stride_ut
+    mask_ptr += b*T + begin
+    rows_ptr += head*GROUP*2*T + begin
+    delta_ptr += (tile*(tl.num_programs(0)//(tiles*segments)) + head)*GROUP*T + begin
+    slot = head*slots + part + sequence + (0 if QUERIES else 1)
     S_pos, S_neg, z_pos, z_neg = _empty(BLOCK_E, BLOCK_V)
     m = _NOTHING
     if QUERIES and HAS_LOG: m = tl.load(m_ptr + slot)
@@ -209,15 +214,23 @@ def _fused_states_kernel(x_ptr, u_ptr, w_ptr, b_ptr, mask_ptr, rows_ptr, delta_p
     if HAS_LOG and not QUERIES and tile == 0: tl.store(m_ptr + slot, m)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #f39bcb44
-@triton.jit(do_not_specialize=["first", "step", "count", "slots"])
-def _fused_scan_kernel(states_ptr, keep_ptr, gain_ptr, first, step, count, slots, WIDTH:tl.constexpr, BLOCK:tl.constexpr, HAS_LOG:tl.constexpr):
-    "Slots `first`, `first` + `step`, …, `count` of them, from what segments add to sums of all before them, starting from the slot before `first`; in place."
+@triton.jit(do_not_specialize=["segments", "slots", "sequences"])
+def _fused_scan_kernel(states_ptr, keep_ptr, gain_ptr, plan_ptr, segments, slots, sequences, WIDTH:tl.constexpr, BLOCK:tl.constexpr,
+                       HAS_LOG:tl.constexpr, EVERY:tl.constexpr, PACKED:tl.constexpr, REVERSE:tl.constexpr):
+    "The slots of each sequence from what segments add to sums of all before them, or with REVERSE of all after; in place; the farthest only if EVERY."
     tiles = tl.cdiv(WIDTH, BLOCK)
-    head = (tl.program_id(0)//tiles).to(tl.int64)
+    head = (tl.program_id(0)//(tiles*sequences)).to(tl.int64)
+    sequence = (tl.program_id(0)//tiles % sequences).to(tl.int64)
     i = tl.program_id(0) % tiles*BLOCK + tl.arange(0, BLOCK)
-    S = tl.load(states_ptr + (head*slots + first - step)*WIDTH + i, mask=i < WIDTH, other=0.)
-    for n in range(count):
-        slot = head*slots + first + n*step
+    first, count = sequence*0, segments
+    if PACKED:
+        first = tl.load(plan_ptr + sequences + 1 + sequence).to(tl.int64)
+        count = (tl.load(plan_ptr + sequences + 2 + sequence) - first).to(tl.int32)
+    slot = head*slots + first + sequence
+    if REVERSE: slot += count
+    S = tl.load(states_ptr + slot*WIDTH + i, mask=i < WIDTH, other=0.)
+    for n in range(count if EVERY else count - 1):
+        slot += -1 if REVERSE else 1
         new = tl.load(states_ptr + slot*WIDTH + i, mask=i < WIDTH, other=0.)
         if HAS_LOG: S, new = S*tl.load(keep_ptr + slot), new*tl.load(gain_ptr + slot)
         S += new
@@ -226,11 +239,13 @@ def _fused_scan_kernel(states_ptr, keep_ptr, gain_ptr, first, step, count, slots
 # %% ../../kernels/04_fused_hedgehog.ipynb #aae69766
 def _config(D, E, DV, dtype, scan='o'):
     "Block sizes, warps and pipeline stages of the scan for `o`, `dq` or `dkv`."
-    BLOCK_E,BLOCK_D = (max(16, triton.next_power_of_2(x)) for x in (E, D))
-    width,single = max(BLOCK_E, BLOCK_D),dtype==torch.float32
+    BLOCK_E,single = max(16, triton.next_power_of_2(E)),dtype==torch.float32
+    BLOCK_D = max(16, min(triton.next_power_of_2(D), (16384 if single else 32768)//BLOCK_E))
+    width = max(BLOCK_E, triton.next_power_of_2(D))
     BLOCK_T = 16 if single or width>128 else 64 if width<=64 and dtype==torch.bfloat16 and scan=='o' else 32
     BLOCK_V = max(16, min(32 if single else 64, 8192//BLOCK_E, triton.next_power_of_2(DV)))
-    return dict(BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E, BLOCK_D=BLOCK_D, BLOCK_V=BLOCK_V, num_warps=8 if width>64 or scan=='dkv' else 4, num_stages=1 if single or width>64 else 2)
+    return dict(BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E, BLOCK_D=BLOCK_D, BLOCK_V=BLOCK_V, THROUGH=D<=BLOCK_D and BLOCK_E*BLOCK_D<=8192,
+                num_warps=8 if width>64 or scan=='dkv' else 4, num_stages=1 if single or width>64 else 2)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #3f0e0ee5
 def _constants(q, v, w, form, precision):
@@ -239,69 +254,73 @@ def _constants(q, v, w, form, precision):
     return dict(D=D, E=E, DV=DV, FORM=form, DOT=getattr(tl, str(q.dtype).split('.')[1]), WIDE=tl.bfloat16 if q.dtype==torch.bfloat16 else tl.float32,
                 PRECISION='tf32' if q.dtype==torch.float16 else precision, **_config(D, E, DV, q.dtype))
 
-def _cut(heads, T, c, again, schedule, device):
-    "Segments of `T` tokens and their length, for `heads` heads; `again` is the share of a segment's work done twice; `schedule` 0 chooses, -1 wants several."
+def _cut(heads, T, c, again, schedule, device, borders=None):
+    "Plan of segments for `T` tokens and `heads` heads; `again` is the share of a segment's work done twice; `schedule` 0 chooses, -1 wants several."
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type=='cuda' else 132
     chunks,cost = triton.cdiv(int(T), c['BLOCK_T']),16*c['E']*(c['DV'] + 1)/(c['BLOCK_T']*2*(c['D'] + c['DV']))
     n = _segments(heads*triton.cdiv(c['DV'], c['BLOCK_V']), chunks, again, cost, {0:None, -1:'parallel'}.get(schedule, schedule), 2*sms)
-    return n, triton.cdiv(chunks, n)*c['BLOCK_T']
+    return _plan(int(T), n, c['BLOCK_T'], borders, device)
 
 def _pick(c, kernel): return {k:x for k,x in c.items() if k in kernel.arg_names or k.startswith('num_')}
 def _or(x, other): return other if x is None else x # a pointer that is never followed where None
 def _pad(mask): return None if mask is None else mask.to(torch.int8).contiguous()
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #9c392b0c
-def _fill(slot, S, z, tiles): # a state into a slot, or nothing
-    if S is None: slot.zero_()
-    else: slot.copy_(torch.cat([S.flatten(2), *[z]*tiles], -1))
+def _fill(states, slots, S, z, tiles, plan): # a state for each sequence into slots, or nothing
+    states[:,:,slots] = 0 if S is None else plan.rows(torch.cat([S.flatten(2), *[z]*tiles], -1))
 
 def _split(slot, F, DV, tiles): # (…, F, DV), (…, tiles, F)
     return slot[...,:F*DV].unflatten(-1, (F,DV)), slot[...,F*DV:].unflatten(-1, (tiles,F))
 
-def _scan(states, M, own, first, step, count):
+def _scan(states, M, own, plan, reverse, every):
     "Launch the scan. Slots shall be divided by exp(`M`) and now are by exp(`own`), both (B, Hkv, slots), None without log weights."
     keep = gain = states
-    if M is not None: keep,gain = (M.roll(step, -1) - M if step>0 else M - M.roll(step, -1)).exp(),(own - M).exp()
+    if M is not None: keep,gain = (M - M.roll(-1, -1) if reverse else M.roll(1, -1) - M).exp(),(own - M).exp()
     W = states.shape[-1]
-    with _on(states): _fused_scan_kernel[(states.shape[0]*states.shape[1]*triton.cdiv(W, 1024),)](
-        states, keep, gain, first, step, count, states.shape[2], WIDTH=W, BLOCK=1024, HAS_LOG=M is not None)
+    with _on(states): _fused_scan_kernel[(states.shape[0]*states.shape[1]*plan.sequences*triton.cdiv(W, 1024),)](
+        states, keep, gain, _or(plan.table, states), plan.segments, states.shape[2], plan.sequences, WIDTH=W, BLOCK=1024,
+        HAS_LOG=M is not None, EVERY=every, PACKED=plan.table is not None, REVERSE=reverse)
+
+def _so_far(M, plan): # running maxima over the slots of each sequence
+    if plan.table is None: return M.cummax(-1).values
+    return _cummax_within(M, torch.bucketize(torch.arange(M.shape[-1], device=M.device), plan.slots(after=True)))
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #644e1846
-def _key_states(k, v, w_k, b_k, S, z, m, pad, parts, n, length, log, c):
-    "States (B, Hkv, n+1, ·) before and after segments, the first and `parts` more of them filled, and running maxima (B, Hkv, n+1) or None."
-    (B,Hkv,T,DV),F = v.shape,2*c['E']
-    tiles = triton.cdiv(DV, c['BLOCK_V'])
-    states = v.new_empty(B, Hkv, n+1, F*(DV + tiles), dtype=torch.float32)
-    M = v.new_full((B, Hkv, n+1), NOTHING, dtype=torch.float32) if log else None
-    _fill(states[:,:,0], S, z, tiles)
-    if m is not None: M[...,0] = m
-    if not parts: return states, M
+def _key_states(k, v, w_k, b_k, S, z, m, pad, plan, every, log, c):
+    "States (B, Hkv, slots, ·) before and after segments, the last of a sequence only with `every`, and running maxima (B, Hkv, slots) or None."
+    (B,Hkv,T,DV),F,slots = v.shape,2*c['E'],plan.segments+plan.sequences
+    tiles,parts = triton.cdiv(DV, c['BLOCK_V']),plan.segments if every or plan.table is not None else plan.segments-1
+    states = v.new_empty(B, Hkv, slots, F*(DV + tiles), dtype=torch.float32)
+    M = v.new_full((B, Hkv, slots), NOTHING, dtype=torch.float32) if log else None
+    _fill(states, plan.slots(after=False), S, z, tiles, plan)
+    if m is not None: M[...,plan.slots(after=False)] = plan.rows(m)
+    if not every and plan.segments==plan.sequences: return states, M
     with _on(v): _fused_states_kernel[(B*Hkv*parts*tiles,)](
-        k, v, w_k, _or(b_k, v), _or(pad, v), v, v, _or(M, v), states, *k.stride()[:3], *v.stride()[:3], Hkv, T, length, 0, parts, n+1,
-        GROUP=1, QUERIES=False, HAS_BIAS=b_k is not None, HAS_LOG=log, HAS_MASK=pad is not None, **_pick(c, _fused_states_kernel))
-    own,M = M,None if M is None else M.cummax(-1).values
-    _scan(states, M, own, 1, 1, parts)
+        k, v, w_k, _or(b_k, v), _or(pad, v), v, v, _or(M, v), states, _or(plan.table, v), *k.stride()[:3], *v.stride()[:3], Hkv, T, plan.length, 0, parts, slots, plan.sequences,
+        GROUP=1, QUERIES=False, EVERY=every, HAS_BIAS=b_k is not None, HAS_LOG=log, HAS_MASK=pad is not None, PACKED=plan.table is not None, **_pick(c, _fused_states_kernel))
+    own,M = M,None if M is None else _so_far(M, plan)
+    _scan(states, M, own, plan, False, every)
     return states, M
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #5c088ec9
-def _forward(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, form, causal, final, save, schedule, precision):
+def _forward(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, form, causal, final, save, schedule, precision, borders=None):
     "Launch the forward: o; rows, states and maxima for the backward; S, z and m after the last token. Empty tensors for what is not asked for."
     (B,H,Tq,_),(_,Hkv,T,DV) = q.shape,v.shape
     c,pad,log = _constants(q, v, w_q, form, precision),_pad(mask),form=='exp' or S is not None
     tiles,none = triton.cdiv(DV, c['BLOCK_V']),lambda: v.new_empty(0, dtype=torch.float32)
-    n,length = _cut(B*Hkv, T, c, .4 if causal else 0, schedule, v.device)
-    slots,use = n+1,not causal or n>1 or S is not None
-    states,M = _key_states(k, v, w_k, b_k, S, z, m, pad, n-1 if causal else n, n, length, log, c) if use or final or log else (None,None)
-    if not causal: n,length = _cut(B*Hkv, Tq, c, 0, schedule, v.device)
+    plan = _cut(B*Hkv, T, c, .4 if causal else 0, schedule, v.device, borders)
+    slots,use = plan.segments+plan.sequences,not causal or plan.segments>plan.sequences or S is not None
+    states,M = _key_states(k, v, w_k, b_k, S, z, m, pad, plan, not causal, log, c) if use or final or log else (None,None)
+    ask = plan if causal or borders else _cut(B*Hkv, Tq, c, 0, schedule, v.device)
     o,rows = v.new_empty(B, H, Tq, DV),v.new_empty(B, H, 2, Tq, dtype=torch.float32) if save else none()
-    with _on(v): _fused_fwd_kernel[(B*Hkv*n*tiles,)](
-        q, k, v, w_q, _or(b_q, v), w_k, _or(b_k, v), _or(pad, v), _or(states, v), _or(M, v), o, rows, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], Hkv, Tq, length, n, slots,
-        GROUP=H//Hkv, CAUSAL=causal, BIAS_Q=b_q is not None, BIAS_K=b_k is not None, HAS_START=use, HAS_END=final and causal, HAS_LOG=log, HAS_MASK=pad is not None, SAVE=save,
-        **_pick(c, _fused_fwd_kernel))
-    kept = (_or(states, none()), _or(M, none())) if save else (none(), none())
+    with _on(v): _fused_fwd_kernel[(B*Hkv*ask.segments*tiles,)](
+        q, k, v, w_q, _or(b_q, v), w_k, _or(b_k, v), _or(pad, v), _or(states, v), _or(M, v), _or(plan.table, v), o, rows, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        Hkv, Tq, ask.length, ask.segments, slots, plan.sequences, GROUP=H//Hkv, CAUSAL=causal, BIAS_Q=b_q is not None, BIAS_K=b_k is not None, HAS_START=use,
+        HAS_END=final and causal, HAS_LOG=log, HAS_MASK=pad is not None, PACKED=borders is not None, SAVE=save, **_pick(c, _fused_fwd_kernel))
+    kept = (_or(states, none()), _or(M, none())) if save and borders is None else (none(), none())
     if not final: return o, rows, *kept, none(), none(), none()
-    S,z = _split(states[:,:,-1], 2*c['E'], DV, tiles)
-    return o, rows, *kept, S.clone(), z[...,0,:].clone(), M[...,-1].clone() if log else z.new_zeros(B, Hkv)
+    S,z = _split(plan.states(states[:,:,plan.slots(after=True)]), 2*c['E'], DV, tiles)
+    return o, rows, *kept, S.clone(), z[...,0,:].clone(), plan.states(M[...,plan.slots(after=True)]).clone() if log else z.new_zeros(z.shape[:2])
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #c4111ca6
 @triton.jit
@@ -314,29 +333,30 @@ def _unmap(x, w, pos, neg, g_pos, g_neg, dw, db, FORM:tl.constexpr, HAS_BIAS:tl.
     return dx, dw, db
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #5c8e7af6
-@triton.jit(do_not_specialize=["T", "length", "segments", "slots"])
-def _fused_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_ptr, states_ptr, m_ptr, rows_ptr, delta_ptr, dq_ptr, dw_ptr, db_ptr, stride_qb, stride_qh, stride_qt,
-                     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot, H, T, length, segments, slots,
+@triton.jit(do_not_specialize=["T", "length", "segments", "slots", "sequences"])
+def _fused_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_ptr, states_ptr, m_ptr, plan_ptr, rows_ptr, delta_ptr, dq_ptr, dw_ptr, db_ptr, stride_qb, stride_qh, stride_qt,
+                     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot, H, T, length, segments, slots, sequences,
                      GROUP:tl.constexpr, D:tl.constexpr, E:tl.constexpr, DV:tl.constexpr, FORM:tl.constexpr, BLOCK_T:tl.constexpr, BLOCK_E:tl.constexpr, BLOCK_D:tl.constexpr, BLOCK_V:tl.constexpr,
-                     CAUSAL:tl.constexpr, BIAS_Q:tl.constexpr, BIAS_K:tl.constexpr, HAS_START:tl.constexpr, HAS_LOG:tl.constexpr, HAS_MASK:tl.constexpr,
-                     DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
-    "First scan: dq, partial sums of dW_q and db_q, and δ for the second scan; one segment of one query head."
+                     CAUSAL:tl.constexpr, BIAS_Q:tl.constexpr, BIAS_K:tl.constexpr, HAS_START:tl.constexpr, HAS_LOG:tl.constexpr, HAS_MASK:tl.constexpr, PACKED:tl.constexpr,
+                     THROUGH:tl.constexpr, DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
+    "First scan: dq, partial sums of dW_q and db_q, and δ for the second scan; one segment of one query head. Unless THROUGH the map, the gradient of y in place of dq."
     tiles = tl.cdiv(DV, BLOCK_V)
     head, part = (tl.program_id(0)//(tiles*segments)).to(tl.int64), (tl.program_id(0)//tiles % segments).to(tl.int64)
     tile, b, h = tl.program_id(0) % tiles, head//H, head % H
     t, e, d, c = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_D), tile*BLOCK_V + tl.arange(0, BLOCK_V)
-    past, n = t[:, None] >= t[None, :], tl.minimum(T - part*length, length).to(tl.int32)
+    begin, stop, sequence, _, _ = _segment(plan_ptr, part, length, T, sequences, PACKED)
+    past, n = t[:, None] >= t[None, :], (stop - begin).to(tl.int32)
     heads = tl.num_programs(0)//(tiles*segments)
-    q_ptr += b*stride_qb + h*stride_qh + part*length*stride_qt
-    k_ptr += b*stride_kb + h//GROUP*stride_kh + part*length*stride_kt
-    v_ptr += b*stride_vb + h//GROUP*stride_vh + part*length*stride_vt
-    do_ptr += b*stride_ob + h*stride_oh + part*length*stride_ot
-    o_ptr += (head*T + part*length)*DV
-    mask_ptr += b*T + part*length
-    dq_ptr += ((tile*heads + head)*T + part*length)*D
-    delta_ptr += (tile*heads + head)*T + part*length
-    rows_ptr += head*2*T + part*length
-    slot = head//GROUP*slots + (part if CAUSAL else slots - 1)
+    q_ptr += b*stride_qb + h*stride_qh + begin*stride_qt
+    k_ptr += b*stride_kb + h//GROUP*stride_kh + begin*stride_kt
+    v_ptr += b*stride_vb + h//GROUP*stride_vh + begin*stride_vt
+    do_ptr += b*stride_ob + h*stride_oh + begin*stride_ot
+    o_ptr += (head*T + begin)*DV
+    mask_ptr += b*T + begin
+    dq_ptr += ((tile*heads + head)*T + begin)*(D if THROUGH else E)
+    delta_ptr += (tile*heads + head)*T + begin
+    rows_ptr += head*2*T + begin
+    slot = head//GROUP*slots + (part + sequence if CAUSAL else _last_slot(plan_ptr, sequence, slots, sequences, PACKED))
     S_pos, S_neg, z_pos, z_neg = _empty(BLOCK_E, BLOCK_V)
     m = _NOTHING
     if HAS_START:
@@ -373,33 +393,37 @@ def _fused_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr,
 
         g_pos, g_neg = g_pos*inv[:, None], g_neg*inv[:, None]
         x, w, y, q_pos, q_neg, l_q = _mapped(q_ptr, wq_ptr, bq_ptr, h, t, e, d, stride_qt, rows, D, E, FORM, BIAS_Q, DOT, PRECISION)
-        dx, dw, db = _unmap(x, w, q_pos, q_neg, g_pos, g_neg, dw, db, FORM, BIAS_Q, WIDE, PRECISION)
-        tl.store(dq_ptr + t[:, None]*D + d[None, :], dx, mask=rows[:, None] & (d < D)[None, :])
+        if THROUGH:
+            dx, dw, db = _unmap(x, w, q_pos, q_neg, g_pos, g_neg, dw, db, FORM, BIAS_Q, WIDE, PRECISION)
+            tl.store(dq_ptr + t[:, None]*D + d[None, :], dx, mask=rows[:, None] & (d < D)[None, :])
+        else: tl.store(dq_ptr + t[:, None]*E + e[None, :], _features_bwd(q_pos, q_neg, g_pos, g_neg, FORM), mask=rows[:, None] & (e < E)[None, :])
         q_ptr += BLOCK_T*stride_qt
         k_ptr += BLOCK_T*stride_kt
         v_ptr += BLOCK_T*stride_vt
         do_ptr += BLOCK_T*stride_ot
         o_ptr += BLOCK_T*DV
-        dq_ptr += BLOCK_T*D
+        dq_ptr += BLOCK_T*(D if THROUGH else E)
 
-    index = (head*segments + part)*tiles + tile
-    tl.store(dw_ptr + index*E*D + e[:, None]*D + d[None, :], dw, mask=(e < E)[:, None] & (d < D)[None, :])
-    if BIAS_Q: tl.store(db_ptr + index*E + e, tl.max(db, 1), mask=e < E)
+    if THROUGH:
+        index = (head*segments + part)*tiles + tile
+        tl.store(dw_ptr + index*E*D + e[:, None]*D + d[None, :], dw, mask=(e < E)[:, None] & (d < D)[None, :])
+        if BIAS_Q: tl.store(db_ptr + index*E + e, tl.max(db, 1), mask=e < E)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #5a143dff
-@triton.jit(do_not_specialize=["T", "length", "segments", "slots"])
-def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_ptr, states_ptr, m_ptr, rows_ptr, delta_ptr, dk_ptr, dv_ptr, dw_ptr, db_ptr, stride_qb, stride_qh, stride_qt,
-                      stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot, Hkv, T, length, segments, slots,
+@triton.jit(do_not_specialize=["T", "length", "segments", "slots", "sequences"])
+def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_ptr, states_ptr, m_ptr, plan_ptr, rows_ptr, delta_ptr, dk_ptr, dv_ptr, dw_ptr, db_ptr, stride_qb, stride_qh, stride_qt,
+                      stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot, Hkv, T, length, segments, slots, sequences,
                       GROUP:tl.constexpr, D:tl.constexpr, E:tl.constexpr, DV:tl.constexpr, FORM:tl.constexpr, BLOCK_T:tl.constexpr, BLOCK_E:tl.constexpr, BLOCK_D:tl.constexpr, BLOCK_V:tl.constexpr,
-                      CAUSAL:tl.constexpr, BIAS_Q:tl.constexpr, BIAS_K:tl.constexpr, HAS_START:tl.constexpr, HAS_END:tl.constexpr, HAS_LOG:tl.constexpr, HAS_MASK:tl.constexpr,
-                      DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
-    "Second scan, from the last token to the first: dk, dv, and partial sums of dW_k and db_k; one segment of one key-value head."
+                      CAUSAL:tl.constexpr, BIAS_Q:tl.constexpr, BIAS_K:tl.constexpr, HAS_START:tl.constexpr, HAS_END:tl.constexpr, HAS_LOG:tl.constexpr, HAS_MASK:tl.constexpr, PACKED:tl.constexpr,
+                      THROUGH:tl.constexpr, DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
+    "Second scan, from the last token to the first: dk, dv, and partial sums of dW_k and db_k; one segment of one key-value head. Unless THROUGH the map, the gradient of y in place of dk."
     tiles = tl.cdiv(DV, BLOCK_V)
     head, part = (tl.program_id(0)//(tiles*segments)).to(tl.int64), (tl.program_id(0)//tiles % segments).to(tl.int64)
     tile, b, h = tl.program_id(0) % tiles, head//Hkv, head % Hkv
     t, e, d, c = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_D), tile*BLOCK_V + tl.arange(0, BLOCK_V)
-    later, cols, n = t[:, None] <= t[None, :], (e < E)[None, :], tl.minimum(T - part*length, length).to(tl.int32)
-    last = part*length + (tl.cdiv(n, BLOCK_T) - 1)*BLOCK_T
+    begin, stop, sequence, first, _ = _segment(plan_ptr, part, length, T, sequences, PACKED)
+    later, n = t[:, None] <= t[None, :], (stop - begin).to(tl.int32)
+    last = begin + (tl.cdiv(n, BLOCK_T) - 1)*BLOCK_T
     heads = tl.num_programs(0)//(tiles*segments)
     q_ptr += b*stride_qb + last*stride_qt
     k_ptr += b*stride_kb + h*stride_kh + last*stride_kt
@@ -408,13 +432,17 @@ def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_pt
     mask_ptr += b*T + last
     rows_ptr += head*GROUP*2*T + last
     delta_ptr += (tile*heads + head)*GROUP*T + last
-    dk_ptr += ((tile*heads + head)*T + last)*D
+    dk_ptr += ((tile*heads + head)*T + last)*(D if THROUGH else E)
     dv_ptr += (head*T + last)*DV
-    slot = head*slots + (part if CAUSAL else 0)
+    slot = head*slots + part + sequence
+    m_ptr += head*slots + part + sequence + 1 if CAUSAL else head*sequences + sequence # one for each slot; or for each sequence
+    if not CAUSAL:
+        slot = head*slots + sequence
+        if PACKED: slot += tl.load(plan_ptr + sequences + 1 + sequence)
     R_pos, R_neg, z_pos, z_neg = _empty(BLOCK_E, BLOCK_V)
     if HAS_START: R_pos, R_neg, z_pos, z_neg = _load_state(states_ptr + (slot + (1 if CAUSAL else 0))*(2*E*(DV + tiles)), tile, e, c, E, DV)
     m = _NOTHING
-    if HAS_LOG: m = tl.load(m_ptr + head*slots + (part + 1 if CAUSAL else slots - 1))
+    if HAS_LOG: m = tl.load(m_ptr)
     dw, db = tl.zeros((BLOCK_E, BLOCK_D), tl.float32), tl.zeros((BLOCK_E, 16), tl.float32)
 
     for i in range(tl.cdiv(n, BLOCK_T)):
@@ -432,7 +460,7 @@ def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_pt
             l = tl.where(keys, l if FORM == "exp" else 0., _NOTHING)
             weight = tl.where(keys, tl.exp(l - m), 0.)
             if CAUSAL:
-                m_prev = tl.load(m_ptr + head*slots + part)
+                m_prev = tl.load(m_ptr - 1)
                 if left > 0: m_prev = tl.load(rows_ptr + T - 1)
                 keep = tl.exp(m_prev - m)
                 R_pos, R_neg, z_pos, z_neg, m = R_pos*keep, R_neg*keep, z_pos*keep, z_neg*keep, m_prev
@@ -457,8 +485,10 @@ def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_pt
                 z_pos, z_neg = _count(z_pos, z_neg, q_pos, q_neg, -delta, WIDE, PRECISION)
                 R_pos, R_neg = _add(R_pos, R_neg, q_pos, q_neg, do, WIDE, PRECISION)
 
-        dx, dw, db = _unmap(x, w, k_pos, k_neg, g_pos, g_neg, dw, db, FORM, BIAS_K, WIDE, PRECISION)
-        tl.store(dk_ptr + t[:, None]*D + d[None, :], dx, mask=rows[:, None] & (d < D)[None, :])
+        if THROUGH:
+            dx, dw, db = _unmap(x, w, k_pos, k_neg, g_pos, g_neg, dw, db, FORM, BIAS_K, WIDE, PRECISION)
+            tl.store(dk_ptr + t[:, None]*D + d[None, :], dx, mask=rows[:, None] & (d < D)[None, :])
+        else: tl.store(dk_ptr + t[:, None]*E + e[None, :], _features_bwd(k_pos, k_neg, g_pos, g_neg, FORM), mask=rows[:, None] & (e < E)[None, :])
         tl.store(dv_ptr + t[:, None]*DV + c[None, :], dv, mask=rows[:, None] & (c < DV)[None, :])
         q_ptr -= BLOCK_T*stride_qt
         k_ptr -= BLOCK_T*stride_kt
@@ -467,89 +497,101 @@ def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_pt
         mask_ptr -= BLOCK_T
         rows_ptr -= BLOCK_T
         delta_ptr -= BLOCK_T
-        dk_ptr -= BLOCK_T*D
+        dk_ptr -= BLOCK_T*(D if THROUGH else E)
         dv_ptr -= BLOCK_T*DV
 
     if CAUSAL and HAS_END:
-        if part == 0: _store_state(states_ptr + slot*(2*E*(DV + tiles)), R_pos, R_neg, z_pos, z_neg, tile, e, c, E, DV)
-    index = (head*segments + part)*tiles + tile
-    tl.store(dw_ptr + index*E*D + e[:, None]*D + d[None, :], dw, mask=(e < E)[:, None] & (d < D)[None, :])
-    if BIAS_K: tl.store(db_ptr + index*E + e, tl.max(db, 1), mask=e < E)
+        if begin == first: _store_state(states_ptr + slot*(2*E*(DV + tiles)), R_pos, R_neg, z_pos, z_neg, tile, e, c, E, DV)
+    if THROUGH:
+        index = (head*segments + part)*tiles + tile
+        tl.store(dw_ptr + index*E*D + e[:, None]*D + d[None, :], dw, mask=(e < E)[:, None] & (d < D)[None, :])
+        if BIAS_K: tl.store(db_ptr + index*E + e, tl.max(db, 1), mask=e < E)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #35deefa7
-def _query_states(q, do, w_q, b_q, rows, delta, M, R, causal, n, length, group, c):
-    "Fill slots of R (B, Hkv, slots, ·) with what segments' queries ask for: from the second segment on if causal, else of all."
-    (B,_,T,_),Hkv,first = q.shape,R.shape[1],int(causal)
-    if n<=first: return
-    wide = _pick(c, _fused_states_kernel) | dict(DOT=c['WIDE'])
-    with _on(q): _fused_states_kernel[(B*Hkv*(n - first)*triton.cdiv(c['DV'], c['BLOCK_V']),)](
-        q, do, w_q, _or(b_q, q), q, rows, delta, _or(M, q), R, *q.stride()[:3], *do.stride()[:3], Hkv, T, length, first, n - first, R.shape[2],
-        GROUP=group, QUERIES=True, HAS_BIAS=b_q is not None, HAS_LOG=causal and M is not None, HAS_MASK=False, **wide)
+def _query_states(q, do, w_q, b_q, rows, delta, M, R, causal, plan, group, c):
+    "Fill slots of R (B, Hkv, slots, ·) with what segments' queries ask for, and of all after them: from the second segment of a sequence on if causal, else of all."
+    (B,_,T,_),Hkv,packed = q.shape,R.shape[1],plan.table is not None
+    if causal and plan.segments==plan.sequences: return
+    skip,wide = int(causal and not packed),_pick(c, _fused_states_kernel) | dict(DOT=c['WIDE'])
+    with _on(q): _fused_states_kernel[(B*Hkv*(plan.segments - skip)*triton.cdiv(c['DV'], c['BLOCK_V']),)](
+        q, do, w_q, _or(b_q, q), q, rows, delta, _or(M, q), R, _or(plan.table, q), *q.stride()[:3], *do.stride()[:3], Hkv, T, plan.length, skip, plan.segments - skip, R.shape[2], plan.sequences,
+        GROUP=group, QUERIES=True, EVERY=not causal, HAS_BIAS=b_q is not None, HAS_LOG=causal and M is not None, HAS_MASK=False, PACKED=packed, **wide)
+    M = M if causal else None
+    _scan(R, M, M, plan, True, not causal)
 
-def _start_gradient(dS, dz, R, F, DV, tiles): # the last slot: the final state's gradient; z's counts in one tile only
-    _fill(R[:,:,-1], dS, dz, tiles)
-    if dS is not None: R[:,:,-1,F*(DV + 1):] = 0
+def _final_gradient(dS, dz, R, F, DV, tiles, plan): # the last slots: the final states' gradient; z's counts in one tile only
+    _fill(R, plan.slots(after=True), dS, dz, tiles, plan)
+    if dS is not None: R[:,:,plan.slots(after=True),F*(DV + 1):] = 0
 
 def _total(x, dtype): return x.sum((0,2,3)).to(dtype) if x.numel() else x
 
+def _through(dy, x, w, b):
+    "Gradients of x, W and b from that of y = x Wᵀ + b, in plain products."
+    dw = dy.transpose(0,1).flatten(1,2).mT @ x.transpose(0,1).flatten(1,2)
+    return dy @ w, dw, dy.float().sum((0,2)).to(w.dtype) if b is not None else dy.new_empty(0)
+
 # %% ../../kernels/04_fused_hedgehog.ipynb #63647365
-def _backward(do, dS, dz, q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, o, rows, states, M, form, causal, schedule, precision):
+def _backward(do, dS, dz, q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, o, rows, states, M, form, causal, schedule, precision, borders=None):
     "Launch the backward: gradients of q, k, v, w_q, w_k, b_q, b_k, S, z, m; empty tensors where the input is None."
     (B,H,Tq,D),(_,Hkv,T,DV) = q.shape,v.shape
     c,G,pad,log = _constants(q, v, w_q, form, precision),H//Hkv,_pad(mask),form=='exp' or S is not None
     tiles,E,none = triton.cdiv(DV, c['BLOCK_V']),c['E'],lambda: v.new_empty(0, dtype=torch.float32)
-    n,length = _cut(B*Hkv, T, c, .4 if causal else 0, schedule, v.device)
-    nq,lq = (n,length) if causal else _cut(B*Hkv, Tq, c, 0, schedule, v.device)
-    states,M = (x if x.numel() else None for x in (states, M))
-    new,part = lambda *s, dtype=torch.float32: v.new_empty(*s, dtype=dtype),q.dtype if tiles==1 else torch.float32
-    dq,dk,dv,delta = new(tiles, B, H, Tq, D, dtype=part),new(tiles, B, Hkv, T, D, dtype=part),torch.empty_like(v, memory_format=torch.contiguous_format),new(tiles, B, H, Tq)
-    sums = [new(B, h, s, tiles, *e) if b else none() for h,s in ((H,nq), (Hkv,n)) for e,b in (((E,D),True), ((E,),(b_q if h is H else b_k) is not None))]
-    same = dict(GROUP=G, CAUSAL=causal, BIAS_Q=b_q is not None, BIAS_K=b_k is not None, HAS_LOG=log, HAS_MASK=pad is not None)
+    plan = _cut(B*Hkv, T, c, .4 if causal else 0, schedule, v.device, borders)
+    ask = plan if causal or borders else _cut(B*Hkv, Tq, c, 0, schedule, v.device)
+    use = not causal or plan.segments>plan.sequences or S is not None
+    if borders and (use or log): states,M = _key_states(k, v, w_k, b_k, S, z, m, pad, plan, not causal, log, c)
+    states,M = (x if x is not None and x.numel() else None for x in (states, M))
+    new,part,width = lambda *s, dtype=torch.float32: v.new_empty(*s, dtype=dtype),q.dtype if tiles==1 else torch.float32,D if c['THROUGH'] else E
+    dq,dk,dv,delta = new(tiles, B, H, Tq, width, dtype=part),new(tiles, B, Hkv, T, width, dtype=part),torch.empty_like(v, memory_format=torch.contiguous_format),new(tiles, B, H, Tq)
+    sums = [new(B, h, s, tiles, *e) if c['THROUGH'] and b else none() for h,s in ((H,ask.segments), (Hkv,plan.segments)) for e,b in (((E,D),True), ((E,),(b_q if h is H else b_k) is not None))]
+    same = dict(GROUP=G, CAUSAL=causal, BIAS_Q=b_q is not None, BIAS_K=b_k is not None, HAS_LOG=log, HAS_MASK=pad is not None, PACKED=borders is not None)
     maps,strides = (w_q, _or(b_q, v), w_k, _or(b_k, v), _or(pad, v)),(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
-    first = c | _config(D, E, DV, q.dtype, 'dq')
-    with _on(v): _fused_dq_kernel[(B*H*nq*tiles,)](
-        q, k, v, o, do, *maps, _or(states, v), _or(M, v), rows, delta, dq, *sums[:2], *strides, H, Tq, lq, nq, n+1,
-        HAS_START=not causal or n>1 or S is not None, **same, **_pick(first, _fused_dq_kernel))
+    first,table = c | _config(D, E, DV, q.dtype, 'dq'),_or(plan.table, v)
+    with _on(v): _fused_dq_kernel[(B*H*ask.segments*tiles,)](
+        q, k, v, o, do, *maps, _or(states, v), _or(M, v), table, rows, delta, dq, *sums[:2], *strides, H, Tq, ask.length, ask.segments, plan.segments+plan.sequences, plan.sequences,
+        HAS_START=use, **same, **_pick(first, _fused_dq_kernel))
 
-    R = new(B, Hkv, nq+1, 2*E*(DV + tiles))
-    _start_gradient(dS, dz, R, 2*E, DV, tiles)
-    if log and causal: M = torch.cat([M[...,:-1], rows[:,::G,1,-1:]], -1)
-    _query_states(q, do, w_q, b_q, rows, delta, M, R, causal, nq, lq, G, first)
-    if causal and n>1: _scan(R, M, M, n-1, -1, n-1)
-    if not causal: R,M = R.sum(2, keepdim=True),None if M is None else M[...,-1:].contiguous()
+    R = new(B, Hkv, ask.segments+ask.sequences, 2*E*(DV + tiles))
+    _final_gradient(dS, dz, R, 2*E, DV, tiles, ask)
+    end = None if M is None else M[...,plan.slots(after=True)] # the largest log weight of each sequence
+    if log and causal:
+        end = rows[:,::G,1][...,[T-1] if borders is None else plan.table[1:plan.sequences+1]-1]
+        M = M.clone(); M[...,plan.slots(after=True)] = end
+    _query_states(q, do, w_q, b_q, rows, delta, M, R, causal, ask, G, first)
     second = c | _config(D, E, DV, q.dtype, 'dkv')
-    with _on(v): _fused_dkv_kernel[(B*Hkv*n*tiles,)](
-        q, k, v, do, *maps, R, _or(M, v), rows, delta, dk, dv, *sums[2:], *strides, Hkv, T, length, n, R.shape[2],
-        HAS_START=not causal or n>1 or dS is not None, HAS_END=S is not None, **same, **_pick(second, _fused_dkv_kernel))
+    with _on(v): _fused_dkv_kernel[(B*Hkv*plan.segments*tiles,)](
+        q, k, v, do, *maps, R, _or(M if causal else end if end is None else end.contiguous(), v), table, rows, delta, dk, dv, *sums[2:], *strides, Hkv, T, plan.length, plan.segments, R.shape[2], plan.sequences,
+        HAS_START=not causal or plan.segments>plan.sequences or dS is not None, HAS_END=S is not None, **same, **_pick(second, _fused_dkv_kernel))
 
-    dx = [x[0] if tiles==1 else x.sum(0).to(q.dtype) for x in (dq, dk)]
-    dw_q,db_q,dw_k,db_k = (_total(x, w_q.dtype) for x in sums)
-    if S is None: return *dx, dv, dw_q, dw_k, db_q, db_k, none(), none(), none()
-    dS,dz = _split(R[:,:,0] if causal else R[:,:,0]*(m - M[...,-1]).exp()[...,None], 2*E, DV, tiles)
+    dq,dk = (x[0] if tiles==1 else x.sum(0).to(q.dtype) for x in (dq, dk))
+    if c['THROUGH']: dw_q,db_q,dw_k,db_k = (_total(x, w_q.dtype) for x in sums)
+    else: (dq,dw_q,db_q),(dk,dw_k,db_k) = _through(dq, q, w_q, b_q),_through(dk, k, w_k, b_k)
+    if S is None: return dq, dk, dv, dw_q, dw_k, db_q, db_k, none(), none(), none()
+    dS,dz = _split(ask.states(R[:,:,ask.slots(after=False)])*(1 if causal else (m - plan.states(end)).exp()[...,None]), 2*E, DV, tiles)
     dS,dz = dS.contiguous(),dz.sum(-2)
-    return *dx, dv, dw_q, dw_k, db_q, db_k, dS, dz, (S*dS).sum((-2,-1)) + (z*dz).sum(-1)
+    return dq, dk, dv, dw_q, dw_k, db_q, db_k, dS, dz, (S*dS).sum((-2,-1)) + (z*dz).sum(-1)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #42df6946
 @torch.library.custom_op('hedgehog_nb::fused_attention', mutates_args=())
 def _fused_op(q:Tensor, k:Tensor, v:Tensor, w_q:Tensor, w_k:Tensor, b_q:Optional[Tensor], b_k:Optional[Tensor], S:Optional[Tensor], z:Optional[Tensor], m:Optional[Tensor], mask:Optional[Tensor],
-              form:str, causal:bool, final:bool, save:bool, schedule:int, precision:str)->tuple[Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor]:
-    return _forward(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, form, causal, final, save, schedule, precision)
+              cu_seqlens:Optional[Tensor], form:str, causal:bool, final:bool, save:bool, schedule:int, precision:str)->tuple[Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor]:
+    return _forward(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, form, causal, final, save, schedule, precision, _borders(cu_seqlens, q))
 
 @_fused_op.register_fake
-def _(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, form, causal, final, save, schedule, precision):
+def _(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, cu_seqlens, form, causal, final, save, schedule, precision):
     (B,H,Tq,_),(_,Hkv,T,DV),F = q.shape,v.shape,2*w_q.shape[1]
     c,log,new = _constants(q, v, w_q, form, precision),form=='exp' or S is not None,lambda *s: v.new_empty(s, dtype=torch.float32)
-    n,_ = _cut(B*Hkv, T, c, .4 if causal else 0, schedule, v.device)
-    kept = save and (not causal or n>1 or S is not None or final or log)
+    n,N = _cut(B*Hkv, T, c, .4 if causal else 0, schedule, v.device).segments,B if cu_seqlens is None else cu_seqlens.shape[0]-1
+    kept = save and cu_seqlens is None and (not causal or n>1 or S is not None or final or log)
     return (v.new_empty(B, H, Tq, DV), new(B, H, 2, Tq) if save else new(0), new(B, Hkv, n+1, F*(DV + triton.cdiv(DV, c['BLOCK_V']))) if kept else new(0),
-            new(B, Hkv, n+1) if kept and log else new(0), *((new(B, Hkv, F, DV), new(B, Hkv, F), new(B, Hkv)) if final else (new(0), new(0), new(0))))
+            new(B, Hkv, n+1) if kept and log else new(0), *((new(N, Hkv, F, DV), new(N, Hkv, F), new(N, Hkv)) if final else (new(0), new(0), new(0))))
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #60de38ec
 @torch.library.custom_op('hedgehog_nb::fused_attention_backward', mutates_args=())
 def _fused_bwd_op(do:Tensor, dS:Optional[Tensor], dz:Optional[Tensor], q:Tensor, k:Tensor, v:Tensor, w_q:Tensor, w_k:Tensor, b_q:Optional[Tensor], b_k:Optional[Tensor],
-                  S:Optional[Tensor], z:Optional[Tensor], m:Optional[Tensor], mask:Optional[Tensor], o:Tensor, rows:Tensor, states:Tensor, M:Tensor,
+                  S:Optional[Tensor], z:Optional[Tensor], m:Optional[Tensor], mask:Optional[Tensor], cu_seqlens:Optional[Tensor], o:Tensor, rows:Tensor, states:Tensor, M:Tensor,
                   form:str, causal:bool, schedule:int, precision:str)->tuple[Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor]:
-    return _backward(do, dS, dz, q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, o, rows, states, M, form, causal, schedule, precision)
+    return _backward(do, dS, dz, q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, o, rows, states, M, form, causal, schedule, precision, _borders(cu_seqlens, q))
 
 @_fused_bwd_op.register_fake
 def _(do, dS, dz, q, k, v, w_q, w_k, b_q, b_k, S, z, m, *rest):
@@ -564,18 +606,19 @@ def _gradient(ctx, do, _rows, _states, _M, dS, dz, _m):
     *ins,o,rows,states,M = ctx.saved_tensors
     do = torch.zeros_like(o) if do is None else do if do.stride(-1)==1 else do.contiguous()
     if dS is not None or dz is not None:
-        (B,Hkv,_,DV),F = ins[2].shape,2*ins[3].shape[1]
-        dS,dz = _or(dS, rows.new_zeros(B, Hkv, F, DV)),_or(dz, rows.new_zeros(B, Hkv, F))
+        (B,Hkv,_,DV),F,cu_seqlens = ins[2].shape,2*ins[3].shape[1],ins[11]
+        n = B if cu_seqlens is None else cu_seqlens.shape[0]-1
+        dS,dz = _or(dS, rows.new_zeros(n, Hkv, F, DV)),_or(dz, rows.new_zeros(n, Hkv, F))
     grads = _fused_bwd_op(do, dS, dz, *ins, o, rows, states, M, ctx.form, ctx.causal, ctx.schedule, ctx.precision)
-    return *(g if need else None for g,need in zip(grads, ctx.needs_input_grad)), *(None,)*7
+    return *(g if need else None for g,need in zip(grads, ctx.needs_input_grad)), *(None,)*8
 
 _fused_op.register_autograd(_gradient, setup_context=_save)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #0e78848a
 def _too_wide(D, E, DV, dtype):
     "Why the kernel does not take `D` channels of q and k, `E` outputs of the map and `DV` channels of v; None where it does."
-    if not 1<=E<=256 or D*E>(16384 if dtype==torch.float32 else 32768): return f"the kernel takes E up to 256, and D·E up to 32768, in fp32 16384; given D={D}, E={E} in {dtype}"
-    if D>128 or DV>128: return f"the kernel takes up to 128 channels of q, k and v; given {D} and {DV}"
+    if not 1<=E<=256: return f"the kernel takes maps with 1 to 256 outputs; given E={E}"
+    if D>256 or DV>256: return f"the kernel takes up to 256 channels of q, k and v; given {D} and {DV}"
 
 def _check_maps(q, k, w_q, w_k, b_q, b_k, form):
     "Raise `ValueError` on matrices that do not fit queries and keys."
@@ -587,19 +630,20 @@ def _check_maps(q, k, w_q, w_k, b_q, b_k, form):
         if b is not None and b.shape!=(h,E): raise ValueError(f"{n} is (heads, E) = {(h,E)}; given {tuple(b.shape)}")
     if form not in FORMS: raise ValueError(f"form is one of {', '.join(FORMS)}; given {form!r}")
 
-def _check(q, k, v, w_q, w_k, b_q, b_k, form, causal, mask, state, schedule, precision):
+def _check(q, k, v, w_q, w_k, b_q, b_k, form, causal, mask, state, cu_seqlens, schedule, precision):
     "Raise `ValueError` on arguments that do not fit, saying what was given."
     check_qkv(q, k, v, mask)
     _check_maps(q, k, w_q, w_k, b_q, b_k, form)
     (B,Hkv,T,DV),D,F = v.shape,q.shape[3],2*w_q.shape[1]
     if why := _too_wide(D, F//2, DV, q.dtype): raise ValueError(why)
-    if causal and q.shape[2]!=T: raise ValueError(f"causal linear attention needs as many queries as keys; given {q.shape[2]} and {T}")
+    if (causal or cu_seqlens is not None) and q.shape[2]!=T: raise ValueError(f"{'causal linear attention' if causal else 'cu_seqlens'} needs as many queries as keys; given {q.shape[2]} and {T}")
+    N = B if cu_seqlens is None else len(cu_seqlens)-1
     if not q.dtype==k.dtype==v.dtype or q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"q, k and v share one dtype, float32, float16 or bfloat16; given {q.dtype}, {k.dtype}, {v.dtype}")
     for n,x in dict(q=q, k=k, v=v).items():
         if x.stride(-1)!=1 and x.shape[-1]>1: raise ValueError(f"the channels of {n} must lie side by side (last stride 1); given strides {x.stride()}: call .contiguous()")
-    if state is not None and [tuple(s.shape) for s in state]!=[(B,Hkv,F,DV), (B,Hkv,F), (B,Hkv)]:
-        raise ValueError(f"initial_state has shapes {[tuple(s.shape) for s in state]}; these inputs need {[(B,Hkv,F,DV), (B,Hkv,F), (B,Hkv)]}")
+    if state is not None and [tuple(s.shape) for s in state]!=[(N,Hkv,F,DV), (N,Hkv,F), (N,Hkv)]:
+        raise ValueError(f"initial_state has shapes {[tuple(s.shape) for s in state]}; these inputs need {[(N,Hkv,F,DV), (N,Hkv,F), (N,Hkv)]}")
     if any(x is not None and x.device!=v.device for x in (w_q, w_k, b_q, b_k, mask, *(state or ()))): raise ValueError(f"matrices, biases, mask and initial_state must lie on {v.device}, as v does")
     if not (schedule in (None, 'scan', 'parallel') or type(schedule) is int and schedule>0): raise ValueError(f"schedule is scan, parallel, a number of segments, or None; given {schedule!r}")
     if precision not in ('ieee','tf32','tf32x3'): raise ValueError(f"precision is ieee, tf32 or tf32x3; given {precision!r}")
@@ -608,28 +652,30 @@ def _check(q, k, v, w_q, w_k, b_q, b_k, form, causal, mask, state, schedule, pre
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #b9c5d185
 def fused_hedgehog_attention(
-    q:Tensor, # (B, H, Tq, D) queries in fp32, fp16 or bf16; any strides, the last 1; D up to 128
+    q:Tensor, # (B, H, Tq, D) queries in fp32, fp16 or bf16; any strides, the last 1; D up to 256
     k:Tensor, # (B, Hkv, T, D) keys; Hkv divides H
-    v:Tensor, # (B, Hkv, T, Dv) values; Dv up to 128
-    w_q:Tensor, # (H, E, D) the map of the queries, a matrix per head; rounded to q's dtype
+    v:Tensor, # (B, Hkv, T, Dv) values; Dv up to 256
+    w_q:Tensor, # (H, E, D) the map of the queries, a matrix per head; rounded to q's dtype; E up to 256
     w_k:Tensor, # (Hkv, E, D) the map of the keys
     b_q:Tensor=None, # (H, E) bias of the queries' map
     b_k:Tensor=None, # (Hkv, E) bias of the keys' map
     form:str='softmax_halves', # "exp", "softmax_halves" or "softmax_joint"
     causal:bool=True, # Query i sees keys up to its own position?
     mask:Tensor=None, # (B, T) True at real tokens
-    initial_state:LinearState=None, # What was seen before these tokens
+    initial_state:LinearState=None, # What was seen before these tokens, or before each packed sequence
     output_final_state:bool=False, # Also return the state after them? Its m has no gradient of its own
+    cu_seqlens=None, # Borders of n sequences packed into one row, from 0 to T: (n+1,) integers
     schedule=None, # "scan", "parallel" or a number of segments; chosen by shape if None
     precision:str='tf32x3', # Products of fp32 operands on the GPU: "ieee", "tf32" or "tf32x3"
-): # (B, H, Tq, Dv) outputs in v's dtype; with `output_final_state` the pair (outputs, `LinearState`)
-    "Linear attention with the Hedgehog map (paper, Eq. 2 and 6) in one kernel, differentiable in all tensors. Raises `ValueError` on inputs that do not fit."
-    _check(q, k, v, w_q, w_k, b_q, b_k, form, causal, mask, initial_state, schedule, precision)
+): # (B, H, Tq, Dv) outputs in v's dtype; with `output_final_state` the pair (outputs, `LinearState`), n states of packed sequences
+    "Linear attention with the Hedgehog map (paper, Eq. 2 and 6) in one kernel, differentiable in all tensors. Raises `ValueError` on inputs that do not fit, empty ones too."
+    _check(q, k, v, w_q, w_k, b_q, b_k, form, causal, mask, initial_state, cu_seqlens, schedule, precision)
+    if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor): cu_seqlens = torch.tensor(_check_cu_seqlens(cu_seqlens, q))
     cast = lambda x: None if x is None else x.to(q.dtype).contiguous()
     state = (None,)*3 if initial_state is None else tuple(x.float().contiguous() for x in initial_state)
     ins = q, k, v, cast(w_q), cast(w_k), cast(b_q), cast(b_k), *state
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in ins)
-    o,_,_,_,*after = _fused_op(*ins, mask, form, causal, output_final_state, save, {None:0, 'scan':1, 'parallel':-1}.get(schedule, schedule), precision)
+    o,_,_,_,*after = _fused_op(*ins, mask, cu_seqlens, form, causal, output_final_state, save, {None:0, 'scan':1, 'parallel':-1}.get(schedule, schedule), precision)
     return (o, LinearState(*after)) if output_final_state else o
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #a23ac598
@@ -653,7 +699,7 @@ def fused_usage(
     q,w = torch.empty(1, 1, 1, head_dim, dtype=dtype),torch.empty(1, num_maps*head_dim, head_dim, dtype=dtype)
     f = dict(o=_fused_fwd_kernel, states=_fused_states_kernel, dq=_fused_dq_kernel, dkv=_fused_dkv_kernel)[kernel]
     c = _constants(q, q, w, form, 'tf32x3') | _config(head_dim, num_maps*head_dim, head_dim, dtype, kernel.replace('states', 'o')) | config
-    c |= dict(GROUP=group, CAUSAL=True, QUERIES=False, HAS_LOG=form=='exp', SAVE=kernel=='o') | dict.fromkeys(('HAS_BIAS','BIAS_Q','BIAS_K','HAS_START','HAS_END','HAS_MASK'), False)
-    args = f, c, {torch.bfloat16:'bf16', torch.float16:'fp16', torch.float32:'fp32'}[dtype], ('m_ptr','states_ptr','rows_ptr','delta_ptr','dw_ptr','db_ptr')
+    c = dict(GROUP=group, CAUSAL=True, QUERIES=False, EVERY=False, HAS_LOG=form=='exp', SAVE=kernel=='o') | dict.fromkeys(('HAS_BIAS','BIAS_Q','BIAS_K','HAS_START','HAS_END','HAS_MASK','PACKED'), False) | c
+    args = f, c, {torch.bfloat16:'bf16', torch.float16:'fp16', torch.float32:'fp32'}[dtype], ('m_ptr','states_ptr','rows_ptr','delta_ptr','dw_ptr','db_ptr'), dict(plan_ptr='i32', mask_ptr='i8')
     return dict(kernel=kernel, D=head_dim, E=c['E'], group=group, dtype=args[2], form=form, block_t=c['BLOCK_T'], block_v=c['BLOCK_V'], warps=c['num_warps'], stages=c['num_stages'], **offline_usage(*args),
                 instructions_per_token=round(_loop(_offline(*args))*c['num_warps']/c['BLOCK_T']))
