@@ -8,8 +8,8 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/cli.html.md"""
 __all__ = ['app', 'DEMO', 'tokens_after', 'steps_for', 'log_spaced', 'Journal', 'watch', 'mixed_precision', 'convert', 'Stopped',
            'one_line_errors', 'is_converted', 'check_output', 'whole', 'pick_device', 'open_model', 'open_blocks',
            'map_plan', 'attention_maps', 'spiky_heads', 'both', 'Camera', 'label', 'human', 'Progress',
-           'perplexity_table', 'Screen', 'cache_bytes', 'write_story', 'word_wrap', 'main', 'linearize_command',
-           'evaluate_command', 'generate_command', 'properties_command', 'bench_command', 'demo_command']
+           'perplexity_table', 'Screen', 'write_story', 'word_wrap', 'main', 'linearize_command', 'evaluate_command',
+           'generate_command', 'properties_command', 'bench_command', 'demo_command']
 
 # %% ../nbs/93_cli.ipynb #aaaf85b5
 import json, math, os, re, signal, sys, tempfile, threading, time, warnings
@@ -453,12 +453,6 @@ class Screen:
         if self.json: print(json.dumps(kw))
 
 # %% ../nbs/93_cli.ipynb #798b5678
-def cache_bytes(
-    cache, # A transformers `Cache`
-)->int: # Bytes of all that it remembers
-    "How much memory the past takes."
-    return sum(l.nbytes if hasattr(l, 'nbytes') else 0 if l.keys is None else l.keys.nbytes+l.values.nbytes for l in cache.layers)
-
 def write_story(
     model, # A causal language model, converted or not
     tok, # Its tokenizer
@@ -472,6 +466,7 @@ def write_story(
     "Let `model` continue `prompt`. Raises `ValueError` on a prompt without tokens."
     import torch
     from transformers import DynamicCache, TextStreamer
+    from hedgehog_nb.state import cache_bytes
     ids = tok(prompt, return_tensors='pt').to(model.device)
     if not ids.input_ids.numel(): raise ValueError("the prompt is empty; give the first words with --prompt")
     cache,memory,streamer,t = DynamicCache(),[],TextStreamer(tok, skip_special_tokens=True),time.perf_counter()

@@ -6,7 +6,8 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/window.html.md"""
 
 # %% auto #0
 __all__ = ['BRANCHES', 'naive_window_weights', 'naive_window_attention', 'joint_features', 'WindowState',
-           'chunk_window_attention', 'window_max', 'window_decode_step', 'linear_share', 'WindowAttention']
+           'chunk_window_attention', 'window_max', 'window_decode_step', 'linear_share', 'WindowAttention',
+           'set_branch', 'linear_shares']
 
 # %% ../nbs/10_window.ipynb #081e1798
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .attention import check_qkv, full_precision, repeat_kv, visible
-from .linear_attention import NOTHING, LinearState, prepare_keys, _away_from_zero, _chunk_sums, _group
+from .linear_attention import NOTHING, TRITON_BY_DEFAULT, LinearState, prepare_keys, _away_from_zero, _chunk_sums, _group, _suits_triton
 from .feature_maps import Attention, make_feature_map, register_attention
 
 # %% ../nbs/10_window.ipynb #3d013101
@@ -286,9 +287,46 @@ class WindowAttention(Attention):
         if implementation=='naive':
             if any(carry): raise ValueError("the naive form keeps no state: choose another implementation")
             return naive_window_attention(*args, mask)
+        if implementation=='triton' or implementation is None and TRITON_BY_DEFAULT and _suits_triton(q, k, v, self.map):
+            from hedgehog_nb.kernels.window import triton_window_attention
+            return triton_window_attention(*args, mask, *carry)
         if q.shape[2]==1 and all(carry): return window_decode_step(*args[:5], initial_state, *args[6:], mask)
         return chunk_window_attention(*args, mask, *carry)
     def linear_share(self, q, k, mask=None):
         "(B, H, T) share of each row's weight on keys older than the window."
         return linear_share(q, k, *self.inputs(q, k, mask), mask)
     def extra_repr(self): return f"{super().extra_repr()}, window={self.window}"
+
+# %% ../nbs/10_window.ipynb #c47fac49
+def set_branch(
+    model, # A model converted to "hedgehog-window"
+    branch:str='both', # "both", or "window" or "linear" alone
+):
+    "Leave only one branch of every hybrid layer. Raises `ValueError` where there is none, or on an unknown branch."
+    hybrids = [m for m in model.modules() if isinstance(m, WindowAttention)]
+    if not hybrids: raise ValueError("this model has no hybrid layers: convert it with linearize(model, 'hedgehog-window')")
+    if branch not in BRANCHES: raise ValueError(f"branch is one of {', '.join(BRANCHES)}; given {branch!r}")
+    for m in hybrids: m.branch = branch
+
+@torch.no_grad()
+def linear_shares(
+    model, # A model converted to "hedgehog-window"
+    **inputs # What its forward takes: input_ids, attention_mask …
+)->list: # Rows: layer, head, share (of the linear branch), softmax (its share on the same keys), both means over real tokens that have older keys
+    "How much of each head's weight lies on keys older than the window; memory T². Raises `ValueError` where the model has no hybrid layers, or the text no older keys."
+    from hedgehog_nb.attention import attention_as
+    from hedgehog_nb.linearize import hedgehog_attention, padding_mask
+    rows,names = [],{m:n for n,m in model.named_modules() if isinstance(getattr(m, 'feature_map', None), WindowAttention)}
+    if not names: raise ValueError("this model has no hybrid layers: convert it with linearize(model, 'hedgehog-window')")
+    def fn(module, q, k, v, attention_mask, scaling=None, **kw):
+        if module in names:
+            att,T = module.feature_map,q.shape[2]
+            real = torch.ones(len(q), T, dtype=torch.bool, device=q.device) if attention_mask is None else attention_mask.bool()
+            count = (real & (real.cumsum(-1)>att.window))[:,None]
+            if not count.any(): raise ValueError(f"no token of this text has keys older than the window of {att.window}: give a longer one")
+            mean = lambda x: (x*count).sum((0,2))/count.sum()
+            shares = mean(att.linear_share(q, k, attention_mask)), mean(softmax_weights(q, k, scale=scaling, mask=attention_mask).tril(-att.window).sum(-1))
+            rows.extend(dict(layer=list(names).index(module), head=h, share=a.item(), softmax=b.item()) for h,(a,b) in enumerate(zip(*shares)))
+        return hedgehog_attention(module, q, k, v, attention_mask, scaling, **kw)
+    with attention_as(model, fn, padding_mask): model.base_model(**inputs, use_cache=False)
+    return rows
