@@ -16,6 +16,7 @@ from torch import Tensor
 from ..attention import check_qkv, full_precision
 from ..linear_attention import EPS, NOTHING, LinearState, _check_cu_seqlens
 from .feature_map import _INTERPRET, _dot, _on, offline_usage
+from .tuning import tuned_launch
 import triton, triton.language as tl
 
 # %% ../../kernels/02_chunk_forward.ipynb #796f8395
@@ -324,9 +325,10 @@ def _forward(phi_q, phi_k, v, log_k, state, mask, causal, output_final_state, sc
     o,den = v.new_empty(B, H, Tq, D),v.new_empty(B, H, Tq, dtype=torch.float32)
     ptr,flags = lambda a: v if a is None else a,dict(GROUP=G, PACKED=borders is not None)
     with _on(v):
-        if causal: _chunk_fwd_kernel[(B*Hkv*plan.segments*tiles,)](
-            phi_q, phi_k, v, ptr(log), ptr(m), ptr(pad), states, ptr(plan.table), o, den, *phi_q.stride()[:3], *phi_k.stride()[:3], *v.stride()[:3],
-            Hkv, T, plan.length, plan.segments, plan.sequences, HAS_START=use, HAS_END=output_final_state, HAS_LOG=log is not None, HAS_MASK=pad is not None, **flags, **c)
+        if causal: tuned_launch(_chunk_fwd_kernel, (B*Hkv*plan.segments*tiles,),
+            (phi_q, phi_k, v, ptr(log), ptr(m), ptr(pad), states, ptr(plan.table), o, den, *phi_q.stride()[:3], *phi_k.stride()[:3], *v.stride()[:3],
+             Hkv, T, plan.length, plan.segments, plan.sequences),
+            dict(HAS_START=use, HAS_END=output_final_state, HAS_LOG=log is not None, HAS_MASK=pad is not None, **flags, **c), ('num_stages', 'num_warps'), v.device)
         else:
             ask = plan if borders else cut(Tq, B*H, 0)
             _read_kernel[(B*H*ask.segments*tiles,)](
