@@ -191,6 +191,7 @@ IN_CACHE = 2**17 # Numbers of v in one segment on a CPU
 
 def _segments(B, H, T, D, C, device):
     "(tokens, chunk size) of each segment: whole chunks, then the rest."
+    if C<1: raise ValueError(f"chunk_size must be at least 1; given {C}")
     C = min(C, T)
     n,whole = max(1, (IN_CACHE if device.type=='cpu' else 2**10*IN_CACHE)//(B*H*C*D)), T//C*C
     return [(slice(a, min(a+n*C, whole)), C) for a in range(0, whole, n*C)] + [(slice(whole, T), T-whole)]*(whole<T)
@@ -210,7 +211,7 @@ def _scan(part, segments, state, o, den=None, kept=None):
         if l is not None: ms.append(decays[-1].flatten(1).unflatten(0, (B,-1)))
         if den is not None: den[:,:,t] = _unrows(d, B, C)[...,0]
         places = _group(o[:,:,t], Hkv).unflatten(3, (-1,C)).unbind(3)
-        for x,y,to in zip(nums, _away_from_zero(d).unbind(1), places): torch.div(x.view(to.shape), y.view(*to.shape[:-1],1), out=to)
+        for x,y,to in zip(nums, _away_from_zero(d).unbind(1), places): to.copy_(x.div_(y).view(to.shape))
     return torch.cat(ms, 2) if ms else None, LinearState(S, z[:,0], m).apply(lambda x: x.unflatten(0, (B,-1)))
 
 # %% ../nbs/02_linear_attention.ipynb #bck00003
@@ -270,6 +271,11 @@ class _Chunks(torch.autograd.Function):
 def _slices(*xs): # A function of a slice: that part of each tensor, or None
     return lambda t: tuple(None if x is None else x[:,:,t] for x in xs)
 
+def _prepare(phi_q, phi_k, v, log_k, mask, state):
+    "`prepare_keys`; log weights 0 where they will meet those of a state."
+    phi_q,phi_k,v,log_k = prepare_keys(phi_q, phi_k, v, log_k, mask)
+    return phi_q, phi_k, v, torch.zeros_like(phi_k[...,0]) if log_k is None and state is not None else log_k
+
 def _wants_grad(*xs): return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in xs)
 
 def _chunk_sums(phi_q, phi_k, v, log_k, state, C):
@@ -294,11 +300,9 @@ def chunk_linear_attention(
     chunk_size:int=64, # Tokens handled by one matrix product
 ): # (B, H, T, D) outputs in v's dtype; with `output_final_state` the pair (outputs, `LinearState`)
     "Causal linear attention in chunks of `chunk_size` tokens (paper, Eq. 2). Raises `ValueError` on shapes that do not fit."
-    if chunk_size<1: raise ValueError(f"chunk_size must be at least 1; given {chunk_size}")
     dtype,T = v.dtype,phi_q.shape[2]
-    phi_q,phi_k,v,log_k = prepare_keys(phi_q, phi_k, v, log_k, mask)
+    phi_q,phi_k,v,log_k = _prepare(phi_q, phi_k, v, log_k, mask, initial_state)
     if phi_k.shape[2]!=T: raise ValueError(f"causal linear attention needs as many queries as keys; given {T} and {phi_k.shape[2]}")
-    if log_k is None and initial_state is not None: log_k = torch.zeros_like(phi_k[...,0])  # so that it meets the state's m
     o,_,_,state = _chunk_sums(phi_q, phi_k, v, log_k, _start(initial_state, phi_k, v), chunk_size)
     return (o.to(dtype), state) if output_final_state else o.to(dtype)
 
@@ -352,6 +356,22 @@ def _triton(phi_q, phi_k, v, *args, **kwargs):
     from hedgehog_nb.kernels.chunk_backward import triton_linear_attention
     return triton_linear_attention(*(x if x.stride(-1)==1 else x.contiguous() for x in (phi_q, phi_k, v)), *args, **kwargs)
 
+# %% ../nbs/02_linear_attention.ipynb #map00002
+def _by_segments(feature_map, q, k, v, causal, cu_seqlens, implementation):
+    "Can the features be made a segment at a time?"
+    chunked = implementation in (None,'chunked') and causal and cu_seqlens is None and 1<q.shape[2]==k.shape[2]
+    return chunked and v.device.type=='cpu' and getattr(feature_map, 'positional', True) is False and not torch.is_grad_enabled()
+
+def _chunk_mapped(q, k, v, feature_map, mask, initial_state, output_final_state, chunk_size):
+    "`chunk_linear_attention` of the features of `q` and `k`."
+    (B,H,T,_),D = q.shape,v.shape[-1]
+    def part(t):
+        phi_q,phi_k,log_k = feature_map(q[:,:,t], k[:,:,t])
+        return _prepare(phi_q, phi_k, v[:,:,t], log_k, None if mask is None else mask[:,t], initial_state)
+    o = v.new_empty(B,T,H,D).transpose(1,2)
+    _,end = _scan(part, _segments(B, H, T, D, chunk_size, v.device), initial_state, o)
+    return (o, end) if output_final_state else o
+
 # %% ../nbs/02_linear_attention.ipynb #abf190af
 def _dispatch(phi_q, phi_k, v, log_k, causal, mask, initial_state, output_final_state, chunk_size, implementation):
     kw = dict(initial_state=initial_state, output_final_state=output_final_state)
@@ -398,6 +418,7 @@ def linear_attention(
     if getattr(feature_map, 'positional', False):
         if offset is None and initial_state is not None: raise ValueError(f"{type(feature_map).__name__} looks at positions: give `offset`, the number of tokens before these")
         at = dict(offset=offset or 0)
+    if _by_segments(feature_map, q, k, v, causal, cu_seqlens, implementation): return _chunk_mapped(q, k, v, feature_map, mask, initial_state, output_final_state, chunk_size)
     phi_q,phi_k,log_k = (q,k,None) if feature_map is None else feature_map(q, k, **at)
     args = causal,mask,initial_state,output_final_state
     suits = TRITON_BY_DEFAULT and getattr(feature_map, 'positive', True) and _suits_triton(phi_q, phi_k, v)
