@@ -121,7 +121,8 @@ def _window_sums(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, 
     q,k = q.to(v.dtype),k.to(v.dtype)
     state = WindowState.empty(k, v, phi_k, window) if state is None else state.apply(lambda x: x.to(v.dtype))
     k,v,phi_k,log_k = (torch.cat([a,b], 2) for a,b in zip(state, (k,v,phi_k,log_k)))
-    lin,m,linear = _chunk_sums(phi_q, phi_k[:,:,:T], v[:,:,:T], log_k[:,:,:T], state.linear, C)
+    o,den,m,linear = _chunk_sums(phi_q, phi_k[:,:,:T], v[:,:,:T], log_k[:,:,:T], state.linear, C)
+    lin = torch.cat([o*den[...,None], den[...,None]], -1)
     after = WindowState(*(x[:,:,T:] for x in (k,v,phi_k,log_k)), linear)
     if window==0: return lin, lin[...,-1], after
 
