@@ -111,7 +111,7 @@ def fused_softmax_attention(
     causal:bool=True, # Query i sees keys up to its own position?
     scale:float=None, # Factor on q·k; 1/√D if None
     mask:Tensor=None, # (B, T) True at real tokens
-    window:int=None, # Query i sees only the last `window` keys, itself included
+    window:int=None, # Query i sees only the last `window` keys, itself included; if not causal, as many ahead
     dropout:float=0., # Share of the weights set to zero, in training
 )->Tensor: # (B, H, Tq, D) outputs, in v's dtype
     "`softmax_attention` through PyTorch's fused kernels. Raises `ValueError` on shapes that do not fit."
@@ -121,7 +121,7 @@ def fused_softmax_attention(
     k,v,ok = repeat_kv(k, H),repeat_kv(v, H),None
     if mask is not None or window is not None or (causal and Tq!=T):
         ok = visible(Tq, T, causal, mask, q.device)
-        if window is not None: ok = ok & ~torch.ones(Tq, T, dtype=torch.bool, device=q.device).tril(T-Tq-window)
+        if window is not None: ok = ok & torch.ones(Tq, T, dtype=torch.bool, device=q.device).triu(T-Tq+1-window).tril(T-Tq-1+window)
         ok = ok | ~ok.any(-1, keepdim=True)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=ok, dropout_p=dropout, is_causal=causal and ok is None, scale=scale)
 

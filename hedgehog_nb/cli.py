@@ -8,8 +8,8 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/cli.html.md"""
 __all__ = ['app', 'DEMO', 'tokens_after', 'steps_for', 'log_spaced', 'Journal', 'watch', 'mixed_precision', 'convert', 'Stopped',
            'one_line_errors', 'is_converted', 'check_output', 'whole', 'pick_device', 'open_model', 'open_blocks',
            'map_plan', 'attention_maps', 'spiky_heads', 'both', 'Camera', 'label', 'human', 'Progress',
-           'perplexity_table', 'Screen', 'cache_bytes', 'write_story', 'word_wrap', 'main', 'linearize_command',
-           'evaluate_command', 'generate_command', 'properties_command', 'bench_command', 'demo_command']
+           'perplexity_table', 'Screen', 'write_story', 'word_wrap', 'main', 'linearize_command', 'evaluate_command',
+           'generate_command', 'properties_command', 'bench_command', 'demo_command']
 
 # %% ../nbs/93_cli.ipynb #aaaf85b5
 import json, math, os, re, signal, sys, tempfile, threading, time, warnings
@@ -139,7 +139,7 @@ def convert(
     from hedgehog_nb.data import batches
     from hedgehog_nb.linearize import linearize
     from hedgehog_nb.training import distill, finetune
-    j = Journal(test, batch_size, on_event, map=feature_map, seed=seed)
+    j,name = Journal(test, batch_size, on_event, map=feature_map, seed=seed),'window' if (map_kwargs or {}).get('branch')=='window' else feature_map
     def tune(m, variant):
         finetune(m, train, finetune_steps, batch_size, finetune_lr, seed=seed, on_step=watch(j, m, 'finetune', variant, finetune_steps, train))
     with mixed_precision(model.device, autocast):
@@ -150,8 +150,8 @@ def convert(
         if distill_steps:
             data = batches(train, batch_size, seed, epochs=math.ceil(distill_steps*batch_size/len(train)))
             metric = dict(weights='kl', outputs='output-error').get(objective, 'loss')
-            distill(model, data, distill_steps, lr, objective, watch(j, model, 'distill', f'{feature_map}-distilled', distill_steps, train, evals, metric))
-        if finetune_steps: tune(model, feature_map)
+            distill(model, data, distill_steps, lr, objective, watch(j, model, 'distill', f'{name}-distilled', distill_steps, train, evals, metric))
+        if finetune_steps: tune(model, name)
     return j.rows
 
 # %% ../nbs/93_cli.ipynb #de37e8d9
@@ -295,7 +295,6 @@ def attention_maps(
     "The attention weights of one layer, as `model` uses them."
     import torch
     from hedgehog_nb.attention import attention_as, softmax_weights
-    from hedgehog_nb.linear_attention import naive_linear_weights
     from hedgehog_nb.linearize import hedgehog_attention, padding_mask
     seen = []
     def fn(module, q, k, v, attention_mask, scaling=None, **kw):
@@ -304,7 +303,7 @@ def attention_maps(
     with torch.no_grad(), attention_as(model, fn, padding_mask):
         model(input_ids=input_ids.to(model.device), use_cache=False)
         m,q,k,scale = seen[layer]
-        w = naive_linear_weights(*m.feature_map(q,k)) if hasattr(m, 'feature_map') else softmax_weights(q, k, scale=scale)
+        w = m.feature_map.weights(q, k) if hasattr(m, 'feature_map') else softmax_weights(q, k, scale=scale)
     return w[0].float().cpu()
 
 def spiky_heads(
@@ -454,12 +453,6 @@ class Screen:
         if self.json: print(json.dumps(kw))
 
 # %% ../nbs/93_cli.ipynb #798b5678
-def cache_bytes(
-    cache, # A transformers `Cache`
-)->int: # Bytes of all that it remembers
-    "How much memory the past takes."
-    return sum(l.nbytes if hasattr(l, 'nbytes') else 0 if l.keys is None else l.keys.nbytes+l.values.nbytes for l in cache.layers)
-
 def write_story(
     model, # A causal language model, converted or not
     tok, # Its tokenizer
@@ -473,6 +466,7 @@ def write_story(
     "Let `model` continue `prompt`. Raises `ValueError` on a prompt without tokens."
     import torch
     from transformers import DynamicCache, TextStreamer
+    from hedgehog_nb.state import cache_bytes
     ids = tok(prompt, return_tensors='pt').to(model.device)
     if not ids.input_ids.numel(): raise ValueError("the prompt is empty; give the first words with --prompt")
     cache,memory,streamer,t = DynamicCache(),[],TextStreamer(tok, skip_special_tokens=True),time.perf_counter()
@@ -622,10 +616,13 @@ def linearize_command(ctx:typer.Context,
     overwrite:Annotated[bool, _opt('--overwrite', help="Replace what --out and --record name, if it is there.")]=False,
     eval_data:Annotated[Optional[List[str]], _opt('--eval-data', metavar='DATA', help="Text to measure on, all of it; the test split of --data if not given.")]=None,
     text_column:ColumnOpt=None,
-    feature_map:Annotated[str, _opt('--map', panel='Conversion', metavar='NAME', help="The feature map. Learned: [cyan]hedgehog[/], [cyan]t2r[/], [cyan]rfa[/], [cyan]lognormal[/]. As they are: [cyan]elu[/], [cyan]relu[/], [cyan]exp[/], [cyan]taylor[/], [cyan]fast[/], [cyan]performer[/], [cyan]cosformer[/].")]='hedgehog',
+    feature_map:Annotated[str, _opt('--map', panel='Conversion', metavar='NAME', help="The feature map. Learned: [cyan]hedgehog[/], [cyan]hedgehog-window[/] (softmax for the last tokens, Hedgehog for older ones), [cyan]t2r[/], [cyan]rfa[/], [cyan]lognormal[/]. As they are: [cyan]elu[/], [cyan]relu[/], [cyan]exp[/], [cyan]taylor[/], [cyan]fast[/], [cyan]performer[/], [cyan]cosformer[/].")]='hedgehog',
     form:Annotated[Optional[str], _opt('--form', panel='Conversion', metavar='NAME', help="Hedgehog's form: [cyan]softmax_halves[/], [cyan]softmax_joint[/] or [cyan]exp[/].")]=None,
     num_maps:Annotated[Optional[int], _opt('--num-maps', panel='Conversion', metavar='N', min=1, help="Hedgehog's matrices per head: more features, a larger state.")]=None,
     bias:Annotated[Optional[bool], _opt('--bias', panel='Conversion', help="Learn Hedgehog's vector b as well.")]=None,
+    window:Annotated[Optional[int], _opt('--window', panel='Conversion', metavar='N', min=0, help="Of [cyan]hedgehog-window[/]: tokens that keep softmax, each query's own included; 64 if not given.")]=None,
+    relative:Annotated[Optional[bool], _opt('--relative', panel='Conversion', help="Of [cyan]hedgehog-window[/]: linear weights relative to the largest in the window (LoLCATs).")]=None,
+    branch:Annotated[Optional[str], _opt('--branch', panel='Conversion', metavar='NAME', help="Of [cyan]hedgehog-window[/]: [cyan]both[/], or the [cyan]window[/] or the [cyan]linear[/] branch alone, to see what the other does.")]=None,
     layers:Annotated[str, _opt('--layers', panel='Conversion', metavar='LIST', help="Layers to convert, such as [cyan]0-5,8[/].")]='all',
     objective:Annotated[str, _opt('--objective', panel='Conversion', metavar='NAME', help="What the maps imitate: attention [cyan]weights[/], [cyan]outputs[/], [cyan]both[/], the [cyan]order[/] of all weights, or [cyan]weights+order[/].")]='weights',
     distill_tokens:Annotated[int, _opt('--distill-tokens', panel='Training', metavar='N', min=0, help="Budget for the maps alone; 0: none.")]=200_000,
@@ -645,7 +642,7 @@ def linearize_command(ctx:typer.Context,
 ):
     "[bold]Convert a model[/]: swap its attention, distil the maps, finetune, measure after each, save.\n\nWithout a GPU expect about a minute for the embedded model, and hours for a hundred million parameters; smaller budgets and [cyan]--eval-tokens[/] make it shorter."
     from hedgehog_nb.results import command_line, code_version
-    start,commit,screen,kw = time.perf_counter(),code_version(),Screen(as_json),{k:v for k,v in dict(form=form, num_maps=num_maps, bias=bias).items() if v is not None}
+    start,commit,screen,kw = time.perf_counter(),code_version(),Screen(as_json),{k:v for k,v in dict(form=form, num_maps=num_maps, bias=bias, window=window, relative=relative, branch=branch).items() if v is not None}
     out,record = check_output(out, overwrite),check_output(record, overwrite, '--record', folder=False)
     _check(objective, record, lr=lr, finetune_lr=finetune_lr)
     with screen.wait(f'loading {model}'):

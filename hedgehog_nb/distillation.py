@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from .attention import check_qkv, full_precision, repeat_kv, visible, softmax_weights, softmax_attention
 from .linear_attention import linear_attention, prepare_keys, NOTHING
+from .feature_maps import Attention
 
 # %% ../nbs/06_distillation.ipynb #da93cd61
 LEAST = 1e-30 # Similarities below this count as this: a key that the student cannot see costs 69 nats, not infinity
@@ -44,16 +45,21 @@ def naive_weight_loss(
     return _row_mean((torch.special.xlogy(p, p) - p*log_a).sum(-1), mask)
 
 # %% ../nbs/06_distillation.ipynb #49d9fd2d
-def _weight_loss_rows(pq, pk, lk, q, k, hide, keep):
-    """Loss of some rows and its gradients with respect to pq, pk and lk. pq (Hkv, G, C, F), pk (Hkv, T, F), lk (Hkv, T) or None,
-    q (Hkv, G, C, D) scaled, k (Hkv, T, D), hide (C, n) True where a row may not see one of the last n keys, keep (C, 1) 0 at rows that do not count."""
-    split,n = pq.shape[1:3],hide.shape[1]
+def _weight_loss_rows(by_row, by_key, hide, keep, window):
+    """Loss of some rows and its gradients with respect to (pq, lq) and (pk, lk). by_row is pq (Hkv, G, C, F), lq (Hkv, G, C) or None, q (Hkv, G, C, D) scaled;
+    by_key pk (Hkv, T, F), lk (Hkv, T) or None, k (Hkv, T, D); hide (C, n) True where a row may not see one of the last n keys; keep (C, 1) 0 at rows that do not count.
+    The last `window` keys of a row have softmax's own weight (see the page on the hybrid)."""
+    (pq,lq,q),(pk,lk,k) = by_row,by_key
+    split,n,w = pq.shape[1:3],hide.shape[1],None
     p = (q.flatten(1,2) @ k.mT).unflatten(1, split)
     p[...,-n:].masked_fill_(hide, NOTHING)
-    p = p.softmax(-1)
     u = (pq.flatten(1,2) @ pk.mT).unflatten(1, split).clamp_min_(LEAST)
-    if lk is not None:
-        w = lk[:,None,None].expand(*lk.shape[:1], 1, *hide.shape[:1], -1).clone()
+    if window:
+        near = p.new_ones(p.shape[2:], dtype=torch.bool).tril(p.shape[3]-p.shape[2]).triu(p.shape[3]-p.shape[2]-window+1)
+        w,u = torch.where(near, p, lq[...,None] if lk is None else lk[:,None,None]+lq[...,None]), u.masked_fill_(near, 1)
+    elif lk is not None: w = lk[:,None,None].expand(*lk.shape[:1], 1, *hide.shape[:1], -1).clone()
+    p = p.softmax(-1)
+    if w is not None:
         w[...,-n:].masked_fill_(hide, NOTHING)
         w = (w-w.amax(-1, keepdim=True)).exp_()
         u = (u*w).clamp_min_(LEAST)
@@ -63,42 +69,53 @@ def _weight_loss_rows(pq, pk, lk, q, k, hide, keep):
     r = p/u
     loss = (((p*r.clamp_min_(LEAST).log()).sum(-1, keepdim=True)+A.log())*keep).sum()
     g = torch.sub(keep/A, r if keep.all() else r*keep, out=r).masked_fill_(u<=LEAST, 0)  # dL/d(u w)
-    dl = None if lk is None else (g*u).sum((1,2))
-    if lk is not None: g *= w
+    if window: g.masked_fill_(near, 0)
+    gu = None if w is None else g*u
+    if w is not None: g *= w
     g = g.flatten(1,2)
-    return loss, (g@pk).unflatten(1, split), g.mT@pq.flatten(1,2), dl
+    return loss, ((g@pk).unflatten(1, split), None if lq is None else gu.sum(-1)), (g.mT@pq.flatten(1,2), None if lk is None else gu.sum((1,2)))
 
 # %% ../nbs/06_distillation.ipynb #31b4951f
 class _StreamedLoss(torch.autograd.Function):
     "A loss that is a mean over rows, from `of_rows`, which gives loss and gradients of some of them."
     @staticmethod
-    def forward(ctx, of_rows, phi_q, phi_k, log_k, q, k, causal, scale, mask, rows):
+    def forward(ctx, of_rows, phi_q, phi_k, log_k, log_q, window, q, k, causal, scale, mask, rows):
         (B,H,T,_),Hkv = phi_q.shape,phi_k.shape[1]
         dt = torch.promote_types(phi_q.dtype, torch.float32)
-        phi_q,q = (x.unflatten(1, (Hkv,-1)) for x in (phi_q.to(dt),q.to(dt)*scale))
-        phi_k,k,log_k = phi_k.to(dt),k.to(dt),None if log_k is None else log_k.to(dt)
+        by_row,by_key = [[None if x is None else x.to(dt) for x in xs] for xs in ((phi_q, log_q, q), (phi_k, log_k, k))]
+        by_row = [None if x is None else x.unflatten(1, (Hkv,-1)) for x in by_row]; by_row[2] = by_row[2]*scale
         real = torch.ones(B, T, dtype=torch.bool, device=q.device) if mask is None else mask.bool()
-        n,loss = real.sum()*H,phi_q.new_zeros(())
-        dq,dk,dl = torch.zeros_like(phi_q),torch.zeros_like(phi_k),None if log_k is None else torch.zeros_like(log_k)
+        n,loss = real.sum()*H,real.new_zeros((), dtype=dt)
+        d_row,d_key = [[None if x is None else torch.zeros_like(x) for x in xs[:2]] for xs in (by_row, by_key)]
         for b in range(B):
             for i in range(0, T, rows):
                 r,C,e = slice(i,i+rows),min(rows,T-i),min(i+rows,T) if causal else T
                 hide = (~real[b,:e]).expand(C, e)
                 if causal: hide = hide | torch.ones_like(hide).triu(i+1)
                 if mask is None: hide = hide[:,i:] if causal else hide[:,:1]  # only where something is hidden
-                l,g,gk,gl = of_rows(phi_q[b,:,:,r], phi_k[b,:,:e], None if log_k is None else log_k[b,:,:e], q[b,:,:,r], k[b,:,:e], hide, real[b,r,None].to(dt))
-                loss += l; dq[b,:,:,r] = g; dk[b,:,:e] += gk
-                if dl is not None: dl[b,:,:e] += gl
-        ctx.save_for_backward(dq.flatten(1,2)/n, dk/n, None if dl is None else dl/n)
+                l,g_row,g_key = of_rows(*([None if x is None else x[b,:,:,r] for x in by_row], [None if x is None else x[b,:,:e] for x in by_key]), hide, real[b,r,None].to(dt), window)
+                loss += l
+                for d,g in zip(d_row, g_row):
+                    if d is not None: d[b,:,:,r] = g
+                for d,g in zip(d_key, g_key):
+                    if d is not None: d[b,:,:e] += g
+        ctx.save_for_backward(*(None if d is None else d/n for d in (*d_row, *d_key)))
         return loss/n
     @staticmethod
     def backward(ctx, g):
-        dq,dk,dl = ctx.saved_tensors
-        return None, dq*g, dk*g, None if dl is None else dl*g, *[None]*6
+        dq,dlq,dk,dlk = (None if d is None else d*g for d in ctx.saved_tensors)
+        return None, dq.flatten(1,2), dk, dlk, None if dlq is None else dlq.flatten(1,2), *[None]*7
+
+def _student(feature_map, q, k, mask):
+    "(phi_q, phi_k, log_k, log_q, window) of a feature map, or of a hybrid, whose query weights are relative to its window's."
+    if not hasattr(feature_map, 'inputs'): return *feature_map(q, k), None, 0
+    phi_q,phi_k,window,log_q,log_k,log_gamma,_ = feature_map.inputs(q, k, mask)
+    log_q = (-log_gamma[:,None]).expand(q.shape[:3]) if log_q is None else log_q-log_gamma[:,None]
+    return phi_q, phi_k, log_k, log_q if window else None, window
 
 def _streamed(of_rows, q, k, feature_map, causal, scale, mask, rows):
     check_qkv(q, k, k, mask)
-    return _StreamedLoss.apply(of_rows, *feature_map(q, k), q.detach(), k.detach(), causal, q.shape[-1]**-0.5 if scale is None else scale, mask, rows)
+    return _StreamedLoss.apply(of_rows, *_student(feature_map, q, k, mask), q.detach(), k.detach(), causal, q.shape[-1]**-0.5 if scale is None else scale, mask, rows)
 
 # %% ../nbs/06_distillation.ipynb #335c51b4
 @full_precision
@@ -132,8 +149,10 @@ def naive_order_loss(
     return _row_mean(((e - e.sum(-1, keepdim=True)/n).masked_fill(~ok, 0).square()/n).sum(-1)/2, mask)
 
 # %% ../nbs/06_distillation.ipynb #ords0001
-def _order_loss_rows(pq, pk, lk, q, k, hide, keep):
+def _order_loss_rows(by_row, by_key, hide, keep, window):
     "Loss of some rows and its gradients, from and to what `_weight_loss_rows` takes and gives."
+    if window: raise ValueError(f"the order loss is for a feature map alone; given one with a window of {window}")
+    (pq,_,q),(pk,lk,k) = by_row,by_key
     split,n = pq.shape[1:3],hide.shape[1]
     u = (pq.flatten(1,2) @ pk.mT).unflatten(1, split).clamp_min_(LEAST)
     e = u.log().sub_((q.flatten(1,2) @ k.mT).unflatten(1, split))
@@ -146,7 +165,7 @@ def _order_loss_rows(pq, pk, lk, q, k, hide, keep):
     g = e.mul_(keep/m)                                                     # dL/d log u
     dl = None if lk is None else g.sum((1,2))
     g = torch.where(u<=LEAST, 0, g.div_(u)).flatten(1,2)
-    return loss, (g@pk).unflatten(1, split), g.mT@pq.flatten(1,2), dl
+    return loss, ((g@pk).unflatten(1, split), None), (g.mT@pq.flatten(1,2), dl)
 
 @full_precision
 def order_loss(
@@ -175,7 +194,7 @@ def output_loss(
 )->Tensor: # (H,) mean squared error of the outputs over the teacher's mean square
     "Distillation on outputs (LoLCATs, arXiv 2410.10254, Section 3.1), relative to the teacher's energy; linear memory."
     t = softmax_attention(q, k, v, causal, scale, mask) if target is None else target
-    o = linear_attention(q, k, v, feature_map, causal=causal, mask=mask)
+    o = feature_map.attend(q, k, v, causal, mask) if isinstance(feature_map, Attention) else linear_attention(q, k, v, feature_map, causal=causal, mask=mask)
     rows = 1. if mask is None else mask[:,None,:,None]
     return ((o-t).square()*rows).sum((0,2,3)) / (t.square()*rows).sum((0,2,3)).clamp_min(1e-20)
 

@@ -25,6 +25,7 @@ class Attention(nn.Module):
     learned = False          # Has parameters to distil?
     positive = True          # Are its weights never negative?
     directions = True,False  # Values of `causal` it can do
+    stateful = False         # Can it carry on from a state, as text that is written token by token needs?
     feature_dim = None       # Features F per head, where it has such
     def __init__(self,
         head_dim:int, # Channels D of one head
@@ -77,6 +78,7 @@ def weights(self:Attention,
 # %% ../nbs/04_feature_maps.ipynb #9a07d4e9
 class FeatureMap(Attention):
     "Base of all feature maps φ: head_dim → feature_dim. A subclass defines `phi`, or `map_q` and `map_k`."
+    stateful = True
     positional = False  # Does φ look at the position of a token?
     @property
     def feature_dim(self): return self.head_dim # Features F per head
@@ -91,7 +93,10 @@ class FeatureMap(Attention):
         "(phi_q, phi_k, log_k): what `linear_attention` needs. Raises `ValueError` on shapes the map was not made for."
         q,k = self._inputs(q, k)
         return self.map_q(q), *self.map_k(k)
-    def _attend(self, q, k, v, causal, mask): return linear_attention(q, k, v, self, causal=causal, mask=mask)
+    def attend(self, q, k, v, causal=True, mask=None, **carry):
+        "`linear_attention` with this map; `carry` is what else that takes: initial_state, output_final_state, offset, implementation."
+        self.check(q, k, v, causal, mask)
+        return linear_attention(q, k, v, self, causal=causal, mask=mask, **carry)
     def weights(self, q, k, causal=True, mask=None):
         self.check(q, k, k, causal, mask)
         return naive_linear_weights(*self(q, k), causal, mask)

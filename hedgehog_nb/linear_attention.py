@@ -238,14 +238,16 @@ def _check_cu_seqlens(cu_seqlens, q):
 HAS_TRITON = find_spec('triton') is not None # found, not imported
 TRITON_BY_DEFAULT = False                    # until the kernels' tests have run on a GPU, they are used when asked for
 
-def _suits_triton(phi_q, phi_k, v):
-    "Tensors on a GPU, with Triton there, in dtypes and sizes that the kernels take?"
-    return HAS_TRITON and v.is_cuda and all(x.dtype in (torch.float32, torch.float16, torch.bfloat16) for x in (phi_q, phi_k, v)) and phi_k.shape[-1]<=512 and v.shape[-1]<=256
+def _suits_triton(q, k, v, feature_map=None):
+    "Tensors on a GPU, with Triton there, and a map, dtypes and sizes that the kernels take?"
+    F = k.shape[-1] if feature_map is None else getattr(feature_map, 'feature_dim', None) or 0 # a plain function does not say
+    return (HAS_TRITON and v.is_cuda and all(x.dtype in (torch.float32, torch.float16, torch.bfloat16) for x in (q, k, v))
+            and 0<F<=512 and v.shape[-1]<=256 and getattr(feature_map, 'positive', True))
 
-def _triton(phi_q, phi_k, v, *args, **kwargs):
+def _triton(*args, **kwargs):
     if not HAS_TRITON: raise ValueError("implementation='triton' needs Triton, which exists for Linux: pip install triton. Elsewhere choose None, 'chunked', 'recurrent' or 'naive'")
-    from hedgehog_nb.kernels.chunk_backward import triton_linear_attention
-    return triton_linear_attention(*(x if x.stride(-1)==1 else x.contiguous() for x in (phi_q, phi_k, v)), *args, **kwargs)
+    from hedgehog_nb.kernels.dispatch import triton_attention
+    return triton_attention(*args, **kwargs)
 
 # %% ../nbs/02_linear_attention.ipynb #abf190af
 def _dispatch(phi_q, phi_k, v, log_k, causal, mask, initial_state, output_final_state, chunk_size, implementation):
@@ -271,7 +273,18 @@ def _packed(borders, phi_q, phi_k, v, log_k, causal, mask, initial_state, output
     return torch.cat(os, 2), LinearState(*map(torch.cat, zip(*states)))
 
 # %% ../nbs/02_linear_attention.ipynb #0c4dbd35
+def _position(feature_map, initial_state, offset):
+    "Keyword arguments for a map that looks at positions."
+    if not getattr(feature_map, 'positional', False): return {}
+    if offset is None and initial_state is not None: raise ValueError(f"{type(feature_map).__name__} looks at positions: give `offset`, the number of tokens before these")
+    return dict(offset=offset or 0)
+
 @full_precision
+def _in_torch(q, k, v, feature_map, causal, mask, initial_state, output_final_state, cu_seqlens, chunk_size, implementation, at):
+    "Map, then the form of this page that `implementation` names."
+    args = *((q,k,v,None) if feature_map is None else (*(phi := feature_map(q, k, **at))[:2], v, phi[2])), causal, mask, initial_state, output_final_state, chunk_size, implementation
+    return _dispatch(*args) if cu_seqlens is None else _packed(_check_cu_seqlens(cu_seqlens, q), *args)
+
 def linear_attention(
     q:Tensor, # (B, H, Tq, D) queries
     k:Tensor, # (B, Hkv, T, D) keys; Hkv divides H
@@ -289,13 +302,7 @@ def linear_attention(
     "Linear attention (paper, Eq. 2) from queries, keys and values. Raises `ValueError` that says what was given and what fits."
     if implementation not in (None,)+IMPLEMENTATIONS: raise ValueError(f"implementation is one of {', '.join(IMPLEMENTATIONS)}; given {implementation!r}")
     check_qkv(q, k, v, mask)
-    at = {}
-    if getattr(feature_map, 'positional', False):
-        if offset is None and initial_state is not None: raise ValueError(f"{type(feature_map).__name__} looks at positions: give `offset`, the number of tokens before these")
-        at = dict(offset=offset or 0)
-    phi_q,phi_k,log_k = (q,k,None) if feature_map is None else feature_map(q, k, **at)
-    args = causal,mask,initial_state,output_final_state
-    suits = TRITON_BY_DEFAULT and getattr(feature_map, 'positive', True) and _suits_triton(phi_q, phi_k, v)
-    if implementation=='triton' or implementation is None and suits: return _triton(phi_q, phi_k, v, log_k, *args, cu_seqlens)
-    if cu_seqlens is None: return _dispatch(phi_q, phi_k, v, log_k, *args, chunk_size, implementation)
-    return _packed(_check_cu_seqlens(cu_seqlens, q), phi_q, phi_k, v, log_k, *args, chunk_size, implementation)
+    args = q,k,v,feature_map,causal,mask,initial_state,output_final_state,cu_seqlens
+    at = _position(feature_map, initial_state, offset)
+    if implementation=='triton' or implementation is None and TRITON_BY_DEFAULT and _suits_triton(q, k, v, feature_map): return _triton(*args, **at)
+    return _in_torch(*args, chunk_size, implementation, at)

@@ -9,7 +9,7 @@ __all__ = ['teacher_pass', 'world', 'in_pieces', 'save_state', 'load_state', 'Ru
            'add_lora', 'merge_lora', 'finetune']
 
 # %% ../nbs/11_training.ipynb #11a00003
-import json, math, os, tempfile, time
+import inspect, json, math, os, tempfile, time
 from itertools import islice
 from pathlib import Path
 import torch, transformers
@@ -26,6 +26,11 @@ from .linearize import _split, linear_layers, padding_mask
 from .distillation import OBJECTIVES, layer_loss
 
 # %% ../nbs/11_training.ipynb #93e298aa
+def _body(model):
+    "The model without its head, where that takes what the model takes."
+    body = model.base_model
+    return body if model.main_input_name in inspect.signature(body.forward).parameters else model
+
 def teacher_pass(
     model, # A converted model
     batch:dict, # Inputs of its forward
@@ -38,7 +43,7 @@ def teacher_pass(
         if hasattr(module, 'feature_map'): on_layer(module, q, k, v, causal, scaling, mask, o)
         return o.transpose(1,2), None
     kw = dict(use_cache=False) if model.main_input_name=='input_ids' else {}
-    with torch.no_grad(), attention_as(model, fn, padding_mask): model.base_model(**batch, **kw)
+    with torch.no_grad(), attention_as(model, fn, padding_mask): _body(model)(**batch, **kw)
 
 # %% ../nbs/11_training.ipynb #11b00011
 def world()->tuple: # (rank, number of processes)

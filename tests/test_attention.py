@@ -57,6 +57,8 @@ def test_fused_window_counts_the_query_itself():
     for window in (1,3,9,20):
         s = (q@k.mT*8**-.5).masked_fill(~((j<=i)&(j>i-window)), -torch.inf)
         torch.testing.assert_close(fused_softmax_attention(q, k, v, window=window), s.softmax(-1)@v)
+        s = (q@k.mT*8**-.5).masked_fill((j-i).abs()>=window, -torch.inf)
+        torch.testing.assert_close(fused_softmax_attention(q, k, v, causal=False, window=window), s.softmax(-1)@v)
 
 @pytest.mark.parametrize('dtype,tol', [(torch.bfloat16,2e-2), (torch.float16,2e-3), (torch.float32,1e-5)])
 def test_low_precision(dtype, tol):

@@ -1,10 +1,15 @@
 """Window and linear attention against the fp64 oracle: shapes, forms, states, gradients, and what it refuses."""
 import pytest, torch
+from tiny_models import MODELS, tokens as token_ids
 from hypothesis import given, settings, strategies as st
-from hedgehog_nb.attention import softmax_attention
+from transformers import DynamicCache
+from hedgehog_nb.attention import softmax_attention, softmax_weights
+from hedgehog_nb.distillation import layer_loss, weight_loss
 from hedgehog_nb.feature_maps import make_attention, make_feature_map
 from hedgehog_nb.hedgehog import FORMS
 from hedgehog_nb.linear_attention import LinearState, naive_linear_attention
+from hedgehog_nb.linearize import linear_layers, linearize, load_linearized, save_linearized, set_implementation
+from hedgehog_nb.training import distill
 from hedgehog_nb.window import (WindowState, chunk_window_attention, joint_features, linear_share, naive_window_attention, naive_window_weights,
                                 window_decode_step, window_max)
 
@@ -189,3 +194,97 @@ def test_errors_say_what_was_given(message, change):
 def test_steps_refuse_more_than_a_token():
     args,_ = inputs()
     with pytest.raises(ValueError, match='takes one token'): window_decode_step(*args, WindowState.empty(*args[1:3], args[4], 4))
+
+# --- the loss, and converted models
+
+KINDS = [dict(window=7, form='exp'), dict(window=7), dict(window=7, relative=True), dict(window=1, bias=True), dict(window=90), dict(window=0), dict(window=7, branch='window'), dict(window=7, branch='linear')]
+kind = pytest.mark.parametrize('kw', KINDS, ids=str)
+
+def hybrid(D=8, H=4, Hkv=2, by=.2, **kw):
+    "A hybrid in fp64, moved off its start."
+    a = make_attention('hedgehog-window', D, H, Hkv, **kw).double()
+    for i,p in enumerate(a.parameters()): p.data += by*rand(*p.shape, seed=50+i)
+    return a
+
+@kind
+@pytest.mark.parametrize('masked', [False, True])
+def test_weight_loss_is_the_divergence_of_its_weights(kw, masked):
+    a,q,k = hybrid(**kw),rand(2, 4, 40, 8),rand(2, 2, 40, 8, seed=1)
+    mask = rand(2, 40, seed=5)>-1 if masked else None
+    if masked: mask[:,0] = True
+    rows = torch.ones(2, 40, dtype=torch.bool) if mask is None else mask
+    def naive():
+        p,w = softmax_weights(q, k, mask=mask),a.weights(q, k, mask=mask)
+        kl = (torch.special.xlogy(p, p) - torch.where(p>0, p*w.clamp_min(1e-300).log(), 0)).sum(-1)
+        return (kl*rows[:,None]).sum()/rows.sum()/4
+    if kw.get('branch')=='window': return close(weight_loss(q, k, a, mask=mask, rows=13).isfinite().double(), torch.ones((), dtype=torch.float64)) # older keys have no weight: a floor stands in
+    want,got = naive(),weight_loss(q, k, a, mask=mask, rows=13)
+    close(got, want)
+    for x,y in zip(*(torch.autograd.grad(l, list(a.parameters()), allow_unused=True) for l in (got, want))):
+        if x is not None or y is not None: close(x, y)
+
+def test_other_losses():
+    a,q,k,v = hybrid(window=7),rand(2, 4, 40, 8),rand(2, 2, 40, 8, seed=1),rand(2, 2, 40, 8, seed=2)
+    t,o = softmax_attention(q, k, v),a.attend(q, k, v)
+    close(layer_loss('outputs', a, q, k, v), ((o-t).square().sum((0,2,3))/t.square().sum((0,2,3))).mean())
+    with pytest.raises(ValueError, match='window of 7'): layer_loss('order', a, q, k, v)
+
+@kind
+def test_one_branch_alone(kw):
+    "Each switch against its own definition."
+    a,q,k,v = hybrid(**kw),rand(2, 4, 40, 8),rand(2, 2, 40, 8, seed=1),rand(2, 2, 40, 8, seed=2)
+    a.branch = 'linear'; close(a.attend(q, k, v), a.map.attend(q, k, v))
+    if a.window==0: return
+    a.branch = 'window'
+    s = (q @ k.repeat_interleave(2, 1).mT*a.scale).masked_fill(torch.ones(40, 40).tril().triu(1-a.window)==0, -torch.inf)
+    close(a.attend(q, k, v), s.softmax(-1) @ v.repeat_interleave(2, 1))
+
+@kind
+def test_attending_in_pieces(kw):
+    "Prompts cut anywhere, then steps: the relative form looks into the ring too."
+    a,q,k,v = hybrid(**kw),rand(2, 4, 40, 8),rand(2, 2, 40, 8, seed=1),rand(2, 2, 40, 8, seed=2)
+    mask = torch.ones(2, 40, dtype=torch.bool); mask[1,:5] = False
+    state,os,i = None,[],0
+    for n in (3, 9, 1, 1, 20, 1, 5):
+        s = slice(i, i+n); i += n
+        o,state = a.attend(q[:,:,s], k[:,:,s], v[:,:,s], mask=mask[:,s], initial_state=state, output_final_state=True); os.append(o)
+    close(torch.cat(os, 2)[mask[:,None].expand(2, 4, 40)], a.attend(q, k, v, mask=mask)[mask[:,None].expand(2, 4, 40)])
+
+def greedy(model, ids, n, mask):
+    for _ in range(n):
+        pos = (mask.cumsum(-1)-1).clamp_min(0)
+        nxt = model(input_ids=ids, attention_mask=mask, position_ids=pos, use_cache=False).logits[:,-1].argmax(-1, keepdim=True)
+        ids,mask = torch.cat([ids, nxt], 1),torch.cat([mask, torch.ones_like(nxt)], 1)
+    return ids
+
+@pytest.mark.parametrize('name', ['llama', 'gpt2'])
+@kind
+@torch.no_grad()
+def test_converted_models_write(name, kw):
+    "Left-padded prompts, greedy and in pieces, as full forward passes do; one size of state at any length."
+    model = linearize(MODELS[name]().double(), 'hedgehog-window', **kw)
+    for i,m in enumerate(linear_layers(model).values()):
+        for j,p in enumerate(m.feature_map.parameters()): p += .1*rand(*p.shape, seed=9*i+j)
+    x,mask = token_ids(2, 10),torch.ones(2, 10, dtype=torch.long); mask[1,:4] = 0
+    out = model.generate(input_ids=x, attention_mask=mask, max_new_tokens=25, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(out, greedy(model, x, 25, mask))
+    whole,cache,sizes = model(input_ids=out, use_cache=False).logits,DynamicCache(),set()
+    parts = []
+    for p in out.split([4, 1, 20, 10], 1): parts.append(model(input_ids=p, past_key_values=cache).logits); sizes.add(sum(l.nbytes for l in cache.layers))
+    close(torch.cat(parts, 1), whole, 1e-9); assert len(sizes)==1
+    set_implementation(model, 'naive'); close(model(input_ids=out, use_cache=False).logits, whole, 1e-9)
+
+def test_a_converted_hybrid_trains_saves_and_loads(tmp_path):
+    model = linearize(MODELS['llama'](), 'hedgehog-window', window=4, relative=True, layers='0,2')
+    before = {n:p.clone() for n,p in model.named_parameters()}
+    h = distill(model, [dict(input_ids=token_ids(4, 24))]*30, 30, lr=.05)
+    assert h[-1]<.9*h[0] and all(torch.equal(p, before[n])==('.feature_map.' not in n) for n,p in model.named_parameters())
+    again = load_linearized(save_linearized(model, tmp_path/'m'))
+    a,b = model.state_dict(),again.state_dict()
+    assert a.keys()==b.keys() and all(torch.equal(a[n], b[n]) for n in a) and again.config.hedgehog==model.config.hedgehog
+
+@pytest.mark.parametrize('name,kw,says', [('bert', {}, 'causal only'), ('llama', dict(window=-1), 'window'), ('llama', dict(window=0, relative=True), 'window'), ('llama', dict(branch='left'), "both, window, linear"), ('llama', dict(rank=3), 'rank')])
+def test_what_cannot_be_a_hybrid(name, kw, says):
+    model = MODELS[name]()
+    with pytest.raises(ValueError, match=says): linearize(model, 'hedgehog-window', **kw)
+    assert not linear_layers(model) and not hasattr(model.config, 'hedgehog')

@@ -572,6 +572,11 @@ def _gradient(ctx, do, _rows, _states, _M, dS, dz, _m):
 _fused_op.register_autograd(_gradient, setup_context=_save)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #0e78848a
+def _too_wide(D, E, DV, dtype):
+    "Why the kernel does not take `D` channels of q and k, `E` outputs of the map and `DV` channels of v; None where it does."
+    if not 1<=E<=256 or D*E>(16384 if dtype==torch.float32 else 32768): return f"the kernel takes E up to 256, and D·E up to 32768, in fp32 16384; given D={D}, E={E} in {dtype}"
+    if D>128 or DV>128: return f"the kernel takes up to 128 channels of q, k and v; given {D} and {DV}"
+
 def _check_maps(q, k, w_q, w_k, b_q, b_k, form):
     "Raise `ValueError` on matrices that do not fit queries and keys."
     (H,D),Hkv = (q.shape[1],q.shape[3]),k.shape[1]
@@ -580,7 +585,6 @@ def _check_maps(q, k, w_q, w_k, b_q, b_k, form):
     if w_q.shape!=(H,E,D) or w_k.shape!=(Hkv,E,D): raise ValueError(f"w_q is (H, E, D) and w_k (Hkv, E, D), with the heads and channels of q and k; given {s}")
     for n,b,h in (('b_q',b_q,H), ('b_k',b_k,Hkv)):
         if b is not None and b.shape!=(h,E): raise ValueError(f"{n} is (heads, E) = {(h,E)}; given {tuple(b.shape)}")
-    if not 1<=E<=256 or D*E>(16384 if q.dtype==torch.float32 else 32768): raise ValueError(f"the kernel takes E up to 256, and D·E up to 32768, in fp32 16384; given D={D}, E={E} in {q.dtype}")
     if form not in FORMS: raise ValueError(f"form is one of {', '.join(FORMS)}; given {form!r}")
 
 def _check(q, k, v, w_q, w_k, b_q, b_k, form, causal, mask, state, schedule, precision):
@@ -588,7 +592,7 @@ def _check(q, k, v, w_q, w_k, b_q, b_k, form, causal, mask, state, schedule, pre
     check_qkv(q, k, v, mask)
     _check_maps(q, k, w_q, w_k, b_q, b_k, form)
     (B,Hkv,T,DV),D,F = v.shape,q.shape[3],2*w_q.shape[1]
-    if D>128 or DV>128: raise ValueError(f"the kernel takes up to 128 channels of q, k and v; given {D} and {DV}")
+    if why := _too_wide(D, F//2, DV, q.dtype): raise ValueError(why)
     if causal and q.shape[2]!=T: raise ValueError(f"causal linear attention needs as many queries as keys; given {q.shape[2]} and {T}")
     if not q.dtype==k.dtype==v.dtype or q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"q, k and v share one dtype, float32, float16 or bfloat16; given {q.dtype}, {k.dtype}, {v.dtype}")
