@@ -99,14 +99,15 @@ def probe_inputs(
 
 # %% ../nbs/08_linearize.ipynb #ceed7e21
 def parse_layers(
-    layers, # "all", numbers and ranges such as "0-5,8", or a list of integers
+    layers, # "all"; numbers, ranges and ranges with a step, such as "0-5,8" or "1-29:2"; or a list of integers
     n:int, # How many attention layers there are
 )->list: # Sorted layer numbers
     "Which layers to convert. Raises `ValueError` on what is no layer of the model."
     if layers=='all': return list(range(n))
     if isinstance(layers, str):
-        if not re.fullmatch(r'\d+(-\d+)?(,\d+(-\d+)?)*', layers): raise ValueError(f"layers is 'all' or like '0-5,8'; given {layers!r}")
-        layers = [i for p in layers.split(',') for a,_,b in [p.partition('-')] for i in range(int(a), int(b or a)+1)]
+        parts = [re.fullmatch(r'(\d+)(?:-(\d+)(?::([1-9]\d*))?)?', p) for p in layers.split(',')]
+        if not all(parts): raise ValueError(f"layers is 'all', or like '0-5,8', or '1-29:2' for every other of those; given {layers!r}")
+        layers = [i for a,b,step in (p.groups() for p in parts) for i in range(int(a), int(b or a)+1, int(step or 1))]
     bad = [i for i in layers if not 0<=i<n]
     if bad or not layers: raise ValueError(f"the model has layers 0 to {n-1}; given {layers}")
     return sorted(set(layers))
@@ -168,7 +169,7 @@ def _make(name, call, settings):
 def plan_maps(
     model:PreTrainedModel, # A model not converted yet; it stays as it is
     feature_map:str='hedgehog', # Name of the map (see `FEATURE_MAPS`), or "hedgehog-window"
-    layers='all', # Attention layers to convert: "all", "0-5,8" or a list of integers
+    layers='all', # Attention layers to convert: "all", "0-5,8", "1-29:2" or a list of integers
     inputs:dict=None, # A small input for the model's forward; tokens or a blank image if None
     **map_kwargs # Settings of the map
 )->tuple: # (numbers of the layers, {attention module: its map})
@@ -186,7 +187,7 @@ def plan_maps(
 def linearize(
     model:PreTrainedModel, # Any model on transformers' attention interface; changed in place
     feature_map:str='hedgehog', # Name of the map (see `FEATURE_MAPS`), or "hedgehog-window"
-    layers='all', # Attention layers to convert: "all", "0-5,8" or a list of integers
+    layers='all', # Attention layers to convert: "all", "0-5,8", "1-29:2" or a list of integers
     inputs:dict=None, # A small input for the model's forward; tokens or a blank image if None
     **map_kwargs # Settings of the map, e.g. form="exp", num_maps=2
 )->PreTrainedModel: # The same model, its attention swapped; train the maps next (`distill`)

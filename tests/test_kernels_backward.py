@@ -272,6 +272,9 @@ def test_suits_triton_and_import_of_the_entry_point():
         x = lambda F, dtype=torch.bfloat16, device='cuda': torch.empty(1, 2, 8, F, dtype=dtype, device=device)
         assert _suits_triton(x(512), x(512), x(256))==HAS_TRITON and _suits_triton(x(16, torch.float32), x(16), x(16, torch.float16))==HAS_TRITON
         for q,k,v in ((x(513), x(513), x(8)), (x(8), x(8), x(257)), (x(8, torch.float64), x(8), x(8)), (x(8), x(8), x(8, torch.float64)), [x(8, device='cpu')]*3): assert not _suits_triton(q, k, v)
+        map = lambda **kw: type('Map', (), kw)()
+        assert _suits_triton(x(64), x(64), x(64), map(feature_dim=512, positive=True))==HAS_TRITON
+        for fm in (map(feature_dim=513), map(feature_dim=8, positive=False), map(feature_dim=None), lambda q,k: (q, k, None)): assert not _suits_triton(x(8), x(8), x(8), fm)
     res = python('-c', 'import sys, torch; sys.modules["triton"] = None\nfrom hedgehog_nb import linear_attention as f\nx = torch.rand(1,1,4,8); f(x, x, x)\n'
                  'import hedgehog_nb.linear_attention\nsys.modules["hedgehog_nb.linear_attention"].HAS_TRITON = False\nf(x, x, x, implementation="triton")')
     assert res.returncode!=0 and "ValueError: implementation='triton' needs Triton" in res.stderr, res.stderr

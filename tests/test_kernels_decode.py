@@ -57,7 +57,7 @@ def test_heads_and_widths(H, Hkv, D): # the forms take turns
     check(*inputs(1, H, Hkv, 1, D), hedgehog(D, H, Hkv, form), state=before(1, Hkv, 2*D, D))
 
 @kernel
-@pytest.mark.parametrize('form,T', zip(FORMS, (64, 17, 100)))
+@pytest.mark.parametrize('form,T', [*zip(FORMS, (64, 17, 100))])
 def test_many_tokens(form, T): check(*inputs(1, 1, 1, T), hedgehog(H=1, form=form))
 
 @kernel
@@ -152,8 +152,30 @@ def test_out_is_written_in_place():
     assert decode_step(q, k, v, s, hedgehog(), out=out) is out and torch.equal(out, want)
 
 @kernel
+@pytest.mark.parametrize('form', [*FORMS, 'given'])
+def test_not_in_place_is_the_same_to_the_bit(form):
+    "The state before stays as it was; a padded token, whatever it holds, hands it on."
+    q,k,v = inputs(2, 2, 1, 1, 8, 40)
+    fm = None if form=='given' else hedgehog(form=form)
+    k[0], v[0] = float('nan'), float('inf')
+    s,mask = before(2, 1, 8 if fm is None else 16, 40),torch.tensor([[False],[True]], device=DEVICE)
+    start = s.apply(torch.clone)
+    o,after = decode_step(q, k, v, s, fm, mask=mask, inplace=False)
+    assert all(map(torch.equal, s, start)) and all(torch.equal(a[0], b[0]) for a,b in zip(after, s)) and not torch.equal(after.S[1], s.S[1])
+    assert torch.equal(o, decode_step(q, k, v, s, fm, mask=mask)) and all(map(torch.equal, s, after))
+
+@kernel
+def test_compiles_into_one_graph():
+    torch._dynamo.reset()
+    q,k,v = inputs(1, 2, 1, 1)
+    s,fm = before(1, 1, 16, 8),hedgehog()
+    f = lambda q,k,v,S,z,m: decode_step(q, k, v, LinearState(S, z, m), fm, inplace=False)
+    (o,after),(o2,after2) = f(q, k, v, *s),torch.compile(f, fullgraph=True, backend='aot_eager')(q, k, v, *s)
+    assert torch.equal(o, o2) and all(map(torch.equal, after, after2))
+
+@kernel
 @pytest.mark.parametrize('message,change', [
-    ('takes one token', lambda a: {n: a[n].expand(-1, -1, 2, -1) for n in 'qkv'}), ('4|batch, heads', lambda a: dict(q=a['q'][0])), ('same channels', lambda a: dict(q=a['q'][...,:4])),
+    ('belong to a step in place', lambda a: dict(inplace=False, out=torch.empty(1, 2, 1, 8))), ('empty', lambda a: {n: a[n][:0] for n in 'qkv'}), ('takes one token', lambda a: {n: a[n].expand(-1, -1, 2, -1) for n in 'qkv'}), ('4|batch, heads', lambda a: dict(q=a['q'][0])), ('same channels', lambda a: dict(q=a['q'][...,:4])),
     ('do not divide', lambda a: dict(q=a['q'][:,[0,0,0]], k=a['k'].expand(1, 2, 1, 8), v=a['v'].expand(1, 2, 1, 8), feature_map=None)), ('heads with head_dim', lambda a: dict(q=a['q'][:,:1])),
     ('q is float32', lambda a: dict(q=a['q'].double())), ('last stride 1', lambda a: dict(v=rand(1, 1, 8, 8).mT[:,:,:1])), ('S of the state', lambda a: dict(state=a['state']._replace(S=a['state'].S.mT))),
     ('z of the state is contiguous float32', lambda a: dict(state=a['state']._replace(z=a['state'].z.bfloat16()))), ('m of the state', lambda a: dict(state=a['state']._replace(m=a['state'].m[:,:0]))),

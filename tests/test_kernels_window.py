@@ -1,7 +1,7 @@
 """Window and linear in Triton against fp64 PyTorch: on a GPU where there is one, else in Triton's interpreter."""
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from hedgehog_nb.feature_maps import make_feature_map
+from hedgehog_nb.feature_maps import make_attention, make_feature_map
 from hedgehog_nb.hedgehog import FORMS
 from hedgehog_nb.window import WindowState, chunk_window_attention, joint_features, naive_window_attention, window_decode_step
 from interpreter import DEVICE, HERE, kernel, python, run_under_interpreter
@@ -95,13 +95,65 @@ def test_wide_heads(): check(inputs(1, 1, 1, 18, 128), 5)
 @pytest.mark.parametrize('window', [0, 5, 30])
 def test_the_state_goes_on(window):
     a = inputs(2, 2, 1, 21, masked=True)
-    part = lambda s: {n: x if n=='log_gamma' else x[:,s] if n=='mask' else x[:,:,s] for n,x in a.items()}
-    o,state = triton_window_attention(**part(slice(20)), window=window, output_final_state=True)
-    _,want = chunk_window_attention(**part(slice(20)), window=window, output_final_state=True)
+    o,state = triton_window_attention(**part(a, slice(20)), window=window, output_final_state=True)
+    _,want = chunk_window_attention(**part(a, slice(20)), window=window, output_final_state=True)
     for x,y in zip((*state[:4], *state.linear), (*want[:4], *want.linear)):
         if y.numel(): close(x, y.double(), 1e-5)
-    last,_ = window_decode_step(**part(slice(20, None)), state=state)
+    last,_ = window_decode_step(**part(a, slice(20, None)), state=state)
     close(last, chunk_window_attention(**a, window=window)[:,:,20:].double(), 1e-5)
+
+def part(a, s): return {n: x if x is None or n=='log_gamma' else x[:,s] if n=='mask' else x[:,:,s] for n,x in a.items()}
+def flat(s): return *s[:4], *s.linear
+
+@kernel
+@pytest.mark.parametrize('window', [0, 5, 16, 40])
+@pytest.mark.parametrize('schedule', ['scan', 3])
+@pytest.mark.parametrize('form', ['exp', 'softmax_halves'])
+def test_a_prompt_in_parts_is_the_whole(form, schedule, window):
+    "Three calls, the second of one token, against the PyTorch form over all of it: outputs, states, and gradients within a part."
+    a = inputs(2, 4, 2, 60, masked=True, form=form)
+    want,end = chunk_window_attention(**a, window=window, output_final_state=True)
+    os,state = [],None
+    for s in (slice(30), slice(30, 31), slice(31, None)):
+        o,new = triton_window_attention(**part(a, s), window=window, initial_state=state, output_final_state=True, schedule=schedule)
+        _,ref = chunk_window_attention(**part(a, s), window=window, initial_state=state, output_final_state=True)
+        for x,y in zip(flat(new), flat(ref)):
+            if y.numel(): close(x, y.double(), 1e-5)
+        os.append(o); before,state = state,new
+    close(torch.cat(os, 2), want.double(), 1e-5)
+    b,f = part(a, slice(31, None)),lambda g: run(lambda **k: g(**k, initial_state=before), b, window)
+    for n,x in f(triton_window_attention).items(): close(x, f(chunk_window_attention)[n].double(), 2e-5, n)
+
+@kernel
+@pytest.mark.parametrize('log,masked', [(True, True), (False, False)])
+@pytest.mark.parametrize('window', [0, 7, 64])
+def test_segments_agree(window, log, masked):
+    a = inputs(1, 2, 1, 100, 16, log=log, masked=masked)
+    one,*more = (run(lambda **k: triton_window_attention(**k, schedule=s), a, window) for s in ('scan', 'parallel', 4))
+    for other in more:
+        for n in one: close(other[n], one[n].double(), 1e-5, n)
+
+@kernel
+def test_states_that_do_not_fit():
+    a = inputs(T=8)
+    _,s = chunk_window_attention(**a, window=4, output_final_state=True)
+    with pytest.raises(ValueError, match='initial_state has shapes'): triton_window_attention(**a, window=5, initial_state=s)
+    with pytest.raises(ValueError, match='takes no gradient of initial_state'): triton_window_attention(**a, window=4, initial_state=s._replace(k=s.k.requires_grad_()))
+    with pytest.raises(ValueError, match='must lie on'): triton_window_attention(**a, window=4, initial_state=s.apply(lambda x: x.detach().to('meta')))
+
+@kernel
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_rounds_products_and_keeps_states(dtype):
+    "q and k in fp32 beside v in half precision, as a rotary embedding leaves them, with features in fp32."
+    a = inputs(T=40)
+    low = a | {n: a[n].to(dtype) for n in NAMES}
+    want,after = triton_window_attention(**low, window=7, output_final_state=True)
+    for b in (a, a | dict(v=low['v']), low | dict(phi_q=a['phi_q'], phi_k=a['phi_k'])):
+        leaves = {n: b[n].clone().requires_grad_() for n in NAMES}
+        with torch.autocast(DEVICE, dtype): o,s = triton_window_attention(**(b | leaves), window=7, output_final_state=True)
+        assert o.dtype==b['v'].dtype and torch.equal(o.to(dtype), want) and all(x.dtype==torch.float32 for x in flat(s)) and all(map(torch.equal, flat(s), flat(after)))
+        assert all(g.dtype==x.dtype for g,x in zip(torch.autograd.grad(o.float().square().sum(), list(leaves.values())), leaves.values()))
+    assert torch.equal(triton_window_attention(**(low | dict(phi_q=a['phi_q'], phi_k=a['phi_k'])), window=7), want) # without autocast: the dtype of q, k and v
 
 @kernel
 def test_causal():
@@ -142,6 +194,7 @@ def test_only_some_gradients():
     ('log_q is', dict(log_q=torch.zeros(1, 2, 3))), ('log_k is', dict(log_k=torch.zeros(1, 2, 20))), ('log_gamma is', dict(log_gamma=torch.zeros(3))), ('mask is', dict(mask=torch.ones(1, 3))),
     ('q is float32', lambda a: dict(q=a['q'].double())), ('phi_k is float32', lambda a: dict(phi_k=a['phi_k'].double())), ('last stride 1', lambda a: dict(v=a['v'].mT.contiguous().mT)), ('precision is', dict(precision='tf16')),
     ('up to 512', lambda a: dict(phi_q=torch.ones(1, 2, 20, 513), phi_k=torch.ones(1, 1, 20, 513))), ('256 channels', lambda a: dict(v=torch.ones(1, 1, 20, 257))), ('must lie on', lambda a: dict(mask=torch.ones(1, 20, device='meta'))),
+    ('schedule is', dict(schedule='fast')), ('empty', lambda a: {n: a[n][:0] for n in NAMES}), ('empty', lambda a: {n: a[n][:,:,:0] for n in NAMES}),
     ('do not divide', lambda a: {n: a[n].repeat(1, 3, 1, 1)[:,:h] for n,h in dict(q=3, k=2, v=2, phi_q=3, phi_k=2).items()}), ('same heads and tokens', lambda a: dict(v=a['v'][:,:,:3])),
 ])
 def test_errors_say_what_was_given(message, change):
@@ -160,7 +213,21 @@ def test_compiles_for_hopper(tmp_path):
 from hedgehog_nb.kernels.window import window_usage as use
 assert use(128, 64)['spilled_bytes']==0
 for kernel in ('backward q', 'backward k'): assert use(128, 64, kernel=kernel, logs=True, HAS_MASK=True)['spilled_bytes']<=64
-assert use(512, 256, logs=True, HAS_MASK=True, HAS_END=True)['shared_bytes']<=227*1024
+assert use(128, 64, group=4, logs=True, HAS_START=True, HAS_MASK=True)['spilled_bytes']<=64
+assert use(512, 256, logs=True, HAS_MASK=True, HAS_START=True, HAS_END=True)['shared_bytes']<=227*1024
 """
     res = python('-c', code, TRITON_INTERPRET='0', TRITON_DEFAULT_FP_FUSION='1', TRITON_CACHE_DIR=str(tmp_path))
     assert res.returncode==0, res.stderr
+
+@kernel
+@pytest.mark.parametrize('kw', [dict(window=5), dict(window=16, form='exp'), dict(window=5, relative=True), dict(window=5, branch='window'), dict(window=5, branch='linear')], ids=str)
+def test_the_module_on_the_kernel(kw):
+    "`WindowAttention.attend` asked for Triton: a prompt, its continuation and single tokens as in PyTorch."
+    a = make_attention('hedgehog-window', 16, 4, 2, **kw).to(DEVICE)
+    q,k,v = (torch.randn(1, h, 40, 16, generator=torch.Generator().manual_seed(h+i)).to(DEVICE) for i,h in enumerate((4, 2, 2)))
+    with torch.no_grad():
+        want,state,os,i = a.attend(q, k, v),None,[],0
+        for n in (21, 17, 1, 1):
+            s = slice(i, i+n); i += n
+            o,state = a.attend(q[:,:,s], k[:,:,s], v[:,:,s], initial_state=state, output_final_state=True, implementation='triton'); os.append(o)
+    torch.testing.assert_close(torch.cat(os, 2), want, atol=1e-4, rtol=1e-4)

@@ -9,6 +9,7 @@ __all__ = ['decode_step', 'decode_usage']
 
 # %% ../../kernels/05_decode_step.ipynb #102ceedf
 import torch
+from typing import Optional
 from torch import Tensor
 from ..attention import check_qkv
 from ..hedgehog import Hedgehog
@@ -39,29 +40,28 @@ def _token_features(x_ptr, w_ptr, b_ptr, e, C:tl.constexpr, E:tl.constexpr, F:tl
 
 # %% ../../kernels/05_decode_step.ipynb #2a356ffb
 @triton.jit
-def _decode_kernel(q_ptr, k_ptr, v_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, log_ptr, mask_ptr, S_ptr, z_ptr, m_ptr, tickets_ptr, o_ptr,
+def _decode_kernel(q_ptr, k_ptr, v_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, log_ptr, mask_ptr, S_ptr, z_ptr, m_ptr, S_end_ptr, z_end_ptr, m_end_ptr, tickets_ptr, o_ptr,
                    stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_ob, stride_oh, Hkv, GROUP:tl.constexpr, C:tl.constexpr, E:tl.constexpr, F:tl.constexpr, D:tl.constexpr,
                    BLOCK_E:tl.constexpr, BLOCK_C:tl.constexpr, BLOCK_D:tl.constexpr, FORM:tl.constexpr, HAS_BIAS:tl.constexpr, HAS_LOG:tl.constexpr, HAS_MASK:tl.constexpr):
-    "One token for `BLOCK_D` columns of one key-value head's state, and for all query heads on it. S, z and m are updated in place."
+    "One token for `BLOCK_D` columns of one key-value head's state, and for all query heads on it. S, z and m after it go to the pointers that say `end`, which may be the same."
     tiles:tl.constexpr = (D + BLOCK_D - 1)//BLOCK_D
     head = (tl.program_id(0)//tiles).to(tl.int64) # batch*Hkv + kv head
     batch, kv = head//Hkv, head % Hkv
     e, d = tl.arange(0, BLOCK_E), tl.program_id(0) % tiles*BLOCK_D + tl.arange(0, BLOCK_D)
-    S_ptr += head*F*D + e[:, None]*D + d[None, :]
-    z_ptr += head*F + e
     in_pos, in_neg, cols = e < E, E + e < F, d < D
-    S_pos = tl.load(S_ptr, mask=in_pos[:, None] & cols[None, :], other=0.)
-    S_neg = tl.load(S_ptr + E*D, mask=in_neg[:, None] & cols[None, :], other=0.)
+    here, pos, neg = head*F*D + e[:, None]*D + d[None, :], in_pos[:, None] & cols[None, :], in_neg[:, None] & cols[None, :]
+    S_pos, S_neg = tl.load(S_ptr + here, mask=pos, other=0.), tl.load(S_ptr + E*D + here, mask=neg, other=0.)
+    z_ptr += head*F + e
     z_pos, z_neg, m = tl.load(z_ptr, mask=in_pos, other=0.), tl.load(z_ptr + E, mask=in_neg, other=0.), tl.load(m_ptr + head)
-    v = tl.load(v_ptr + batch*stride_vb + kv*stride_vh + d, mask=cols, other=0.).to(tl.float32)
     real = head >= 0
     if HAS_MASK: real = tl.load(mask_ptr + batch) != 0
+    v = tl.load(v_ptr + batch*stride_vb + kv*stride_vh + d, mask=d < tl.where(real, D, 0), other=0.).to(tl.float32)
 
     k_pos, k_neg, log = _token_features(k_ptr + batch*stride_kb + kv*stride_kh, wk_ptr + kv*E*C, bk_ptr + kv*E, e, C, E, F, BLOCK_E, BLOCK_C, FORM, HAS_BIAS)
     if HAS_LOG: log = tl.load(log_ptr + head)
     m_new = tl.where(real, tl.maximum(m, log), m)
-    keep, w = tl.exp(m - m_new), tl.where(real, tl.exp(tl.minimum(log - m_new, 0.)), 0.)
-    k_pos, k_neg = w*k_pos, w*k_neg
+    keep, w = tl.exp(m - m_new), tl.exp(tl.minimum(log - m_new, 0.))
+    k_pos, k_neg = tl.where(real, w*k_pos, 0.), tl.where(real, w*k_neg, 0.)
     S_pos, S_neg = S_pos*keep + k_pos[:, None]*v[None, :], S_neg*keep + k_neg[:, None]*v[None, :]
     z_pos, z_neg = z_pos*keep + k_pos, z_neg*keep + k_neg
     for g in range(GROUP):
@@ -72,20 +72,19 @@ def _decode_kernel(q_ptr, k_ptr, v_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, log_ptr,
         den = tl.where(tl.abs(den) > _EPS, den, _EPS)
         tl.store(o_ptr + batch*stride_ob + h*stride_oh + d, num/den, mask=cols)
 
-    rows = tl.where(real, F, 0) # how many to write
-    tl.store(S_ptr, S_pos, mask=(in_pos & (e < rows))[:, None] & cols[None, :])
-    tl.store(S_ptr + E*D, S_neg, mask=(E + e < rows)[:, None] & cols[None, :])
-    last = real
+    tl.store(S_end_ptr + here, S_pos, mask=pos)
+    tl.store(S_end_ptr + E*D + here, S_neg, mask=neg)
+    last = head >= 0
     if tiles > 1:
         tl.debug_barrier() # every thread of this program has read z and m
         counter = tickets_ptr.to(tl.pointer_type(tl.int32)) + head
-        arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == tiles - 1
-        tl.store(counter, 0, mask=arrived)
-        last = arrived & real
-    rows = tl.where(last, F, 0)
-    tl.store(z_ptr, z_pos, mask=in_pos & (e < rows))
-    tl.store(z_ptr + E, z_neg, mask=E + e < rows)
-    tl.store(m_ptr + head, m_new, mask=last)
+        last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == tiles - 1
+        tl.store(counter, 0, mask=last)
+    z_end_ptr += head*F + e
+    rows = tl.where(last, F, 0) # how many to write
+    tl.store(z_end_ptr, z_pos, mask=in_pos & (e < rows))
+    tl.store(z_end_ptr + E, z_neg, mask=E + e < rows)
+    tl.store(m_end_ptr + head, m_new, mask=last)
 
 # %% ../../kernels/05_decode_step.ipynb #15ad085f
 def _tile_width(heads, F, D, weight_bytes, sms=132):
@@ -127,7 +126,7 @@ def _check(q, k, v, state, weights, log_k, mask, out, tickets):
         raise ValueError(f"the kernel runs on a GPU; given tensors on {v.device}. Use recurrent_linear_attention there, or set TRITON_INTERPRET=1 before Python starts to try the kernel in Triton's interpreter")
 
 # %% ../../kernels/05_decode_step.ipynb #85752bfb
-def _launch(q, k, v, state, weights, form, log_k, mask, out, tickets):
+def _launch(q, k, v, state, weights, form, log_k, mask, out, tickets, after):
     w_q,w_k,b_q,b_k = weights or (None,)*4
     sms = torch.cuda.get_device_properties(v.device).multi_processor_count if v.is_cuda else 132
     c = _constants(q, k, v, w_q, form, sms)
@@ -135,9 +134,20 @@ def _launch(q, k, v, state, weights, form, log_k, mask, out, tickets):
     if tickets is None and tiles>1: tickets = torch.zeros(state.m.shape, dtype=torch.int32, device=v.device)
     ptr = lambda a: v if a is None else a # never followed where None
     with _on(v): _decode_kernel[(state.m.numel()*tiles,)](
-        q, k, v, ptr(w_q), ptr(b_q), ptr(w_k), ptr(b_k), ptr(log_k), ptr(mask), *state, ptr(tickets), out, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
+        q, k, v, ptr(w_q), ptr(b_q), ptr(w_k), ptr(b_k), ptr(log_k), ptr(mask), *state, *after, ptr(tickets), out, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2],
         k.shape[1], HAS_BIAS=b_q is not None, HAS_LOG=log_k is not None, HAS_MASK=mask is not None, **c)
     return out
+
+@torch.library.custom_op('hedgehog_nb::decode_step', mutates_args=())
+def _decode_op(q:Tensor, k:Tensor, v:Tensor, S:Tensor, z:Tensor, m:Tensor, w_q:Optional[Tensor], w_k:Optional[Tensor], b_q:Optional[Tensor], b_k:Optional[Tensor],
+               form:str, log_k:Optional[Tensor], mask:Optional[Tensor])->tuple[Tensor,Tensor,Tensor,Tensor]:
+    "The output and a state of its own."
+    state,out = LinearState(S, z, m),v.new_empty(*q.shape[:3], v.shape[-1])
+    after = state.apply(torch.empty_like)
+    return _launch(q, k, v, state, None if w_q is None else (w_q, w_k, b_q, b_k), form, log_k, mask, out, None, after), *after
+
+@_decode_op.register_fake
+def _(q, k, v, S, z, m, *rest): return v.new_empty(*q.shape[:3], v.shape[-1]), *map(torch.empty_like, (S, z, m))
 
 # %% ../../kernels/05_decode_step.ipynb #88078910
 @torch.no_grad()
@@ -145,14 +155,15 @@ def decode_step(
     q:Tensor, # (B, H, 1, D) query in fp32, fp16 or bf16; any strides, the last 1
     k:Tensor, # (B, Hkv, 1, D) key; Hkv divides H
     v:Tensor, # (B, Hkv, 1, Dv) value; Dv up to 256
-    state:LinearState, # What was seen before, contiguous fp32; updated in place
+    state:LinearState, # What was seen before, contiguous fp32; updated in place unless `inplace` is false
     feature_map=None, # A `Hedgehog`, mapped inside the kernel; or another map; q and k are features already if None
     log_k:Tensor=None, # (B, Hkv, 1) log weight of the key, for features
     mask:Tensor=None, # (B, 1) False where the token is padding: the state stays as it is
     out:Tensor=None, # (B, H, 1, Dv) where the output goes; made if None
     tickets:Tensor=None, # int32 zeros, one for each state, left as zeros; a set for each stream; made if None
-)->Tensor: # (B, H, 1, Dv) output, in v's dtype or in `out`
-    "One step of linear attention (paper, Eq. 2) with the map inside, one launch, no gradient. Raises `ValueError` on inputs that do not fit."
+    inplace:bool=True, # Write the state after over the state before? If not, it comes back beside the output
+): # (B, H, 1, Dv) output, in v's dtype or in `out`; without `inplace` the pair (output, `LinearState`)
+    "One step of linear attention (paper, Eq. 2) with the map inside, one launch, no gradient. Raises `ValueError` on inputs that do not fit, empty ones too."
     check_qkv(q, k, v, mask)
     if feature_map is not None and log_k is not None: raise ValueError("the map makes its own log weights: give log_k only with features")
     if getattr(feature_map, 'positional', False): raise ValueError(f"{type(feature_map).__name__} looks at positions: map the token yourself and give the features")
@@ -163,8 +174,12 @@ def decode_step(
     elif feature_map is not None: q,k,log_k = feature_map(q, k)
     _check(q, k, v, state, weights, log_k, mask, out, tickets)
     log_k,mask = None if log_k is None else log_k.float().contiguous(),None if mask is None else mask.bool().view(torch.uint8).contiguous()
+    if not inplace:
+        if out is not None or tickets is not None: raise ValueError("out and tickets belong to a step in place: leave them away with inplace=False")
+        o,*after = _decode_op(q, k, v, *state, *(weights or (None,)*4), form, log_k, mask)
+        return o, LinearState(*after)
     if out is None: out = v.new_empty(*q.shape[:3], v.shape[-1])
-    return _launch(q, k, v, state, weights, form, log_k, mask, out, tickets)
+    return _launch(q, k, v, state, weights, form, log_k, mask, out, tickets, state)
 
 # %% ../../kernels/05_decode_step.ipynb #3fe6bbab
 def decode_usage(
@@ -184,5 +199,5 @@ def decode_usage(
     c = _constants(e(batch, heads, 1, C), e(batch, kv_heads, 1, C), e(batch, kv_heads, 1, head_dim), None if form=='given' else e(heads, F//2, head_dim), form)
     c = c | dict(HAS_BIAS=False, HAS_LOG=False, HAS_MASK=False) | config
     short = {torch.bfloat16:'bf16', torch.float16:'fp16', torch.float32:'fp32'}[dtype]
-    use = offline_usage(_decode_kernel, c, short, ('log_ptr','S_ptr','z_ptr','m_ptr','tickets_ptr'))
+    use = offline_usage(_decode_kernel, c, short, ('log_ptr','S_ptr','z_ptr','m_ptr','S_end_ptr','z_end_ptr','m_end_ptr','tickets_ptr'))
     return dict(form=form, F=F, D=head_dim, batch=batch, group=c['GROUP'], programs=batch*kv_heads*triton.cdiv(head_dim, c['BLOCK_D']), block_d=c['BLOCK_D'], **use)

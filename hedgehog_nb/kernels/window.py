@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from ..attention import full_precision
 from ..linear_attention import EPS, NOTHING, LinearState
-from ..window import WindowState, _check_window
-from .feature_map import _INTERPRET, _dot, _on, offline_usage
+from ..window import WindowState, _check_state, _check_window
+from .feature_map import _INTERPRET, _dot, _on, offline_usage, products_dtype
+from . import chunk
+from .tuning import tuned_launch
 from .chunk import _tile
 import triton, triton.language as tl
 
@@ -39,28 +41,41 @@ def _near(q, k, i, j, keys, window, scale, gamma, BLOCK_T:tl.constexpr, DOT:tl.c
     return tl.where(ok, s, _NOTHING)
 
 # %% ../../kernels/06_window.ipynb #2790b233
-@triton.jit(do_not_specialize=["T", "window"])
-def _window_fwd_kernel(q_ptr, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, log_q_ptr, log_k_ptr, gamma_ptr, mask_ptr, o_ptr, L_ptr, S_ptr, z_ptr, m_ptr,
+@triton.jit
+def _start_state(states_ptr, m_ptr, head, segment, segments, begin, T, f, d, F:tl.constexpr, D:tl.constexpr, BLOCK_F:tl.constexpr, BLOCK_D:tl.constexpr, HAS_START:tl.constexpr):
+    "S, z and m before a segment: those of its slot, or empty ones."
+    S, z, m = tl.zeros((BLOCK_F, BLOCK_D), tl.float32), tl.zeros((BLOCK_F,), tl.float32), tl.full((), _NOTHING, tl.float32)
+    if HAS_START:
+        states_ptr += (head*(segments + 1) + segment)*(F*(D + 1))
+        S = tl.load(states_ptr + f[:, None]*D + d[None, :], mask=(f < F)[:, None] & (d < D)[None, :], other=0.)
+        z, m = tl.load(states_ptr + F*D + f, mask=f < F, other=0.), tl.load(m_ptr + head*(T + 1) + begin)
+    return S, z, m
+
+@triton.jit(do_not_specialize=["T", "past", "window", "length", "segments"])
+def _window_fwd_kernel(q_ptr, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, log_q_ptr, log_k_ptr, gamma_ptr, mask_ptr, states_ptr, m_ptr, o_ptr, L_ptr, S_ptr, z_ptr, m_end_ptr,
                        stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_fb, stride_fh, stride_ft, stride_gb, stride_gh, stride_gt,
-                       Hkv, T, window, scale, GROUP:tl.constexpr, C:tl.constexpr, F:tl.constexpr, D:tl.constexpr, BLOCK_T:tl.constexpr, BLOCK_C:tl.constexpr, BLOCK_F:tl.constexpr, BLOCK_D:tl.constexpr,
-                       HAS_LOG_Q:tl.constexpr, HAS_LOG_K:tl.constexpr, HAS_GAMMA:tl.constexpr, HAS_MASK:tl.constexpr, HAS_END:tl.constexpr, DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
-    "`BLOCK_D` columns of the outputs (B, H, T, D) of all query heads of a key-value head, and L (B, H, T). Strides f and g are those of phi_q and phi_k."
+                       Hkv, T, past, window, length, segments, scale, GROUP:tl.constexpr, C:tl.constexpr, F:tl.constexpr, D:tl.constexpr, BLOCK_T:tl.constexpr, BLOCK_C:tl.constexpr, BLOCK_F:tl.constexpr, BLOCK_D:tl.constexpr,
+                       HAS_LOG_Q:tl.constexpr, HAS_LOG_K:tl.constexpr, HAS_GAMMA:tl.constexpr, HAS_MASK:tl.constexpr, HAS_START:tl.constexpr, HAS_END:tl.constexpr, DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
+    "`BLOCK_D` columns of the outputs (B, H, T, D) of one segment for all query heads of a key-value head, and L (B, H, T). Strides f and g are those of phi_q and phi_k."
     tiles = tl.cdiv(D, BLOCK_D)
-    head = (tl.program_id(0)//tiles).to(tl.int64) # batch*Hkv + kv head
-    batch, kv = head//Hkv, head % Hkv
+    head = (tl.program_id(0)//(tiles*segments)).to(tl.int64) # batch*Hkv + kv head
+    segment = (tl.program_id(0)//tiles % segments).to(tl.int64)
+    begin = segment*length
+    stop = tl.minimum(begin + length, T)
+    batch, kv, keys = head//Hkv, head % Hkv, T + past
     t, f, e, d = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_C), tl.program_id(0) % tiles*BLOCK_D + tl.arange(0, BLOCK_D)
     q_ptr += batch*stride_qb + kv*GROUP*stride_qh
     phi_q_ptr += batch*stride_fb + kv*GROUP*stride_fh
     k_ptr += batch*stride_kb + kv*stride_kh
     phi_k_ptr += batch*stride_gb + kv*stride_gh
     v_ptr += batch*stride_vb + kv*stride_vh
-    log_k_ptr += head*T
-    mask_ptr += batch*T
-    S, z, m = tl.zeros((BLOCK_F, BLOCK_D), tl.float32), tl.zeros((BLOCK_F,), tl.float32), tl.full((), _NOTHING, tl.float32)
+    log_k_ptr += head*keys
+    mask_ptr += batch*keys
+    S, z, m = _start_state(states_ptr, m_ptr, head, segment, segments, begin, T, f, d, F, D, BLOCK_F, BLOCK_D, HAS_START)
 
-    for start in range(head*0, T, BLOCK_T):
-        rows = t < T - start
-        late, v, log = _keys(phi_k_ptr, v_ptr, log_k_ptr, mask_ptr, t, f, d, stride_gt, stride_vt, start - window, T - window, F, D, HAS_LOG_K, HAS_MASK)
+    for start in range(begin, stop, BLOCK_T):
+        rows = t < stop - start
+        late, v, log = _keys(phi_k_ptr, v_ptr, log_k_ptr, mask_ptr, t, f, d, stride_gt, stride_vt, start + past - window, keys - window, F, D, HAS_LOG_K, HAS_MASK)
         old = (t[:, None] >= t[None, :]) & (log > _NOTHING/2)[None, :]
         m_row = tl.maximum(m, tl.max(tl.where(old, log[None, :], _NOTHING), 1))
         for g in range(GROUP):
@@ -80,9 +95,9 @@ def _window_fwd_kernel(q_ptr, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, log_q_ptr, log
             gamma = 0.
             if HAS_GAMMA: gamma = tl.load(gamma_ptr + kv*GROUP + g)
             q = _tile(q_ptr + g*stride_qh + start*stride_qt, t, e, stride_qt, rows, C)
-            for first in range(tl.maximum(start - window + 1, 0), tl.where(window > 0, tl.minimum(start + BLOCK_T, T), 0), BLOCK_T):
-                k, v_near, real = _keys(k_ptr, v_ptr, log_k_ptr, mask_ptr, t, e, d, stride_kt, stride_vt, first, T, C, D, False, HAS_MASK)
-                s = _near(q, k, start + t, first + t, real > _NOTHING/2, window, scale, gamma, BLOCK_T, DOT, PRECISION)
+            for first in range(tl.maximum(start + past - window + 1, 0), tl.where(window > 0, tl.minimum(start + past + BLOCK_T, keys), 0), BLOCK_T):
+                k, v_near, real = _keys(k_ptr, v_ptr, log_k_ptr, mask_ptr, t, e, d, stride_kt, stride_vt, first, keys, C, D, False, HAS_MASK)
+                s = _near(q, k, start + past + t, first + t, real > _NOTHING/2, window, scale, gamma, BLOCK_T, DOT, PRECISION)
                 c_new = tl.maximum(c, tl.max(s, 1))
                 p = tl.where(s > _NOTHING/2, tl.exp(s - c_new[:, None]), 0.)
                 fade = tl.exp(c - c_new)
@@ -99,10 +114,11 @@ def _window_fwd_kernel(q_ptr, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, log_q_ptr, log
         S, z, m = _dot(tl.trans(late), weighted, S, DOT, PRECISION), z + tl.sum(counted, 0), m_new
 
     if HAS_END:
-        tl.store(S_ptr + head*F*D + f[:, None]*D + d[None, :], S, mask=(f < F)[:, None] & (d < D)[None, :])
-        if tl.program_id(0) % tiles == 0:
-            tl.store(z_ptr + head*F + f, z, mask=f < F)
-            tl.store(m_ptr + head, m)
+        if stop == T:
+            tl.store(S_ptr + head*F*D + f[:, None]*D + d[None, :], S, mask=(f < F)[:, None] & (d < D)[None, :])
+            if tl.program_id(0) % tiles == 0:
+                tl.store(z_ptr + head*F + f, z, mask=f < F)
+                tl.store(m_end_ptr + head, m)
 
 # %% ../../kernels/06_window.ipynb #8085855f
 def _config(F, D, C, dtype, backward=False):
@@ -130,43 +146,70 @@ def _extras(log_q, log_k, log_gamma, mask):
     return (c(log_q), c(log_k), c(log_gamma), pad),dict(HAS_LOG_Q=log_q is not None, HAS_LOG_K=log_k is not None, HAS_GAMMA=log_gamma is not None, HAS_MASK=mask is not None)
 
 def _strides(*xs): return [s for x in xs for s in x.stride()[:3]]
+def _or(x, other): return other if x is None else x # a pointer that is never followed where None
 
-def _forward(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, mask, end, precision):
+def _forward(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, mask, states, m, plan, end, precision):
     "Launch the forward: outputs, L, and with `end` the linear state of all keys older than the window, else None."
-    (B,H,T,_),(_,Hkv,F_,D) = q.shape,(*phi_k.shape[:2], phi_k.shape[-1], v.shape[-1])
+    (B,H,T,_),(_,Hkv,keys,F_),D = q.shape,phi_k.shape,v.shape[-1]
     c,(extras,flags) = _constants(q, k, v, phi_q, phi_k, precision),_extras(log_q, log_k, log_gamma, mask)
     o,L = torch.empty(B, H, T, D, dtype=v.dtype, device=v.device),torch.empty(B, H, T, device=v.device)
     state = LinearState(*(torch.empty(B, Hkv, *s, device=v.device) for s in ((F_,D), (F_,), ()))) if end else None
-    ptr = lambda a: v if a is None else a # never followed where None
-    with _on(v): _window_fwd_kernel[(B*Hkv*triton.cdiv(D, c['BLOCK_D']),)](
-        q, k, v, phi_q, phi_k, *map(ptr, extras), o, L, *(state or (v,)*3), *_strides(q, k, v, phi_q, phi_k), Hkv, T, window, scale, HAS_END=end, **flags, **c)
+    with _on(v): tuned_launch(_window_fwd_kernel, (B*Hkv*plan.segments*triton.cdiv(D, c['BLOCK_D']),),
+        (q, k, v, phi_q, phi_k, *(_or(x, v) for x in (*extras, states, m)), o, L, *(state or (v,)*3), *_strides(q, k, v, phi_q, phi_k),
+         Hkv, T, keys-T, window, plan.length, plan.segments, scale), dict(HAS_START=states is not None, HAS_END=end, **flags, **c), ('num_stages', 'num_warps'), v.device)
     return o, L, state
+
+# %% ../../kernels/06_window.ipynb #w5d6e7f8
+def _with_past(k, v, phi_k, log_k, mask, window, state):
+    "Keys, values, features, log weights and mask with `window` tokens in front: the state's, or empty ones."
+    (B,Hkv,T,_),seen = k.shape,None if state is None else state.log_k[:,0]>NOTHING/2
+    log_k = torch.zeros(B, Hkv, T, device=k.device) if log_k is None else log_k.float()
+    mask = torch.ones(B, T, dtype=torch.bool, device=k.device) if mask is None else mask.bool()
+    if state is None: return *(F.pad(x, (0,0,window,0)) for x in (k, v, phi_k)), F.pad(log_k, (window,0), value=NOTHING), F.pad(mask, (window,0))
+    return *(torch.cat([a.to(x.dtype), x], 2) for a,x in zip(state, (k, v, phi_k))), torch.cat([state.log_k.float(), log_k], 2), torch.cat([seen, mask], 1)
+
+def _plan(q, k, v, phi_q, phi_k, schedule, precision):
+    "How the queries are cut into segments."
+    (B,H,T,C),(_,Hkv,_,F_),D = q.shape,phi_k.shape,v.shape[-1]
+    c,moved = _constants(q, k, v, phi_q, phi_k, precision),F_+C+2*D + H//Hkv*(F_+C+D) # channels through memory for a token of a key-value head
+    return chunk._cut(T, B*Hkv*triton.cdiv(D, c['BLOCK_D']), c['BLOCK_T'], (F_+D)/moved, 16*F_*(D+1)/(c['BLOCK_T']*v.element_size()*moved), v, schedule)
+
+def _starts(phi_q, phi_k, v, log_k, mask, state, plan, precision):
+    "States before each segment (B, Hkv, segments + 1, F·(D + 1)) and running maxima (B, Hkv, T + 1) of the old keys; None where all start empty."
+    if state is None and plan.segments==1: return None, None
+    T,state = phi_q.shape[2],None if state is None else state.linear
+    late,old,c = phi_k.detach()[:,:,:T],v.detach()[:,:,:T],chunk._constants(phi_q, phi_k, v, precision)
+    log,m,pad = chunk._weights(late, log_k.detach()[...,:T], mask[:,:T], state, plan)
+    return chunk._states(late, old, log, m, pad, state, plan, False, c), m
 
 # %% ../../kernels/06_window.ipynb #e66dbd45
 @triton.jit
 def _rescaled(x): return tl.exp(tl.minimum(x, 80.)) # exponents here are bounded by -log φ(q)·φ(k); the least finite features must not make inf
 
-@triton.jit(do_not_specialize=["T", "window"])
-def _window_bwd_q_kernel(q_ptr, k_ptr, v_ptr, phi_k_ptr, log_q_ptr, log_k_ptr, gamma_ptr, mask_ptr, do_ptr, L_ptr, delta_ptr, dq_ptr, dg_ptr, dphi_ptr,
+@triton.jit(do_not_specialize=["T", "past", "window", "length", "segments"])
+def _window_bwd_q_kernel(q_ptr, k_ptr, v_ptr, phi_k_ptr, log_q_ptr, log_k_ptr, gamma_ptr, mask_ptr, states_ptr, m_ptr, do_ptr, L_ptr, delta_ptr, dq_ptr, dg_ptr, dphi_ptr,
                          stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_gb, stride_gh, stride_gt,
-                         Hkv, T, window, scale, GROUP:tl.constexpr, C:tl.constexpr, F:tl.constexpr, D:tl.constexpr, BLOCK_T:tl.constexpr, BLOCK_C:tl.constexpr, BLOCK_F:tl.constexpr, BLOCK_D:tl.constexpr,
-                         HAS_LOG_Q:tl.constexpr, HAS_LOG_K:tl.constexpr, HAS_GAMMA:tl.constexpr, HAS_MASK:tl.constexpr, DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
-    "Gradients of `BLOCK_F` features of phi_q, of q, and of log_gamma row by row (B, H, T), for all query heads of a key-value head."
+                         Hkv, T, past, window, length, segments, scale, GROUP:tl.constexpr, C:tl.constexpr, F:tl.constexpr, D:tl.constexpr, BLOCK_T:tl.constexpr, BLOCK_C:tl.constexpr, BLOCK_F:tl.constexpr, BLOCK_D:tl.constexpr,
+                         HAS_LOG_Q:tl.constexpr, HAS_LOG_K:tl.constexpr, HAS_GAMMA:tl.constexpr, HAS_MASK:tl.constexpr, HAS_START:tl.constexpr, DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
+    "Gradients of `BLOCK_F` features of phi_q, of q, and of log_gamma row by row (B, H, T), in one segment for all query heads of a key-value head."
     tiles = tl.cdiv(F, BLOCK_F)
-    head = (tl.program_id(0)//tiles).to(tl.int64)
-    batch, kv, tile = head//Hkv, head % Hkv, tl.program_id(0) % tiles
+    head = (tl.program_id(0)//(tiles*segments)).to(tl.int64)
+    segment = (tl.program_id(0)//tiles % segments).to(tl.int64)
+    begin = segment*length
+    stop = tl.minimum(begin + length, T)
+    batch, kv, tile, keys = head//Hkv, head % Hkv, tl.program_id(0) % tiles, T + past
     t, f, e, d = tl.arange(0, BLOCK_T), tile*BLOCK_F + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
     q_ptr += batch*stride_qb + kv*GROUP*stride_qh
     k_ptr += batch*stride_kb + kv*stride_kh
     phi_k_ptr += batch*stride_gb + kv*stride_gh
     v_ptr += batch*stride_vb + kv*stride_vh
-    log_k_ptr += head*T
-    mask_ptr += batch*T
-    S, z, m = tl.zeros((BLOCK_F, BLOCK_D), tl.float32), tl.zeros((BLOCK_F,), tl.float32), tl.full((), _NOTHING, tl.float32)
+    log_k_ptr += head*keys
+    mask_ptr += batch*keys
+    S, z, m = _start_state(states_ptr, m_ptr, head, segment, segments, begin, T, f, d, F, D, BLOCK_F, BLOCK_D, HAS_START)
 
-    for start in range(head*0, T, BLOCK_T):
-        rows = t < T - start
-        late, v, log = _keys(phi_k_ptr, v_ptr, log_k_ptr, mask_ptr, t, f, d, stride_gt, stride_vt, start - window, T - window, F, D, HAS_LOG_K, HAS_MASK)
+    for start in range(begin, stop, BLOCK_T):
+        rows = t < stop - start
+        late, v, log = _keys(phi_k_ptr, v_ptr, log_k_ptr, mask_ptr, t, f, d, stride_gt, stride_vt, start + past - window, keys - window, F, D, HAS_LOG_K, HAS_MASK)
         old = (t[:, None] >= t[None, :]) & (log > _NOTHING/2)[None, :]
         for g in range(GROUP):
             row = (head*GROUP + g)*T + start
@@ -185,9 +228,9 @@ def _window_bwd_q_kernel(q_ptr, k_ptr, v_ptr, phi_k_ptr, log_q_ptr, log_k_ptr, g
                 if HAS_GAMMA: gamma = tl.load(gamma_ptr + kv*GROUP + g)
                 q = _tile(q_ptr + g*stride_qh + start*stride_qt, t, e, stride_qt, rows, C)
                 dq, dg = tl.zeros((BLOCK_T, BLOCK_C), tl.float32), tl.zeros((BLOCK_T,), tl.float32)
-                for first in range(tl.maximum(start - window + 1, 0), tl.where(window > 0, tl.minimum(start + BLOCK_T, T), 0), BLOCK_T):
-                    k, v_near, real = _keys(k_ptr, v_ptr, log_k_ptr, mask_ptr, t, e, d, stride_kt, stride_vt, first, T, C, D, False, HAS_MASK)
-                    s = _near(q, k, start + t, first + t, real > _NOTHING/2, window, scale, gamma, BLOCK_T, DOT, PRECISION)
+                for first in range(tl.maximum(start + past - window + 1, 0), tl.where(window > 0, tl.minimum(start + past + BLOCK_T, keys), 0), BLOCK_T):
+                    k, v_near, real = _keys(k_ptr, v_ptr, log_k_ptr, mask_ptr, t, e, d, stride_kt, stride_vt, first, keys, C, D, False, HAS_MASK)
+                    s = _near(q, k, start + past + t, first + t, real > _NOTHING/2, window, scale, gamma, BLOCK_T, DOT, PRECISION)
                     p = tl.where(s > _NOTHING/2, tl.exp(s - L[:, None]), 0.)
                     p *= _dot(do, tl.trans(v_near), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), DOT, PRECISION) - delta[:, None]
                     dq, dg = _dot(p, k, dq, WIDE, PRECISION), dg + tl.sum(p, 1)
@@ -203,38 +246,39 @@ def _window_bwd_q_kernel(q_ptr, k_ptr, v_ptr, phi_k_ptr, log_q_ptr, log_k_ptr, g
         S, z, m = _dot(tl.trans(late), weighted, S, DOT, PRECISION), z + tl.sum(counted, 0), m_new
 
 # %% ../../kernels/06_window.ipynb #dd063230
-@triton.jit(do_not_specialize=["T", "window"])
+@triton.jit(do_not_specialize=["T", "past", "window"])
 def _window_bwd_k_kernel(q_ptr, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, log_q_ptr, log_k_ptr, gamma_ptr, mask_ptr, do_ptr, L_ptr, delta_ptr, dk_ptr, dv_ptr, dphi_ptr,
                          stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_fb, stride_fh, stride_ft, stride_gb, stride_gh, stride_gt,
-                         Hkv, T, window, scale, GROUP:tl.constexpr, C:tl.constexpr, F:tl.constexpr, D:tl.constexpr, BLOCK_T:tl.constexpr, BLOCK_C:tl.constexpr, BLOCK_F:tl.constexpr, BLOCK_D:tl.constexpr,
+                         Hkv, T, past, window, scale, GROUP:tl.constexpr, C:tl.constexpr, F:tl.constexpr, D:tl.constexpr, BLOCK_T:tl.constexpr, BLOCK_C:tl.constexpr, BLOCK_F:tl.constexpr, BLOCK_D:tl.constexpr,
                          HAS_LOG_Q:tl.constexpr, HAS_LOG_K:tl.constexpr, HAS_GAMMA:tl.constexpr, HAS_MASK:tl.constexpr, DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
-    "Gradients of `BLOCK_F` features of phi_k, their part (tiles, B, Hkv, T, D) of that of v, and that of k, of one key-value head."
+    "Gradients of `BLOCK_F` features of phi_k, their part (tiles, B, Hkv, keys, D) of that of v, and that of k, of one key-value head; `past` of the keys come before the first query."
     tiles = tl.cdiv(F, BLOCK_F)
     head = (tl.program_id(0)//tiles).to(tl.int64)
-    batch, kv, tile = head//Hkv, head % Hkv, tl.program_id(0) % tiles
+    batch, kv, tile, keys = head//Hkv, head % Hkv, tl.program_id(0) % tiles, T + past
     t, f, e, d = tl.arange(0, BLOCK_T), tile*BLOCK_F + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
     q_ptr += batch*stride_qb + kv*GROUP*stride_qh
     phi_q_ptr += batch*stride_fb + kv*GROUP*stride_fh
     k_ptr += batch*stride_kb + kv*stride_kh
     phi_k_ptr += batch*stride_gb + kv*stride_gh
     v_ptr += batch*stride_vb + kv*stride_vh
-    log_k_ptr += head*T
-    mask_ptr += batch*T
-    dv_ptr += tile*(tl.num_programs(0)//tiles).to(tl.int64)*T*D
+    log_k_ptr += head*keys
+    mask_ptr += batch*keys
+    dv_ptr += tile*(tl.num_programs(0)//tiles).to(tl.int64)*keys*D
     R, r, rho = tl.zeros((BLOCK_F, BLOCK_D), tl.float32), tl.zeros((BLOCK_F,), tl.float32), tl.full((), _NOTHING, tl.float32)
 
-    for n in range(head*0, tl.cdiv(T, BLOCK_T)):
-        start = (tl.cdiv(T, BLOCK_T) - 1 - n)*BLOCK_T
-        rows = t < T - start
-        phi_k, v, log = _keys(phi_k_ptr, v_ptr, log_k_ptr, mask_ptr, t, f, d, stride_gt, stride_vt, start, T, F, D, HAS_LOG_K, HAS_MASK)
+    for n in range(head*0, tl.cdiv(keys, BLOCK_T)):
+        start = (tl.cdiv(keys, BLOCK_T) - 1 - n)*BLOCK_T
+        rows = t < keys - start
+        phi_k, v, log = _keys(phi_k_ptr, v_ptr, log_k_ptr, mask_ptr, t, f, d, stride_gt, stride_vt, start, keys, F, D, HAS_LOG_K, HAS_MASK)
         real = log > _NOTHING/2
         dv = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
 
         if tile == 0:
             k = _tile(k_ptr + start*stride_kt, t, e, stride_kt, rows, C)
             dk = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-            for first in range(start, tl.minimum(start + tl.where(window > 0, window - 1 + BLOCK_T, 0), T), BLOCK_T):
-                seen = t < T - first
+            for place in range(start, tl.minimum(start + tl.where(window > 0, window - 1 + BLOCK_T, 0), keys), BLOCK_T):
+                first = place - past # the query there
+                seen = (t < T - first) & (first + t >= 0)
                 for g in range(GROUP):
                     row = (head*GROUP + g)*T + first
                     gamma = 0.
@@ -242,18 +286,18 @@ def _window_bwd_k_kernel(q_ptr, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, log_q_ptr, l
                     q = _tile(q_ptr + g*stride_qh + first*stride_qt, t, e, stride_qt, seen, C)
                     do = _tile(do_ptr + row*D, t, d, D, seen, D)
                     L, delta = tl.load(L_ptr + row + t, mask=seen, other=-_NOTHING), tl.load(delta_ptr + row + t, mask=seen, other=0.)
-                    s = _near(q, k, first + t, start + t, real, window, scale, gamma, BLOCK_T, DOT, PRECISION)
+                    s = _near(q, k, place + t, start + t, real, window, scale, gamma, BLOCK_T, DOT, PRECISION)
                     p = tl.where(s > _NOTHING/2, tl.exp(s - L[:, None]), 0.)
                     dv = _dot(tl.trans(p), do, dv, WIDE, PRECISION)
                     p *= _dot(do, tl.trans(v), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), DOT, PRECISION) - delta[:, None]
                     dk = _dot(tl.trans(p), q, dk, WIDE, PRECISION)
-            tl.store(dk_ptr + (head*T + start)*C + t[:, None]*C + e[None, :], dk*scale, mask=rows[:, None] & (e < C)[None, :])
+            tl.store(dk_ptr + (head*keys + start)*C + t[:, None]*C + e[None, :], dk*scale, mask=rows[:, None] & (e < C)[None, :])
 
         w = tl.where(real, _rescaled(log + rho), 0.)[:, None]
         dphi = (_dot(v, tl.trans(R), tl.zeros((BLOCK_T, BLOCK_F), tl.float32), WIDE, PRECISION) - r[None, :])*w
         dv += _dot(phi_k, R, tl.zeros((BLOCK_T, BLOCK_D), tl.float32), WIDE, PRECISION)*w
         for g in range(GROUP):
-            first = start + window
+            first = start + window - past # `past` is 0 or the window
             row, seen = (head*GROUP + g)*T + first, t < T - first
             phi_q = _tile(phi_q_ptr + g*stride_fh + first*stride_ft, t, f, stride_ft, seen, F)
             do = _tile(do_ptr + row*D, t, d, D, seen, D)
@@ -272,70 +316,93 @@ def _window_bwd_k_kernel(q_ptr, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, log_q_ptr, l
             R = _dot(tl.trans(phi_q*y[:, None]), do, R*tl.exp(rho - rho_new), WIDE, PRECISION)
             r = r*tl.exp(rho - rho_new) + tl.sum(phi_q.to(tl.float32)*(y*delta)[:, None], 0)
             rho = rho_new
-        tl.store(dphi_ptr + (head*T + start)*F + t[:, None]*F + f[None, :], dphi, mask=rows[:, None] & (f < F)[None, :])
-        tl.store(dv_ptr + (head*T + start)*D + t[:, None]*D + d[None, :], dv, mask=rows[:, None] & (d < D)[None, :])
+        tl.store(dphi_ptr + (head*keys + start)*F + t[:, None]*F + f[None, :], dphi, mask=rows[:, None] & (f < F)[None, :])
+        tl.store(dv_ptr + (head*keys + start)*D + t[:, None]*D + d[None, :], dv, mask=rows[:, None] & (d < D)[None, :])
 
 # %% ../../kernels/06_window.ipynb #c8a26ed2
-def _backward(do, o, L, q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, mask, precision):
+def _backward(do, o, L, q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, mask, states, m, plan, precision):
     "Launch both backward kernels: gradients of q, k, v, phi_q, phi_k, log_q, log_k and log_gamma."
-    (B,H,T,C),(_,Hkv,F_,D) = q.shape,(*phi_k.shape[:2], phi_k.shape[-1], v.shape[-1])
+    (B,H,T,_),(_,Hkv,keys,F_) = q.shape,phi_k.shape
     c,(extras,flags) = _constants(q, k, v, phi_q, phi_k, precision, True),_extras(log_q, log_k, log_gamma, mask)
     do,delta = do.contiguous(),(do.float()*o.float()).sum(-1)
     tiles = triton.cdiv(F_, c['BLOCK_F'])
     dq,dk,dphi_q,dphi_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, phi_q, phi_k))
     dv = torch.empty(tiles, *v.shape, dtype=v.dtype if tiles==1 else torch.float32, device=v.device)
-    dgamma,ptr = torch.empty_like(L),lambda a: v if a is None else a # never followed where None
+    dgamma,extras = torch.empty_like(L),[_or(x, v) for x in extras]
     with _on(v):
-        _window_bwd_q_kernel[(B*Hkv*tiles,)](q, k, v, phi_k, *map(ptr, extras), do, L, delta, dq, dgamma, dphi_q, *_strides(q, k, v, phi_k), Hkv, T, window, scale, **flags, **c)
-        _window_bwd_k_kernel[(B*Hkv*tiles,)](q, k, v, phi_q, phi_k, *map(ptr, extras), do, L, delta, dk, dv, dphi_k, *_strides(q, k, v, phi_q, phi_k), Hkv, T, window, scale, **flags, **c)
+        tuned_launch(_window_bwd_q_kernel, (B*Hkv*plan.segments*tiles,),
+            (q, k, v, phi_k, *extras, _or(states, v), _or(m, v), do, L, delta, dq, dgamma, dphi_q, *_strides(q, k, v, phi_k),
+             Hkv, T, keys-T, window, plan.length, plan.segments, scale), dict(HAS_START=states is not None, **flags, **c), ('num_stages', 'num_warps'), v.device)
+        tuned_launch(_window_bwd_k_kernel, (B*Hkv*tiles,),
+            (q, k, v, phi_q, phi_k, *extras, do, L, delta, dk, dv, dphi_k, *_strides(q, k, v, phi_q, phi_k), Hkv, T, keys-T, window, scale), flags | c, ('num_stages', 'num_warps'), v.device)
     return dq, dk, dv.sum(0).to(v.dtype), dphi_q, dphi_k, -dgamma, (phi_k.float()*dphi_k.float()).sum(-1), dgamma.sum((0,2))
 
 # %% ../../kernels/06_window.ipynb #ff0170f5
 class WindowAttentionKernel(torch.autograd.Function):
     "The kernels as one differentiable operation; call it through `triton_window_attention`."
     @staticmethod
-    def forward(ctx, q, k, v, phi_q, phi_k, log_q, log_k, log_gamma, window, scale, mask, end, precision):
-        o,L,state = _forward(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, mask, end, precision)
-        ctx.save_for_backward(q, k, v, phi_q, phi_k, log_q, log_k, log_gamma, mask, o, L)
-        ctx.args = window,scale,precision
+    def forward(ctx, q, k, v, phi_q, phi_k, log_q, log_k, log_gamma, window, scale, mask, states, m, plan, end, precision):
+        o,L,state = _forward(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, mask, states, m, plan, end, precision)
+        ctx.save_for_backward(q, k, v, phi_q, phi_k, log_q, log_k, log_gamma, mask, states, m, o, L)
+        ctx.args = window,scale,plan,precision
         if end: ctx.mark_non_differentiable(*state)
         return (o, *state) if end else (o,)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, *_):
-        q,k,v,phi_q,phi_k,log_q,log_k,log_gamma,mask,o,L = ctx.saved_tensors
-        window,scale,precision = ctx.args
-        *big,dlog_q,dlog_k,dgamma = _backward(do, o, L, q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, mask, precision)
+        q,k,v,phi_q,phi_k,log_q,log_k,log_gamma,mask,states,m,o,L = ctx.saved_tensors
+        window,scale,plan,precision = ctx.args
+        *big,dlog_q,dlog_k,dgamma = _backward(do, o, L, q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, mask, states, m, plan, precision)
         small = (None if x is None else g.to(x.dtype) for x,g in ((log_q, dlog_q), (log_k, dlog_k), (log_gamma, dgamma)))
-        return *big, *small, *[None]*5
+        return *big, *small, *[None]*8
 
 # %% ../../kernels/06_window.ipynb #08d48825
-def _check(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, mask, precision):
+def _check(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, mask, state, schedule, precision):
     "Raise `ValueError` on arguments that do not fit, saying what was given."
-    _check_window(q, k, v, phi_q, phi_k, window, log_q, log_gamma, mask)
+    _check_window(q, k, v, phi_q, phi_k, window, log_q, log_gamma, mask); _check_state(state, k, v, phi_k, window)
+    before = () if state is None else (*state[:4], *state.linear)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in before): raise ValueError("the kernel takes no gradient of initial_state: detach it, or use chunk_window_attention")
     F_,C,D = phi_k.shape[-1],k.shape[-1],v.shape[-1]
     if F_>512 or C>256 or D>256: raise ValueError(f"the kernel takes up to 512 features and 256 channels; given {F_} features, {C} channels of q and k, {D} of v")
     if log_k is not None and log_k.shape!=k.shape[:3]: raise ValueError(f"log_k is (batch, key-value heads, tokens) = {tuple(k.shape[:3])}; given {tuple(log_k.shape)}")
     for n,x in dict(q=q, k=k, v=v, phi_q=phi_q, phi_k=phi_k).items():
         if x.dtype not in (torch.float32, torch.float16, torch.bfloat16): raise ValueError(f"{n} is float32, float16 or bfloat16; given {x.dtype}")
         if x.stride(-1)!=1 and x.shape[-1]>1: raise ValueError(f"the channels of {n} must lie side by side (last stride 1); given strides {x.stride()}: call .contiguous()")
-    if any(x is not None and x.device!=v.device for x in (phi_q, log_q, log_k, log_gamma, mask)): raise ValueError(f"features, log weights, log_gamma and mask must lie on {v.device}, as v does")
+    if any(x is not None and x.device!=v.device for x in (phi_q, phi_k, log_q, log_k, log_gamma, mask, *before)): raise ValueError(f"features, log weights, log_gamma, mask and initial_state must lie on {v.device}, as v does")
+    if not (schedule in (None, 'scan', 'parallel') or type(schedule) is int and schedule>0): raise ValueError(f"schedule is scan, parallel, a number of segments, or None; given {schedule!r}")
     if precision not in ('ieee','tf32','tf32x3'): raise ValueError(f"precision is ieee, tf32 or tf32x3; given {precision!r}")
     if not (v.is_cuda or _INTERPRET.value):
         raise ValueError(f"the kernel runs on a GPU; given tensors on {v.device}. Use chunk_window_attention there, or set TRITON_INTERPRET=1 before Python starts to try the kernel in Triton's interpreter")
 
 # %% ../../kernels/06_window.ipynb #aa1e6b29
 def _ring(x, window, value=0.): # the last `window` tokens of (B, h, T, d), empty places in front
-    x = x[:,:,max(0, x.shape[2]-window):].float()
+    x = x[:,:,max(0, x.shape[2]-window):].detach().float()
     return F.pad(x, (0,0,window-x.shape[2],0), value=value)
 
+def _state_after(k, v, phi_k, log_k, mask, window, linear):
+    "The `WindowState` after all keys."
+    log = torch.zeros(k.shape[:3], device=k.device) if log_k is None else log_k.float()
+    if mask is not None: log,phi_k = log.masked_fill(~mask.bool()[:,None], NOTHING),phi_k*mask.bool()[:,None,:,None]
+    return WindowState(*(_ring(x, window) for x in (k, v, phi_k)), _ring(log[...,None], window, NOTHING)[...,0], linear)
+
 @full_precision
+def _attend(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, mask, state, end, schedule, precision):
+    "Outputs, and with `end` the state after them, else None; all of one dtype, checked."
+    near = min(window, q.shape[2]) if state is None else window
+    plan = _plan(q, k, v, phi_q, phi_k, schedule, precision)
+    keys = k,v,phi_k,log_k,mask
+    if state is not None or plan.segments>1: keys = _with_past(*keys, near, state)
+    k,v,phi_k,log_k,mask = keys
+    states,m = _starts(phi_q, phi_k, v, log_k, mask, state, plan, precision)
+    o,*after = WindowAttentionKernel.apply(q, k, v, phi_q, phi_k, log_q, log_k, log_gamma, near, q.shape[-1]**-0.5 if scale is None else scale, mask, states, m, plan, end, precision)
+    return o, _state_after(*keys, window, LinearState(*after)) if end else None
+
 def triton_window_attention(
     q:Tensor, # (B, H, T, D) queries in fp32, fp16 or bf16; any strides, the last 1; D up to 256
     k:Tensor, # (B, Hkv, T, D) keys; Hkv divides H
     v:Tensor, # (B, Hkv, T, Dv) values; Dv up to 256
-    phi_q:Tensor, # (B, H, T, F) mapped queries; F up to 512
+    phi_q:Tensor, # (B, H, T, F) mapped queries, rounded to the dtype of the products; F up to 512
     phi_k:Tensor, # (B, Hkv, T, F) mapped keys
     window:int, # Keys seen through softmax: the last `window`, the query's own included
     log_q:Tensor=None, # (B, H, T) log weights of the queries
@@ -343,16 +410,17 @@ def triton_window_attention(
     log_gamma:Tensor=None, # (H,) log of the window's factor; 0 if None
     scale:float=None, # Factor on q·k; 1/√D if None
     mask:Tensor=None, # (B, T) True at real tokens
-    output_final_state:bool=False, # Also return the state after the tokens, without gradient?
+    initial_state:WindowState=None, # What was seen before these tokens; without gradient
+    output_final_state:bool=False, # Also return the state after them, without gradient?
+    schedule=None, # "scan", "parallel" or a number of segments; chosen by shape if None
     precision:str='tf32x3', # Products of fp32 operands on the GPU: "ieee", "tf32" or "tf32x3"
 ): # (B, H, T, Dv) outputs in v's dtype; with `output_final_state` the pair (outputs, `WindowState`)
-    "`chunk_window_attention` in Triton, forward and backward. Raises `ValueError` on inputs that do not fit."
-    _check(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, mask, precision)
-    o,*state = WindowAttentionKernel.apply(q, k, v, phi_q, phi_k, log_q, log_k, log_gamma, window, q.shape[-1]**-0.5 if scale is None else scale, mask, output_final_state, precision)
-    if not output_final_state: return o
-    log,phi = torch.zeros(k.shape[:3], device=k.device) if log_k is None else log_k.detach().float(),phi_k.detach()
-    if mask is not None: log,phi = log.masked_fill(~mask.bool()[:,None], NOTHING),phi*mask.bool()[:,None,:,None]
-    return o, WindowState(*(_ring(x.detach(), window) for x in (k, v, phi)), _ring(log[...,None], window, NOTHING)[...,0], LinearState(*state))
+    "`chunk_window_attention` in Triton, forward and backward. Raises `ValueError` on inputs that do not fit, empty ones too."
+    _check(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, mask, initial_state, schedule, precision)
+    dtype,out = products_dtype(q, k, v),v.dtype
+    big = (x.to(dtype) for x in (q, k, v, phi_q, phi_k))
+    o,after = _attend(*big, window, log_q, log_k, log_gamma, scale, mask, initial_state, output_final_state, schedule, precision)
+    return (o.to(out), after) if output_final_state else o.to(out)
 
 # %% ../../kernels/06_window.ipynb #b10105ee
 def window_usage(
@@ -368,7 +436,7 @@ def window_usage(
     f = {'forward':_window_fwd_kernel, 'backward q':_window_bwd_q_kernel, 'backward k':_window_bwd_k_kernel}[kernel]
     e = lambda h, d: torch.empty(1, h, 1, d, dtype=dtype, device='meta')
     c = _constants(e(group, head_dim), e(1, head_dim), e(1, head_dim), e(group, feature_dim), e(1, feature_dim), 'tf32x3', kernel!='forward')
-    c = c | dict(HAS_LOG_Q=logs, HAS_LOG_K=logs, HAS_GAMMA=logs, HAS_MASK=False, HAS_END=False) | config
+    c = c | dict(HAS_LOG_Q=logs, HAS_LOG_K=logs, HAS_GAMMA=logs, HAS_MASK=False, HAS_START=False, HAS_END=False) | config
     short = {torch.bfloat16:'bf16', torch.float16:'fp16', torch.float32:'fp32'}[dtype]
-    use = offline_usage(f, c, short, ('log_q_ptr','log_k_ptr','gamma_ptr','L_ptr','delta_ptr','dg_ptr','S_ptr','z_ptr','m_ptr') + (('dv_ptr',) if feature_dim>c['BLOCK_F'] else ()))
+    use = offline_usage(f, c, short, ('log_q_ptr','log_k_ptr','gamma_ptr','states_ptr','L_ptr','delta_ptr','dg_ptr','S_ptr','z_ptr','m_ptr','m_end_ptr') + (('dv_ptr',) if feature_dim>c['BLOCK_F'] else ()))
     return dict(kernel=kernel, F=feature_dim, D=head_dim, dtype=short, group=group, logs=logs, block_t=c['BLOCK_T'], block_f=c['BLOCK_F'], block_d=c['BLOCK_D'], warps=c['num_warps'], **use)

@@ -1,0 +1,72 @@
+"""Kill a training run with SIGKILL at moments drawn at random, start it again until it is done, and compare its weights with those of a run that nobody killed.
+
+    python tests/kill_resume.py --trials 50 --record results/kill-resume-stories260k.json"""
+import argparse, os, random, signal, sys, tempfile, time
+from pathlib import Path
+import torch, transformers
+from safetensors.torch import load_file, save_file
+from hedgehog_nb.data import load_model, load_texts, token_blocks
+from hedgehog_nb.linearize import linearize
+from hedgehog_nb.training import distill, finetune
+
+STEPS,EVERY = 12,3
+
+def train(folder):
+    "Distil, then finetune the embedded model, dropout included, and write its weights to `folder`/done."
+    torch.set_num_threads(1)
+    model,tok = load_model('embedded')
+    model.config.attention_dropout = .1
+    linearize(model, num_maps=2)
+    data = token_blocks(load_texts('embedded'), tok, 64, max_tokens=2**14, seed=0)
+    distill(model, data.split(8), STEPS, .1, checkpoint=folder/'distill', save_every=EVERY)
+    finetune(model, data, STEPS, lr=2e-3, checkpoint=folder/'finetune', save_every=EVERY)
+    save_file({n:p.detach() for n,p in model.named_parameters()}, folder/'.done'); os.replace(folder/'.done', folder/'done')
+
+def child(folder):
+    "Start `train` in a process of its own; its number."
+    pid = os.fork()
+    if pid: return pid
+    code = 1
+    try: train(folder); code = 0
+    finally: os._exit(code)
+
+def ended(pid, seconds=None):
+    "Exit code of a child; it is killed after `seconds`."
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def trial(folder, rng, longest):
+    "Kill a run up to four times, then let it finish; how often it was killed before it was done."
+    kills = [ended(child(folder), rng.uniform(0, longest)) for _ in range(rng.randint(1, 4))]
+    assert set(kills) <= {0,-signal.SIGKILL} and ended(child(folder))==0
+    return kills.count(-signal.SIGKILL)
+
+def trials(n, seed=0):
+    "For each trial (kills, number of weights that differ from those of the run that nobody killed)."
+    rng,out = random.Random(seed),[]
+    with tempfile.TemporaryDirectory() as d:
+        d = Path(d); (d/'alive').mkdir()
+        t = time.perf_counter()
+        assert ended(child(d/'alive'))==0
+        longest,want = time.perf_counter()-t,load_file(d/'alive'/'done')
+        for i in range(n):
+            f = d/str(i); f.mkdir()
+            kills = trial(f, rng, longest)
+            got = load_file(f/'done')
+            assert got.keys()==want.keys() and sorted(p.name for p in f.iterdir())==['distill','done','finetune'], sorted(f.iterdir())
+            out.append((kills, sum((got[k]!=want[k]).sum().item() for k in want)))
+            yield out[-1]
+
+if __name__=='__main__':
+    from hedgehog_nb.results import code_version, write_results
+    p = argparse.ArgumentParser(); p.add_argument('--trials', type=int, default=50); p.add_argument('--record'); p.add_argument('--seed', type=int, default=0)
+    a = p.parse_args()
+    start,commit,rows = time.perf_counter(),code_version(),[]
+    for i,(kills,differ) in enumerate(trials(a.trials, a.seed)):
+        print(f'trial {i}: {kills} kills, {differ} weights differ', flush=True)
+        same = dict(experiment='kill-resume', model='stories260k', data='embedded', variant='hedgehog', trial=i, steps=2*STEPS, save_every=EVERY)
+        rows += [dict(same, metric='kills', value=kills), dict(same, metric='weights-that-differ', value=differ)]
+    if a.record: write_results(a.record, rows, seed=a.seed, wall_s=time.perf_counter()-start, device='cpu', commit=commit)
+    sys.exit(any(r['value'] for r in rows if r['metric']=='weights-that-differ'))

@@ -1,0 +1,26 @@
+"""Distil and finetune in as many processes as `torchrun` starts; the first writes weights and losses.
+
+    torchrun --nproc_per_node 2 tests/two_processes.py FOLDER"""
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from hedgehog_nb.data import load_model, load_texts, token_blocks
+from hedgehog_nb.linearize import linearize
+from hedgehog_nb.training import distill, finetune, world
+
+def train(folder, steps=4, stop=False):
+    torch.set_num_threads(1)
+    rank,_ = world()
+    model,tok = load_model('embedded')
+    linearize(model, num_maps=2)
+    data = token_blocks(load_texts('embedded'), tok, 64, max_tokens=13*64, seed=0)  # the last batch of an epoch is smaller
+    def on_step(step, *_):
+        if stop and step==3: raise SystemExit('stopped')
+    a = distill(model, data.split(3), steps, .1, checkpoint=folder/'distill', save_every=2)
+    maps = {f'map.{n}':p.detach().clone() for n,p in model.named_parameters() if 'feature_map' in n}
+    b = []
+    finetune(model, data, steps, 4, lr=1e-3, warmup=0, accumulate=2, checkpoint=folder/'finetune', save_every=2, on_step=lambda s,l,t: (on_step(s), b.append(l)))
+    if rank==0: save_file({**maps, **{n:p.detach() for n,p in model.named_parameters()}, 'losses':torch.tensor(a+b)}, folder/'done')
+
+if __name__=='__main__': train(Path(sys.argv[1]), stop='--stop' in sys.argv)
