@@ -743,7 +743,7 @@ def linearize_command(ctx:typer.Context,
     window:Annotated[Optional[int], _opt('--window', panel='Conversion', metavar='N', min=0, help="Of [cyan]hedgehog-window[/]: tokens that keep softmax, each query's own included; 64 if not given.")]=None,
     relative:Annotated[Optional[bool], _opt('--relative', panel='Conversion', help="Of [cyan]hedgehog-window[/]: linear weights relative to the largest in the window (LoLCATs).")]=None,
     branch:Annotated[Optional[str], _opt('--branch', panel='Conversion', metavar='NAME', help="Of [cyan]hedgehog-window[/]: [cyan]both[/], or the [cyan]window[/] or the [cyan]linear[/] branch alone, to see what the other does.")]=None,
-    layers:Annotated[str, _opt('--layers', panel='Conversion', metavar='LIST', help="Layers to convert, such as [cyan]0-5,8[/].")]='all',
+    layers:Annotated[str, _opt('--layers', panel='Conversion', metavar='LIST', help="Layers to convert, such as [cyan]0-5,8[/], or [cyan]1-29:2[/] for every other; the rest stays softmax.")]='all',
     objective:Annotated[str, _opt('--objective', panel='Conversion', metavar='NAME', help="What the maps imitate: attention [cyan]weights[/], [cyan]outputs[/], [cyan]both[/], the [cyan]order[/] of all weights, or [cyan]weights+order[/].")]='weights',
     distill_tokens:Annotated[int, _opt('--distill-tokens', panel='Training', metavar='N', min=0, help="Budget for the maps alone; 0: none.")]=200_000,
     distill_steps:Annotated[Optional[int], _opt('--distill-steps', panel='Training', metavar='N', min=0, help="The same in steps; wins over tokens.")]=None,
@@ -836,6 +836,16 @@ def generate_command(
     screen.say(f"[dim]{story['tokens']} tokens, {story['tokens']/story['seconds']:.0f} tokens/s; {what} {mem[0]:,} bytes after the first, {mem[-1]:,} after the last[/]")
     screen.object(model=_name(model), prompt=prompt, **story, first_bytes=mem[0], last_bytes=mem[-1])
 
+# %% ../nbs/93_cli.ipynb #55fe3a28
+def _older(model, ids):
+    "Of a hybrid: mean share of the weight that its linear branch carries, softmax's on the same keys, and the first by layer; else None."
+    from hedgehog_nb.window import WindowAttention, linear_shares
+    windows = {m.window for m in model.modules() if isinstance(m, WindowAttention)}
+    if not windows or max(windows)>=ids.shape[1]: return None
+    rows = linear_shares(model, input_ids=ids.to(model.device))
+    mean = lambda k, rows: sum(r[k] for r in rows)/len(rows)
+    return dict(share=mean('share', rows), softmax=mean('softmax', rows), layers=[round(mean('share', [r for r in rows if r['layer']==i]), 3) for i in sorted({r['layer'] for r in rows})])
+
 # %% ../nbs/93_cli.ipynb #4d19f2cc
 @app.command('properties', epilog=_examples('hedgehog properties embedded --data embedded --map elu --map taylor --map hedgehog', 'hedgehog properties stories-hedgehog --data embedded --by layer --out layers.png'))
 @_command
@@ -864,10 +874,12 @@ def properties_command(
     with screen.wait(f'measuring {ids.numel():,} tokens'): report = attention_report(m, ids, feature_map=maps or None, every=every)
     rows = report.mean(*keys[by])
     screen.out.print(report_table(rows))
+    shares = _older(m, ids)
+    if shares: screen.out.print(f"keys older than the window: [bold]{shares['share']:.1%}[/] of the weight through the linear branch, where softmax puts {shares['softmax']:.1%}; by layer", *shares['layers'], highlight=False)
     if fig:
         with whole(fig) as p, use_style(): save_figure(plot_report(report, ('share','spearman','kl') if len(rows.mean('variant'))>1 else ('share','sink','support')), p)
         screen.say(f"against the layer: [bold]{fig}[/]")
-    screen.object(model=_name(model), data='+'.join(map(_name, data)), tokens=ids.numel(), seq_len=seq_len, rows=[{k:v for k,v in r.items() if not isinstance(v, float) or math.isfinite(v)} for r in rows])
+    screen.object(model=_name(model), data='+'.join(map(_name, data)), tokens=ids.numel(), seq_len=seq_len, rows=[{k:v for k,v in r.items() if not isinstance(v, float) or math.isfinite(v)} for r in rows], **({'older_keys':shares} if shares else {}))
 
 # %% ../nbs/93_cli.ipynb #d7384d6c
 @app.command('bench', epilog=_examples('hedgehog bench', 'hedgehog bench --out results/bench-h200.json --minutes 9', 'hedgehog bench --only hedgehog --only sdpa-flash'))

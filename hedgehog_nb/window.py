@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from .attention import check_qkv, full_precision, repeat_kv, visible
-from .linear_attention import NOTHING, LinearState, prepare_keys, _away_from_zero, _chunk_sums, _group
+from .attention import check_qkv, full_precision, repeat_kv, softmax_weights, visible
+from .linear_attention import NOTHING, TRITON_BY_DEFAULT, LinearState, prepare_keys, _away_from_zero, _chunk_sums, _group, _suits_triton
 from .feature_maps import Attention, make_feature_map, register_attention
 
 # %% ../nbs/10_window.ipynb #3d013101
@@ -121,7 +121,8 @@ def _window_sums(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, 
     q,k = q.to(v.dtype),k.to(v.dtype)
     state = WindowState.empty(k, v, phi_k, window) if state is None else state.apply(lambda x: x.to(v.dtype))
     k,v,phi_k,log_k = (torch.cat([a,b], 2) for a,b in zip(state, (k,v,phi_k,log_k)))
-    lin,m,linear = _chunk_sums(phi_q, phi_k[:,:,:T], v[:,:,:T], log_k[:,:,:T], state.linear, C)
+    o,den,m,linear = _chunk_sums(phi_q, phi_k[:,:,:T], v[:,:,:T], log_k[:,:,:T], state.linear, C)
+    lin = torch.cat([o*den[...,None], den[...,None]], -1)
     after = WindowState(*(x[:,:,T:] for x in (k,v,phi_k,log_k)), linear)
     if window==0: return lin, lin[...,-1], after
 
@@ -287,6 +288,9 @@ class WindowAttention(Attention):
         if implementation=='naive':
             if any(carry): raise ValueError("the naive form keeps no state: choose another implementation")
             return naive_window_attention(*args, mask)
+        if implementation=='triton' or implementation is None and TRITON_BY_DEFAULT and _suits_triton(q, k, v, self.map):
+            from hedgehog_nb.kernels.window import triton_window_attention
+            return triton_window_attention(*args, mask, *carry)
         if q.shape[2]==1 and all(carry): return window_decode_step(*args[:5], initial_state, *args[6:], mask)
         return chunk_window_attention(*args, mask, *carry)
     def linear_share(self, q, k, mask=None):

@@ -68,6 +68,16 @@ def test_which_kernel_serves(monkeypatch):
     assert kernel_of(*one[:2], one[2].clone().requires_grad_(), fm=elu, initial_state=e)=='triton_linear_attention'
 
 @kernel
+@pytest.mark.parametrize('causal', [True, False])
+@pytest.mark.parametrize('name', ['hedgehog', 'elu'])
+def test_packed(monkeypatch, name, causal):
+    seen,(q,k,v),fm = taken(monkeypatch),inputs(T=30),make(name)
+    (o,s),(r,t) = (attention(q, k, v, fm, causal, cu_seqlens=[0,11,12,30], output_final_state=True, implementation=i) for i in ('triton','chunked'))
+    assert seen==['fused_hedgehog_attention' if name=='hedgehog' else 'triton_linear_attention']
+    close(o, r.detach(), TOL[torch.float32])
+    for a,b in zip(whole(s), whole(t)): close(a, b.detach(), TOL[torch.float32])
+
+@kernel
 @pytest.mark.parametrize('form', FORMS)
 def test_prompt_then_token_by_token(form):
     "Prefill, then the decode step, as generation does it: equal to the whole, the states handed on untouched."

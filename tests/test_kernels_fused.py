@@ -20,35 +20,40 @@ def inputs(B=1, H=2, Hkv=1, T=20, D=8, DV=None, E=None, dtype=torch.float32, Tq=
     x = r(B, H, Tq or T, D), r(B, Hkv, T, D), r(B, Hkv, T, DV or D), r(H, E, D)/D**.5, r(Hkv, E, D)/D**.5
     return *x, *((r(H, E)/4, r(Hkv, E)/4) if bias else (None, None))
 
-def extras(x, masked=True, state=True, seed=9):
-    "A mask with holes at both ends, and a state with its own maximum."
+def extras(x, masked=True, state=True, seed=9, n=None):
+    "A mask with holes at both ends, and `n` states with their own maxima, one for each row if None."
     (B,Hkv,T,DV),F,g = x[2].shape,2*x[3].shape[1],torch.Generator().manual_seed(seed)
+    n = n or B
     r = lambda *s: torch.randn(*s, generator=g).to(DEVICE)
     mask = r(B, T) > -1
     if T>2: mask[:,:2], mask[-1,-1] = False, False
-    return dict(mask=mask if masked else None, initial_state=LinearState(r(B, Hkv, F, DV), r(B, Hkv, F).abs(), r(B, Hkv)) if state else None)
+    return dict(mask=mask if masked else None, initial_state=LinearState(r(n, Hkv, F, DV), r(n, Hkv, F).abs(), r(n, Hkv)) if state else None)
 
 def close(a, r, tol, name=''):
     assert a.shape==r.shape and torch.isfinite(a).all(), name
     err = ((a.double() - r).abs().max()/r.abs().max().clamp_min(.1)).item()
     assert err < tol, f"{name}: {err:.1e}, allowed {tol:.0e}"
 
-def reference(q, k, v, w_q, w_k, b_q, b_k, form, causal, mask, state):
+def reference(q, k, v, w_q, w_k, b_q, b_k, form, causal, mask, state, cu=None):
+    "The PyTorch form, one packed sequence after the other."
     phi_q,(phi_k,log_k) = hedgehog_features(per_head(q, w_q, b_q), form)[0],hedgehog_features(per_head(k, w_k, b_k), form)
-    f = chunk_linear_attention if causal else bidirectional_linear_attention
-    return f(phi_q, phi_k, v, log_k, mask=mask, initial_state=state, output_final_state=True)
+    f,res = chunk_linear_attention if causal else bidirectional_linear_attention,[]
+    for i,(a,b) in enumerate(zip(cu, cu[1:])) if cu else [(0, (None, None))]:
+        cut,before = (lambda x: None if x is None else x[:,:,a:b]),state if state is None or not cu else LinearState(*(x[i:i+1] for x in state))
+        res.append(f(*map(cut, (phi_q, phi_k, v, log_k)), mask=None if mask is None else mask[:,a:b], initial_state=before, output_final_state=True))
+    return torch.cat([o for o,_ in res], 2), LinearState(*map(torch.cat, zip(*(s for _,s in res))))
 
 def whole_state(s): # what of a state has a meaning
     return s.S*s.m[...,None,None].exp(), s.z*s.m[...,None].exp()
 
-def check(x, form='softmax_halves', causal=True, mask=None, initial_state=None, tol=None, final=True, **kw):
+def check(x, form='softmax_halves', causal=True, mask=None, initial_state=None, tol=None, final=True, cu=None, **kw):
     "Outputs, final state and all gradients against fp64 autograd."
     leaf = lambda f: [None if a is None else f(a.detach()).requires_grad_() for a in (*x, *(initial_state or (None,)*3))]
     mine,ref = leaf(lambda a: a.clone()),leaf(torch.Tensor.double)
     state = lambda l: None if initial_state is None else LinearState(*l[7:])
-    out = fused_hedgehog_attention(*mine[:7], form=form, causal=causal, mask=mask, initial_state=state(mine), output_final_state=final, **kw)
+    out = fused_hedgehog_attention(*mine[:7], form=form, causal=causal, mask=mask, initial_state=state(mine), output_final_state=final, cu_seqlens=cu, **kw)
     o,s = out if final else (out,None)
-    o_,s_ = reference(*ref[:7], form, causal, mask, state(ref))
+    o_,s_ = reference(*ref[:7], form, causal, mask, state(ref), cu)
     tol = tol or TOL[x[0].dtype]
     assert o.dtype==x[2].dtype
     close(o, o_, tol, 'o')
@@ -75,6 +80,28 @@ def test_shapes(D, T): # forms, heads and dtypes take turns; test_drawn mixes ev
 def test_wide_heads(form): check(inputs(1, 1, 1, 18, 128), form, final=False)
 
 @kernel
+@pytest.mark.parametrize('B,H,D,E,DV,dtype', [(1, 1, 256, 256, 20, torch.float32), (2, 2, 136, 64, 8, torch.float16), (1, 1, 60, 256, 130, torch.bfloat16)])
+def test_matrices_whose_gradient_is_taken_outside(B, H, D, E, DV, dtype): # dW has more than 8,192 numbers
+    check(inputs(B, H, 1, 18, D, DV, E, dtype), 'exp' if D==256 else 'softmax_joint', D!=136, final=False, schedule=2)
+
+@kernel
+@pytest.mark.parametrize('cu', [[0,50], [0,20,21,37,50]], ids=str)
+@pytest.mark.parametrize('form,causal', [('exp', True), ('softmax_halves', True), ('exp', False), ('softmax_joint', False)])
+def test_packed_is_separate(form, causal, cu):
+    x = inputs(1, 2, 1, 50)
+    check(x, form, causal, cu=cu, schedule=4, **extras(x, n=len(cu)-1))
+    check(x, form, causal, cu=cu, schedule='scan', **extras(x, state=False), final=False)
+    if not causal: return
+    late = [a.clone() for a in x]; late[2][:,:,cu[1]-1] += 9 # seen by no later sequence
+    a,b = (fused_hedgehog_attention(*y, form=form, cu_seqlens=torch.tensor(cu, device=DEVICE)) for y in (x, late))
+    assert torch.equal(a[:,:,cu[1]:], b[:,:,cu[1]:]) and not torch.equal(a, b)
+
+@kernel
+@pytest.mark.parametrize('cu', [[0,5], [1,20], [0,9,9,20], [0,12,6,20], [0], [], [0,1.5,20]], ids=str)
+def test_borders_that_do_not_fit(cu):
+    with pytest.raises(ValueError, match='cu_seqlens'): fused_hedgehog_attention(*inputs(), cu_seqlens=cu)
+
+@kernel
 @pytest.mark.parametrize('form,schedule', [('softmax_halves', 'scan'), ('exp', 3)])
 def test_long(form, schedule): check(inputs(1, 1, 1, 257, 16, dtype=torch.bfloat16), form, schedule=schedule, final=False)
 
@@ -97,12 +124,14 @@ def test_widths_that_differ(kw):
 @kernel
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(B=st.integers(1, 2), Hkv=st.integers(1, 2), G=st.integers(1, 2), T=st.integers(1, 40), Tq=st.integers(1, 40), D=st.integers(1, 20), DV=st.integers(1, 40), maps=st.integers(1, 2), form=st.sampled_from(FORMS),
-       causal=st.booleans(), masked=st.booleans(), state=st.booleans(), bias=st.booleans(), bthd=st.booleans(), dtype=st.sampled_from(list(TOL)), schedule=st.sampled_from([None, 'scan', 'parallel', 3]), seed=st.integers(0, 99))
-def test_drawn(B, Hkv, G, T, Tq, D, DV, maps, form, causal, masked, state, bias, bthd, dtype, schedule, seed):
+       causal=st.booleans(), masked=st.booleans(), state=st.booleans(), bias=st.booleans(), bthd=st.booleans(), cuts=st.lists(st.integers(1, 39), max_size=3), dtype=st.sampled_from(list(TOL)), schedule=st.sampled_from([None, 'scan', 'parallel', 3]), seed=st.integers(0, 99))
+def test_drawn(B, Hkv, G, T, Tq, D, DV, maps, form, causal, masked, state, bias, bthd, cuts, dtype, schedule, seed):
+    cu = sorted({0, T, *(c for c in cuts if c<T)}) if cuts else None
+    if cu: B,Tq = 1,None
     x = list(inputs(B, Hkv*G, Hkv, T, D, DV, maps*D, dtype, None if causal else Tq, bias, seed))
     if bthd: x[:3] = [a.transpose(1, 2).contiguous().transpose(1, 2) for a in x[:3]]
     # a state of random signs makes sums that cancel: o is then as large as it is uncertain
-    check(x, form, causal, tol=10*TOL[dtype], schedule=schedule, **extras(x, masked, state, seed))
+    check(x, form, causal, tol=10*TOL[dtype], schedule=schedule, cu=cu, **extras(x, masked, state, seed, len(cu)-1 if cu else None))
 
 @kernel
 def test_against_the_entry_point_with_a_hedgehog_map():
@@ -228,11 +257,11 @@ def test_compiles_into_one_graph():
     assert all(map(torch.equal, ours, theirs))
 
 @kernel
-@pytest.mark.parametrize('kw', [dict(), dict(form='exp', schedule=2), dict(causal=False, form='exp')], ids=str)
+@pytest.mark.parametrize('kw', [dict(), dict(form='exp', schedule=2), dict(causal=False, form='exp'), dict(cu=[0,9,40])], ids=str)
 def test_fake_kernels_tell_the_shapes(kw):
     from hedgehog_nb.kernels import fused
     x = inputs(1, 2, 1, 40, 8)
-    args = *x, None, None, None, None, kw.get('form', 'softmax_halves'), kw.get('causal', True), True, True, kw.get('schedule', 0), 'ieee'
+    args = *x, None, None, None, None, torch.tensor(kw['cu'], device=DEVICE) if 'cu' in kw else None, kw.get('form', 'softmax_halves'), kw.get('causal', True), True, True, kw.get('schedule', 0), 'ieee'
     torch.library.opcheck(fused._fused_op, args, test_utils=('test_schema','test_faketensor'))
 
 @kernel
@@ -240,9 +269,10 @@ def test_fake_kernels_tell_the_shapes(kw):
     ('batch, heads', lambda x: dict(q=x['q'][0])), ('same channels', lambda x: dict(q=x['q'][...,:4])), ('do not divide', lambda x: dict(k=x['k'][:,[0,0,0]], v=x['v'][:,[0,0,0]])),
     ('same heads and tokens', lambda x: dict(v=x['v'][:,:,:9])), ('empty', lambda x: {n: x[n][:,:,:0] for n in 'qkv'}), ('empty', lambda x: {n: x[n][:0] for n in 'qkv'}),
     ('as many queries as keys', lambda x: dict(q=x['q'][:,:,:9])), ('heads and channels', lambda x: dict(w_q=x['w_q'][:1])), ('heads and channels', lambda x: dict(w_k=x['w_k'][...,:4])), ('heads and channels', lambda x: dict(w_q=x['w_q'][0])),
-    ('b_q is', lambda x: dict(b_q=x['b_q'][:,:3])), ('E up to 256', lambda x: dict(w_q=torch.ones(2, 257, 8), w_k=torch.ones(1, 257, 8), b_q=None, b_k=None)), ('up to 128 channels', lambda x: dict(v=torch.ones(1, 1, 20, 129))),
+    ('b_q is', lambda x: dict(b_q=x['b_q'][:,:3])), ('1 to 256 outputs', lambda x: dict(w_q=torch.ones(2, 257, 8), w_k=torch.ones(1, 257, 8), b_q=None, b_k=None)), ('up to 256 channels', lambda x: dict(v=torch.ones(1, 1, 20, 257))), ('up to 256 channels', lambda x: dict(q=torch.ones(1, 2, 20, 257), k=torch.ones(1, 1, 20, 257), w_q=torch.ones(2, 8, 257), w_k=torch.ones(1, 8, 257))),
     ('form is one of', lambda x: dict(form='relu')), ('one dtype', lambda x: dict(q=x['q'].half())), ('one dtype', lambda x: {n: x[n].double() for n in 'qkv'}), ('floating point', lambda x: dict(v=x['v'].long())),
     ('last stride 1', lambda x: dict(k=x['k'].mT.contiguous().mT)), ('mask is', lambda x: dict(mask=torch.ones(1, 9))), ('must lie on', lambda x: dict(w_q=x['w_q'].to('meta'))), ('different devices', lambda x: dict(v=x['v'].to('meta'))),
+    ('batch must be 1', lambda x: {n: x[n].expand(2, -1, -1, -1) for n in 'qkv'} | dict(cu_seqlens=[0,20])), ('cu_seqlens needs as many', lambda x: dict(q=x['q'][:,:,:9], causal=False, cu_seqlens=[0,9])),
     ('initial_state has shapes', lambda x: dict(initial_state=LinearState(torch.zeros(1,1,16,9), torch.zeros(1,1,16), torch.zeros(1,1)))),
     ('schedule is', lambda x: dict(schedule='fast')), ('schedule is', lambda x: dict(schedule=0)), ('schedule is', lambda x: dict(schedule=True)), ('precision is', lambda x: dict(precision='tf16')),
 ])

@@ -1,7 +1,7 @@
 """Window and linear in Triton against fp64 PyTorch: on a GPU where there is one, else in Triton's interpreter."""
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from hedgehog_nb.feature_maps import make_feature_map
+from hedgehog_nb.feature_maps import make_attention, make_feature_map
 from hedgehog_nb.hedgehog import FORMS
 from hedgehog_nb.window import WindowState, chunk_window_attention, joint_features, naive_window_attention, window_decode_step
 from interpreter import DEVICE, HERE, kernel, python, run_under_interpreter
@@ -218,3 +218,16 @@ assert use(512, 256, logs=True, HAS_MASK=True, HAS_START=True, HAS_END=True)['sh
 """
     res = python('-c', code, TRITON_INTERPRET='0', TRITON_DEFAULT_FP_FUSION='1', TRITON_CACHE_DIR=str(tmp_path))
     assert res.returncode==0, res.stderr
+
+@kernel
+@pytest.mark.parametrize('kw', [dict(window=5), dict(window=16, form='exp'), dict(window=5, relative=True), dict(window=5, branch='window'), dict(window=5, branch='linear')], ids=str)
+def test_the_module_on_the_kernel(kw):
+    "`WindowAttention.attend` asked for Triton: a prompt, its continuation and single tokens as in PyTorch."
+    a = make_attention('hedgehog-window', 16, 4, 2, **kw).to(DEVICE)
+    q,k,v = (torch.randn(1, h, 40, 16, generator=torch.Generator().manual_seed(h+i)).to(DEVICE) for i,h in enumerate((4, 2, 2)))
+    with torch.no_grad():
+        want,state,os,i = a.attend(q, k, v),None,[],0
+        for n in (21, 17, 1, 1):
+            s = slice(i, i+n); i += n
+            o,state = a.attend(q[:,:,s], k[:,:,s], v[:,:,s], initial_state=state, output_final_state=True, implementation='triton'); os.append(o)
+    torch.testing.assert_close(torch.cat(os, 2), want, atol=1e-4, rtol=1e-4)

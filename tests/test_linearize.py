@@ -121,8 +121,8 @@ def test_bf16_models_have_float_maps(name):
     assert out.dtype==torch.bfloat16 and out.isfinite().all()
 
 def test_layers_are_read():
-    assert parse_layers('all', 3)==[0,1,2] and parse_layers('0-2,5', 6)==[0,1,2,5] and parse_layers([3,1,1], 4)==[1,3]
-    for bad in ('', '3', '0-3', 'x', '-1', '1-', [3], [-1], [], '0,,1'):
+    assert parse_layers('all', 3)==[0,1,2] and parse_layers('0-2,5', 6)==[0,1,2,5] and parse_layers('1-5:2,0', 6)==[0,1,3,5] and parse_layers([3,1,1], 4)==[1,3]
+    for bad in ('', '3', '0-3', 'x', '-1', '1-', [3], [-1], [], '0,,1', '0-2:', '0-2:0', '1:2'):
         with pytest.raises(ValueError, match='layers'): parse_layers(bad, 3)
 
 BAD = [dict(feature_map='hedghog'), dict(layers='0-9'), dict(layers='first'), dict(form='halves'), dict(feature_map='elu', form='exp'), dict(num_maps=0), dict(inputs=dict(nonsense=1))]
@@ -175,7 +175,7 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path, name, dtype, kw):
     assert model.dtype==dtype; close(logits(load_linearized(path), **x), want)
     assert [p.name for p in path.parent.iterdir()]==['model']     # no scratch folder stays
     for f in path.iterdir():
-        assert f.suffix in ('.json','.safetensors'), f
+        assert f.suffix in ('.json','.safetensors','.md'), f
         assert f.read_bytes()[:2] not in (b'\x80\x02',b'\x80\x04',b'PK'), f  # pickles, and torch's zip of pickles
 
 def test_a_second_save_is_the_first(tmp_path):

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..attention import check_qkv, full_precision
 from ..linear_attention import EPS, NOTHING, LinearState, _check_cu_seqlens
 from .feature_map import _INTERPRET, _dot, _on, offline_usage
+from .tuning import tuned_launch
 import triton, triton.language as tl
 
 # %% ../../kernels/02_chunk_forward.ipynb #796f8395
@@ -131,16 +132,19 @@ def _scan_states_kernel(states_ptr, m_ptr, plan_ptr, T, length, segments, sequen
         tl.store(states_ptr, S, mask=i < WIDTH)
 
 # %% ../../kernels/02_chunk_forward.ipynb #5a16344b
+def _cummax_within(x, seq):
+    "Running maxima along the last axis of `x`, beginning anew where the number of the sequence, `seq`, rises."
+    flip = lambda i: i ^ ((i >> 31) & 0x7fffffff)
+    key = (flip(x.contiguous().view(torch.int32)).long() + (seq << 32)).cummax(-1).values
+    return flip((key - (seq << 32)).int()).view(torch.float32)
+
 def _running_max(log, m0, plan):
     "(B, Hkv, T + sequences) for each sequence `m0` and the maxima after each token, of log weights (B, Hkv, T) and `m0` (B, Hkv, sequences)."
     if plan.table is None: return torch.cat([m0, log], -1).cummax(-1).values
     n,T = plan.sequences,log.shape[-1]
     at,borders = torch.arange(T+n, device=log.device),plan.table[:n+1]
     seq = torch.bucketize(at, borders[1:]+at[1:n+1], right=True)
-    x = torch.where(at==borders[seq]+seq, m0[...,seq], log[...,(at-seq-1).clamp_min(0)])
-    flip = lambda i: i ^ ((i >> 31) & 0x7fffffff)
-    key = (flip(x.view(torch.int32)).long() + (seq << 32)).cummax(-1).values
-    return flip((key - (seq << 32)).int()).view(torch.float32)
+    return _cummax_within(torch.where(at==borders[seq]+seq, m0[...,seq], log[...,(at-seq-1).clamp_min(0)]), seq)
 
 # %% ../../kernels/02_chunk_forward.ipynb #72830186
 def _weights(phi_k, log_k, mask, state, plan=_Plan(1, 1)):
@@ -321,9 +325,10 @@ def _forward(phi_q, phi_k, v, log_k, state, mask, causal, output_final_state, sc
     o,den = v.new_empty(B, H, Tq, D),v.new_empty(B, H, Tq, dtype=torch.float32)
     ptr,flags = lambda a: v if a is None else a,dict(GROUP=G, PACKED=borders is not None)
     with _on(v):
-        if causal: _chunk_fwd_kernel[(B*Hkv*plan.segments*tiles,)](
-            phi_q, phi_k, v, ptr(log), ptr(m), ptr(pad), states, ptr(plan.table), o, den, *phi_q.stride()[:3], *phi_k.stride()[:3], *v.stride()[:3],
-            Hkv, T, plan.length, plan.segments, plan.sequences, HAS_START=use, HAS_END=output_final_state, HAS_LOG=log is not None, HAS_MASK=pad is not None, **flags, **c)
+        if causal: tuned_launch(_chunk_fwd_kernel, (B*Hkv*plan.segments*tiles,),
+            (phi_q, phi_k, v, ptr(log), ptr(m), ptr(pad), states, ptr(plan.table), o, den, *phi_q.stride()[:3], *phi_k.stride()[:3], *v.stride()[:3],
+             Hkv, T, plan.length, plan.segments, plan.sequences),
+            dict(HAS_START=use, HAS_END=output_final_state, HAS_LOG=log is not None, HAS_MASK=pad is not None, **flags, **c), ('num_stages', 'num_warps'), v.device)
         else:
             ask = plan if borders else cut(Tq, B*H, 0)
             _read_kernel[(B*H*ask.segments*tiles,)](

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..attention import full_precision
 from ..linear_attention import EPS, NOTHING, LinearState, _check_cu_seqlens
 from .feature_map import _dot, _on, offline_usage
+from .tuning import tuned_launch
 from .chunk import (_EPS, _NOTHING, _absorb, _check, _constants, _cut, _forward, _last_slot, _maxima, _scan, _segment, _states, _tile,
                                        _weights)
 import triton, triton.language as tl
@@ -258,10 +259,10 @@ def _grad_queries(do, phi_q, phi_k, v, log, m, pad, state, o, den, causal, preci
     start = not causal or plan.segments>plan.sequences or state is not None
     states = _states(phi_k, v, log, m, pad, state, plan, not causal, _constants(phi_q, phi_k, v, precision)) if start else v
     dq,dd,ptr = phi_q.new_empty(phi_q.shape),torch.empty_like(den),lambda a: v if a is None else a
-    with _on(v): _dq_kernel[(B*Hkv*ask.segments*triton.cdiv(F, c['BLOCK_F']),)](
-        phi_k, v, o, do, den, ptr(log), ptr(m), ptr(pad), states, ptr(plan.table), dq, dd, *phi_k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
-        Hkv, Tq, ask.length, ask.segments, states.shape[2], plan.sequences, GROUP=H//Hkv, CAUSAL=causal, HAS_START=start, PACKED=plan.table is not None,
-        HAS_LOG=log is not None, HAS_MASK=pad is not None, **c)
+    with _on(v): tuned_launch(_dq_kernel, (B*Hkv*ask.segments*triton.cdiv(F, c['BLOCK_F']),),
+        (phi_k, v, o, do, den, ptr(log), ptr(m), ptr(pad), states, ptr(plan.table), dq, dd, *phi_k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
+         Hkv, Tq, ask.length, ask.segments, states.shape[2], plan.sequences),
+        dict(GROUP=H//Hkv, CAUSAL=causal, HAS_START=start, PACKED=plan.table is not None, HAS_LOG=log is not None, HAS_MASK=pad is not None, **c), ('num_stages', 'num_warps'), v.device)
     return dq, dd
 
 # %% ../../kernels/03_chunk_backward.ipynb #992e57d9
@@ -276,11 +277,12 @@ def _grad_keys(do, phi_q, phi_k, v, log, m, pad, R, den, dd, causal, precision, 
         c = _bwd_constants(phi_q, phi_k, v, precision, free)
         tiles = triton.cdiv(F, c['BLOCK_F'])*triton.cdiv(D, c['BLOCK_D'])
         part = None if dl is None or need_k is None else dl.new_empty(tiles, B, Hkv, T)
-        with _on(v): _dkv_kernel[(B*Hkv*plan.segments*tiles,)](
-            phi_q, phi_k, v, do, den, dd, ptr(log), ptr(m), ptr(pad), R, ptr(plan.table), ptr(need_k), ptr(need_v), ptr(part),
-            *phi_q.stride()[:3], *phi_k.stride()[:3], *v.stride()[:3], *do.stride()[:3], Hkv, T, plan.length, plan.segments, R.shape[2], plan.sequences,
-            GROUP=H//Hkv, NEED_DK=need_k is not None, NEED_DV=need_v is not None, NEED_DL=part is not None, CAUSAL=causal, HAS_START=start,
-            HAS_END=end and need_k is not None, PACKED=plan.table is not None, HAS_LOG=log is not None, HAS_MASK=pad is not None, **c)
+        flags = dict(GROUP=H//Hkv, NEED_DK=need_k is not None, NEED_DV=need_v is not None, NEED_DL=part is not None, CAUSAL=causal, HAS_START=start,
+                     HAS_END=end and need_k is not None, PACKED=plan.table is not None, HAS_LOG=log is not None, HAS_MASK=pad is not None)
+        with _on(v): tuned_launch(_dkv_kernel, (B*Hkv*plan.segments*tiles,),
+            (phi_q, phi_k, v, do, den, dd, ptr(log), ptr(m), ptr(pad), R, ptr(plan.table), ptr(need_k), ptr(need_v), ptr(part),
+             *phi_q.stride()[:3], *phi_k.stride()[:3], *v.stride()[:3], *do.stride()[:3], Hkv, T, plan.length, plan.segments, R.shape[2], plan.sequences),
+            flags | c, ('num_stages', 'num_warps'), v.device)
         if part is not None: torch.sum(part, 0, out=dl)
 
 # %% ../../kernels/03_chunk_backward.ipynb #3930c642

@@ -43,13 +43,13 @@ def _rounded(x, dtype): # in `dtype`, its channels side by side
 @full_precision
 def _choose(q, k, v, feature_map, causal, mask, initial_state, output_final_state, cu_seqlens, at):
     "The decode step, the map inside the attention, or the map and then the attention."
-    held,kw = inside(feature_map, q, v),dict(mask=mask, causal=causal, initial_state=initial_state, output_final_state=output_final_state)
+    held,kw = inside(feature_map, q, v),dict(mask=mask, causal=causal, initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens)
     if _decodes(q, k, v, feature_map, causal, initial_state, cu_seqlens):
         o,after = decode_step(q, k, v, initial_state.apply(lambda x: x.float().contiguous()), feature_map, mask=mask, inplace=False)
         return (o, after) if output_final_state else o
-    if held and cu_seqlens is None: return fused_hedgehog_attention(q, k, v, **held, **kw)
+    if held: return fused_hedgehog_attention(q, k, v, **held, **kw)
     phi_q,phi_k,log_k = (q,k,None) if feature_map is None else feature_map(q, k, **at)
-    return triton_linear_attention(_rounded(phi_q, q.dtype), _rounded(phi_k, q.dtype), v, log_k, cu_seqlens=cu_seqlens, **kw)
+    return triton_linear_attention(_rounded(phi_q, q.dtype), _rounded(phi_k, q.dtype), v, log_k, **kw)
 
 def triton_attention(
     q:Tensor, # (B, H, Tq, D) queries

@@ -16,6 +16,7 @@ from ..linear_attention import EPS, NOTHING, LinearState
 from ..window import WindowState, _check_state, _check_window
 from .feature_map import _INTERPRET, _dot, _on, offline_usage, products_dtype
 from . import chunk
+from .tuning import tuned_launch
 from .chunk import _tile
 import triton, triton.language as tl
 
@@ -153,9 +154,9 @@ def _forward(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, mask
     c,(extras,flags) = _constants(q, k, v, phi_q, phi_k, precision),_extras(log_q, log_k, log_gamma, mask)
     o,L = torch.empty(B, H, T, D, dtype=v.dtype, device=v.device),torch.empty(B, H, T, device=v.device)
     state = LinearState(*(torch.empty(B, Hkv, *s, device=v.device) for s in ((F_,D), (F_,), ()))) if end else None
-    with _on(v): _window_fwd_kernel[(B*Hkv*plan.segments*triton.cdiv(D, c['BLOCK_D']),)](
-        q, k, v, phi_q, phi_k, *(_or(x, v) for x in (*extras, states, m)), o, L, *(state or (v,)*3), *_strides(q, k, v, phi_q, phi_k),
-        Hkv, T, keys-T, window, plan.length, plan.segments, scale, HAS_START=states is not None, HAS_END=end, **flags, **c)
+    with _on(v): tuned_launch(_window_fwd_kernel, (B*Hkv*plan.segments*triton.cdiv(D, c['BLOCK_D']),),
+        (q, k, v, phi_q, phi_k, *(_or(x, v) for x in (*extras, states, m)), o, L, *(state or (v,)*3), *_strides(q, k, v, phi_q, phi_k),
+         Hkv, T, keys-T, window, plan.length, plan.segments, scale), dict(HAS_START=states is not None, HAS_END=end, **flags, **c), ('num_stages', 'num_warps'), v.device)
     return o, L, state
 
 # %% ../../kernels/06_window.ipynb #w5d6e7f8
@@ -329,10 +330,11 @@ def _backward(do, o, L, q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, 
     dv = torch.empty(tiles, *v.shape, dtype=v.dtype if tiles==1 else torch.float32, device=v.device)
     dgamma,extras = torch.empty_like(L),[_or(x, v) for x in extras]
     with _on(v):
-        _window_bwd_q_kernel[(B*Hkv*plan.segments*tiles,)](
-            q, k, v, phi_k, *extras, _or(states, v), _or(m, v), do, L, delta, dq, dgamma, dphi_q, *_strides(q, k, v, phi_k),
-            Hkv, T, keys-T, window, plan.length, plan.segments, scale, HAS_START=states is not None, **flags, **c)
-        _window_bwd_k_kernel[(B*Hkv*tiles,)](q, k, v, phi_q, phi_k, *extras, do, L, delta, dk, dv, dphi_k, *_strides(q, k, v, phi_q, phi_k), Hkv, T, keys-T, window, scale, **flags, **c)
+        tuned_launch(_window_bwd_q_kernel, (B*Hkv*plan.segments*tiles,),
+            (q, k, v, phi_k, *extras, _or(states, v), _or(m, v), do, L, delta, dq, dgamma, dphi_q, *_strides(q, k, v, phi_k),
+             Hkv, T, keys-T, window, plan.length, plan.segments, scale), dict(HAS_START=states is not None, **flags, **c), ('num_stages', 'num_warps'), v.device)
+        tuned_launch(_window_bwd_k_kernel, (B*Hkv*tiles,),
+            (q, k, v, phi_q, phi_k, *extras, do, L, delta, dk, dv, dphi_k, *_strides(q, k, v, phi_q, phi_k), Hkv, T, keys-T, window, scale), flags | c, ('num_stages', 'num_warps'), v.device)
     return dq, dk, dv.sum(0).to(v.dtype), dphi_q, dphi_k, -dgamma, (phi_k.float()*dphi_k.float()).sum(-1), dgamma.sum((0,2))
 
 # %% ../../kernels/06_window.ipynb #ff0170f5

@@ -1,0 +1,115 @@
+"""The memory of configurations, with a timer that only pretends: no GPU is needed, and none is asked."""
+import json, os, threading
+from pathlib import Path
+import pytest, torch
+pytest.importorskip('triton')
+from triton.runtime.errors import OutOfResources
+from hedgehog_nb.kernels import tuning
+from hedgehog_nb.kernels.tuning import choose, neighbours, tuned_launch
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch): monkeypatch.setattr(tuning, 'CHOSEN', {})
+
+class Timer:
+    "Milliseconds by candidate; remembers what it was asked."
+    def __init__(self, *ms): self.ms,self.asked = ms,[]
+    def __call__(self, c):
+        self.asked.append(c['n'])
+        ms = self.ms[c['n']]
+        if isinstance(ms, Exception): raise ms
+        return ms
+
+CANDIDATES = [dict(n=i) for i in range(3)]
+
+def test_the_fastest_is_chosen_once(tmp_path):
+    t,path = Timer(3, 1, 2),tmp_path/'deep'/'t.json'
+    assert [choose('k', CANDIDATES, t, path) for _ in range(3)]==[dict(n=1)]*3 and t.asked==[0,1,2]
+    assert json.loads(path.read_text())=={'k': dict(n=1)} and [p.name for p in path.parent.iterdir()]==['t.json']
+
+def test_the_next_process_reads_the_file_and_times_nothing(tmp_path):
+    choose('k', CANDIDATES, Timer(3, 1, 2), tmp_path/'t.json'); tuning.CHOSEN.clear()
+    t = Timer(0, 9, 9)
+    assert choose('k', CANDIDATES, t, tmp_path/'t.json')==dict(n=1) and not t.asked
+    assert choose('another', CANDIDATES, t, tmp_path/'t.json')==dict(n=0) and t.asked==[0,1,2]
+    assert json.loads((tmp_path/'t.json').read_text())=={'k': dict(n=1), 'another': dict(n=0)}
+
+def test_of_equals_the_first_and_what_cannot_run_is_not_chosen(tmp_path):
+    too_much = OutOfResources(300_000, 232_448, 'shared memory')
+    assert choose('a', CANDIDATES, Timer(2, 1, 1), tmp_path/'t.json')==dict(n=1)
+    assert choose('b', CANDIDATES, Timer(too_much, 5, 4), tmp_path/'t.json')==dict(n=2)
+    assert choose('c', CANDIDATES, Timer(*[too_much]*3), tmp_path/'t.json')==dict(n=0)
+    with pytest.raises(RuntimeError, match='illegal'): choose('d', CANDIDATES, Timer(RuntimeError('illegal memory access'), 1, 1), tmp_path/'t.json')
+
+@pytest.mark.parametrize('text', ['', '{', '[1]', 'null', '{"k": {"n": 7}}', '{"k": 3}', b'\xff\xfe\x00'], ids=str)
+def test_a_file_that_makes_no_sense_is_ignored_and_replaced(tmp_path, text):
+    path = tmp_path/'t.json'
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    t = Timer(3, 1, 2)
+    assert choose('k', CANDIDATES, t, path)==dict(n=1) and t.asked==[0,1,2] and json.loads(path.read_text())['k']==dict(n=1)
+
+def test_a_folder_that_cannot_be_written_changes_no_choice(tmp_path):
+    (tmp_path/'file').write_text('')
+    assert choose('k', CANDIDATES, Timer(3, 1, 2), tmp_path/'file'/'t.json')==dict(n=1)
+    (tmp_path/'t.json').mkdir()
+    assert choose('l', CANDIDATES, Timer(3, 1, 2), tmp_path/'t.json')==dict(n=1) and [p.name for p in tmp_path.iterdir() if p.name.endswith('.tmp')]==[]
+
+def test_many_writers_leave_a_whole_file(tmp_path):
+    path = tmp_path/'t.json'
+    ts = [threading.Thread(target=lambda i=i: [tuning._write(path, f'{i}-{j}', dict(n=j)) for j in range(20)]) for i in range(4)]
+    for t in ts: t.start()
+    for t in ts: t.join()
+    assert all(v==dict(n=int(k.split('-')[1])) for k,v in json.loads(path.read_text()).items())
+
+def test_where_the_file_lies(monkeypatch, tmp_path):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path)); assert tuning.tuning_file()==tmp_path/'hedgehog_nb'/'tuning.json'
+    monkeypatch.delenv('XDG_CACHE_HOME'); monkeypatch.setattr(Path, 'home', lambda: tmp_path); assert tuning.tuning_file()==tmp_path/'.cache'/'hedgehog_nb'/'tuning.json'
+
+def test_neighbours():
+    c = dict(BLOCK_T=32, num_warps=8, num_stages=3, F=64)
+    assert neighbours(c)==[{}] and neighbours(c, 'BLOCK_T', 'num_warps', 'num_stages')==[{}, dict(BLOCK_T=16), dict(num_warps=4), dict(num_stages=2)]
+    assert neighbours(c | dict(BLOCK_T=16, num_stages=1), 'BLOCK_T', 'num_stages')==[{}, dict(num_stages=2)]
+
+class Kernel:
+    "Stands for a kernel: keeps what it was started with."
+    __name__ = 'kernel'
+    def __init__(self): self.runs = []
+    def __getitem__(self, grid): return lambda *args, **constants: self.runs.append((grid, args, constants))
+
+CONSTANTS = dict(BLOCK_T=32, num_warps=4, num_stages=2, F=64)
+
+def on_a_gpu(monkeypatch, tmp_path, capturing=False):
+    "Pretend: a device, no interpreter, and a timer by which one stage is fastest."
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path)); monkeypatch.delenv('HEDGEHOG_TUNE', raising=False)
+    monkeypatch.setattr(tuning, '_gpu', lambda i: f'GPU {i}'); monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: capturing)
+    monkeypatch.setattr(tuning.triton.knobs.runtime, 'interpret', False)
+    k = Kernel()
+    def bench(f, **_):
+        f()
+        return k.runs.pop()[2]['num_stages']
+    monkeypatch.setattr(tuning.triton.testing, 'do_bench', bench)
+    return k
+
+def start(k, device='cuda:0', **change): tuned_launch(k, (3,), ('x',), CONSTANTS | change, ('num_warps', 'num_stages'), torch.device(device))
+
+def test_a_launch_is_tuned_on_a_gpu_only(monkeypatch, tmp_path):
+    k = on_a_gpu(monkeypatch, tmp_path)
+    start(k, 'cpu'); assert k.runs.pop()==((3,), ('x',), CONSTANTS) and not tuning.CHOSEN
+    start(k); assert k.runs.pop()==((3,), ('x',), CONSTANTS | dict(num_stages=1))
+    start(k, F=128); start(k, 'cuda:1'); assert len(tuning.CHOSEN)==3 # other shapes, another device
+    key = json.loads(next(iter(tuning.CHOSEN)))
+    assert key[:3]==['GPU 0', tuning.triton.__version__, 'kernel'] and 'F=64' in key
+    assert set(json.loads((tmp_path/'hedgehog_nb'/'tuning.json').read_text()))==set(tuning.CHOSEN)
+
+@pytest.mark.parametrize('how', ['variable', 'interpreter'])
+def test_it_can_be_turned_off(monkeypatch, tmp_path, how):
+    k = on_a_gpu(monkeypatch, tmp_path)
+    if how=='variable': monkeypatch.setenv('HEDGEHOG_TUNE', '0')
+    else: monkeypatch.setattr(tuning.triton.knobs.runtime, 'interpret', True)
+    start(k); assert k.runs==[((3,), ('x',), CONSTANTS)] and not tuning.CHOSEN and not (tmp_path/'hedgehog_nb').exists()
+
+def test_nothing_is_timed_while_a_graph_is_recorded(monkeypatch, tmp_path):
+    k = on_a_gpu(monkeypatch, tmp_path, capturing=True)
+    start(k); assert k.runs.pop()[2]==CONSTANTS and not tuning.CHOSEN
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False); start(k)
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True); start(k)
+    assert [r[2]['num_stages'] for r in k.runs]==[1, 1] # what was chosen before holds
