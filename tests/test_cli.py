@@ -1,5 +1,5 @@
 "The command line as its users meet it: help, the round trip linearize → evaluate → generate, results files, the demo."
-import json, os, subprocess, sys, time
+import json, os, resource, subprocess, sys
 from pathlib import Path
 import pytest
 from typer.testing import CliRunner
@@ -46,12 +46,10 @@ def test_help_names_every_map_and_form():
 
 def test_help_is_quick_and_light(root):
     code = "import sys; from hedgehog_nb.cli import app; app(['--help'], standalone_mode=False); print([m for m in ('torch','transformers','datasets','matplotlib','numpy') if m in sys.modules])"
-    runs = []
-    for _ in range(2):
-        t = time.perf_counter()
-        out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=root, check=True).stdout
-        runs.append(time.perf_counter()-t)
-    assert out.strip().endswith('[]') and min(runs)<1
+    spent = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    t = spent()
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=root, check=True).stdout
+    assert out.strip().endswith('[]') and spent()-t<1 # processor time: a busy machine stretches the other
 
 def test_version():
     import hedgehog_nb
