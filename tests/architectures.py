@@ -250,10 +250,17 @@ def train(kind, model, x, soft):
     moved = {k for k,v in model.state_dict().items() if not torch.equal(v, before[k])}
     return history[-1]<history[0] and moved=={k for k,_ in model.named_parameters() if '.feature_map.' in k}
 
+def hybrid(kind, model, x, soft):
+    "The same with one layer linear and the others softmax."
+    some = shake(linearize(copy.deepcopy(soft), layers=[0]))
+    return all(check(kind, some, x, soft) for check in (forward,padding,generate) if CHECKS[check.__name__][1] is None or kind in CHECKS[check.__name__][1])
+
 CHECKS = dict(forward=(forward, None), teacher=(teacher, None), padding=(padding, ('decoder','encoder','encoder-decoder')),
-    generate=(generate, ('decoder','encoder-decoder','speech to text')), save=(save, None), train=(train, None))
+    generate=(generate, ('decoder','encoder-decoder','speech to text')), save=(save, None), hybrid=(hybrid, None), train=(train, None))
 
 def local(model): return any(getattr(m, 'sliding_window', None) or getattr(m.config, 'sliding_window', None) and not hasattr(m, 'sliding_window') for m in linear_layers(model).values())
+
+def asked(kind, layers): return [m for m,(_,kinds) in CHECKS.items() if (kinds is None or kind in kinds) and (m!='hybrid' or layers>1)]
 
 def examine(name):
     "One row of results per check of an architecture; one alone if it cannot be converted."
@@ -264,7 +271,7 @@ def examine(name):
     except ValueError as e: return [dict(row, metric='convert', value=0, note=str(e))]
     shake(model); x = draw(kind, model)
     rows = [dict(row, metric='convert', value=1, note='layers with a window see everything' if local(model) else '', layers=len(linear_layers(model)))]
-    return rows + [dict(row, metric=m, value=int(f(kind, model, x, soft)), note='') for m,(f,kinds) in CHECKS.items() if kinds is None or kind in kinds]
+    return rows + [dict(row, metric=m, value=int(CHECKS[m][0](kind, model, x, soft)), note='') for m in asked(kind, len(linear_layers(model)))]
 
 if __name__=='__main__':
     from hedgehog_nb.results import results_folder, write_results

@@ -1,8 +1,8 @@
 "Every architecture of `architectures.py` converts and passes its checks, or is refused for the reason that is written down; the stored results say the same."
-import copy, json
+import copy, json, sys
 import pytest, torch, transformers
 import architectures
-from architectures import ARCHITECTURES, CHECKS, build, draw, examine, generate, outputs, padded, shake
+from architectures import ARCHITECTURES, CHECKS, asked, build, draw, examine, generate, outputs, padded, shake
 from hedgehog_nb.attention import capture_attention
 from hedgehog_nb.linearize import linear_layers, linearize, padding_mask, probe_attention, probe_inputs, save_linearized
 
@@ -25,7 +25,7 @@ def test_the_results_are_of_these_architectures(stored):
 def test_architecture(name, stored):
     rows = examine(name)
     if name in REFUSED: assert [(r['metric'],r['value']) for r in rows]==[('convert',0)]
-    else: assert {r['metric']:r['value'] for r in rows}==dict(convert=1, **{m:1 for m,(_,kinds) in CHECKS.items() if kinds is None or ARCHITECTURES[name][2] in kinds})
+    else: assert {r['metric']:r['value'] for r in rows}==dict.fromkeys(['convert', *asked(ARCHITECTURES[name][2], rows[0]['layers'])], 1)
     assert rows==[{k:v for k,v in r.items() if k not in ('tokens','seed','unit')} for r in stored[name]]
 
 @pytest.mark.parametrize('name', REFUSED)
@@ -43,7 +43,7 @@ def converted(name='Llama'):
     return ARCHITECTURES[name][2], model, draw(ARCHITECTURES[name][2], model), build(name)
 
 @pytest.mark.parametrize('name,check,fault', [('Llama','forward','oracle'), ('BERT','padding','mask'), ('Llama','generate','state'), ('BART','generate','state'), ('Llama','save','weights'),
-    ('Llama','train','frozen'), ('OLMo3','teacher','window'), ('ModernBERT','teacher','window')])
+    ('Llama','train','frozen'), ('OLMo3','teacher','window'), ('ModernBERT','teacher','window'), ('Llama','hybrid','softmax')])
 def test_checks_find_faults(name, check, fault, monkeypatch):
     kind,model,x,soft = converted(name)
     first = next(iter(linear_layers(model).values()))
@@ -55,6 +55,9 @@ def test_checks_find_faults(name, check, fault, monkeypatch):
         for m in linear_layers(model).values(): m.register_forward_pre_hook(forget, with_kwargs=True)
     if fault=='weights': monkeypatch.setattr(architectures, 'save_linearized', lambda m, p: (save_linearized(m, p), first.feature_map.w_q.data.mul_(1.1)))
     if fault=='frozen': first.feature_map.w_k.requires_grad_(False)
+    if fault=='softmax':
+        lin = sys.modules['hedgehog_nb.linearize']; whole = lin.fused_softmax_attention
+        monkeypatch.setattr(lin, 'fused_softmax_attention', lambda q, k, v, causal, scale, mask=None, *args, **kw: whole(q, k, v, causal, scale, None, *args, **kw))
     if fault=='window':
         import hedgehog_nb.training as t; whole = t.fused_softmax_attention
         monkeypatch.setattr(t, 'fused_softmax_attention', lambda q, k, v, causal, scale, mask, window=None, **kw: whole(q, k, v, causal, scale, mask, **kw))
