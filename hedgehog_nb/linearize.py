@@ -299,6 +299,8 @@ class _AutoLinearized:
     def from_pretrained(cls, path, *args, config=None, trust_remote_code=None, adapter_kwargs=None, **kwargs):
         given = {} if config is None else {k:v for k,v in config.to_dict().items() if k not in ('model_type','dtype','transformers_version')}
         return load_linearized(path, auto=cls.auto, config=given, **kwargs)
+    @classmethod
+    def _from_config(cls, config, **kwargs): raise ValueError("a converted model is loaded from its folder; to make a new one, build its softmax model and call linearize")
 
 def _register():
     "Let every Auto class of transformers load converted models."
