@@ -6,7 +6,8 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/linearize.html.md"""
 
 # %% auto #0
 __all__ = ['FULL', 'BEYOND', 'padding_mask', 'hedgehog_attention', 'probe_inputs', 'parse_layers', 'linear_layers',
-           'probe_attention', 'plan_maps', 'linearize', 'set_implementation', 'save_linearized', 'load_linearized']
+           'probe_attention', 'plan_maps', 'linearize', 'set_implementation', 'save_linearized', 'load_linearized',
+           'HedgehogConfig']
 
 # %% ../nbs/08_linearize.ipynb #858b656c
 import inspect, json, math, os, re, shutil, sys, tempfile
@@ -15,13 +16,16 @@ from pathlib import Path
 import torch, transformers
 from torch import Tensor
 from torch.nn import functional as F
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.models.auto import modeling_auto
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .attention import AttentionCall, attention_as, is_causal, fused_softmax_attention
 from .feature_maps import ATTENTIONS, make_attention
+from .hub import is_hub_name, save_own_way
 
 # %% ../nbs/08_linearize.ipynb #0a8ed362
 FULL = causal_mask_function, bidirectional_mask_function
@@ -95,14 +99,15 @@ def probe_inputs(
 
 # %% ../nbs/08_linearize.ipynb #ceed7e21
 def parse_layers(
-    layers, # "all", numbers and ranges such as "0-5,8", or a list of integers
+    layers, # "all"; numbers, ranges and ranges with a step, such as "0-5,8" or "1-29:2"; or a list of integers
     n:int, # How many attention layers there are
 )->list: # Sorted layer numbers
     "Which layers to convert. Raises `ValueError` on what is no layer of the model."
     if layers=='all': return list(range(n))
     if isinstance(layers, str):
-        if not re.fullmatch(r'\d+(-\d+)?(,\d+(-\d+)?)*', layers): raise ValueError(f"layers is 'all' or like '0-5,8'; given {layers!r}")
-        layers = [i for p in layers.split(',') for a,_,b in [p.partition('-')] for i in range(int(a), int(b or a)+1)]
+        parts = [re.fullmatch(r'(\d+)(?:-(\d+)(?::([1-9]\d*))?)?', p) for p in layers.split(',')]
+        if not all(parts): raise ValueError(f"layers is 'all', or like '0-5,8', or '1-29:2' for every other of those; given {layers!r}")
+        layers = [i for a,b,step in (p.groups() for p in parts) for i in range(int(a), int(b or a)+1, int(step or 1))]
     bad = [i for i in layers if not 0<=i<n]
     if bad or not layers: raise ValueError(f"the model has layers 0 to {n-1}; given {layers}")
     return sorted(set(layers))
@@ -164,7 +169,7 @@ def _make(name, call, settings):
 def plan_maps(
     model:PreTrainedModel, # A model not converted yet; it stays as it is
     feature_map:str='hedgehog', # Name of the map (see `FEATURE_MAPS`), or "hedgehog-window"
-    layers='all', # Attention layers to convert: "all", "0-5,8" or a list of integers
+    layers='all', # Attention layers to convert: "all", "0-5,8", "1-29:2" or a list of integers
     inputs:dict=None, # A small input for the model's forward; tokens or a blank image if None
     **map_kwargs # Settings of the map
 )->tuple: # (numbers of the layers, {attention module: its map})
@@ -182,7 +187,7 @@ def plan_maps(
 def linearize(
     model:PreTrainedModel, # Any model on transformers' attention interface; changed in place
     feature_map:str='hedgehog', # Name of the map (see `FEATURE_MAPS`), or "hedgehog-window"
-    layers='all', # Attention layers to convert: "all", "0-5,8" or a list of integers
+    layers='all', # Attention layers to convert: "all", "0-5,8", "1-29:2" or a list of integers
     inputs:dict=None, # A small input for the model's forward; tokens or a blank image if None
     **map_kwargs # Settings of the map, e.g. form="exp", num_maps=2
 )->PreTrainedModel: # The same model, its attention swapped; train the maps next (`distill`)
@@ -193,6 +198,7 @@ def linearize(
     model.config.hedgehog = dict(feature_map=feature_map, layers=which, **map_kwargs)
     model.set_attn_implementation('hedgehog')
     use_recurrent_cache(model)
+    save_own_way(model)
     return model
 
 # %% ../nbs/08_linearize.ipynb #f0108919
@@ -209,11 +215,13 @@ def save_linearized(
     path, # Folder to write
     tokenizer=None, # Saved beside it, if given
     overwrite:bool=False, # Replace the folder if it exists?
+    card:dict=None, # More for the model card: base_model, license, data, steps, … in the order in which it shall be read
 )->Path: # The folder
-    "Save a converted model as safetensors with its settings. Raises `ValueError` if the folder exists or the model is not converted."
+    "Save a converted model as safetensors with its settings and a model card. Raises `ValueError` if the folder exists or the model is not converted."
     path = Path(path)
     if not linear_layers(model): raise ValueError("this model is not converted: use model.save_pretrained")
     if path.exists() and not overwrite: raise ValueError(f"{path} exists already; choose another folder, or say overwrite")
+    if card: model.config.hedgehog_card = {**getattr(model.config, 'hedgehog_card', {}), **card}
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f'.{path.name}-', dir=path.parent))
     try:
@@ -229,24 +237,45 @@ def save_linearized(
 def _saved_names(model):
     "{name in a saved file: name in the model} of all weights of feature maps."
     from transformers.core_model_loading import revert_weight_conversion
-    maps = {k:v for k,v in model.state_dict().items() if '.feature_map.' in k}
-    return {n:k for k,v in maps.items() for n in (k, *revert_weight_conversion(model, {k:v}))}
+    maps,p = {k:v for k,v in model.state_dict().items() if '.feature_map.' in k},model.base_model_prefix+'.'
+    names = {n:k for k,v in maps.items() for n in (k, *revert_weight_conversion(model, {k:v}))}
+    return {**{m:k for n,k in names.items() for m in (p+n, n.removeprefix(p))}, **names}
 
-def load_linearized(
-    path, # Folder written by `save_linearized` or `save_pretrained`
-    inputs:dict=None, # As for `linearize`
-    **kwargs # For `from_pretrained`: dtype, device_map …
-)->PreTrainedModel: # The converted model, as it was saved
-    "Load a converted model, bit for bit. Raises `ValueError` where the folder does not hold one."
-    path = Path(path)
-    if not (path/'config.json').is_file(): raise ValueError(f"{path} holds no model: there is no config.json in it")
-    cfg = json.loads((path/'config.json').read_text())
-    if 'hedgehog' not in cfg: raise ValueError(f"{path} holds a model that was not converted; load it with transformers, then call linearize")
+def _folder(path, **kwargs):
+    "A folder, or that of a model of the hub."
+    if not is_hub_name(path): return Path(path)
+    try: return Path(snapshot_download(str(path), **kwargs))
+    except (OSError,ValueError) as e: raise ValueError(f"{path} is no folder, and no model of the hub that can be reached: {str(e).splitlines()[0]}") from None
+
+def _class_of(cfg, auto, path):
+    "The model class that a config names, or the one that `auto` takes in its place."
     name = (cfg.get('architectures') or [None])[0]
     cls = getattr(transformers, str(name), None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)): raise ValueError(f"{path} holds a {name}, which is no model class of transformers {transformers.__version__}")
-    level = transformers.logging.get_verbosity(); transformers.logging.set_verbosity_error() # the maps are unexpected keys to it
-    try: model = cls.from_pretrained(path, local_files_only=True, **kwargs)
+    if auto is None: return cls
+    found = auto._model_mapping.get(cls.config_class, None)
+    if not found: raise ValueError(f"{path} holds a {name}, which {auto.__name__} cannot load")
+    found = found if isinstance(found, tuple) else (found,)
+    return cls if cls in found else found[0]
+
+def load_linearized(
+    path, # Folder written by `save_linearized` or `save_pretrained`, or its name on the hub
+    inputs:dict=None, # As for `linearize`
+    auto=None, # An Auto class of transformers that chooses the head, such as `AutoModel`; the head that was saved if None
+    config:dict=None, # Settings that replace those of the folder's config.json
+    **kwargs # For `from_pretrained`: dtype, device_map …
+)->PreTrainedModel: # The converted model, as it was saved
+    "Load a converted model, bit for bit. Raises `ValueError` where the folder does not hold one."
+    hub = {k:kwargs.pop(k) for k in ('revision','token','cache_dir','force_download','local_files_only') if k in kwargs}
+    path = _folder(path, **hub)
+    if not (path/'config.json').is_file(): raise ValueError(f"{path} holds no model: there is no config.json in it")
+    cfg = {**json.loads((path/'config.json').read_text()), **(config or {})}
+    if 'hedgehog' not in cfg: raise ValueError(f"{path} holds a model that was not converted; load it with transformers, then call linearize")
+    cls = _class_of(cfg, auto, path)
+    own = cls.config_class.from_dict({k:v for k,v in cfg.items() if k not in ('model_type','base_model_type','attn_implementation')})
+    level = transformers.logging.get_verbosity()
+    if cls.__name__ in cfg['architectures']: transformers.logging.set_verbosity_error() # the maps are unexpected keys to it, and nothing is missing
+    try: model = cls.from_pretrained(path, config=own, local_files_only=True, **kwargs)
     finally: transformers.logging.set_verbosity(level)
     linearize(model, inputs=inputs, **cfg['hedgehog'])
     names,maps = _saved_names(model),{}
@@ -257,3 +286,23 @@ def load_linearized(
     model.load_state_dict(maps, strict=False, assign=True) # in the precision they were saved in
     for m in linear_layers(model).values(): m.feature_map.to(model.device).requires_grad_()
     return model.eval()
+
+# %% ../nbs/08_linearize.ipynb #08ca4d03
+class HedgehogConfig(PreTrainedConfig):
+    "What `config.json` of a converted model holds, for the Auto classes of transformers."
+    model_type = 'hedgehog_nb'
+
+class _AutoLinearized:
+    "Stands for the converted models behind one Auto class."
+    config_class,auto = HedgehogConfig,None
+    @classmethod
+    def from_pretrained(cls, path, *args, config=None, trust_remote_code=None, adapter_kwargs=None, **kwargs):
+        given = {} if config is None else {k:v for k,v in config.to_dict().items() if k not in ('model_type','dtype','transformers_version')}
+        return load_linearized(path, auto=cls.auto, config=given, **kwargs)
+
+def _register():
+    "Let every Auto class of transformers load converted models."
+    AutoConfig.register('hedgehog_nb', HedgehogConfig, exist_ok=True)
+    for auto in {c for c in vars(modeling_auto).values() if isinstance(c, type) and getattr(c, '_model_mapping', None) is not None}:
+        auto.register(HedgehogConfig, type(f'Linearized{auto.__name__}', (_AutoLinearized,), dict(auto=auto)), exist_ok=True)
+_register()

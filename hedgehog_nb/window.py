@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from .attention import check_qkv, full_precision, repeat_kv, visible
+from .attention import check_qkv, full_precision, repeat_kv, softmax_weights, visible
 from .linear_attention import NOTHING, TRITON_BY_DEFAULT, LinearState, prepare_keys, _away_from_zero, _chunk_sums, _group, _suits_triton
 from .feature_maps import Attention, make_feature_map, register_attention
 
@@ -121,7 +121,8 @@ def _window_sums(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, 
     q,k = q.to(v.dtype),k.to(v.dtype)
     state = WindowState.empty(k, v, phi_k, window) if state is None else state.apply(lambda x: x.to(v.dtype))
     k,v,phi_k,log_k = (torch.cat([a,b], 2) for a,b in zip(state, (k,v,phi_k,log_k)))
-    lin,m,linear = _chunk_sums(phi_q, phi_k[:,:,:T], v[:,:,:T], log_k[:,:,:T], state.linear, C)
+    o,den,m,linear = _chunk_sums(phi_q, phi_k[:,:,:T], v[:,:,:T], log_k[:,:,:T], state.linear, C)
+    lin = torch.cat([o*den[...,None], den[...,None]], -1)
     after = WindowState(*(x[:,:,T:] for x in (k,v,phi_k,log_k)), linear)
     if window==0: return lin, lin[...,-1], after
 

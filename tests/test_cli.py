@@ -1,5 +1,5 @@
 "The command line as its users meet it: help, the round trip linearize → evaluate → generate, results files, the demo."
-import json, os, subprocess, sys, time
+import json, os, resource, subprocess, sys
 from pathlib import Path
 import pytest
 from typer.testing import CliRunner
@@ -46,12 +46,10 @@ def test_help_names_every_map_and_form():
 
 def test_help_is_quick_and_light(root):
     code = "import sys; from hedgehog_nb.cli import app; app(['--help'], standalone_mode=False); print([m for m in ('torch','transformers','datasets','matplotlib','numpy') if m in sys.modules])"
-    runs = []
-    for _ in range(2):
-        t = time.perf_counter()
-        out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=root, check=True).stdout
-        runs.append(time.perf_counter()-t)
-    assert out.strip().endswith('[]') and min(runs)<1
+    spent = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    t = spent()
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=root, check=True).stdout
+    assert out.strip().endswith('[]') and spent()-t<1 # processor time: a busy machine stretches the other
 
 def test_version():
     import hedgehog_nb
@@ -202,6 +200,14 @@ def test_properties_of_a_converted_model(converted):
     r = hedgehog('properties', converted[0], '--data', 'embedded', '--seq-len', 64, '--tokens', 64)
     assert 'softmax' in r.stdout and 'hedgehog' in r.stdout and 'rank' in r.stdout
 
+def test_a_hybrid_and_how_much_its_linear_branch_carries(here):
+    r = hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', here/'h', '--map', 'hedgehog-window', '--window', 8, '--relative', '--distill-steps', 1, '--finetune-steps', 0, '--json', *SHORT)
+    assert [x['variant'] for x in json.loads(r.stdout)['rows'] if x['metric']=='ppl']==['softmax-zero-shot','swapped','hedgehog-window-distilled']
+    assert json.loads((here/'h'/'config.json').read_text())['hedgehog']==dict(feature_map='hedgehog-window', layers=[0,1,2,3,4], window=8, relative=True)
+    r = hedgehog('properties', here/'h', '--data', 'embedded', '--seq-len', 64, '--tokens', 64, '--json')
+    older = json.loads(r.stdout)['older_keys']
+    assert len(older['layers'])==5 and all(0<older[k]<1 for k in ('share','softmax'))
+
 def test_bench_writes_what_it_measured(here):
     r = hedgehog('bench', '--minutes', 0, '--only', 'sdpa', '--only', 'hedgehog', '--out', here/'b.json')
     rows = json.loads((here/'b.json').read_text())['rows']
@@ -214,3 +220,31 @@ def test_bench_writes_what_it_measured(here):
 def test_what_properties_and_bench_refuse(args, says):
     r = hedgehog(*args, code=1)
     assert says in r.stderr and r.stderr.count('\n')==1
+
+# Settings from a file, adapters, pieces
+
+@pytest.mark.parametrize('name,text', [('run.toml', 'model = "embedded"\ndata = ["embedded"]\nout = "from-file"\ndistill_steps = 2\nfinetune-steps = 2\nlr = 0.5\nlora-rank = 4\nlora-targets = ["q_proj", "v_proj"]\nbias = true\n'),
+    ('run.yaml', 'model: embedded\ndata: embedded\nout: from-file\ndistill-steps: 2\nfinetune_steps: 2\nlr: 5e-1\nlora-rank: 4\nlora-targets: q_proj,v_proj\nbias: true\n')])
+def test_config_is_what_would_be_typed(here, name, text):
+    from safetensors.torch import load_file
+    if name.endswith('.toml') and sys.version_info<(3,11): pytest.skip('TOML is read by Python 3.11 and later')
+    (here/name).write_text(text)
+    r = hedgehog('linearize', '--config', name, '--lr', 0.02, *SHORT)
+    hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', 'typed', '--distill-steps', 2, '--finetune-steps', 2, '--lr', .02, '--lora-rank', 4, '--lora-targets', 'q_proj,v_proj', '--bias', *SHORT)
+    a,b = load_file('from-file/model.safetensors'),load_file('typed/model.safetensors')
+    assert a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    said = json.loads((here/'from-file'/'results.json').read_text())['command'].split()
+    assert said[:3]==['hedgehog','linearize','embedded'] and '--config' not in said and said[said.index('--lora-rank')+1]=='4' and said.count('--lr')==1
+
+def test_adapters_leave_a_plain_model_and_move_their_targets_alone(here):
+    from safetensors.torch import load_file
+    for out,steps in (('a',0),('b',3)): hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', out, '--distill-steps', 1, '--finetune-steps', steps, '--lora-rank', 2, '--lora-targets', 'q_proj', '--grad-accum', 2, *SHORT)
+    a,b = load_file('a/model.safetensors'),load_file('b/model.safetensors')
+    assert a.keys()==b.keys() and {k for k in a if not torch.equal(a[k], b[k])}=={k for k in a if 'q_proj' in k or 'feature_map' in k}
+
+def test_overwritten_and_restarted(here):
+    args = 'linearize', 'embedded', '--data', 'embedded', '--out', 'm', '--distill-steps', 1, '--finetune-steps', 0, *SHORT
+    (here/'.m-run').mkdir(); (here/'.m-run'/'command.json').write_text('{}'); (here/'.m-run'/'measured.json').write_text('{')
+    assert '--restart' in hedgehog(*args, code=1).stderr
+    hedgehog(*args, '--restart'); hedgehog(*args, '--overwrite')
+    assert sorted(p.name for p in here.iterdir())==['m']

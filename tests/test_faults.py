@@ -128,11 +128,18 @@ def test_usage(args): linearize('embedded', *args, code=2)
 
 def test_usage_names_what_is_missing(): says(fails('linearize', 'embedded', '--data', 'embedded', code=2), '--out')
 
+def left(): return sorted(p.name for p in Path('.').iterdir())
+
 def test_diverged(here):
-    "Found in the middle of a run: what was done so far has been said, the last line says why it ended"
+    "Found in the middle of a run: what was done so far has been said and is kept, the last line says why it ended"
     r = CliRunner().invoke(app, ['linearize','embedded','--data','embedded','--out','out',*TINY,'--lr','1e37','--distill-steps','3'])
-    assert r.exit_code==1 and 'Traceback' not in r.stderr and tree()==[]
-    says(r.stderr.splitlines()[-1], 'hedgehog: the loss of', 'lower the learning rate')
+    assert r.exit_code==1 and 'Traceback' not in r.stderr and left()==['.out-run']
+    says(r.stderr.splitlines()[-1], 'hedgehog: the loss of', 'lower the learning rate', 'kept in .out-run')
+
+def test_diverged_finetuning(here):
+    r = CliRunner().invoke(app, ['linearize','embedded','--data','embedded','--out','out',*TINY,'--finetune-lr','1e37','--finetune-steps','50','--batch-size','1'])
+    assert r.exit_code==1 and 'Traceback' not in r.stderr and left()==['.out-run']
+    says(r.stderr.splitlines()[-1], 'hedgehog: step ', 'lower the learning rate', 'kept in .out-run')
 
 @pytest.mark.parametrize('args', [['--temperature','-1'], ['--top-p','2'], ['--max-new-tokens','0']])
 def test_generate_usage(args): fails('generate', 'embedded', '--prompt', 'x', *args, code=2)
@@ -169,14 +176,42 @@ def test_demo_out_is_a_file(here):
     (here/'out').write_text('mine')
     says(fails('demo', '--out', 'out'), 'cannot be written')
 
+def full(*a, **k): raise OSError(28, 'No space left on device')
+
 def test_disk_full(monkeypatch):
-    "A failure while the folder is being filled"
-    from hedgehog_nb import linearize as _
-    def full(*a, **k): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(cli.Camera, 'attention', full)
-    before = tree()
+    "A failure while the folder is being filled: what was trained is kept, and only has to be written"
+    with monkeypatch.context() as m:
+        m.setattr(cli.Camera, 'attention', full)
+        r = CliRunner().invoke(app, ['linearize','embedded','--data','embedded','--out','out',*TINY])
+        assert r.exit_code==1 and left()==['.out-run']
+        says(r.stderr.splitlines()[-1], 'No space left', 'kept in .out-run', 'same command goes on')
+    from hedgehog_nb import training
+    monkeypatch.setattr(training, 'teacher_pass', full); monkeypatch.setattr(training._Trainer, 'training_step', full)
     r = CliRunner().invoke(app, ['linearize','embedded','--data','embedded','--out','out',*TINY])
-    assert r.exit_code==1 and tree()==before and 'No space left' in r.stderr.splitlines()[-1]
+    assert r.exit_code==0 and left()==['out'], r.stderr
+
+def test_disk_full_in_training(monkeypatch):
+    from hedgehog_nb import training
+    monkeypatch.setattr(training, 'save_file', full)
+    r = CliRunner().invoke(app, ['linearize','embedded','--data','embedded','--out','out',*TINY])
+    assert r.exit_code==1 and sorted(p.name for p in Path('.out-run').iterdir())==['command.json','measured.json']
+    says(r.stderr.splitlines()[-1], '.out-run/distill.safetensors: No space left on device', 'nothing was kept yet')
+
+# Files of settings
+
+@pytest.mark.parametrize('name,text,words', [('a.toml', 'distill-step = 3', ["'distill-step'", "nearest is 'distill-steps'"]), ('a.yaml', 'batchsize: 3', ["'batchsize'","'batch-size'"]), ('a.toml', 'lr = ', ['a.toml']),
+    ('a.yaml', '[1,2]', ['option: value']), ('a.yaml', 'lr: [', ['a.yaml']), ('a.txt', 'lr = 1', ['.toml or .yaml']), ('a.toml', 'config = "b"', ["'config'",'no option'])], ids=lambda x: x if isinstance(x,str) else '')
+def test_bad_config(here, name, text, words):
+    (here/name).write_text(text)
+    says(linearize('embedded', '--config', name), *words)
+
+def test_missing_config(): says(linearize('embedded', '--config', 'no.toml'), 'no.toml', 'No such file')
+
+def test_config_with_a_bad_value(here):
+    (here/'a.yaml').write_text('batch-size: many')
+    fails('linearize', 'embedded', '--data', 'embedded', '--out', 'out', '--config', 'a.yaml', code=2)
+
+def test_lora_targets(): says(linearize('embedded', '--lora-rank', '4', '--lora-targets', 'q_prj'), 'q_prj', 'nearest is q_proj')
 
 # Bugs and interruptions
 
@@ -187,17 +222,46 @@ def test_unexpected_error_is_one_line_unless_debug(monkeypatch):
     r = CliRunner().invoke(app, ['generate','embedded','--prompt','x','--debug'])
     assert isinstance(r.exception, RuntimeError)
 
-@pytest.mark.parametrize('sig,phase', [(signal.SIGINT,'distill'), (signal.SIGTERM,'finetune')])
-def test_stopped_run_leaves_nothing(here, root, sig, phase):
-    code = 'from hedgehog_nb.cli import app; app()'
-    other = dict(distill='finetune', finetune='distill')[phase]
-    p = subprocess.Popen([sys.executable, '-c', code, *'linearize embedded --data embedded --out out --record r.json --seq-len 64 --eval-tokens 128'.split(), f'--{phase}-steps', '100000', f'--{other}-steps', '1'],
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONPATH':str(root)})
-    waiting = 'swapped in' if phase=='distill' else 'distilled'
+def start(root, *args):
+    "The command in a process of its own"
+    code = 'from hedgehog_nb.cli import app; app(prog_name="hedgehog")'
+    return subprocess.Popen([sys.executable, '-c', code, *'linearize embedded --data embedded --seq-len 64 --eval-tokens 128 --num-maps 2 --evals 3 --save-every 3'.split(), *args], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, 'PYTHONPATH':str(root), 'OMP_NUM_THREADS':'1'})
+
+def until(p, what, seconds):
     for line in p.stderr:
-        if waiting in line: break
-    time.sleep(.5)
+        if what in line: break
+    time.sleep(seconds)
+
+@pytest.mark.parametrize('sig,phase', [(signal.SIGINT,'distill'), (signal.SIGTERM,'finetune')])
+def test_stopped_run_says_where_it_is(here, root, sig, phase):
+    other = dict(distill='finetune', finetune='distill')[phase]
+    p = start(root, '--out', 'out', '--record', 'r.json', f'--{phase}-steps', '100000', f'--{other}-steps', '1')
+    until(p, 'swapped in' if phase=='distill' else 'distilled', .5)
     p.send_signal(sig)
     out,err = p.communicate(timeout=60)
-    assert p.returncode==128+sig and err.splitlines()[-1]=='hedgehog: stopped; nothing was written'
-    assert out=='' and 'Traceback' not in err and tree()==[]
+    assert p.returncode==128+sig and err.splitlines()[-1]=='hedgehog: stopped; what was done is kept in .out-run, and the same command goes on from there'
+    assert out=='' and 'Traceback' not in err and left()==['.out-run']
+    says(linearize('embedded', '--lr', '0.3'), '.out-run keeps an unfinished run with other settings', '--num-maps 2 there, not given here', '--restart')
+
+def test_stopped_before_anything_was_done(here, root, monkeypatch):
+    def stop(*a, **k): raise cli.Stopped(15)
+    monkeypatch.setattr(cli, '_prepare', stop)
+    r = CliRunner().invoke(app, ['linearize','embedded','--data','embedded','--out','out',*TINY])
+    assert r.exit_code==143 and r.stderr=='hedgehog: stopped; nothing was written\n' and left()==[]
+
+def test_killed_runs_end_as_if_they_had_not_been(here, root):
+    "SIGKILL in each phase; then weights, rows and order of rows of a run that nobody killed, and no measurement made twice"
+    steps = '--distill-steps', '16', '--finetune-steps', '16'
+    for after,seconds in (('swapped in',.6), ('distilled',1.5)):
+        p = start(root, '--out', 'killed', *steps)
+        until(p, after, seconds)
+        p.kill(); p.communicate()
+    assert left()==['.killed-run']
+    p = start(root, '--out', 'killed', *steps); _,err = p.communicate()
+    assert p.returncode==0 and 'going on with what is in .killed-run' in err, err
+    p = start(root, '--out', 'alive', *steps); assert p.wait()==0
+    assert left()==['alive','killed'] and Path('alive/model.safetensors').read_bytes()==Path('killed/model.safetensors').read_bytes()
+    a,b = (json.loads((Path(d)/'results.json').read_text())['rows'] for d in ('alive','killed'))
+    assert [{k:v for k,v in r.items() if k!='seconds'} for r in a]==[{k:v for k,v in r.items() if k!='seconds'} for r in b]
+    assert all(r['seconds']>0 for r in b if r['tokens'])

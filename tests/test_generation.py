@@ -9,7 +9,7 @@ from tiny_models import gpt2, llama, tokens
 
 def embedded(seed=0, **kw): return load_embedded()[0]
 MODELS = dict(llama=llama, gpt2=gpt2, embedded=embedded)
-SETTINGS = [{}, dict(form='exp'), dict(form='softmax_joint', num_maps=2), dict(feature_map='elu'), dict(layers='0'), dict(layers='1-2', form='exp')]
+SETTINGS = [{}, dict(feature_map='hedgehog-window', window=4), dict(form='exp'), dict(form='softmax_joint', num_maps=2), dict(feature_map='elu'), dict(layers='0'), dict(layers='1-2', form='exp')]
 ids = lambda kw: '-'.join(f'{k}={v}' for k,v in kw.items()) or 'plain'
 FREE = dict(do_sample=False, eos_token_id=None, pad_token_id=0)   # write on to the end
 
@@ -243,3 +243,15 @@ def test_a_real_model():
     a,b = model.generate(**args),model.generate(**args, use_cache=False)
     same(torch.stack(a.logits)[:2], torch.stack(b.logits)[:2], 1e-2)
     assert torch.equal(a.sequences, b.sequences)
+
+@pytest.mark.parametrize('kw', [{}, dict(form='exp'), dict(feature_map='hedgehog-window', window=5)], ids=str)
+@torch.no_grad()
+def test_a_step_compiles_into_one_graph_for_any_context(kw):
+    graphs = []
+    def backend(gm, _): graphs.append(gm); return gm.forward
+    torch._dynamo.reset(); torch._dynamo.utils.counters.clear()
+    model,x,cache = linearize(llama(layers=2), **kw),tokens(2, 20),DynamicCache()
+    step = torch.compile(model.forward, backend=backend)
+    parts = [model(input_ids=x[:,:6], past_key_values=cache).logits] + [step(input_ids=x[:,t:t+1], past_key_values=cache).logits for t in range(6, 20)]
+    torch.testing.assert_close(torch.cat(parts, 1), model(input_ids=x, use_cache=False).logits, atol=1e-4, rtol=1e-4)
+    assert len(graphs)<=2 and not torch._dynamo.utils.counters['graph_break'] # one, and one more when the context is seen to vary

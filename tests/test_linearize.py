@@ -7,19 +7,11 @@ from hedgehog_nb.data import load_embedded
 from hedgehog_nb.feature_maps import FEATURE_MAPS
 from hedgehog_nb.hedgehog import FORMS
 from hedgehog_nb.linearize import linear_layers, linearize, load_linearized, padding_mask, parse_layers, save_linearized, set_implementation
-from tiny_models import MODELS, VOCAB, bert, gpt2, inputs, llama, tokens, vit
+from tiny_models import MODELS, VOCAB, bert, gpt2, inputs, llama, shake, tokens, vit
 
 SETTINGS = [(n,{}) for n in sorted(FEATURE_MAPS) if n!='hedgehog'] + [('hedgehog',dict(form=f)) for f in FORMS] + [('hedgehog',dict(form='exp', num_maps=2, bias=True))]
 ids = lambda v: v if isinstance(v,str) else '-'.join(f'{k}={x}' for k,x in v.items()) or 'plain'
 CAUSAL = 'llama','gpt2'
-
-def shake(model, by=.1):
-    "Move the maps off their start, so that queries, keys and heads differ."
-    g = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for m in linear_layers(model).values():
-            for p in m.feature_map.parameters(): p += (by*torch.randn(p.shape, generator=g)).to(p)
-    return model
 
 def oracle(causal):
     "The converted model's attention by definition, T × T and in one line; written apart from the library."
@@ -121,8 +113,8 @@ def test_bf16_models_have_float_maps(name):
     assert out.dtype==torch.bfloat16 and out.isfinite().all()
 
 def test_layers_are_read():
-    assert parse_layers('all', 3)==[0,1,2] and parse_layers('0-2,5', 6)==[0,1,2,5] and parse_layers([3,1,1], 4)==[1,3]
-    for bad in ('', '3', '0-3', 'x', '-1', '1-', [3], [-1], [], '0,,1'):
+    assert parse_layers('all', 3)==[0,1,2] and parse_layers('0-2,5', 6)==[0,1,2,5] and parse_layers('1-5:2,0', 6)==[0,1,3,5] and parse_layers([3,1,1], 4)==[1,3]
+    for bad in ('', '3', '0-3', 'x', '-1', '1-', [3], [-1], [], '0,,1', '0-2:', '0-2:0', '1:2'):
         with pytest.raises(ValueError, match='layers'): parse_layers(bad, 3)
 
 BAD = [dict(feature_map='hedghog'), dict(layers='0-9'), dict(layers='first'), dict(form='halves'), dict(feature_map='elu', form='exp'), dict(num_maps=0), dict(inputs=dict(nonsense=1))]
@@ -175,7 +167,7 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path, name, dtype, kw):
     assert model.dtype==dtype; close(logits(load_linearized(path), **x), want)
     assert [p.name for p in path.parent.iterdir()]==['model']     # no scratch folder stays
     for f in path.iterdir():
-        assert f.suffix in ('.json','.safetensors'), f
+        assert f.suffix in ('.json','.safetensors','.md'), f
         assert f.read_bytes()[:2] not in (b'\x80\x02',b'\x80\x04',b'PK'), f  # pickles, and torch's zip of pickles
 
 def test_a_second_save_is_the_first(tmp_path):

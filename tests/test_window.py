@@ -10,7 +10,7 @@ from hedgehog_nb.hedgehog import FORMS
 from hedgehog_nb.linear_attention import LinearState, naive_linear_attention
 from hedgehog_nb.linearize import linear_layers, linearize, load_linearized, save_linearized, set_implementation
 from hedgehog_nb.training import distill
-from hedgehog_nb.window import (WindowState, chunk_window_attention, joint_features, linear_share, naive_window_attention, naive_window_weights,
+from hedgehog_nb.window import (WindowState, linear_shares, set_branch, chunk_window_attention, joint_features, linear_share, naive_window_attention, naive_window_weights,
                                 window_decode_step, window_max)
 
 def rand(*s, seed=0, dtype=torch.float64): return torch.randn(*s, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
@@ -288,3 +288,16 @@ def test_what_cannot_be_a_hybrid(name, kw, says):
     model = MODELS[name]()
     with pytest.raises(ValueError, match=says): linearize(model, 'hedgehog-window', **kw)
     assert not linear_layers(model) and not hasattr(model.config, 'hedgehog')
+
+def test_shares_and_branches_of_a_model():
+    model = linearize(MODELS['llama'](), 'hedgehog-window', window=6, layers='0,2')
+    x,mask = token_ids(2, 30),torch.ones(2, 30, dtype=torch.long); mask[1,:20] = 0
+    rows = linear_shares(model, input_ids=x, attention_mask=mask)
+    assert [(r['layer'], r['head']) for r in rows]==[(i, h) for i in (0, 1) for h in range(4)] and all(0<r[n]<1 for r in rows for n in ('share','softmax'))
+    whole = model(input_ids=x).logits
+    set_branch(model, 'window'); assert not torch.allclose(model(input_ids=x).logits, whole)
+    assert all(r['share']<1e-6 for r in linear_shares(model, input_ids=x))
+    set_branch(model); assert torch.equal(model(input_ids=x).logits, whole)
+    for f,says in ((lambda: set_branch(model, 'left'), 'both, window, linear'), (lambda: linear_shares(model, input_ids=x[:,:6]), 'no token .* window of 6'),
+                   (lambda: set_branch(linearize(MODELS['llama']())), 'no hybrid layers'), (lambda: linear_shares(MODELS['llama'](), input_ids=x), 'no hybrid layers')):
+        with pytest.raises(ValueError, match=says): f()
