@@ -113,6 +113,9 @@ def test_inputs_may_be_given():
     with pytest.raises(ValueError, match='give `inputs`'): linearize(model)
     assert len(linear_layers(linearize(model, inputs=dict(input_features=torch.zeros(1,16,8), decoder_input_ids=torch.tensor([[1,4]])))))==4
 
+def test_inputs_that_do_not_fit_are_an_error_of_values():
+    with pytest.raises(ValueError, match='BertModel did not run .* Give `inputs`'): linearize(build('MiniLM (BERT without a head)'), inputs=dict(input_ids='three words'))
+
 def test_a_model_that_is_causal_by_its_mask_alone_is_refused():
     "Its decoder says that it is not causal wherever it is given a mask, so under padding it would see what comes."
     model = speech('MoonshineForConditionalGeneration', hidden_size=32, intermediate_size=48, encoder_num_hidden_layers=2, decoder_num_hidden_layers=2, encoder_num_attention_heads=4,
