@@ -20,7 +20,7 @@ FACTS := settings.ini setup.py pyproject.toml
 # One thread a worker; no test reaches the network
 TEST  := PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
-.PHONY: help demo test sync docs readme hooks clean
+.PHONY: help demo test gpu sync docs readme hooks clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -38,6 +38,9 @@ test: $(VENV)/.stamp-dev  ## Set up, then test the notebooks, the kernels (in Tr
 	  echo "== notebooks (no Triton on this system: kernels/ is left out)" && $(TEST) nbdev-test nbs --n-workers $(WORKERS) --timing; \
 	fi
 	@echo "== tests" && $(TEST) python -m pytest -q -n $(WORKERS) --dist loadfile tests
+
+gpu:  ## On a GPU machine, in ten minutes: the kernels' tests, races, hedgehog bench (the head of tests/gpu.sh says what it needs)
+	@tests/gpu.sh
 
 sync: $(VENV)/.stamp-dev  ## Check that modules equal their notebooks and that the notebooks are clean (works on a copy)
 	@PATH="$(BIN):$$PATH" .ci/sync

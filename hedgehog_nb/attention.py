@@ -53,7 +53,7 @@ def full_precision(f):
     @functools.wraps(f)
     def _f(*args, **kwargs):
         x = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        if not torch.amp.is_autocast_available(x.device.type): return f(*args, **kwargs)
+        if not (torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)): return f(*args, **kwargs)
         with torch.autocast(x.device.type, enabled=False): return f(*args, **kwargs)
     return _f
 

@@ -906,7 +906,9 @@ def bench_command(ctx:typer.Context,
         for n,why in said.items():
             if n not in times: screen.out.print(f"         [dim]{n:<18} not run: {why}[/]", highlight=False)
     with screen.wait('checking every contender, then measuring'): rows = run_benchmark(out, device, cases, only or None, minutes, on_case, command_line(ctx.obj))
+    for c in cases[len(done):]: screen.out.print(f"[dim]not run: {c}[/]", highlight=False)
     if len(done)<len(cases): screen.say(f"{len(cases)-len(done)} cases were not begun within {minutes:g} minutes")
+    if not device.startswith('cuda'): screen.say(f"the {len(default_cases('cuda'))} cases for a GPU were not run: this was a run on {device}")
     screen.say(f"{len(rows)} numbers in [bold]{out}[/]")
     screen.object(out=str(out), cases=len(done), of=len(cases), rows=len(rows))
 

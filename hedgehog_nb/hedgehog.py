@@ -40,7 +40,8 @@ def _exp2_features(
     if not by.amax()<1e37: return None
     return phi.div_(by).flatten(-2), by[...,0,0].log() if form=='exp' else None
 
-def _one_exp(y): return y.device.type=='cpu' and not torch.compiler.is_compiling() # elsewhere a look at the result would stop the queue
+def _one_exp(y): # worth it for more than a few tokens; on a GPU a look at the result would stop the queue
+    return y.device.type=='cpu' and y.numel()>2**13 and not torch.compiler.is_compiling()
 
 # %% ../nbs/05_hedgehog.ipynb #fast0004
 class _Normalised(torch.autograd.Function):

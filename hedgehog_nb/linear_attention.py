@@ -100,13 +100,21 @@ class LinearState(NamedTuple):
 def _start(state, phi_k, v):
     "The given initial state, checked and in the working precision, or the empty one."
     if state is None: return LinearState.empty(phi_k, v)
-    want = LinearState.empty(phi_k[:,:,:1], v[:,:,:1])
-    if any(a.shape!=b.shape for a,b in zip(state, want)):
-        raise ValueError(f"initial_state has shapes {[tuple(s.shape) for s in state]}; these inputs need {[tuple(s.shape) for s in want]}")
+    (B,H,_,F),D,has = phi_k.shape,v.shape[-1],[tuple(x.shape) for x in state]
+    if has!=[(B,H,F,D),(B,H,F),(B,H)]: raise ValueError(f"initial_state has shapes {has}; these inputs need {[(B,H,F,D),(B,H,F),(B,H)]}")
     return state.apply(lambda x: x.to(phi_k.dtype))
 
 def _group(x, Hkv): # (B, H, T, F) -> (B, Hkv, G, T, F)
     return x.unflatten(1, (Hkv,-1))
+
+# %% ../nbs/02_linear_attention.ipynb #step0002
+def _step(q, k, v, l, state):
+    "Output (B, Hkv, G, D) for q (B, Hkv, G, F) and the state after k (B, Hkv, F), v (B, Hkv, D), l (B, Hkv) or None."
+    S,z,m = state
+    top = m.clamp_min(0) if l is None else torch.maximum(m, l)
+    keep,k = (m-top).exp()[...,None], k*((-top if l is None else l-top).exp()[...,None])
+    S,z = torch.addcmul(S*keep[...,None], k[...,None], v[...,None,:]), torch.addcmul(k, z, keep)
+    return q@S / _away_from_zero((q*z[:,:,None]).sum(-1, keepdim=True)), LinearState(S,z,top)
 
 # %% ../nbs/02_linear_attention.ipynb #191b5dc2
 @full_precision
@@ -123,17 +131,12 @@ def recurrent_linear_attention(
     dtype = v.dtype
     phi_q,phi_k,v,log_k = prepare_keys(phi_q, phi_k, v, log_k, mask)
     if phi_q.shape[2]!=phi_k.shape[2]: raise ValueError(f"the recurrence needs as many queries as keys; given {phi_q.shape[2]} and {phi_k.shape[2]}")
-    S,z,m = _start(initial_state, phi_k, v)
-    if log_k is None: log_k = torch.zeros_like(phi_k[...,0])
-    os = []
-    for qt,kt,vt,lt in zip(_group(phi_q, phi_k.shape[1]).unbind(3), phi_k.unbind(2), v.unbind(2), log_k.unbind(2)):
-        m,old = torch.maximum(m, lt), m
-        keep,w = (old-m).exp(), (lt-m).exp()
-        S = S*keep[...,None,None] + (w[...,None]*kt)[...,None]*vt[...,None,:]
-        z = z*keep[...,None] + w[...,None]*kt
-        os.append((qt@S / _away_from_zero(qt@z[...,None])).flatten(1,2))
-    o = torch.stack(os, 2).to(dtype)
-    return (o, LinearState(S,z,m)) if output_final_state else o
+    state,os,q = _start(initial_state, phi_k, v),[],_group(phi_q, phi_k.shape[1])
+    for t in range(phi_k.shape[2]):
+        o,state = _step(q[:,:,:,t], phi_k[:,:,t], v[:,:,t], None if log_k is None else log_k[:,:,t], state)
+        os.append(o.flatten(1,2))
+    o = (torch.stack(os, 2) if len(os)>1 else os[0][:,:,None]).to(dtype)
+    return (o, state) if output_final_state else o
 
 # %% ../nbs/02_linear_attention.ipynb #6ab2b941
 def _decays(
@@ -191,9 +194,10 @@ IN_CACHE = 2**17 # Numbers of v in one segment on a CPU
 
 def _segments(B, H, T, D, C, device):
     "(tokens, chunk size) of each segment: whole chunks, then the rest."
-    if C<1: raise ValueError(f"chunk_size must be at least 1; given {C}")
-    C = min(C, T)
-    n,whole = max(1, (IN_CACHE if device.type=='cpu' else 2**10*IN_CACHE)//(B*H*C*D)), T//C*C
+    cpu = device.type=='cpu'
+    if C is not None and C<1: raise ValueError(f"chunk_size must be at least 1; given {C}")
+    C = min(C or (32 if cpu else 64), T)
+    n,whole = max(1, (IN_CACHE if cpu else 2**10*IN_CACHE)//(B*H*C*D)), T//C*C
     return [(slice(a, min(a+n*C, whole)), C) for a in range(0, whole, n*C)] + [(slice(whole, T), T-whole)]*(whole<T)
 
 def _scan(part, segments, state, o, den=None, kept=None):
@@ -297,9 +301,9 @@ def chunk_linear_attention(
     mask:Tensor=None, # (B, T) True at real tokens
     initial_state:LinearState=None, # What was seen before these tokens
     output_final_state:bool=False, # Also return the state after them?
-    chunk_size:int=64, # Tokens handled by one matrix product
+    chunk_size:int=None, # Tokens handled by one matrix product; 32 on a CPU, 64 elsewhere if None
 ): # (B, H, T, D) outputs in v's dtype; with `output_final_state` the pair (outputs, `LinearState`)
-    "Causal linear attention in chunks of `chunk_size` tokens (paper, Eq. 2). Raises `ValueError` on shapes that do not fit."
+    "Causal linear attention in chunks of tokens (paper, Eq. 2). Raises `ValueError` on shapes that do not fit."
     dtype,T = v.dtype,phi_q.shape[2]
     phi_q,phi_k,v,log_k = _prepare(phi_q, phi_k, v, log_k, mask, initial_state)
     if phi_k.shape[2]!=T: raise ValueError(f"causal linear attention needs as many queries as keys; given {T} and {phi_k.shape[2]}")
@@ -421,7 +425,7 @@ def linear_attention(
     initial_state:LinearState=None, # What was seen before these tokens, or before each packed sequence
     output_final_state:bool=False, # Also return the state after them?
     cu_seqlens=None, # Borders of n sequences packed into one row, from 0 to T: (n+1,) integers
-    chunk_size:int=64, # Tokens handled by one matrix product
+    chunk_size:int=None, # Tokens handled by one matrix product; 32 on a CPU, 64 elsewhere if None
     implementation:str=None, # "naive", "recurrent", "chunked" or "triton"; chosen by the input if None
     offset:int=None, # Tokens before these; needed with `initial_state` by a map that looks at positions
 ): # (B, H, Tq, Dv) outputs in v's dtype; with `output_final_state` the pair (outputs, `LinearState`), n states of packed sequences

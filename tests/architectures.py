@@ -6,6 +6,7 @@ from pathlib import Path
 import torch, transformers
 from hedgehog_nb.linearize import linear_layers, linearize, load_linearized, save_linearized, set_implementation
 from hedgehog_nb.training import _body, distill, teacher_pass
+from tiny_models import shake
 
 VOCAB = 61
 SPECIAL = dict(vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -177,14 +178,6 @@ def outputs(model, x):
     return out.logits if 'logits' in out else out[0]
 
 def close(a, b, tol=1e-4): return a.shape==b.shape and bool(((a-b).abs() <= tol*b.abs().max().clamp_min(1)).all())
-
-def shake(model):
-    "Move the maps off their start, so that queries, keys and heads differ."
-    g = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for m in linear_layers(model).values():
-            for p in m.feature_map.parameters(): p += (.1*torch.randn(p.shape, generator=g)).to(p)
-    return model
 
 def padded(x, side, T=12, short=8):
     "The second row has `short` tokens of its own; the rest is padding, at the left or at the right."

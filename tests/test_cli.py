@@ -1,5 +1,5 @@
 "The command line as its users meet it: help, the round trip linearize → evaluate → generate, results files, the demo."
-import json, os, subprocess, sys, time
+import json, os, resource, subprocess, sys
 from pathlib import Path
 import pytest
 from typer.testing import CliRunner
@@ -46,12 +46,10 @@ def test_help_names_every_map_and_form():
 
 def test_help_is_quick_and_light(root):
     code = "import sys; from hedgehog_nb.cli import app; app(['--help'], standalone_mode=False); print([m for m in ('torch','transformers','datasets','matplotlib','numpy') if m in sys.modules])"
-    runs = []
-    for _ in range(2):
-        t = time.perf_counter()
-        out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=root, check=True).stdout
-        runs.append(time.perf_counter()-t)
-    assert out.strip().endswith('[]') and min(runs)<1
+    spent = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    t = spent()
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=root, check=True).stdout
+    assert out.strip().endswith('[]') and spent()-t<1 # processor time: a busy machine stretches the other
 
 def test_version():
     import hedgehog_nb
@@ -215,7 +213,8 @@ def test_bench_writes_what_it_measured(here):
     rows = json.loads((here/'b.json').read_text())['rows']
     assert [x['value']>0 for x in rows if x['variant']=='sdpa']==[True] and {x['variant'] for x in rows}=={'sdpa','copy','matmul'}
     assert 'not run: the kernels run on a GPU' in r.stdout or torch.cuda.is_available()
-    assert 'cases were not begun' in r.stderr
+    assert 'cases were not begun' in r.stderr and r.stdout.count('not run: train B=')>1
+    assert 'cases for a GPU were not run' in r.stderr or torch.cuda.is_available()
 
 @pytest.mark.parametrize('args,says', [(('properties','embedded','--data','embedded','--by','token'), 'model, layer, head; given'), (('properties','embedded','--data','embedded','--map','nope'), "no feature map is called 'nope'"),
     (('properties','embedded','--data','embedded','--out','x.doc'), 'draws a .png'), (('bench','--only','nope'), 'given nope'), (('bench','--out','x.txt'), 'is a .json file')])

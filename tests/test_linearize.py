@@ -7,19 +7,11 @@ from hedgehog_nb.data import load_embedded
 from hedgehog_nb.feature_maps import FEATURE_MAPS
 from hedgehog_nb.hedgehog import FORMS
 from hedgehog_nb.linearize import linear_layers, linearize, load_linearized, padding_mask, parse_layers, save_linearized, set_implementation
-from tiny_models import MODELS, VOCAB, bert, gpt2, inputs, llama, tokens, vit
+from tiny_models import MODELS, VOCAB, bert, gpt2, inputs, llama, shake, tokens, vit
 
 SETTINGS = [(n,{}) for n in sorted(FEATURE_MAPS) if n!='hedgehog'] + [('hedgehog',dict(form=f)) for f in FORMS] + [('hedgehog',dict(form='exp', num_maps=2, bias=True))]
 ids = lambda v: v if isinstance(v,str) else '-'.join(f'{k}={x}' for k,x in v.items()) or 'plain'
 CAUSAL = 'llama','gpt2'
-
-def shake(model, by=.1):
-    "Move the maps off their start, so that queries, keys and heads differ."
-    g = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for m in linear_layers(model).values():
-            for p in m.feature_map.parameters(): p += (by*torch.randn(p.shape, generator=g)).to(p)
-    return model
 
 def oracle(causal):
     "The converted model's attention by definition, T × T and in one line; written apart from the library."

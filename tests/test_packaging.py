@@ -166,7 +166,7 @@ def make(root, *args):
 class TestMakefile:
     def test_help_names_the_commands(self, root):
         rc, out = make(root)
-        assert rc == 0 and all(re.search(rf'^  {t} ', out, re.M) for t in ('demo', 'test', 'sync', 'docs'))
+        assert rc == 0 and all(re.search(rf'^  {t} ', out, re.M) for t in ('demo', 'test', 'gpu', 'sync', 'docs'))
 
     def test_fresh_set_up_takes_torch_first(self, root, tmp_path):
         rc, out = make(root, '-n', 'demo', f'VENV={tmp_path}/v')

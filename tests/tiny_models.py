@@ -1,6 +1,7 @@
 "Small random models of the four architectures, and inputs for them."
 import torch
 from transformers import (BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification)
+from hedgehog_nb.linearize import linear_layers
 
 VOCAB = 61
 
@@ -38,3 +39,11 @@ def corpus(n, T=24, seed=0):
     "Token blocks with something to attend to: each repeats a random half."
     x = torch.randint(3, VOCAB, (n,T//2), generator=torch.Generator().manual_seed(seed))
     return torch.cat([x,x], 1)
+
+def shake(model, by=.1):
+    "Move the maps off their start, so that queries, keys and heads differ."
+    g = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for m in linear_layers(model).values():
+            for p in m.feature_map.parameters(): p += (by*torch.randn(p.shape, generator=g)).to(p)
+    return model

@@ -378,7 +378,7 @@ def chunk_forward(
     schedule=None, # "scan", "parallel" or a number of segments; chosen by shape if None
     precision:str='tf32x3', # Products of fp32 operands on the GPU: "ieee", "tf32" or "tf32x3"
 ): # (B, H, Tq, D) outputs in v's dtype; with `output_final_state` the pair (outputs, `LinearState`), n states of packed sequences
-    "Linear attention (paper, Eq. 2) on mapped features in Triton, without gradient. Raises `ValueError` on inputs that do not fit."
+    "Linear attention (paper, Eq. 2) on mapped features in Triton, without gradient. Raises `ValueError` on inputs that do not fit, empty ones too."
     _check(phi_q, phi_k, v, log_k, causal, mask, initial_state, cu_seqlens, schedule, precision)
     borders = None if cu_seqlens is None else _check_cu_seqlens(cu_seqlens, phi_q)
     o,_,*state = _forward(phi_q, phi_k, v, log_k, initial_state, mask, causal, output_final_state, schedule, precision, borders)

@@ -384,7 +384,7 @@ def triton_linear_attention(
     schedule=None, # "scan", "parallel" or a number of segments; chosen by shape if None
     precision:str='tf32x3', # Products of fp32 operands on the GPU: "ieee", "tf32" or "tf32x3"
 ): # (B, H, Tq, D) outputs in v's dtype; with `output_final_state` the pair (outputs, `LinearState`), n states of packed sequences
-    "Linear attention (paper, Eq. 2) on mapped features in Triton, forward and backward. Raises `ValueError` on inputs that do not fit."
+    "Linear attention (paper, Eq. 2) on mapped features in Triton, forward and backward. Raises `ValueError` on inputs that do not fit, empty ones too."
     _check(phi_q, phi_k, v, log_k, causal, mask, initial_state, cu_seqlens, schedule, precision)
     o,_,*state = _attention_op(phi_q, phi_k, v, log_k, *(initial_state or (None,)*3), mask, None if cu_seqlens is None else torch.as_tensor(cu_seqlens),
                                causal, output_final_state, '' if schedule is None else str(schedule), precision)

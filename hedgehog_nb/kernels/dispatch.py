@@ -63,7 +63,7 @@ def triton_attention(
     cu_seqlens=None, # Borders of n sequences packed into one row, from 0 to T: (n+1,) integers
     **at # `offset` for a map that looks at positions
 ): # (B, H, Tq, Dv) outputs in v's dtype; with `output_final_state` the pair (outputs, `LinearState`), n states of packed sequences
-    "`linear_attention` on the kernels, forward and backward, in one of them where there is one. Raises `ValueError` on inputs that do not fit."
+    "`linear_attention` on the kernels, forward and backward, in one of them where there is one. Raises `ValueError` on inputs that do not fit, empty ones too."
     if not getattr(feature_map, 'positive', True): raise ValueError(f"the kernels divide by sums that are never negative; {type(feature_map).__name__}'s weights may be: choose implementation='chunked'")
     dtype,out = products_dtype(q, k, v),v.dtype
     q,k,v = (_rounded(x, dtype) for x in (q, k, v))

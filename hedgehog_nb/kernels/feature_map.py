@@ -115,9 +115,8 @@ def _forward(x, weight, bias, form, out_dtype, precision):
     phi = x.new_empty(B, H, T, 2*E, dtype=out_dtype)
     m = x.new_empty(B, H, T, dtype=torch.float32) if form=='exp' else None
     c = _constants(x, weight, bias, form, precision)
-    if phi.numel():
-        with _on(x): _feature_map_fwd_kernel[(B*H*triton.cdiv(T, c['BLOCK_T']),)](
-            x, weight, weight if bias is None else bias, phi, phi if m is None else m, *x.stride()[:3], H, T, **c)
+    with _on(x): _feature_map_fwd_kernel[(B*H*triton.cdiv(T, c['BLOCK_T']),)](
+        x, weight, weight if bias is None else bias, phi, phi if m is None else m, *x.stride()[:3], H, T, **c)
     return phi, m
 
 # %% ../../kernels/01_triton_primer.ipynb #f840c20f
@@ -188,14 +187,13 @@ def _backward(x, weight, bias, g, g_m, form, precision, need_dx=True, need_dw=Tr
     (B,H,T,D),E = x.shape,weight.shape[1]
     c = _constants(x, weight, bias, form, precision, backward=True)
     n = triton.cdiv(T, c['BLOCK_T'])
-    splits = min(n, triton.cdiv(1024, max(1, B*H)))
+    splits = min(n, triton.cdiv(1024, B*H))
     part = lambda *s: x.new_empty(B, H, splits, *s, dtype=torch.float32)
     dx,dw,db = torch.empty_like(x) if need_dx else None, part(E, D) if need_dw else None, part(E) if need_dw and bias is not None else None
-    if x.numel():
-        ptr = lambda a: x if a is None else a # never followed where None
-        with _on(x): _feature_map_bwd_kernel[(B*H*splits*triton.cdiv(D, c['BLOCK_D']),)](
-            x, weight, ptr(bias), g, ptr(g_m), ptr(dx), ptr(dw), ptr(db), *x.stride()[:3], *g.stride()[:3], *ptr(dx).stride()[:3],
-            H, T, triton.cdiv(n, splits), splits, NEED_DX=need_dx, NEED_DW=need_dw, **c)
+    ptr = lambda a: x if a is None else a # never followed where None
+    with _on(x): _feature_map_bwd_kernel[(B*H*splits*triton.cdiv(D, c['BLOCK_D']),)](
+        x, weight, ptr(bias), g, ptr(g_m), ptr(dx), ptr(dw), ptr(db), *x.stride()[:3], *g.stride()[:3], *ptr(dx).stride()[:3],
+        H, T, triton.cdiv(n, splits), splits, NEED_DX=need_dx, NEED_DW=need_dw, **c)
     total = lambda a, p: None if a is None else a.sum((0,2)).to(p.dtype)
     return dx, total(dw, weight), total(db, bias)
 
@@ -229,6 +227,7 @@ def _check(x, weight, bias, form, out_dtype, precision):
     for n,d in dict(x=x.dtype, weight=weight.dtype, bias=weight.dtype if bias is None else bias.dtype, out_dtype=out_dtype).items():
         if d not in ok: raise ValueError(f"{n} is float32, float16 or bfloat16; given {d}")
     if x.stride(-1)!=1 and x.shape[-1]>1: raise ValueError(f"the channels of x must lie side by side (last stride 1); given strides {x.stride()}: call .contiguous()")
+    if 0 in x.shape: raise ValueError(f"empty input: {s}")
     if form not in FORMS: raise ValueError(f"form is one of {', '.join(FORMS)}; given {form!r}")
     if precision not in ('ieee','tf32','tf32x3'): raise ValueError(f"precision is ieee, tf32 or tf32x3; given {precision!r}")
     if len({a.device for a in (x, weight, bias) if a is not None})>1: raise ValueError(f"x, weight and bias lie on different devices: {x.device}, {weight.device}" + ("" if bias is None else f", {bias.device}"))
@@ -244,7 +243,7 @@ def fused_feature_map(
     out_dtype:torch.dtype=None, # Dtype of the features; that of `x` if None
     precision:str='tf32x3', # Products of fp32 operands on the GPU: "ieee", "tf32" or "tf32x3"
 ): # (B, H, T, 2E) features in [0, 1], and (B, H, T) log weights in fp32, None where the form has none
-    "The Hedgehog features of Wx + b (paper, Eq. 6) in one kernel, differentiable in `x`, `weight` and `bias`. Raises `ValueError` on inputs that do not fit."
+    "The Hedgehog features of Wx + b (paper, Eq. 6) in one kernel, differentiable in `x`, `weight` and `bias`. Raises `ValueError` on inputs that do not fit, empty ones too."
     out_dtype = out_dtype or x.dtype
     _check(x, weight, bias, form, out_dtype, precision)
     return FusedFeatureMap.apply(x, weight.contiguous(), None if bias is None else bias.contiguous(), form, out_dtype, precision)
