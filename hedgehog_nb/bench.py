@@ -143,6 +143,27 @@ def _fla(c, x, op):
 contender('fla-chunk', 'forward', 'train')(functools.partial(_fla, op='chunk_linear_attn'))
 contender('fla-fused', 'forward', 'train')(functools.partial(_fla, op='fused_chunk_linear_attn'));
 
+# %% ../kernels/07_benchmarks.ipynb #cpuc0002
+@contender('fla-naive', 'forward', 'train')
+def _(c, x):
+    needs(find_spec('fla') is not None, "flash-linear-attention is not installed")
+    needs(not x['q'].is_cuda, "its kernels are measured on a GPU"); needs(c.causal and c.Hkv==c.H and c.T%64==0, "it is causal, for as many key-value heads as query heads and multiples of 64 tokens")
+    try: from fla.ops.linear_attn.naive import naive_chunk_linear_attn
+    except ImportError as e: raise NotHere(f"flash-linear-attention does not load: {e}")
+    m = _map(c, x)
+    return lambda: naive_chunk_linear_attn(*(t.transpose(1,2) for t in (*m(x['q'], x['k'])[:2], x['v'])), scale=1., normalize=True).transpose(1,2)
+
+@contender('fast-transformers', 'forward', 'train')
+def _(c, x):
+    needs(find_spec('fast_transformers') is not None, "fast-transformers is not installed")
+    needs(not x['q'].is_cuda and c.causal and c.Hkv==c.H, "its CPU kernel is causal, for as many key-value heads as query heads")
+    from fast_transformers.causal_product import causal_dot_product
+    m = _map(c, x)
+    def run():
+        q,k = (t.contiguous() for t in m(x['q'], x['k'])[:2])
+        return causal_dot_product(q, k, x['v'].contiguous())/(q*k.cumsum(2)).sum(-1, keepdim=True)
+    return run
+
 # %% ../kernels/07_benchmarks.ipynb #2204713d
 def _sdpa(c, x, backend):
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -281,7 +302,7 @@ def default_cases(
     "The cases of `hedgehog bench`, the most important first."
     if torch.device(device).type!='cuda':
         f32,n = torch.float32,(512,1024,2048,4096,16384)
-        return [Case('forward',1,8,8,T,64,f32) for T in n] + [Case('train',1,8,8,T,64,f32) for T in n[:4]] + [Case('decode',1,9,3,T,64,f32) for T in (512,2048,8192)] + [Case('forward',1,8,8,4096,64,f32,False)]
+        return [Case('forward',1,8,8,T,64,f32) for T in n] + [Case('train',1,8,8,T,64,f32) for T in n[:4]] + [Case('decode',1,9,3,T,64,f32) for T in (512,2048,8192)] + [Case(kind,1,8,8,4096,64,f32,False) for kind in ('forward','train')]
     bf,lengths = torch.bfloat16,[2**i for i in range(9, 18)]
     head = [Case(kind,8,16,16,8192,64,bf) for kind in ('forward','train')] + [Case('decode',64,16,16,8192,64,bf)]
     small = [Case(kind,1,8,8,T,64,bf) for T in lengths for kind in ('forward','train')]

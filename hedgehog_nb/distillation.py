@@ -126,7 +126,7 @@ def weight_loss(
     causal:bool=True, # Query i sees keys up to its own position?
     scale:float=None, # The teacher's factor on q·k; 1/√D if None
     mask:Tensor=None, # (B, T) True at real tokens
-    rows:int=128, # Queries handled at a time; memory is rows × T
+    rows:int=64, # Queries handled at a time; memory is rows × T
 )->Tensor: # () KL from softmax to linear weights in nats, mean over rows and heads
     "`naive_weight_loss`, mean over heads, in memory linear in T: loss and gradient are formed together, block by block."
     return _streamed(_weight_loss_rows, q, k, feature_map, causal, scale, mask, rows)
@@ -175,7 +175,7 @@ def order_loss(
     causal:bool=True, # Query i sees keys up to its own position?
     scale:float=None, # The teacher's factor on q·k; 1/√D if None
     mask:Tensor=None, # (B, T) True at real tokens
-    rows:int=128, # Queries handled at a time; memory is rows × T
+    rows:int=64, # Queries handled at a time; memory is rows × T
 )->Tensor: # () half the variance of log weight − score within a row, mean over rows and heads
     "`naive_order_loss`, mean over heads, in memory linear in T."
     return _streamed(_order_loss_rows, q, k, feature_map, causal, scale, mask, rows)
@@ -201,6 +201,13 @@ def output_loss(
 # %% ../nbs/06_distillation.ipynb #objs0001
 OBJECTIVES = {'weights':('weights',), 'outputs':('outputs',), 'both':('weights','outputs'), 'order':('order',), 'weights+order':('weights','order')}
 
+def _shared(feature_map, q, k):
+    "A map that gives what `feature_map` makes of `q` and `k`, made once."
+    phi = feature_map(q, k)
+    def f(*_): return phi
+    f.positive = getattr(feature_map, 'positive', True)
+    return f
+
 def layer_loss(
     objective:str, # One of `OBJECTIVES`
     feature_map, # Callable: (q, k) -> (phi_q, phi_k, log_k or None)
@@ -216,6 +223,7 @@ def layer_loss(
     if objective not in OBJECTIVES: raise ValueError(f"objective is one of {', '.join(OBJECTIVES)}; given {objective!r}")
     parts = OBJECTIVES[objective]
     if 'outputs' in parts and v is None: raise ValueError(f"the objective {objective!r} compares outputs: give the values v as well")
+    if len(parts)>1: feature_map = _shared(feature_map, q, k)
     of = dict(weights=lambda: weight_loss(q, k, feature_map, causal, scale, mask), order=lambda: order_loss(q, k, feature_map, causal, scale, mask),
         outputs=lambda: output_loss(q, k, v, feature_map, causal, scale, mask, target).mean())
     return sum(of[p]() for p in parts)

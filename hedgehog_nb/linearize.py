@@ -10,7 +10,7 @@ __all__ = ['FULL', 'BEYOND', 'padding_mask', 'hedgehog_attention', 'probe_inputs
            'HedgehogConfig']
 
 # %% ../nbs/08_linearize.ipynb #858b656c
-import inspect, json, math, os, re, shutil, sys, tempfile
+import inspect, math, os, re, shutil, sys, tempfile
 from functools import partial
 from pathlib import Path
 import torch, transformers
@@ -269,7 +269,7 @@ def load_linearized(
     hub = {k:kwargs.pop(k) for k in ('revision','token','cache_dir','force_download','local_files_only') if k in kwargs}
     path = _folder(path, **hub)
     if not (path/'config.json').is_file(): raise ValueError(f"{path} holds no model: there is no config.json in it")
-    cfg = {**json.loads((path/'config.json').read_text()), **(config or {})}
+    cfg = {**PreTrainedConfig.get_config_dict(path, local_files_only=True)[0], **(config or {})}
     if 'hedgehog' not in cfg: raise ValueError(f"{path} holds a model that was not converted; load it with transformers, then call linearize")
     cls = _class_of(cfg, auto, path)
     own = cls.config_class.from_dict({k:v for k,v in cfg.items() if k not in ('model_type','base_model_type','attn_implementation')})
