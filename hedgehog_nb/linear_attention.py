@@ -190,14 +190,14 @@ def _sweep(q, k, v, S, z, decays, kept):
     return nums, A.sum(-1, keepdim=True) + _times((q*zs).sum(-1, keepdim=True), past), S, z
 
 # %% ../nbs/02_linear_attention.ipynb #seg00002
-IN_CACHE = 2**17 # Numbers of v in one segment on a CPU
+IN_CACHE = 2**18 # Numbers of v in one segment on a CPU
 
 def _segments(B, H, T, D, C, device):
     "(tokens, chunk size) of each segment: whole chunks, then the rest."
     cpu = device.type=='cpu'
     if C is not None and C<1: raise ValueError(f"chunk_size must be at least 1; given {C}")
     C = min(C or (32 if cpu else 64), T)
-    n,whole = max(1, (IN_CACHE if cpu else 2**10*IN_CACHE)//(B*H*C*D)), T//C*C
+    n,whole = max(1, (IN_CACHE if cpu else 2**9*IN_CACHE)//(B*H*C*D)), T//C*C
     return [(slice(a, min(a+n*C, whole)), C) for a in range(0, whole, n*C)] + [(slice(whole, T), T-whole)]*(whole<T)
 
 def _scan(part, segments, state, o, den=None, kept=None):
