@@ -41,7 +41,7 @@ def teacher_pass(
         causal,mask = _split(module, k, attention_mask, kw)
         o = fused_softmax_attention(q, k, v, causal, scaling, mask, kw.get('sliding_window'))
         if hasattr(module, 'feature_map'): on_layer(module, q, k, v, causal, scaling, mask, o)
-        return o.transpose(1,2), None
+        return o.transpose(1,2).contiguous(), None
     kw = dict(use_cache=False) if model.main_input_name=='input_ids' else {}
     with torch.no_grad(), attention_as(model, fn, padding_mask): _body(model)(**batch, **kw)
 

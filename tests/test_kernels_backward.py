@@ -2,7 +2,7 @@
 import pytest, torch
 from hypothesis import Phase, given, settings, strategies as st
 from hedgehog_nb import linear_attention as attention
-from hedgehog_nb.linear_attention import HAS_TRITON, LinearState, bidirectional_linear_attention, chunk_linear_attention, _suits_triton
+from hedgehog_nb.linear_attention import HAS_TRITON, LinearState, bidirectional_linear_attention, recurrent_linear_attention, _suits_triton
 from interpreter import DEVICE, HERE, kernel, python, run_under_interpreter
 from test_kernels_chunk import extras, inputs, rand
 
@@ -15,8 +15,8 @@ else:
     def test_under_the_interpreter(): run_under_interpreter(__file__)
 
 def apart(q, k, v, log_k=None, causal=True, mask=None, initial_state=None, cu=None):
-    "The PyTorch form, one packed sequence after the other: outputs and states."
-    f,res = chunk_linear_attention if causal else bidirectional_linear_attention,[]
+    "The recurrence, whose maxima have gradients too, or the bidirectional form, one packed sequence after the other: outputs and states."
+    f,res = recurrent_linear_attention if causal else bidirectional_linear_attention,[]
     for i,(a,b) in enumerate(zip(cu, cu[1:])) if cu else [(slice(None), (None, None))]:
         cut,row = (lambda x: None if x is None else x[:,:,a:b]),slice(i, i+1) if cu else i
         before = initial_state and LinearState(*(x[row] for x in initial_state))

@@ -290,11 +290,19 @@ def test_import_without_a_gpu_works_and_cpu_tensors_are_refused():
 def test_compiles_for_hopper(tmp_path):
     pytest.importorskip('triton')
     code = """
+import torch
+from hedgehog_nb.kernels import fused
 from hedgehog_nb.kernels.fused import fused_usage as use
 for kernel,most in dict(o=160, states=0, dq=128, dkv=256).items():
     u = use(64, kernel=kernel)
     assert u['spilled_bytes']<=most and u['shared_bytes']<=113*1024, u # two programs to an SM
 assert use(64, form='exp')['spilled_bytes']<=320
+for kernel in ('dq', 'dkv'): assert use(128, kernel=kernel)['spilled_bytes'] < use(128, kernel=kernel, THROUGH=True)['spilled_bytes']
+assert max(use(256, dtype=d, kernel=k)['shared_bytes'] for d in (torch.bfloat16, torch.float32) for k in ('o', 'dq'))<=227*1024
+on = dict.fromkeys(('BIAS_Q','BIAS_K','HAS_BIAS','HAS_START','HAS_END','HAS_MASK','PACKED','HAS_LOG'), True)
+for kernel in ('o', 'dq', 'dkv'): use(16, form='exp', kernel=kernel, group=2, **on), use(16, form='exp', kernel=kernel, CAUSAL=False, **on)
+use(16, form='exp', kernel='states', QUERIES=True, EVERY=True, **on)
+for r in (True, False): fused.offline_usage(fused._fused_scan_kernel, dict(WIDTH=8320, BLOCK=1024, HAS_LOG=True, EVERY=r, PACKED=True, REVERSE=r, num_warps=4, num_stages=1), 'fp32', others=dict(plan_ptr='i32'))
 """
     res = python('-c', code, TRITON_INTERPRET='0', TRITON_DEFAULT_FP_FUSION='1', TRITON_CACHE_DIR=str(tmp_path))
     assert res.returncode==0, res.stderr

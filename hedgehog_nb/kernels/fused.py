@@ -11,7 +11,7 @@ __all__ = ['VARIED', 'fused_hedgehog_attention', 'fused_usage']
 import re, torch
 from typing import Optional
 from torch import Tensor
-from ..attention import check_qkv
+from ..attention import check_qkv, full_precision
 from ..hedgehog import FORMS
 from ..linear_attention import NOTHING, LinearState, _check_cu_seqlens
 from .feature_map import _INTERPRET, _dot, _features, _features_bwd, _offline, _on, _read_binary, offline_usage
@@ -530,6 +530,7 @@ def _final_gradient(dS, dz, R, F, DV, tiles, plan): # the last slots: the final 
 
 def _total(x, dtype): return x.sum((0,2,3)).to(dtype) if x.numel() else x
 
+@full_precision
 def _through(dy, x, w, b):
     "Gradients of x, W and b from that of y = x Wᵀ + b, in plain products."
     dw = dy.transpose(0,1).flatten(1,2).mT @ x.transpose(0,1).flatten(1,2)
