@@ -773,6 +773,7 @@ def linearize_command(ctx:typer.Context,
     Without a GPU expect about a minute for the embedded model, and hours for a hundred million parameters; smaller budgets and [cyan]--eval-tokens[/] make it shorter. Out of memory: [cyan]--grad-accum[/]."""
     from hedgehog_nb.results import command_line, code_version
     start,commit,screen,kw = time.perf_counter(),code_version(),Screen(as_json),{k:v for k,v in dict(form=form, num_maps=num_maps, bias=bias, window=window, relative=relative, branch=branch).items() if v is not None}
+    if os.environ.get('WORLD_SIZE', '1')!='1': raise ValueError("this command is one process; under torchrun, call distill and finetune of hedgehog_nb.training")
     out,record = check_output(out, overwrite),check_output(record, overwrite, '--record', folder=False)
     _check(objective, record, lr=lr, finetune_lr=finetune_lr)
     work = out.with_name(f'.{out.name}-run')

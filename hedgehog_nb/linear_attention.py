@@ -190,14 +190,14 @@ def _sweep(q, k, v, S, z, decays, kept):
     return nums, A.sum(-1, keepdim=True) + _times((q*zs).sum(-1, keepdim=True), past), S, z
 
 # %% ../nbs/02_linear_attention.ipynb #seg00002
-IN_CACHE = 2**17 # Numbers of v in one segment on a CPU
+IN_CACHE = 2**18 # Numbers of v in one segment on a CPU
 
 def _segments(B, H, T, D, C, device):
     "(tokens, chunk size) of each segment: whole chunks, then the rest."
     cpu = device.type=='cpu'
     if C is not None and C<1: raise ValueError(f"chunk_size must be at least 1; given {C}")
     C = min(C or (32 if cpu else 64), T)
-    n,whole = max(1, (IN_CACHE if cpu else 2**10*IN_CACHE)//(B*H*C*D)), T//C*C
+    n,whole = max(1, (IN_CACHE if cpu else 2**9*IN_CACHE)//(B*H*C*D)), T//C*C
     return [(slice(a, min(a+n*C, whole)), C) for a in range(0, whole, n*C)] + [(slice(whole, T), T-whole)]*(whole<T)
 
 def _scan(part, segments, state, o, den=None, kept=None):
@@ -222,21 +222,17 @@ def _scan(part, segments, state, o, den=None, kept=None):
 def _sweep_back(q, k, v, S, zs, decays, g, gd, dS, dz):
     "Gradients of q, k, v and log weights of a few chunks, and of z before them, from g (N, n, G·C, D) and gd (N, n, G·C, 1), those of numerators and normalisers; dS moves on in place."
     pair,past,into,fade,_ = decays
-    dA,A = _triangle((g@v.mT).add_(gd), pair),q@k.mT
-    dl = None if pair is None else (dA*A).unflatten(2, (-1,k.shape[2])).sum((2,3))
-    A,past = _triangle(A, pair),_each_row(past, q.shape[2])
-    gp,gdp,vi,n = _times(g, past),_times(gd, past),_times(v, into),len(S)
-    own_q,own_k,qg = (dA@k).addcmul_(gdp, zs),dA.mT@q,(q*gdp).sum(2, keepdim=True)
-    dq,dk,dv = [None]*n,[None]*n,[None]*n
-    for c in reversed(range(n)):
-        dq[c] = torch.baddbmm(own_q[:,c], gp[:,c], S[c].mT)
-        dk[c] = torch.baddbmm(dz if into is None else dz*into[:,c], vi[:,c], dS.mT)
-        dv[c] = torch.bmm(k[:,c], dS)
+    A,dA,past = _triangle(q@k.mT, pair),_triangle((g@v.mT).add_(gd), pair),_each_row(past, q.shape[2])
+    gp,gdp,vi = _times(g, past),_times(gd, past),_times(v, into)
+    dq,dk,dv,qg = (dA@k).addcmul_(gdp, zs),dA.mT@q,A.mT@g,(q*gdp).sum(2, keepdim=True)
+    for c in reversed(range(len(S))):
+        w = None if into is None else into[:,c]
+        dq[:,c] = torch.baddbmm(dq[:,c], gp[:,c], S[c].mT)
+        dk[:,c] = torch.baddbmm(dk[:,c], vi[:,c], dS.mT).add_(_times(dz, w))
+        dv[:,c] += _times(torch.bmm(k[:,c], dS), w)
         if fade is not None: dS *= fade[:,c]; dz = dz*fade[:,c]
         dS.baddbmm_(q[:,c].mT, gp[:,c]); dz = dz+qg[:,c]
-    dq,dk,dv = (torch.stack(x, 1) for x in (dq,dk,dv))
-    if dl is not None: dl += (dk*k).sum(-1)
-    return dq, dk.add_(own_k), _times(dv, into).add_(A.mT@g), dl, dz
+    return dq, dk, dv, None if pair is None else (dk*k).sum(-1), dz
 
 # %% ../nbs/02_linear_attention.ipynb #bck00004
 class _Chunks(torch.autograd.Function):

@@ -61,14 +61,14 @@ def hedgehog_attention(module, q, k, v, attention_mask=None, scaling=None, dropo
     "The attention function registered with transformers: linear where the module has a `feature_map`, softmax elsewhere."
     causal,mask = _split(module, k, attention_mask, kwargs)
     if not hasattr(module, 'feature_map'):
-        return fused_softmax_attention(q, k, v, causal, scaling, mask, kwargs.get('sliding_window'), dropout).transpose(1,2), None
+        return fused_softmax_attention(q, k, v, causal, scaling, mask, kwargs.get('sliding_window'), dropout).transpose(1,2).contiguous(), None
     past,impl = getattr(module, '_past', None), getattr(module, '_implementation', None)
     attend = partial(module.feature_map.attend, q, k, v, causal, mask, offset=0 if past is None else past.length-k.shape[2])
     if past is None or not causal: o = attend(implementation=impl)
     elif impl!='naive': o,past.state = attend(initial_state=past.state, output_final_state=True, implementation=impl)
     else: # the oracle keeps no state: it gives the output of a first pass, and the chunked form the state
         o,past.state = attend(implementation=impl, initial_state=past.state), attend(output_final_state=True)[1]
-    return o.transpose(1,2), None
+    return o.transpose(1,2).contiguous(), None
 
 AttentionInterface.register('hedgehog', hedgehog_attention)
 AttentionMaskInterface.register('hedgehog', padding_mask)
@@ -134,6 +134,15 @@ def _self_attention(model, calls, takes):
             raise ValueError(f"{n} keeps a {kind.__name__} when it generates, not keys and values of its own, and a recurrent state stands in for those alone")
     return own
 
+def _look(model, inputs, fn, mask_fn):
+    "One forward pass with `fn` as the attention. Raises `ValueError` where the model does not run with it."
+    try:
+        with attention_as(model, fn, mask_fn): model(**inputs)
+    except (ValueError,torch.OutOfMemoryError): raise
+    except Exception as e:
+        raise ValueError(f"{type(model).__name__} did not run while its attention was looked at: {type(e).__name__}, {str(e).splitlines()[0]}. "
+            "Give `inputs` that its forward takes; if it runs on these by itself, it uses its masks otherwise than for softmax of q·k") from e
+
 @torch.no_grad()
 def probe_attention(
     model:PreTrainedModel, # A model not converted yet; it stays as it is
@@ -145,7 +154,7 @@ def probe_attention(
         causal,mask = _split(module, k, attention_mask, kw)
         calls.append(AttentionCall(names[module], module, q, k, v, scaling or q.shape[-1]**-0.5, causal))
         real.append(slice(None) if mask is None else mask.all(-1)) # of padded sequences nothing is asked below
-        return fused_softmax_attention(q, k, v, causal, scaling, mask, kw.get('sliding_window')).transpose(1,2), None
+        return fused_softmax_attention(q, k, v, causal, scaling, mask, kw.get('sliding_window')).transpose(1,2).contiguous(), None
     def check(module, q, k, v, attention_mask, scaling=None, **kw):
         own = getattr(sys.modules[type(module).__module__], 'eager_attention_forward', sdpa_attention_forward)
         want = own(module, q, k, v, attention_mask, scaling=scaling, **kw)[0]
@@ -154,9 +163,9 @@ def probe_attention(
         if (want-got)[rows].abs().gt(tol).any():
             raise ValueError(f"{names[module]} does not compute softmax of q·k alone, or not under the mask that it names, so linear attention cannot stand in for it")
         return want, None
-    with attention_as(model, see, padding_mask): model(**x)
+    _look(model, x, see, padding_mask)
     todo = iter(real)
-    with attention_as(model, check, eager_mask): model(**x)
+    _look(model, x, check, eager_mask)
     return list(_self_attention(model, calls, x).values())
 
 def _make(name, call, settings):
@@ -299,6 +308,8 @@ class _AutoLinearized:
     def from_pretrained(cls, path, *args, config=None, trust_remote_code=None, adapter_kwargs=None, **kwargs):
         given = {} if config is None else {k:v for k,v in config.to_dict().items() if k not in ('model_type','dtype','transformers_version')}
         return load_linearized(path, auto=cls.auto, config=given, **kwargs)
+    @classmethod
+    def _from_config(cls, config, **kwargs): raise ValueError("a converted model is loaded from its folder; to make a new one, build its softmax model and call linearize")
 
 def _register():
     "Let every Auto class of transformers load converted models."

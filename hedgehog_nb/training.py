@@ -41,7 +41,7 @@ def teacher_pass(
         causal,mask = _split(module, k, attention_mask, kw)
         o = fused_softmax_attention(q, k, v, causal, scaling, mask, kw.get('sliding_window'))
         if hasattr(module, 'feature_map'): on_layer(module, q, k, v, causal, scaling, mask, o)
-        return o.transpose(1,2), None
+        return o.transpose(1,2).contiguous(), None
     kw = dict(use_cache=False) if model.main_input_name=='input_ids' else {}
     with torch.no_grad(), attention_as(model, fn, padding_mask): _body(model)(**batch, **kw)
 
@@ -285,7 +285,7 @@ class _Trainer(transformers.Trainer):
     def get_train_dataloader(self):
         a = self.args
         rows = step_rows(len(self.train_dataset), a.max_steps, self.batch_size, a.seed, a.gradient_accumulation_steps, a.process_index, a.world_size)
-        return DataLoader(self.train_dataset, batch_sampler=rows, collate_fn=self._get_collator_with_removed_columns(self.data_collator, 'training'))
+        return DataLoader(self.train_dataset, batch_sampler=rows, num_workers=a.dataloader_num_workers, collate_fn=self._get_collator_with_removed_columns(self.data_collator, 'training'))
 
     def get_batch_samples(self, *args, **kw):
         transformers.set_seed((self.args.seed + 1_000_003*self.state.global_step + 7_919*self.args.process_index)%2**32)
@@ -307,12 +307,12 @@ class _Trainer(transformers.Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint): self.run.restore(None, self.optimizer, self.lr_scheduler)
 
     def go(self):
-        "Train from where the run stands."
-        if not self.run.history: return self.train()
+        "Train from where the run stands; afterwards the model runs in its own precision again."
         state = transformers.TrainerState(global_step=len(self.run.history), max_steps=self.run.steps, train_batch_size=self.args.train_batch_size)
         state.compute_steps(self.args, self.run.steps)
         state.save_to_json(Path(self.args.output_dir)/'trainer_state.json')
-        return self.train(resume_from_checkpoint=self.args.output_dir)
+        try: self.train(resume_from_checkpoint=self.args.output_dir if self.run.history else None)
+        finally: self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
 # %% ../nbs/11_training.ipynb #11b00027
 def add_lora(
@@ -329,9 +329,12 @@ def merge_lora(
     tuned, # From `add_lora`
 )->PreTrainedModel: # The model that was given to it, all trainable again
     "Add the adapters to the weights, and be rid of them."
-    model = tuned.merge_and_unload().requires_grad_()
+    return _without(tuned.merge_and_unload())
+
+def _without(model):
+    "What peft gives back, without its marks."
     if hasattr(model, 'peft_config'): del model.peft_config
-    return model
+    return model.requires_grad_()
 
 # %% ../nbs/11_training.ipynb #11b00028
 def finetune(
@@ -351,6 +354,7 @@ def finetune(
     **training_args # More of `transformers.TrainingArguments`: bf16=True, gradient_checkpointing=True …
 )->PreTrainedModel: # The model, trained; adapters merged
     "Train a model with `transformers.Trainer` (paper, Section 5.3: all parameters, 6e-4). Raises `FloatingPointError` where the loss is not finite."
+    if 'gradient_accumulation_steps' in training_args: raise ValueError("say accumulate=…: the pieces that a batch of batch_size rows is computed in")
     if isinstance(data, Tensor): data = [dict(input_ids=b, labels=b) for b in data]
     rank,n = world()
     run = Run(steps, on_step, checkpoint, save_every, rank==0, phase='finetune', lr=lr, batch_size=batch_size, seed=seed, rows=len(data), lora=lora)
@@ -360,5 +364,9 @@ def finetune(
         args = dict(output_dir=d, max_steps=steps, per_device_train_batch_size=max(1, batch_size//(accumulate*n)), gradient_accumulation_steps=accumulate, learning_rate=lr,
             warmup_steps=int(warmup*steps), lr_scheduler_type='cosine', weight_decay=0., seed=seed, logging_steps=1, logging_nan_inf_filter=False, save_strategy='no', report_to='none',
             disable_tqdm=True, use_cpu=model.device.type=='cpu', dataloader_pin_memory=False)
-        _Trainer(run, batch_size, tuned, transformers.TrainingArguments(**{**args, **training_args}), train_dataset=data, data_collator=collator or transformers.default_data_collator).go()
+        trainer = _Trainer(run, batch_size, tuned, transformers.TrainingArguments(**{**args, **training_args}), train_dataset=data, data_collator=collator or transformers.default_data_collator)
+        try: trainer.go()
+        except BaseException:
+            if lora: _without(tuned.unload())
+            raise
     return (merge_lora(tuned) if lora else model).eval()

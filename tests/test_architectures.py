@@ -1,38 +1,40 @@
 "Every architecture of `architectures.py` converts and passes its checks, or is refused for the reason that is written down; the stored results say the same."
-import copy, json
+import copy, json, sys
 import pytest, torch, transformers
 import architectures
-from architectures import ARCHITECTURES, CHECKS, build, draw, examine, generate, outputs, padded, shake
+from architectures import ARCHITECTURES, CHECKS, asked, build, draw, examine, generate, outputs, padded, shake
 from hedgehog_nb.attention import capture_attention
 from hedgehog_nb.linearize import linear_layers, linearize, padding_mask, probe_attention, probe_inputs, save_linearized
 
 OFF = "does not call its attention through transformers' attention interface"
 PAIRS = "was given a mask of shape"
-REFUSED = {'GPT-Neo':OFF, 'Bloom':OFF, 'Falcon':OFF, 'MPT':OFF, 'XGLM':OFF, 'MPNet':OFF, 'DeBERTa-v2':OFF, 'XLNet':OFF, 'RoFormer':OFF, 'Longformer':OFF, 'PVT':OFF, 'WavLM':OFF,
+REFUSED = {'GPT-Neo':OFF, 'Bloom':OFF, 'Falcon':OFF, 'MPT':OFF, 'XGLM':OFF, 'MPNet':OFF, 'DeBERTa':OFF, 'DeBERTa-v2':OFF, 'BigBird':OFF, 'XLNet':OFF, 'RoFormer':OFF, 'Longformer':OFF, 'PVT':OFF, 'WavLM':OFF,
     'Gemma2':'caps its scores', 'T5Gemma':'caps its scores', 'gpt-oss':'attention sinks', 'T5':'position bias', 'mT5':'position bias', 'BEiT':PAIRS, 'Swin':PAIRS, 'Doge':PAIRS, 'LayoutLM':PAIRS,
-    'Llama4':'a pattern of pairs', 'Gemma3n':'keeps a DummyLayer', 'Zamba2':'keeps a LinearAttentionAndFullAttentionLayer', 'DiffLlama':'more than once', 'BigBird-Pegasus':'not under the mask that it names'}
+    'Llama4':'a pattern of pairs', 'Gemma3n':'keeps a DummyLayer', 'Zamba2':'keeps a LinearAttentionAndFullAttentionLayer', 'Falcon-H1':'keeps a LinearAttentionAndFullAttentionLayer', 'DiffLlama':'more than once', 'HRM, text':'more than once', 'Mamba':'no attention call was seen', 'FNet':'no attention call was seen', 'BigBird-Pegasus':'not under the mask that it names'}
 
 @pytest.fixture(scope='module')
 def stored(root):
-    rows = {}
-    for r in json.loads((root/'results'/'architectures.json').read_text())['rows']: rows.setdefault(r['model'], []).append(r)
-    return rows
+    run,rows = json.loads((root/'results'/'architectures.json').read_text()),{}
+    for r in run['rows']: rows.setdefault(r['model'], []).append(r)
+    return rows if run['versions']['transformers']==transformers.__version__ else {n:rs for n,rs in rows.items() if rs[0]['value']} # another version may refuse less, never more
 
 def test_the_results_are_of_these_architectures(stored):
-    assert list(stored)==list(ARCHITECTURES) and len(ARCHITECTURES)-len(REFUSED)>=45
+    assert set(stored) in (set(ARCHITECTURES), ARCHITECTURES.keys()-REFUSED.keys()) and len(ARCHITECTURES)-len(REFUSED)>=45
 
 @pytest.mark.parametrize('name', ARCHITECTURES)
 def test_architecture(name, stored):
     rows = examine(name)
+    if name not in stored: return
     if name in REFUSED: assert [(r['metric'],r['value']) for r in rows]==[('convert',0)]
-    else: assert {r['metric']:r['value'] for r in rows}==dict(convert=1, **{m:1 for m,(_,kinds) in CHECKS.items() if kinds is None or ARCHITECTURES[name][2] in kinds})
+    else: assert {r['metric']:r['value'] for r in rows}==dict.fromkeys(['convert', *asked(ARCHITECTURES[name][2], rows[0]['layers'])], 1)
     assert rows==[{k:v for k,v in r.items() if k not in ('tokens','seed','unit')} for r in stored[name]]
 
 @pytest.mark.parametrize('name', REFUSED)
-def test_what_is_refused_is_left_as_it_was(name):
+def test_what_is_refused_is_left_as_it_was(name, stored):
     model = build(name)
     names,impl,hooks = list(model.state_dict()),model.config._attn_implementation,[len(m._forward_pre_hooks) for m in model.modules()]
-    with pytest.raises(ValueError, match=REFUSED[name]): linearize(model)
+    if name not in stored and examine(name)[0]['value']: return
+    with pytest.raises(ValueError, match=REFUSED[name] if name in stored else None): linearize(model)
     assert list(model.state_dict())==names and not hasattr(model.config, 'hedgehog') and model.config._attn_implementation==impl
     assert [len(m._forward_pre_hooks) for m in model.modules()]==hooks
 
@@ -43,7 +45,7 @@ def converted(name='Llama'):
     return ARCHITECTURES[name][2], model, draw(ARCHITECTURES[name][2], model), build(name)
 
 @pytest.mark.parametrize('name,check,fault', [('Llama','forward','oracle'), ('BERT','padding','mask'), ('Llama','generate','state'), ('BART','generate','state'), ('Llama','save','weights'),
-    ('Llama','train','frozen'), ('OLMo3','teacher','window'), ('ModernBERT','teacher','window')])
+    ('Llama','train','frozen'), ('OLMo3','teacher','window'), ('ModernBERT','teacher','window'), ('Llama','hybrid','softmax')])
 def test_checks_find_faults(name, check, fault, monkeypatch):
     kind,model,x,soft = converted(name)
     first = next(iter(linear_layers(model).values()))
@@ -55,6 +57,9 @@ def test_checks_find_faults(name, check, fault, monkeypatch):
         for m in linear_layers(model).values(): m.register_forward_pre_hook(forget, with_kwargs=True)
     if fault=='weights': monkeypatch.setattr(architectures, 'save_linearized', lambda m, p: (save_linearized(m, p), first.feature_map.w_q.data.mul_(1.1)))
     if fault=='frozen': first.feature_map.w_k.requires_grad_(False)
+    if fault=='softmax':
+        lin = sys.modules['hedgehog_nb.linearize']; whole = lin.fused_softmax_attention
+        monkeypatch.setattr(lin, 'fused_softmax_attention', lambda q, k, v, causal, scale, mask=None, *args, **kw: whole(q, k, v, causal, scale, None, *args, **kw))
     if fault=='window':
         import hedgehog_nb.training as t; whole = t.fused_softmax_attention
         monkeypatch.setattr(t, 'fused_softmax_attention', lambda q, k, v, causal, scale, mask, window=None, **kw: whole(q, k, v, causal, scale, mask, **kw))
@@ -107,6 +112,9 @@ def test_inputs_may_be_given():
         decoder_ffn_dim=48, max_source_positions=64, max_target_positions=64, input_feat_per_channel=8, conv_channels=16)
     with pytest.raises(ValueError, match='give `inputs`'): linearize(model)
     assert len(linear_layers(linearize(model, inputs=dict(input_features=torch.zeros(1,16,8), decoder_input_ids=torch.tensor([[1,4]])))))==4
+
+def test_inputs_that_do_not_fit_are_an_error_of_values():
+    with pytest.raises(ValueError, match='BertModel did not run .* Give `inputs`'): linearize(build('MiniLM (BERT without a head)'), inputs=dict(input_ids='three words'))
 
 def test_a_model_that_is_causal_by_its_mask_alone_is_refused():
     "Its decoder says that it is not causal wherever it is given a mask, so under padding it would see what comes."

@@ -83,6 +83,7 @@ def test_heads_come_and_go(folders, name, tmp_path):
 def test_options_of_from_pretrained(folders):
     model = AutoModelForCausalLM.from_pretrained(folders['stories'], dtype=torch.bfloat16, device_map='cpu')
     assert model.dtype==torch.bfloat16 and all(p.dtype==torch.float32 for m in linear_layers(model).values() for p in m.feature_map.parameters())
+    with pytest.raises(ValueError, match='loaded from its folder'): AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folders['stories']))
     with pytest.raises(ValueError, match='AutoModelForMaskedLM cannot load'): AutoModelForMaskedLM.from_pretrained(folders['stories'])
 
 def test_other_models_load_as_ever(tmp_path):

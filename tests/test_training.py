@@ -266,6 +266,21 @@ def test_lora_moves_its_targets_and_the_maps():
     finetune(model, corpus(16), 1, 4, lora=dict(r=2, target_modules='all-linear'))  # and again
     with pytest.raises(ValueError, match='not found'): finetune(model, corpus(16), 1, 4, lora=dict(r=2, target_modules=['nowhere']))
 
+def test_stopped_adapters_are_taken_out_again():
+    model = linearize(llama(layers=2)); before = {k:v.clone() for k,v in model.named_parameters()}
+    with pytest.raises(Stop): finetune(model, corpus(16), 3, 4, lora=dict(r=2, target_modules='all-linear'), on_step=stop_at(2))
+    after = dict(model.named_parameters())
+    assert list(after)==list(before) and all(p.requires_grad for p in after.values()) and all(torch.equal(after[k], before[k]) for k in before if 'feature_map' not in k)
+
+def test_after_half_precision_the_model_is_as_precise_as_before():
+    model = finetune(linearize(llama(layers=2)), corpus(16), 2, 4, bf16=True)
+    again = linearize(llama(layers=2)); again.load_state_dict(model.state_dict())
+    x = corpus(2)
+    assert torch.equal(logits(model, input_ids=x), logits(again, input_ids=x))
+
+def test_batches_are_said_once():
+    with pytest.raises(ValueError, match='accumulate='): finetune(linearize(llama(layers=2)), corpus(16), 2, gradient_accumulation_steps=2)
+
 def image_rows(n):
     g = torch.Generator().manual_seed(0)
     return [dict(pixel_values=torch.randn(3,16,16, generator=g)+i%2, labels=i%2) for i in range(n)]
