@@ -109,21 +109,21 @@ def flat(s): return *s[:4], *s.linear
 @pytest.mark.parametrize('schedule,form', [('scan', 'softmax_halves'), (3, 'exp')])
 def test_a_prompt_in_parts_is_the_whole(schedule, form, window):
     "Three calls, the second of one token, against the PyTorch form over all of it: outputs, states, and gradients within a part."
-    a = inputs(2, 4, 2, 60, masked=True, form=form)
+    a = inputs(2, 2, 1, 44, masked=True, form=form)
     want,end = chunk_window_attention(**a, window=window, output_final_state=True)
     os,state = [],None
-    for s in (slice(30), slice(30, 31), slice(31, None)):
+    for s in (slice(22), slice(22, 23), slice(23, None)):
         o,new = triton_window_attention(**part(a, s), window=window, initial_state=state, output_final_state=True, schedule=schedule)
         _,ref = chunk_window_attention(**part(a, s), window=window, initial_state=state, output_final_state=True)
         for x,y in zip(flat(new), flat(ref)):
             if y.numel(): close(x, y.double(), 1e-5)
         os.append(o); before,state = state,new
     close(torch.cat(os, 2), want.double(), 1e-5)
-    b,f = part(a, slice(31, None)),lambda g: run(lambda **k: g(**k, initial_state=before), b, window)
+    b,f = part(a, slice(23, None)),lambda g: run(lambda **k: g(**k, initial_state=before), b, window)
     for n,x in f(triton_window_attention).items(): close(x, f(chunk_window_attention)[n].double(), 2e-5, n)
 
 @kernel
-@pytest.mark.parametrize('window,T,log,masked', [(0, 40, False, True), (7, 60, True, True), (16, 60, False, False), (64, 100, True, False)])
+@pytest.mark.parametrize('window,T,log,masked', [(0, 40, False, True), (7, 60, True, True), (16, 60, False, False), (64, 70, True, False)])
 def test_segments_agree(window, T, log, masked):
     a = inputs(1, 2, 1, T, 16, log=log, masked=masked)
     one,*more = (run(lambda **k: triton_window_attention(**k, schedule=s), a, window) for s in ('scan', 'parallel', 4))
