@@ -280,7 +280,11 @@ def hybrid(kind, model, x, soft):
 CHECKS = dict(forward=(forward, None), teacher=(teacher, None), padding=(padding, ('decoder','encoder','encoder-decoder')),
     generate=(generate, ('decoder','encoder-decoder','speech to text')), save=(save, None), hybrid=(hybrid, None), train=(train, None))
 
-def local(model): return any(getattr(m, 'sliding_window', None) or getattr(m.config, 'sliding_window', None) and not hasattr(m, 'sliding_window') for m in linear_layers(model).values())
+def windows(model):
+    "What became of layers with a window."
+    local = lambda m: getattr(m, 'sliding_window', None) or getattr(m.config, 'sliding_window', None) and not hasattr(m, 'sliding_window')
+    if any(map(local, linear_layers(model).values())): return 'layers with a window see everything'
+    return 'layers with a window stay softmax' if any(getattr(m, 'sliding_window', None) for m in model.modules()) else ''
 
 def asked(kind, layers): return [m for m,(_,kinds) in CHECKS.items() if (kinds is None or kind in kinds) and (m!='hybrid' or layers>1)]
 
@@ -292,7 +296,7 @@ def examine(name):
     try: linearize(model)
     except ValueError as e: return [dict(row, metric='convert', value=0, note=str(e))]
     shake(model); x = draw(kind, model)
-    rows = [dict(row, metric='convert', value=1, note='layers with a window see everything' if local(model) else '', layers=len(linear_layers(model)))]
+    rows = [dict(row, metric='convert', value=1, note=windows(model), layers=len(linear_layers(model)))]
     return rows + [dict(row, metric=m, value=int(CHECKS[m][0](kind, model, x, soft)), note='') for m in asked(kind, len(linear_layers(model)))]
 
 if __name__=='__main__':
