@@ -200,6 +200,10 @@ def _segments(B, H, T, D, C, device):
     n,whole = max(1, (IN_CACHE if cpu else 2**9*IN_CACHE)//(B*H*C*D)), T//C*C
     return [(slice(a, min(a+n*C, whole)), C) for a in range(0, whole, n*C)] + [(slice(whole, T), T-whole)]*(whole<T)
 
+def _quotient(x, y, to): # torch.compile takes no `out` with strides
+    if torch.compiler.is_compiling(): to.copy_(x/y)
+    else: torch.div(x, y, out=to)
+
 def _scan(part, segments, state, o, den=None, kept=None):
     """Write outputs to `o` (B, H, T, D) and normalisers to `den` (B, H, T); return running maxima (B, Hkv, T) or None, and the state after.
     `part` takes a slice of the tokens and gives phi_q, phi_k, v and log_k there, as `prepare_keys` does."""
@@ -215,7 +219,7 @@ def _scan(part, segments, state, o, den=None, kept=None):
         if l is not None: ms.append(decays[-1].flatten(1).unflatten(0, (B,-1)))
         if den is not None: den[:,:,t] = _unrows(d, B, C)[...,0]
         places = _group(o[:,:,t], Hkv).unflatten(3, (-1,C)).unbind(3)
-        for x,y,to in zip(nums, _away_from_zero(d).unbind(1), places): to.copy_(x.div_(y).view(to.shape))
+        for x,y,to in zip(nums, _away_from_zero(d).unbind(1), places): _quotient(x.view(to.shape), y.view(*to.shape[:-1],1), to)
     return torch.cat(ms, 2) if ms else None, LinearState(S, z[:,0], m).apply(lambda x: x.unflatten(0, (B,-1)))
 
 # %% ../nbs/02_linear_attention.ipynb #bck00003

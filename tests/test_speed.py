@@ -46,11 +46,10 @@ def test_features_by_segments_are_the_features(form, masked, monkeypatch):
         for a,b in zip(s, end): torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-4)
 
 def test_nothing_of_the_features_size_without_gradients():
-    q,k,v = inputs(T=4096)
+    q,k,v = inputs(T=16384)
     m = make_feature_map('hedgehog', 16, 4, 2)
     with torch.no_grad(), Watch() as w: linear_attention(q, k, v, m)
-    assert w.largest<=max(4096*4*16, 2**18)
-    assert w.largest<4096*4*32
+    assert w.largest==16384*4*16 # the output
 
 def test_no_gradient_keeps_nothing():
     q,k,v = inputs()
