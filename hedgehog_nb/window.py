@@ -274,13 +274,13 @@ class WindowAttention(Attention):
         self.log_gamma = nn.Parameter(start.detach()[0,:,0].clone())
     @property
     def feature_dim(self): return self.map.feature_dim
+    @full_precision
     def inputs(self, q, k, mask=None, state=None):
         "(phi_q, phi_k, window, log_q, log_k, log_gamma, scale): what the functions of this page need beside q, k, v and mask."
         phi_q,phi_k,log_q,log_k = joint_features(self.map, q, k)
         if self.relative: log_q = window_max(q, k, self.window, self.scale, mask, state)
         if self.branch=='window': log_q = torch.full_like(phi_q[...,0], NOTHING/2)
         return phi_q, phi_k, 0 if self.branch=='linear' else self.window, log_q, log_k, self.log_gamma, self.scale
-    @full_precision
     def attend(self, q, k, v, causal=True, mask=None, initial_state=None, output_final_state=False, implementation=None, offset=None):
         "As `FeatureMap.attend`, with a `WindowState`. Raises `ValueError` on what this attention was not made for."
         self.check(q, k, v, causal, mask)
@@ -288,10 +288,10 @@ class WindowAttention(Attention):
         if implementation=='naive':
             if any(carry): raise ValueError("the naive form keeps no state: choose another implementation")
             return naive_window_attention(*args, mask)
+        if q.shape[2]==1 and all(carry): return window_decode_step(*args[:5], initial_state, *args[6:], mask)
         if implementation=='triton' or implementation is None and TRITON_BY_DEFAULT and _suits_triton(q, k, v, self.map):
             from hedgehog_nb.kernels.window import triton_window_attention
             return triton_window_attention(*args, mask, *carry)
-        if q.shape[2]==1 and all(carry): return window_decode_step(*args[:5], initial_state, *args[6:], mask)
         return chunk_window_attention(*args, mask, *carry)
     def linear_share(self, q, k, mask=None):
         "(B, H, T) share of each row's weight on keys older than the window."
