@@ -135,6 +135,7 @@ class AttentionCall(NamedTuple):
     v:Tensor # (B, Hkv, T, D) values
     scale:float # Factor on q·k
     causal:bool # Does query i see only keys up to its own position?
+    window:int=None # It sees only so many keys of them; all if None
 
 # %% ../nbs/01_softmax_attention.ipynb #9a4c9846
 def is_causal(
@@ -172,7 +173,7 @@ def capture_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     names,calls = {m:n for n,m in model.named_modules()},[]
     def fn(module, q, k, v, attention_mask, scaling=None, **kw):
-        calls.append(AttentionCall(names[module], module, q, k, v, scaling or q.shape[-1]**-0.5, is_causal(module, kw)))
+        calls.append(AttentionCall(names[module], module, q, k, v, scaling or q.shape[-1]**-0.5, is_causal(module, kw), kw.get('sliding_window')))
         return sdpa_attention_forward(module, q, k, v, attention_mask, scaling=scaling, **kw)
     with attention_as(model, fn): model(**inputs)
     return calls

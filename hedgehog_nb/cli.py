@@ -715,7 +715,7 @@ def _save(model, tok, out, record, camera, rows, **run):
     from hedgehog_nb.linearize import save_linearized
     from hedgehog_nb.results import write_results
     with whole(out) as d:
-        save_linearized(model, d, tok)
+        save_linearized(model, d, tok, card={'data': rows[-1]['data'], 'tokens of training': rows[-1]['tokens'], 'perplexity on held-out text': f"{rows[-1]['value']:.4g}"})
         camera.attention(d/'attention.png')
         camera.curve(d/'perplexity.png')
         write_results(d/'results.json', rows, **run)

@@ -152,7 +152,7 @@ def probe_attention(
     x,names,calls,real = probe_inputs(model) if inputs is None else inputs,{m:n for n,m in model.named_modules()},[],[]
     def see(module, q, k, v, attention_mask, scaling=None, **kw):
         causal,mask = _split(module, k, attention_mask, kw)
-        calls.append(AttentionCall(names[module], module, q, k, v, scaling or q.shape[-1]**-0.5, causal))
+        calls.append(AttentionCall(names[module], module, q, k, v, scaling or q.shape[-1]**-0.5, causal, kw.get('sliding_window')))
         real.append(slice(None) if mask is None else mask.all(-1)) # of padded sequences nothing is asked below
         return fused_softmax_attention(q, k, v, causal, scaling, mask, kw.get('sliding_window')).transpose(1,2).contiguous(), None
     def check(module, q, k, v, attention_mask, scaling=None, **kw):
@@ -178,7 +178,7 @@ def _make(name, call, settings):
 def plan_maps(
     model:PreTrainedModel, # A model not converted yet; it stays as it is
     feature_map:str='hedgehog', # Name of the map (see `FEATURE_MAPS`), or "hedgehog-window"
-    layers='all', # Attention layers to convert: "all", "0-5,8", "1-29:2" or a list of integers
+    layers='all', # Attention layers to convert: "0-5,8", "1-29:2", a list of integers, or "all": those that see everything, where others have a window
     inputs:dict=None, # A small input for the model's forward; tokens or a blank image if None
     **map_kwargs # Settings of the map
 )->tuple: # (numbers of the layers, {attention module: its map})
@@ -189,6 +189,7 @@ def plan_maps(
     finally: model.train(was)
     if not calls: raise ValueError(f"no attention call was seen in {type(model).__name__}")
     which = parse_layers(layers, len(calls))
+    if layers=='all' and not all(c.window for c in calls): which = [i for i in which if not calls[i].window]
     return which, {c.module: _make(feature_map, c, map_kwargs) for c in (calls[i] for i in which)}
 
 # %% ../nbs/08_linearize.ipynb #02218ca8
@@ -196,7 +197,7 @@ def plan_maps(
 def linearize(
     model:PreTrainedModel, # Any model on transformers' attention interface; changed in place
     feature_map:str='hedgehog', # Name of the map (see `FEATURE_MAPS`), or "hedgehog-window"
-    layers='all', # Attention layers to convert: "all", "0-5,8", "1-29:2" or a list of integers
+    layers='all', # Attention layers to convert: "0-5,8", "1-29:2", a list of integers, or "all": those that see everything, where others have a window
     inputs:dict=None, # A small input for the model's forward; tokens or a blank image if None
     **map_kwargs # Settings of the map, e.g. form="exp", num_maps=2
 )->PreTrainedModel: # The same model, its attention swapped; train the maps next (`distill`)

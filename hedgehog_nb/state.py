@@ -21,6 +21,7 @@ class RecurrentLayer(CacheLayerMixin):
         self.state,self.length = None,0
     def lazy_initialization(self, key_states, value_states):
         self.device,self.dtype,self.is_initialized = key_states.device,key_states.dtype,True
+        self.keys = self.values = key_states.new_empty(0) # some models ask whether there are any
     def update(self, key_states, value_states, *args, **kwargs):
         "Count the new tokens and hand them back: the attention function folds them into the state."
         if not self.is_initialized: self.lazy_initialization(key_states, value_states)

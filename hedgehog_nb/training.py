@@ -47,7 +47,7 @@ def teacher_pass(
 
 # %% ../nbs/11_training.ipynb #11b00011
 def world()->tuple: # (rank, number of processes)
-    "Where this process stands under `torchrun`; (0, 1) without it. The first call joins the processes."
+    "Where this process stands under `torchrun`; (0, 1) without it. The first call joins the processes; each moves its model to a GPU of its own."
     if int(os.environ.get('WORLD_SIZE', 1))==1: return 0,1
     from accelerate import PartialState
     state = PartialState(cpu=not torch.cuda.is_available())

@@ -103,11 +103,33 @@ ARCHITECTURES = {
     'Apertus': ('ApertusForCausalLM', GROUPED, 'decoder'),
     'Arcee': ('ArceeForCausalLM', GROUPED, 'decoder'),
     'BitNet': ('BitNetForCausalLM', dict(PLAIN, num_key_value_heads=2), 'decoder'),
+    'Ministral': ('MinistralForCausalLM', GROUPED, 'decoder'),
+    'Hunyuan': ('HunYuanDenseV1ForCausalLM', GROUPED, 'decoder'),
+    'NanoChat': ('NanoChatForCausalLM', PLAIN, 'decoder'),
+    'FlexOlmo': ('FlexOlmoForCausalLM', PLAIN, 'decoder'),
+    'AFMoE': ('AfmoeForCausalLM', dict(GROUPED, **MOE), 'decoder'),
+    'GLM-4-MoE': ('Glm4MoeForCausalLM', dict(GROUPED, **MOE), 'decoder'),
+    'Granite-MoE': ('GraniteMoeForCausalLM', PLAIN, 'decoder'),
+    'JetMoE': ('JetMoeForCausalLM', GROUPED, 'decoder'),
+    'MiniMax-M2': ('MiniMaxM2ForCausalLM', dict(GROUPED, **MOE), 'decoder'),
+    'Phi-3.5-MoE': ('PhimoeForCausalLM', dict(GROUPED, num_local_experts=4), 'decoder'),
+    'Mllama, text': ('MllamaForCausalLM', GROUPED, 'decoder'),
+    'CTRL': ('CTRLLMHeadModel', dict(SPECIAL, n_embd=32, n_layer=2, n_head=4, n_positions=64, dff=48), 'decoder'),
+    'ModernBERT, decoder': ('ModernBertDecoderForCausalLM', dict(PLAIN, local_attention=12), 'decoder'),
+    'Falcon-H1': ('FalconH1ForCausalLM', GROUPED, 'decoder'),
+    'HRM, text': ('HrmTextForCausalLM', PLAIN, 'decoder'),
+    'Mamba': ('MambaForCausalLM', PLAIN, 'decoder'),
     'BERT, decoder': ('BertLMHeadModel', dict(PLAIN, is_decoder=True), 'decoder'),
     'XLNet': ('XLNetLMHeadModel', dict(vocab_size=VOCAB, d_model=32, n_layer=2, n_head=4, d_inner=48), 'decoder'),
     'data2vec, text': ('Data2VecTextForMaskedLM', dict(PLAIN, pad_token_id=1), 'encoder'),
     'NomicBERT': ('NomicBertForMaskedLM', PLAIN, 'encoder'),
     'EuroBERT': ('EuroBertForMaskedLM', dict(GROUPED, mask_token_id=3), 'encoder'),
+    'GTE': ('GteForMaskedLM', PLAIN, 'encoder'),
+    'Jina embeddings v3': ('JinaEmbeddingsV3ForMaskedLM', PLAIN, 'encoder'),
+    'ERNIE': ('ErnieForMaskedLM', PLAIN, 'encoder'),
+    'DeBERTa': ('DebertaForMaskedLM', PLAIN, 'encoder'),
+    'BigBird': ('BigBirdForMaskedLM', PLAIN, 'encoder'),
+    'FNet': ('FNetForMaskedLM', PLAIN, 'encoder'),
     'LayoutLM': ('LayoutLMForMaskedLM', PLAIN, 'encoder'),
     'RoFormer': ('RoFormerForMaskedLM', PLAIN, 'encoder'),
     'Longformer': ('LongformerForMaskedLM', dict(PLAIN, attention_window=4), 'encoder'),
@@ -258,7 +280,11 @@ def hybrid(kind, model, x, soft):
 CHECKS = dict(forward=(forward, None), teacher=(teacher, None), padding=(padding, ('decoder','encoder','encoder-decoder')),
     generate=(generate, ('decoder','encoder-decoder','speech to text')), save=(save, None), hybrid=(hybrid, None), train=(train, None))
 
-def local(model): return any(getattr(m, 'sliding_window', None) or getattr(m.config, 'sliding_window', None) and not hasattr(m, 'sliding_window') for m in linear_layers(model).values())
+def windows(model):
+    "What became of layers with a window."
+    local = lambda m: getattr(m, 'sliding_window', None) or getattr(m.config, 'sliding_window', None) and not hasattr(m, 'sliding_window')
+    if any(map(local, linear_layers(model).values())): return 'layers with a window see everything'
+    return 'layers with a window stay softmax' if any(getattr(m, 'sliding_window', None) for m in model.modules()) else ''
 
 def asked(kind, layers): return [m for m,(_,kinds) in CHECKS.items() if (kinds is None or kind in kinds) and (m!='hybrid' or layers>1)]
 
@@ -270,7 +296,7 @@ def examine(name):
     try: linearize(model)
     except ValueError as e: return [dict(row, metric='convert', value=0, note=str(e))]
     shake(model); x = draw(kind, model)
-    rows = [dict(row, metric='convert', value=1, note='layers with a window see everything' if local(model) else '', layers=len(linear_layers(model)))]
+    rows = [dict(row, metric='convert', value=1, note=windows(model), layers=len(linear_layers(model)))]
     return rows + [dict(row, metric=m, value=int(CHECKS[m][0](kind, model, x, soft)), note='') for m in asked(kind, len(linear_layers(model)))]
 
 if __name__=='__main__':

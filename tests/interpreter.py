@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 HERE = torch.cuda.is_available() or os.environ.get('TRITON_INTERPRET')=='1'
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
-def python(*args, **env): return subprocess.run([sys.executable, *args], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=300)
+def python(*args, **env): return subprocess.run([sys.executable, *args], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=900)
 
 def kernel(f):
     "A test that runs kernels: collected only where this process can."

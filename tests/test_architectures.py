@@ -8,9 +8,9 @@ from hedgehog_nb.linearize import linear_layers, linearize, padding_mask, probe_
 
 OFF = "does not call its attention through transformers' attention interface"
 PAIRS = "was given a mask of shape"
-REFUSED = {'GPT-Neo':OFF, 'Bloom':OFF, 'Falcon':OFF, 'MPT':OFF, 'XGLM':OFF, 'MPNet':OFF, 'DeBERTa-v2':OFF, 'XLNet':OFF, 'RoFormer':OFF, 'Longformer':OFF, 'PVT':OFF, 'WavLM':OFF,
+REFUSED = {'GPT-Neo':OFF, 'Bloom':OFF, 'Falcon':OFF, 'MPT':OFF, 'XGLM':OFF, 'MPNet':OFF, 'DeBERTa':OFF, 'DeBERTa-v2':OFF, 'BigBird':OFF, 'XLNet':OFF, 'RoFormer':OFF, 'Longformer':OFF, 'PVT':OFF, 'WavLM':OFF,
     'Gemma2':'caps its scores', 'T5Gemma':'caps its scores', 'gpt-oss':'attention sinks', 'T5':'position bias', 'mT5':'position bias', 'BEiT':PAIRS, 'Swin':PAIRS, 'Doge':PAIRS, 'LayoutLM':PAIRS,
-    'Llama4':'a pattern of pairs', 'Gemma3n':'keeps a DummyLayer', 'Zamba2':'keeps a LinearAttentionAndFullAttentionLayer', 'DiffLlama':'more than once', 'BigBird-Pegasus':'not under the mask that it names'}
+    'Llama4':'a pattern of pairs', 'Gemma3n':'keeps a DummyLayer', 'Zamba2':'keeps a LinearAttentionAndFullAttentionLayer', 'Falcon-H1':'keeps a LinearAttentionAndFullAttentionLayer', 'DiffLlama':'more than once', 'HRM, text':'more than once', 'Mamba':'no attention call was seen', 'FNet':'no attention call was seen', 'BigBird-Pegasus':'not under the mask that it names'}
 
 @pytest.fixture(scope='module')
 def stored(root):

@@ -49,7 +49,7 @@ def test_shapes(D, T): # the forms take turns; test_drawn mixes everything
 def test_extreme_widths(D, E, form): check(*inputs(1, 1, 5, D, E), form)
 
 @kernel
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(B=st.integers(1, 3), H=st.integers(1, 3), T=st.integers(1, 140), D=st.integers(1, 80), E=st.integers(1, 80), form=st.sampled_from(FORMS),
        dtype=st.sampled_from(list(TOL)), bias=st.booleans(), bthd=st.booleans(), seed=st.integers(0, 99))
 def test_drawn(B, H, T, D, E, form, dtype, bias, bthd, seed):
@@ -63,10 +63,9 @@ def test_strided_views_are_read_in_place():
     qkv = torch.randn(2, 50, 3, 96, device=DEVICE) # as a fused projection leaves them
     views = dict(bthd=x.transpose(1, 2).contiguous().transpose(1, 2), part=qkv.transpose(1, 2)[...,32:64], skip=qkv.transpose(1, 2)[:,:,::2,:32],
                  expanded=x[:,:1].expand(-1, 3, -1, -1), flipped_heads=x[:,[2,0,1]])
-    for form in FORMS:
-        for v in views.values():
-            check(v, w, b, form)
-            assert torch.equal(fused_feature_map(v, w, b, form)[0], fused_feature_map(v.contiguous(), w, b, form)[0])
+    for v,form in zip(views.values(), FORMS*2):
+        check(v, w, b, form)
+        assert torch.equal(fused_feature_map(v, w, b, form)[0], fused_feature_map(v.contiguous(), w, b, form)[0])
 
 @kernel
 def test_gradients_arriving_with_any_stride():

@@ -50,11 +50,10 @@ def check(a, window, tol=None):
 def forward_only(a, window, tol=None): close(triton_window_attention(**a, window=window), naive_window_attention(**{n: x.double() if x is not None and n!='mask' else x for n,x in a.items()}, window=window), tol or TOL[a['v'].dtype])
 
 @kernel
-@pytest.mark.parametrize('T', [1, 17, 64, 100])
-@pytest.mark.parametrize('D', [8, 32, 60, 64])
+@pytest.mark.parametrize('D,T', [(8, 1), (60, 1), (64, 1), (8, 17), (32, 17), (128, 17), (32, 64), (64, 64), (8, 100), (60, 100), (8, 257)])
 def test_shapes(D, T): # windows, heads and forms take turns; test_windows and test_drawn mix them
     i = D//4 + T
-    H,Hkv = [(4,4), (4,2), (4,1)][i % 3]
+    H,Hkv = [(4,4), (4,2), (4,1)][i % 3] if T<257 else (1,1) # interpreted, time goes by heads and tokens
     forward_only(inputs(1, H, Hkv, T, D, form=FORMS[i % 3], masked=T==17), [0, 1, 16, 64][i % 4])
 
 @kernel
@@ -107,28 +106,26 @@ def flat(s): return *s[:4], *s.linear
 
 @kernel
 @pytest.mark.parametrize('window', [0, 5, 16, 40])
-@pytest.mark.parametrize('schedule', ['scan', 3])
-@pytest.mark.parametrize('form', ['exp', 'softmax_halves'])
-def test_a_prompt_in_parts_is_the_whole(form, schedule, window):
+@pytest.mark.parametrize('schedule,form', [('scan', 'softmax_halves'), (3, 'exp')])
+def test_a_prompt_in_parts_is_the_whole(schedule, form, window):
     "Three calls, the second of one token, against the PyTorch form over all of it: outputs, states, and gradients within a part."
-    a = inputs(2, 4, 2, 60, masked=True, form=form)
+    a = inputs(2, 2, 1, 44, masked=True, form=form)
     want,end = chunk_window_attention(**a, window=window, output_final_state=True)
     os,state = [],None
-    for s in (slice(30), slice(30, 31), slice(31, None)):
+    for s in (slice(22), slice(22, 23), slice(23, None)):
         o,new = triton_window_attention(**part(a, s), window=window, initial_state=state, output_final_state=True, schedule=schedule)
         _,ref = chunk_window_attention(**part(a, s), window=window, initial_state=state, output_final_state=True)
         for x,y in zip(flat(new), flat(ref)):
             if y.numel(): close(x, y.double(), 1e-5)
         os.append(o); before,state = state,new
     close(torch.cat(os, 2), want.double(), 1e-5)
-    b,f = part(a, slice(31, None)),lambda g: run(lambda **k: g(**k, initial_state=before), b, window)
+    b,f = part(a, slice(23, None)),lambda g: run(lambda **k: g(**k, initial_state=before), b, window)
     for n,x in f(triton_window_attention).items(): close(x, f(chunk_window_attention)[n].double(), 2e-5, n)
 
 @kernel
-@pytest.mark.parametrize('log,masked', [(True, True), (False, False)])
-@pytest.mark.parametrize('window', [0, 7, 64])
-def test_segments_agree(window, log, masked):
-    a = inputs(1, 2, 1, 100, 16, log=log, masked=masked)
+@pytest.mark.parametrize('window,T,log,masked', [(0, 40, False, True), (7, 60, True, True), (16, 60, False, False), (64, 70, True, False)])
+def test_segments_agree(window, T, log, masked):
+    a = inputs(1, 2, 1, T, 16, log=log, masked=masked)
     one,*more = (run(lambda **k: triton_window_attention(**k, schedule=s), a, window) for s in ('scan', 'parallel', 4))
     for other in more:
         for n in one: close(other[n], one[n].double(), 1e-5, n)
