@@ -108,3 +108,18 @@ def test_one_exponential_is_all_forms_at_any_size(form, size):
 def test_gradcheck_of_normalised_features(form):
     y = torch.randn(1,1,3,4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda y: hedgehog_features(y, form)[0], y)
+
+@pytest.mark.parametrize('dtype,tol', [(torch.float64,1e-10), (torch.float32,2e-5), (torch.float16,2e-3), (torch.bfloat16,1.6e-2)])
+@pytest.mark.parametrize('form', FORMS)
+def test_segments_in_every_precision(form, dtype, tol):
+    "Outputs in the precision of the values, sums in fp32; the error is that of rounding the output."
+    q,k,v = (x.to(dtype) for x in inputs(B=2, T=1000))
+    m = make_feature_map('hedgehog', 16, 4, 2, form=form)
+    want = linear_attention(q.double(), k.double(), v.double(), make_feature_map('hedgehog', 16, 4, 2, form=form).double(), implementation='naive')
+    if dtype==torch.float64: m = m.double()
+    with torch.no_grad(): o,s = linear_attention(q, k, v, m, output_final_state=True)
+    assert o.dtype==dtype and s.S.dtype==torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(o.double(), want, atol=tol, rtol=tol)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16): a = linear_attention(q, k, v, m)
+    assert a.dtype==dtype
+    torch.testing.assert_close(a.double(), want, atol=tol, rtol=tol)
