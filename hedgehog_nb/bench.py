@@ -6,8 +6,8 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/benchmarks.html.md"""
 
 # %% auto #0
 __all__ = ['CONTENDERS', 'TOLERANCE', 'CURVES', 'Case', 'floor_bytes', 'flops', 'NotHere', 'contender', 'needs', 'make_inputs',
-           'median_ms', 'peak_bytes', 'copy_rate', 'matmul_rate', 'check_contenders', 'default_cases', 'run_benchmark',
-           'bench_table', 'bench_curves', 'plot_bench']
+           'medians', 'median_ms', 'peak_bytes', 'copy_rate', 'matmul_rate', 'check_contenders', 'default_cases',
+           'run_benchmark', 'bench_table', 'bench_curves', 'plot_bench']
 
 # %% ../kernels/07_benchmarks.ipynb #55318018
 import functools, statistics, time, torch
@@ -225,21 +225,23 @@ def _step(c, x, f):
     leaves = [x[n] for n in ('q','k','v')]
     return lambda: torch.autograd.grad(f(), leaves, x['g'])
 
-def median_ms(
-    f, # What to call
-    device, # Where it runs
-    budget_s:float=2., # About how long to measure on a CPU
-)->float: # Milliseconds
-    "Median time of one call, after a warm-up."
+def medians(
+    fs:dict, # {name: what to call}
+    device, # Where they run
+    budget_s:float=2., # About how long to measure each on a CPU
+)->dict: # {name: milliseconds}
+    "Median time of one call of each, after a warm-up; on a CPU by turns."
     if torch.device(device).type=='cuda':
         import triton
-        return triton.testing.do_bench(f, warmup=25, rep=200, return_mode='median')
-    ts,end = [],None
-    while end is None or (time.perf_counter()<end and len(ts)<200) or len(ts)<3:
-        t = time.perf_counter(); f(); t = time.perf_counter()-t
-        if end is None: end = time.perf_counter()+budget_s
-        else: ts.append(t*1e3)
-    return statistics.median(ts)
+        return {n: triton.testing.do_bench(f, warmup=25, rep=200, return_mode='median') for n,f in fs.items()}
+    for f in fs.values(): f()
+    ts,end = {n:[] for n in fs},time.perf_counter()+budget_s*len(fs)
+    while any(len(x)<3 for x in ts.values()) or time.perf_counter()<end and len(next(iter(ts.values())))<200:
+        for n,f in fs.items():
+            t = time.perf_counter(); f(); ts[n].append((time.perf_counter()-t)*1e3)
+    return {n: statistics.median(x) for n,x in ts.items()}
+
+def median_ms(f, device, budget_s=2.): return medians({0:f}, device, budget_s)[0] # of one
 
 def peak_bytes(
     f, # What to call
@@ -315,6 +317,7 @@ def _rows(c, name, ms, mem, rates):
     "What a measurement says, as rows of `results/`."
     extra = dict(B=c.B, H=c.H, Hkv=c.Hkv, T=c.T, D=c.D, dtype=str(c.dtype)[6:], causal=c.causal, floor_ms=floor_bytes(c)/rates['copy']*1e3, times_floor=ms*rates['copy']/floor_bytes(c)/1e3)
     gpu = rates['device']=='cuda'
+    if not gpu: extra['matmul_tflops'] = rates['matmul']/1e12
     experiment = f'bench-{c.kind}' if gpu else f'cpu-{c.kind}'
     row = lambda metric,value: dict(experiment=experiment, model='attention', data='random', variant=name, metric=metric, value=value, tokens=c.B*(1 if c.kind=='decode' else c.T), **extra)
     return [row('ms', ms)] + ([row('bytes', mem)] if mem is not None else []) + ([row('tflops', flops(c)/ms/1e9)] if name.startswith('hedgehog') else [])
@@ -341,18 +344,19 @@ def run_benchmark(
             dict(experiment='bench-forward' if device.type=='cuda' else 'cpu-forward', model='machine', data='random', variant='matmul', metric='tflops', value=rates['matmul']/1e12, dtype=str(cases[0].dtype)[6:])]
     for i,c in enumerate(cases):
         if i and time.time()-start>60*minutes: break
-        said = {}
+        said,steps,x,gpu = {},{},make_inputs(c, device),device.type=='cuda'
         for name,f in CONTENDERS[c.kind].items():
             if names and name not in names: continue
             try:
-                x = make_inputs(c, device)
-                step = _step(c, x, f(c, x))
-                ms,mem = median_ms(step, device),peak_bytes(step, device)
-                rows += _rows(c, name, ms, mem, rates); said[name] = ms
+                steps[name] = _step(c, x, f(c, x))
+                if gpu: said |= medians(steps, device); rows += _rows(c, name, said[name], peak_bytes(steps.pop(name), device), rates); torch.cuda.empty_cache()
             except NotHere as e: said[name] = str(e)
-            except torch.OutOfMemoryError: said[name] = 'out of memory'
-            x = step = None
-            if device.type=='cuda': torch.cuda.empty_cache()
+            except torch.OutOfMemoryError: said[name] = 'out of memory'; steps.clear(); torch.cuda.empty_cache()
+        if steps:
+            a = torch.randn(1024, 1024, dtype=c.dtype)
+            times = medians({**steps, None: lambda: a@a}, device)
+            rates['matmul'] = 2*len(a)**3/times.pop(None)*1e3
+            said |= times; rows += [r for n,ms in times.items() for r in _rows(c, n, ms, None, rates)]
         write_results(out, rows, command, wall_s=time.time()-start, device=device, commit=commit)
         if on_case: on_case(c, said)
     return rows
