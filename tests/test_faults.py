@@ -211,10 +211,6 @@ def test_config_with_a_bad_value(here):
     (here/'a.yaml').write_text('batch-size: many')
     fails('linearize', 'embedded', '--data', 'embedded', '--out', 'out', '--config', 'a.yaml', code=2)
 
-def test_not_under_torchrun(monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', '2')
-    says(linearize(), 'one process', 'torchrun')
-
 def test_lora_targets(): says(linearize('embedded', '--lora-rank', '4', '--lora-targets', 'q_prj'), 'q_prj', 'nearest is q_proj')
 
 # Bugs and interruptions

@@ -154,6 +154,22 @@ def test_two_processes_make_the_same_steps(in_processes):
     for k in one: torch.testing.assert_close(one[k], two[k], rtol=0, atol=2e-4)
     assert sorted(p.name for p in in_processes[2].iterdir())==['distill','done','finetune']
 
+def test_the_command_in_two_processes(root, tmp_path):
+    "The same rows as in one, up to rounding; said and written once."
+    (tmp_path/'hedgehog.py').write_text("from hedgehog_nb.cli import app\napp(prog_name='hedgehog')\n")
+    def run(out, *how):
+        p = subprocess.run([*how, 'hedgehog.py', *f'linearize embedded --data embedded --out {out} --seq-len 64 --batch-size 4 --eval-tokens 128 --distill-steps 3 --finetune-steps 3 --finetune-lr 1e-3 --lr 0.1 --save-every 2 --json'.split()],
+            capture_output=True, text=True, cwd=tmp_path, env={**os.environ, 'PYTHONPATH':os.pathsep.join([str(root), *sys.path]), 'OMP_NUM_THREADS':'1'})
+        assert p.returncode==0, p.stderr
+        return json.loads(p.stdout), p.stderr
+    (one,_),(two,said) = run('a', sys.executable), run('b', sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', str(free_port()))
+    names = lambda r: [(x['variant'], x['stage'], x['metric'], x['tokens']) for x in r['rows']]
+    assert names(one)==names(two) and [x['value'] for x in two['rows']]==pytest.approx([x['value'] for x in one['rows']], rel=1e-4)
+    assert said.count('swapped in')==2 and sorted(p.name for p in tmp_path.iterdir())==['a','b','hedgehog.py']  # a line, and a row of the table
+    a,b = (load_file(tmp_path/n/'model.safetensors') for n in 'ab')
+    assert a.keys()==b.keys()
+    for k in a: torch.testing.assert_close(a[k], b[k], rtol=0, atol=5e-4)
+
 # --- what is kept
 
 def go(model, folder, steps=8, phase='both', **kw):
