@@ -13,7 +13,6 @@ __all__ = ['CONTENDERS', 'TOLERANCE', 'CURVES', 'Case', 'floor_bytes', 'flops', 
 import functools, statistics, time, torch
 from importlib.util import find_spec
 from typing import NamedTuple
-from torch import Tensor
 from torch.nn import functional as F
 from .feature_maps import make_feature_map
 from .linear_attention import linear_attention

@@ -223,7 +223,7 @@ def layer_loss(
     if objective not in OBJECTIVES: raise ValueError(f"objective is one of {', '.join(OBJECTIVES)}; given {objective!r}")
     parts = OBJECTIVES[objective]
     if 'outputs' in parts and v is None: raise ValueError(f"the objective {objective!r} compares outputs: give the values v as well")
-    if len(parts)>1: feature_map = _shared(feature_map, q, k)
+    if len(parts)>1 and not hasattr(feature_map, 'inputs'): feature_map = _shared(feature_map, q, k) # a hybrid's losses need more than features
     of = dict(weights=lambda: weight_loss(q, k, feature_map, causal, scale, mask), order=lambda: order_loss(q, k, feature_map, causal, scale, mask),
         outputs=lambda: output_loss(q, k, v, feature_map, causal, scale, mask, target).mean())
     return sum(of[p]() for p in parts)

@@ -14,7 +14,6 @@ import inspect, math, os, re, shutil, sys, tempfile
 from functools import partial
 from pathlib import Path
 import torch, transformers
-from torch import Tensor
 from torch.nn import functional as F
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
@@ -182,7 +181,7 @@ def plan_maps(
     inputs:dict=None, # A small input for the model's forward; tokens or a blank image if None
     **map_kwargs # Settings of the map
 )->tuple: # (numbers of the layers, {attention module: its map})
-    "The maps that would replace softmax, found out by one tiny forward pass. Raises `ValueError` where it cannot be done."
+    "The maps that would replace softmax, found out by two tiny forward passes. Raises `ValueError` where it cannot be done."
     if linear_layers(model): raise ValueError("this model is linear already; load the original to convert it otherwise")
     was,_ = model.training,model.eval()
     try: calls = probe_attention(model, inputs)

@@ -227,6 +227,7 @@ def test_other_losses():
     a,q,k,v = hybrid(window=7),rand(2, 4, 40, 8),rand(2, 2, 40, 8, seed=1),rand(2, 2, 40, 8, seed=2)
     t,o = softmax_attention(q, k, v),a.attend(q, k, v)
     close(layer_loss('outputs', a, q, k, v), ((o-t).square().sum((0,2,3))/t.square().sum((0,2,3))).mean())
+    close(layer_loss('both', a, q, k, v), layer_loss('weights', a, q, k)+layer_loss('outputs', a, q, k, v))
     with pytest.raises(ValueError, match='window of 7'): layer_loss('order', a, q, k, v)
 
 @kind

@@ -12,7 +12,7 @@ import torch
 from typing import Optional, Sequence
 from torch import Tensor
 from ..attention import full_precision
-from ..linear_attention import EPS, NOTHING, LinearState, _check_cu_seqlens
+from ..linear_attention import LinearState, _check_cu_seqlens
 from .feature_map import _dot, _on, offline_usage
 from .tuning import tuned_launch
 from .chunk import (_EPS, _NOTHING, _absorb, _check, _constants, _cut, _forward, _last_slot, _maxima, _scan, _segment, _states, _tile,
