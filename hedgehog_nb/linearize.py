@@ -118,6 +118,7 @@ def linear_layers(
     "The attention modules of `model` that are linear."
     return {n:m for n,m in model.named_modules() if hasattr(m, 'feature_map')}
 
+# %% ../nbs/08_linearize.ipynb #d195a8dd
 def _self_attention(model, calls, takes):
     "{name: call} of self-attention. Raises `ValueError` where a recurrent state could not stand in for what the model keeps when it generates."
     own = {c.name:c for c in calls if c.q.shape[2]==c.k.shape[2]} # cross-attention reads another sequence, here of another length
@@ -167,6 +168,7 @@ def probe_attention(
     _look(model, x, check, eager_mask)
     return list(_self_attention(model, calls, x).values())
 
+# %% ../nbs/08_linearize.ipynb #bc85f828
 def _make(name, call, settings):
     "The attention that takes the place of one call's softmax."
     m = make_attention(name, call.q.shape[-1], call.q.shape[1], call.k.shape[1], call.scale, **settings)
