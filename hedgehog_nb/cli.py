@@ -250,10 +250,11 @@ def check_output(
 @contextmanager
 def whole(
     path:Path, # File or folder to write
+    room:Path=None, # Folder of the same disk to write in meanwhile, which a killed process may leave something in; that of `path` if None
 ): # Yields a path with the same suffix, where nothing is yet
     "Write under another name; `path` appears, or is replaced, when the block ends well."
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f'.{path.name}-', dir=path.parent) as d:
+    with tempfile.TemporaryDirectory(prefix=f'.{path.name}-', dir=room or path.parent) as d:
         new = Path(d)/f'new{path.suffix}'
         yield new
         if path.is_dir(): path.rename(Path(d)/'old')
@@ -723,17 +724,18 @@ ANYTIME = {'out','overwrite','record','experiment','config','restart','save_ever
 
 def _settings(ctx): return {p.opts[0]:ctx.params.get(p.name) for p in ctx.command.params if p.name not in ANYTIME}
 
-def _save(model, tok, out, record, camera, rows, **run):
-    "Model, figures and results as one folder; the results once more as `record`, if that is given."
+def _same(a, b): return bool(a) and a.is_file() and b.is_file() and a.read_bytes()==b.read_bytes()
+
+def _save(model, tok, out, work, record, camera, rows, **run):
+    "Model, figures and results as one folder; the results once more in `work`, and as `record` if that is given."
     from hedgehog_nb.linearize import save_linearized
     from hedgehog_nb.results import write_results
-    with whole(out) as d:
+    with whole(out, work) as d:
         save_linearized(model, d, tok, card={'data': rows[-1]['data'], 'tokens of training': rows[-1]['tokens'], 'perplexity on held-out text': f"{rows[-1]['value']:.4g}"})
         camera.attention(d/'attention.png')
         camera.curve(d/'perplexity.png')
-        write_results(d/'results.json', rows, **run)
-        if record: write_results(record, rows, **run)
-    return json.loads((out/'results.json').read_text())
+        for f in (work/'results.json', d/'results.json', record):
+            if f: write_results(f, rows, **run)
 
 # %% ../nbs/93_cli.ipynb #e870b766
 @app.command('linearize', epilog=_examples('hedgehog linearize embedded --data embedded --out stories-hedgehog --seq-len 256',
@@ -786,11 +788,13 @@ def linearize_command(ctx:typer.Context,
     Without a GPU expect about a minute for the embedded model, and hours for a hundred million parameters; smaller budgets and [cyan]--eval-tokens[/] make it shorter. Out of memory: [cyan]--grad-accum[/]. Several processes or GPUs share each batch under [cyan]torchrun --nproc_per_node 2 --no-python hedgehog linearize …[/]."""
     from hedgehog_nb.results import command_line, code_version
     start,commit,screen,kw = time.perf_counter(),code_version(),Screen(as_json),{k:v for k,v in dict(form=form, num_maps=num_maps, bias=bias, window=window, relative=relative, branch=branch).items() if v is not None}
-    out,record = check_output(out, overwrite),check_output(record, overwrite, '--record', folder=False)
-    _check(objective, record, lr=lr, finetune_lr=finetune_lr)
+    out,settings = out.expanduser(),_settings(ctx)
     work = out.with_name(f'.{out.name}-run')
+    written = [not restart and _same(p, work/'results.json') for p in (out/'results.json', record)] # by a run that was killed as it ended
+    out,record = check_output(out, overwrite or written[0]),check_output(record, overwrite or written[1], '--record', folder=False)
+    _check(objective, record, lr=lr, finetune_lr=finetune_lr)
     with keeping(work):
-        if is_first() and take_up(work, _settings(ctx), restart): screen.say(f"going on with what is in [bold]{work}[/]")
+        if is_first() and take_up(work, settings, restart): screen.say(f"going on with what is in [bold]{work}[/]")
         _meet()
         before = read_journal(work/'measured.json')['wall_s']
         with screen.wait(f'loading {model}'):
@@ -804,7 +808,8 @@ def linearize_command(ctx:typer.Context,
                 on_event=both(screen.progress, camera), accumulate=grad_accum, lora=lora, work=work, save_every=save_every)
         rows = [dict(experiment=experiment, model=_name(model), data='+'.join(map(_name, data)), **r, seq_len=seq_len, eval_tokens=test.numel()) for r in rows]
         if not is_first(): return
-        result = _save(m, tok, out, record, camera, rows, command=command_line(_typed(ctx)), seed=seed, wall_s=before+time.perf_counter()-start, device=m.device, commit=commit)
+        _save(m, tok, out, work, record, camera, rows, command=command_line(_typed(ctx)), seed=seed, wall_s=before+time.perf_counter()-start, device=m.device, commit=commit)
+    result = json.loads((out/'results.json').read_text())
     shutil.rmtree(work)
     screen.out.print(perplexity_table(rows))
     screen.say(f"saved [bold]{out}[/], with {', '.join(p.name for p in sorted(out.glob('*.png')))} and results.json; let it write with\n  [cyan]hedgehog generate {out} --prompt \"…\"[/]")

@@ -253,10 +253,11 @@ def test_stopped_before_anything_was_done(here, root, monkeypatch):
 def test_killed_runs_end_as_if_they_had_not_been(here, root):
     "SIGKILL in each phase; then weights, rows and order of rows of a run that nobody killed, and no measurement made twice"
     steps = '--distill-steps', '16', '--finetune-steps', '16'
-    for after,seconds in (('swapped in',.6), ('distilled',1.5)):
+    for phase in ('distill','finetune'):
         p = start(root, '--out', 'killed', *steps)
-        until(p, after, seconds)
+        while not (here/'.killed-run'/f'{phase}.safetensors').exists() and p.poll() is None: time.sleep(.001)
         p.kill(); p.communicate()
+        assert p.returncode==-signal.SIGKILL
     assert left()==['.killed-run']
     p = start(root, '--out', 'killed', *steps); _,err = p.communicate()
     assert p.returncode==0 and 'going on with what is in .killed-run' in err, err
@@ -265,3 +266,21 @@ def test_killed_runs_end_as_if_they_had_not_been(here, root):
     a,b = (json.loads((Path(d)/'results.json').read_text())['rows'] for d in ('alive','killed'))
     assert [{k:v for k,v in r.items() if k!='seconds'} for r in a]==[{k:v for k,v in r.items() if k!='seconds'} for r in b]
     assert all(r['seconds']>0 for r in b if r['tokens'])
+
+@pytest.mark.parametrize('moved', [False,True])
+def test_killed_as_it_ends(here, root, moved):
+    "SIGKILL just before or just after the folder appears: nothing is left beside the working folder, and the same command ends well"
+    code = """if True:
+        import os
+        from hedgehog_nb import cli
+        def replace(a, b, real=os.replace):
+            if str(b)!='out' or MOVED: real(a, b)
+            if str(b)=='out': os.kill(os.getpid(), 9)
+        os.replace = replace
+        cli.app(prog_name='hedgehog')""".replace('MOVED', str(moved))
+    args = ['linearize','embedded','--data','embedded','--out','out','--record','r.json',*TINY]
+    assert subprocess.run([sys.executable, '-c', code, *args], env={**os.environ, 'PYTHONPATH':str(root), 'OMP_NUM_THREADS':'1'}, capture_output=True).returncode==-signal.SIGKILL
+    assert left()==(['.out-run','out','r.json'] if moved else ['.out-run','r.json'])
+    r = CliRunner().invoke(app, args)
+    assert r.exit_code==0 and 'going on' in r.stderr, r.stderr
+    assert left()==['out','r.json'] and Path('out/results.json').read_bytes()==Path('r.json').read_bytes()
