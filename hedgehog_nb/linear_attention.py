@@ -370,9 +370,9 @@ def _suits_c(q, k, v, feature_map, initial_state, cu_seqlens, chunk_size):
     from hedgehog_nb.kernels.cpu import suits
     return suits(q, v, feature_map, initial_state)
 
-def _c(*args, **kwargs):
-    from hedgehog_nb.kernels.cpu import c_attention
-    return c_attention(*args, **kwargs)
+def _c(suits, *args, **kwargs):
+    from hedgehog_nb.kernels.cpu import attend, c_attention
+    return (attend if suits else c_attention)(*args, **kwargs)
 
 # %% ../nbs/02_linear_attention.ipynb #map00002
 def _by_segments(feature_map, q, k, v, causal, cu_seqlens, implementation):
@@ -447,5 +447,6 @@ def linear_attention(
     args = q,k,v,feature_map,causal,mask,initial_state,output_final_state,cu_seqlens
     at = _position(feature_map, initial_state, offset)
     if implementation=='triton' or implementation is None and TRITON_BY_DEFAULT and _suits_triton(q, k, v, feature_map): return _triton(*args, **at)
-    if implementation=='c' or implementation is None and _suits_c(q, k, v, feature_map, initial_state, cu_seqlens, chunk_size): return _c(*args, **at)
+    if implementation=='c': return _c(False, *args, **at)
+    if implementation is None and _suits_c(q, k, v, feature_map, initial_state, cu_seqlens, chunk_size): return _c(True, *args[:-1], **at)
     return _in_torch(*args, chunk_size, implementation, at)

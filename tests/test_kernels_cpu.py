@@ -113,11 +113,26 @@ def test_strides():
     b = torch.autograd.grad((linear_attention(*leaves, m, implementation='c')*torch.ones_like(want)).sum(), leaves)
     assert all(map(torch.equal, a, b))
 
+@pytest.fixture
+def threads():
+    n = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(n)
+
 @needs_compiler
-def test_threads_do_not_matter():
-    x,n = inputs(3, 4, 2, 150, 32, 32, 'softmax_halves', masked=True, state=True),torch.get_num_threads()
-    try: torch.set_num_threads(1); a = both(x, True, torch.float32, 'c'); torch.set_num_threads(3); b = both(x, True, torch.float32, 'c')
-    finally: torch.set_num_threads(n)
+@pytest.mark.parametrize('B,N,n,T,parts', [(1,1,8,1000,3), (1,2,8,1025,4), (2,1,5,530,2), (1,3,6,512,2), (1,1,4,255,1)])
+@pytest.mark.parametrize('causal', [True,False])
+def test_more_threads_than_heads(B, N, n, T, parts, causal, threads):
+    threads(n)
+    assert cpu._parts(B*N, T)==parts
+    for form,bias in (('softmax_halves',True), ('softmax_joint',False), (None,False)): compare(inputs(B, 2*N, N, T, 24, 16, form, bias=bias, masked=True, state=True), causal)
+
+@needs_compiler
+def test_threads_do_not_matter(threads):
+    "while there are no more than heads: each head is computed by one"
+    x = inputs(3, 4, 2, 150, 32, 32, 'softmax_halves', masked=True, state=True)
+    threads(1); a = both(x, True, torch.float32, 'c')
+    threads(3); b = both(x, True, torch.float32, 'c')
     assert all(torch.equal(a[i], b[i]) for i in a)
 
 @needs_compiler
@@ -229,9 +244,9 @@ import sys, itertools, torch
 import hedgehog_nb.kernels.cpu as cpu
 cpu.FLAGS,cpu.cache_folder = (('-fsanitize=address','-g','-march=native'),),lambda: __import__('pathlib').Path(sys.argv[2])
 if sys.argv[1]=='planted': cpu.FORWARD = cpu.FORWARD.replace('*n->T+t+i] = den', '*n->T+t+i+1] = den')
-torch.set_num_threads(1)
+torch.set_num_threads(4)
 from test_kernels_cpu import inputs, both
-for T,D,V,form,causal in itertools.product((1,17,70),(3,16,60),(5,16),('softmax_halves',None),(True,False)): both(inputs(1, 2, 1, T, D, V, form, state=True, masked=True), causal, torch.float32, 'c')
+for T,D,V,form,causal in itertools.product((1,17,70,530),(3,16,60),(5,16),('softmax_halves',None),(True,False)): both(inputs(1, 2, 1, T, D, V, form, state=True, masked=True), causal, torch.float32, 'c')
 print('clean')"""
     env = {**os.environ, 'LD_PRELOAD':asan, 'ASAN_OPTIONS':'detect_leaks=0', 'PYTHONPATH':f"{root}{os.pathsep}{root/'tests'}", 'OMP_NUM_THREADS':'1'}
     real,planted = (subprocess.run([sys.executable, '-c', code, which, str(tmp_path)], env=env, capture_output=True, text=True) for which in ('real','planted'))

@@ -6,7 +6,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/cpu.html.md"""
 
 # %% auto #0
 __all__ = ['FLAGS', 'PRODUCT', 'TRANSPOSE', 'EXP', 'FEATURES', 'SIZES', 'DATA', 'CHUNK', 'RECORDS', 'MOVES', 'FORWARD', 'STEP',
-           'BACKWARD', 'FORMS', 'cache_folder', 'compile_c', 'library', 'suits', 'c_attention']
+           'BACKWARD', 'FORMS', 'cache_folder', 'compile_c', 'library', 'suits', 'attend', 'c_attention']
 
 # %% ../../kernels/10_cpu.ipynb #cpuk0004
 import ctypes, hashlib, os, platform, shutil, subprocess, tempfile
@@ -187,8 +187,8 @@ void features_back(const float *phi, const float *g, long m, long E, long joint,
 '''
 
 # %% ../../kernels/10_cpu.ipynb #cpuk0032
-SIZES = 'threads B N G T D V E form causal keep'.split() + [f'{x}{i}' for x in 'qkvog' for i in 'bht'] # N key-value heads, G query heads for each; strides of q, k, v, o and o's gradient g
-DATA = 'q k v wq wk bq bk mask S0 z0 o S z den states g dS dz dq dk dv dwq dwk dbq dbk dS0 dz0'.split()
+SIZES = 'threads parts B N G T D V E form causal keep'.split() + [f'{x}{i}' for x in 'qkvog' for i in 'bht'] # N key-value heads, G query heads for each, every sequence cut in parts; strides of q, k, v, o and o's gradient g
+DATA = 'q k v wq wk bq bk mask S0 z0 o S z den states sums g dS dz dq dk dv dwq dwk dbq dbk dS0 dz0'.split()
 CHUNK = 64 # Tokens of a chunk
 
 RECORDS = f'''
@@ -291,21 +291,49 @@ static void outputs(const Sizes *n, const Data *d, const Room *r, long b, long H
   }
 }
 
-static void forward_head(const Sizes *n, const Data *d, long b, long h) {
+static void add_keys(const Sizes *n, const Room *r, long m) {
+  product(r->F, r->V, up(m), r->kT, C, 1, r->v, r->V, r->S, r->V, 1);
+  for (long f=0; f<r->F; f++) { vec s = {0}; for (long j=0; j<up(m); j+=VL) s += V(r->kT+f*C+j); r->z[f] += sum_v(s); }
+}
+
+static long edge(const Sizes *n, long p) { long x = (n->T+C-1)/C*p/n->parts*C; return x<n->T ? x : n->T; } // first token of a part
+static float *sums_of(const Sizes *n, const Data *d, const Room *r, long head, long p) { return d->sums+(head*n->parts+p)*r->F*(r->V+1); }
+static void save(const Room *r, const float *S, const float *z, float *to) { memcpy(to, S, 4*r->F*r->V); memcpy(to+r->F*r->V, z, 4*r->F); }
+static void load(const Room *r, const float *from, float *S, float *z) { memcpy(S, from, 4*r->F*r->V); memcpy(z, from+r->F*r->V, 4*r->F); }
+
+static void sum_part(const Sizes *n, const Data *d, long b, long h, long p) {
   Room all = room(n, 0), *r = &all;
-  long head = b*n->N+h, F = r->F, W = r->V;
   weights_in(n, d, r, h);
-  state_in(n, r, d->S0, d->z0, head, r->S, r->z);
-  for (long c=0; c<r->chunks; c++) {
-    long t = c*C, m = n->T-t<C ? n->T-t : C, M = up(m);
-    if (n->keep && n->causal) { float *to = d->states+(head*r->chunks+c)*F*(W+1); memcpy(to, r->S, 4*F*W); memcpy(to+F*W, r->z, 4*F); }
-    keys(n, d, r, b, h, t, m);
-    if (n->causal) for (long g=0; g<n->G; g++) outputs(n, d, r, b, h*n->G+g, r->wq+g*r->D*r->E, t, m);
-    product(F, W, M, r->kT, C, 1, r->v, W, r->S, W, 1);
-    for (long f=0; f<F; f++) { vec s = {0}; for (long j=0; j<M; j+=VL) s += V(r->kT+f*C+j); r->z[f] += sum_v(s); }
+  memset(r->S, 0, 4*r->F*r->V); memset(r->z, 0, 4*r->F);
+  for (long t=edge(n,p), end=edge(n,p+1); t<end; t+=C) { long m = end-t<C ? end-t : C; keys(n, d, r, b, h, t, m); add_keys(n, r, m); }
+  save(r, r->S, r->z, sums_of(n, d, r, b*n->N+h, p));
+}
+
+static void chain(const Sizes *n, const Data *d, long head, const float *S0, const float *z0, float *S, float *z, int back) { // from sums to states before, or behind
+  Room all = room(n, 0), *r = &all;
+  state_in(n, r, S0, z0, head, r->S, r->z);
+  for (long i=0; i<n->parts; i++) {
+    float *x = sums_of(n, d, r, head, back ? n->parts-1-i : i), *y = x+r->F*r->V;
+    for (long j=0; j<r->F*r->V; j++) { float was = r->S[j]; r->S[j] += x[j]; x[j] = was; }
+    for (long j=0; j<r->F; j++) { float was = r->z[j]; r->z[j] += y[j]; y[j] = was; }
   }
-  if (!n->causal) for (long t=0; t<n->T; t+=C) for (long g=0; g<n->G; g++) outputs(n, d, r, b, h*n->G+g, r->wq+g*r->D*r->E, t, n->T-t<C ? n->T-t : C);
-  state_out(n, r, r->S, r->z, d->S, d->z, head);
+  if (!n->causal) for (long p=0; p<n->parts; p++) save(r, r->S, r->z, sums_of(n, d, r, head, p));
+  state_out(n, r, r->S, r->z, S, z, head);
+}
+
+static void forward_part(const Sizes *n, const Data *d, long b, long h, long p) {
+  Room all = room(n, 0), *r = &all;
+  long head = b*n->N+h, alone = n->causal && n->parts==1;
+  weights_in(n, d, r, h);
+  if (alone) state_in(n, r, d->S0, d->z0, head, r->S, r->z); else load(r, sums_of(n, d, r, head, p), r->S, r->z);
+  for (long t=edge(n,p), end=edge(n,p+1); t<end; t+=C) {
+    long m = end-t<C ? end-t : C;
+    if (n->keep && n->causal) save(r, r->S, r->z, d->states+(head*r->chunks+t/C)*r->F*(r->V+1));
+    if (n->causal) keys(n, d, r, b, h, t, m);
+    for (long g=0; g<n->G; g++) outputs(n, d, r, b, h*n->G+g, r->wq+g*r->D*r->E, t, m);
+    if (n->causal) add_keys(n, r, m);
+  }
+  if (alone) state_out(n, r, r->S, r->z, d->S, d->z, head);
 }
 '''
 
@@ -351,10 +379,23 @@ static void step_head(const Sizes *n, const Data *d, long b, long h) {
   }
 }
 
+#define EACH_HEAD for (long i=0; i<n->B*n->N; i++)
+#define EACH_PART for (long i=0; i<n->B*n->N*n->parts; i++)
+#define PART i/n->parts/n->N, i/n->parts%n->N, i%n->parts
 void attention_forward(const Sizes *n, const Data *d) {
-  int one = n->T==1 && n->causal && !n->keep;
-  #pragma omp parallel for schedule(dynamic,1) num_threads(n->threads) if(!one || n->B*n->N*n->G>16)
-  for (long i=0; i<n->B*n->N; i++) if (one) step_head(n, d, i/n->N, i%n->N); else forward_head(n, d, i/n->N, i%n->N);
+  if (n->T==1 && n->causal && !n->keep) {
+    #pragma omp parallel for schedule(dynamic,1) num_threads(n->threads) if(n->B*n->N*n->G>16)
+    EACH_HEAD step_head(n, d, i/n->N, i%n->N);
+    return;
+  }
+  if (!n->causal || n->parts>1) {
+    #pragma omp parallel for schedule(dynamic,1) num_threads(n->threads)
+    EACH_PART sum_part(n, d, PART);
+    #pragma omp parallel for schedule(dynamic,1) num_threads(n->threads)
+    EACH_HEAD chain(n, d, i, d->S0, d->z0, d->S, d->z, 0);
+  }
+  #pragma omp parallel for schedule(dynamic,1) num_threads(n->threads)
+  EACH_PART forward_part(n, d, PART);
 }
 '''
 
@@ -421,43 +462,70 @@ static void keys_back(const Sizes *n, const Data *d, const Room *r, long b, long
   rows_out(r->dv, r->V, m, n->V, d->dv+((b*n->T+t)*n->N+h)*n->V, n->N*n->V);
 }
 
-static void weights_out(const Sizes *n, const Room *r, const float *from, float *dw, float *db, long head) {
-  rows_out(from, r->D, n->E, n->D, dw+head*n->E*n->D, n->D);
-  memcpy(db+head*n->E, from+r->E*r->D, 4*n->E);
+static void weights_out(const Sizes *n, const Data *d, const Room *r, long b, long h, long p, long g) { // of query head g, or of the keys if g is G
+  if (!n->form) return;
+  long which = (b*n->parts+p)*n->N+h, head = g<n->G ? which*n->G+g : which;
+  const float *from = r->dw+g*r->E*(r->D+1);
+  rows_out(from, r->D, n->E, n->D, (g<n->G ? d->dwq : d->dwk)+head*n->E*n->D, n->D);
+  memcpy((g<n->G ? d->dbq : d->dbk)+head*n->E, from+r->E*r->D, 4*n->E);
 }
 
-static void backward_head(const Sizes *n, const Data *d, long b, long h) {
-  Room all = room(n, 1), *r = &all;
-  long head = b*n->N+h, F = r->F, W = r->V, G = n->G, each = r->E*(r->D+1);
+static void begin(const Sizes *n, const Data *d, const Room *r, long h) {
   weights_in(n, d, r, h);
-  memset(r->dw, 0, 4*(G+1)*each);
-  state_in(n, r, d->dS, d->dz, head, r->dS, r->dz);
+  memset(r->dw, 0, 4*(n->G+1)*r->E*(r->D+1));
+}
+
+static void queries_part(const Sizes *n, const Data *d, long b, long h, long p) { // what a part adds to dS and dz; without causality all of its queries' gradients
+  Room all = room(n, 1), *r = &all;
+  begin(n, d, r, h);
+  memset(r->dS, 0, 4*r->F*r->V); memset(r->dz, 0, 4*r->F);
   if (!n->causal) {
-    state_in(n, r, d->S, d->z, head, r->S, r->z);
-    transpose(r->S, W, F, W, r->ST, F);
-    for (long t=0; t<n->T; t+=C) for (long g=0; g<G; g++) queries_back(n, d, r, b, h, g, t, n->T-t<C ? n->T-t : C);
+    state_in(n, r, d->S, d->z, b*n->N+h, r->S, r->z);
+    transpose(r->S, r->V, r->F, r->V, r->ST, r->F);
   }
-  for (long c=r->chunks-1; c>=0; c--) {
-    long t = c*C, m = n->T-t<C ? n->T-t : C;
+  for (long t=edge(n,p), end=edge(n,p+1); t<end; t+=C) for (long g=0; g<n->G; g++) {
+    long m = end-t<C ? end-t : C, H = h*n->G+g;
+    if (!n->causal) { queries_back(n, d, r, b, h, g, t, m); continue; }
+    map(n, r, AT(q,b,H,t), n->qt, m, r->wq+g*r->D*r->E, d->bq ? d->bq+H*n->E : 0, r->q);
+    gradients_in(n, d, r, b, H, t, m);
+    product(r->F, r->V, up(m), r->q, 1, r->F, r->g, r->V, r->dS, r->V, 1);
+    for (long i=0; i<m; i++) for (long f=0; f<r->F; f+=VL) V(r->dz+f) += V(r->q+i*r->F+f)*r->gd[i];
+  }
+  save(r, r->dS, r->dz, sums_of(n, d, r, b*n->N+h, p));
+  if (!n->causal) for (long g=0; g<n->G; g++) weights_out(n, d, r, b, h, p, g);
+}
+
+static void backward_part(const Sizes *n, const Data *d, long b, long h, long p) {
+  Room all = room(n, 1), *r = &all;
+  long head = b*n->N+h, alone = n->causal && n->parts==1, F = r->F, W = r->V, begins = edge(n,p), ends = edge(n,p+1);
+  begin(n, d, r, h);
+  if (alone) state_in(n, r, d->dS, d->dz, head, r->dS, r->dz); else load(r, sums_of(n, d, r, head, p), r->dS, r->dz);
+  for (long t=begins+(ends-begins-1)/C*C; t>=begins; t-=C) {
+    long m = ends-t<C ? ends-t : C;
     keys(n, d, r, b, h, t, m);
     keys_from_state(n, r, m);
     if (n->causal) {
-      const float *before = d->states+(head*r->chunks+c)*F*(W+1);
+      const float *before = d->states+(head*r->chunks+t/C)*F*(W+1);
       memcpy(r->z, before+F*W, 4*F);
       transpose(before, W, F, W, r->ST, F);
       transpose(r->v, W, up(m), W, r->vT, C);
-      for (long g=0; g<G; g++) queries_back(n, d, r, b, h, g, t, m);
+      for (long g=0; g<n->G; g++) queries_back(n, d, r, b, h, g, t, m);
     }
     keys_back(n, d, r, b, h, t, m);
   }
-  state_out(n, r, r->dS, r->dz, d->dS0, d->dz0, head);
-  if (n->form) for (long g=0; g<=G; g++)
-    if (g<G) weights_out(n, r, r->dw+g*each, d->dwq, d->dbq, head*G+g); else weights_out(n, r, r->dw+G*each, d->dwk, d->dbk, head);
+  if (alone) state_out(n, r, r->dS, r->dz, d->dS0, d->dz0, head);
+  for (long g=n->causal ? 0 : n->G; g<=n->G; g++) weights_out(n, d, r, b, h, p, g);
 }
 
 void attention_backward(const Sizes *n, const Data *d) {
+  if (!n->causal || n->parts>1) {
+    #pragma omp parallel for schedule(dynamic,1) num_threads(n->threads)
+    EACH_PART queries_part(n, d, PART);
+    #pragma omp parallel for schedule(dynamic,1) num_threads(n->threads)
+    EACH_HEAD chain(n, d, i, d->dS, d->dz, d->dS0, d->dz0, 1);
+  }
   #pragma omp parallel for schedule(dynamic,1) num_threads(n->threads)
-  for (long i=0; i<n->B*n->N; i++) backward_head(n, d, i/n->N, i%n->N);
+  EACH_PART backward_part(n, d, PART);
 }
 #ifdef _OPENMP
 const int has_threads = 1;
@@ -487,23 +555,33 @@ def _call(name, data, sizes):
 # %% ../../kernels/10_cpu.ipynb #cpuk0046
 FORMS = 'features','softmax_halves','softmax_joint' # q and k are features already, or go through a map
 
-def _sizes(q, k, v, w_q, form, causal): # The first ten of `SIZES`
+def _parts(heads, T): # Parts to cut a sequence in
+    return max(1, min(torch.get_num_threads()//heads, T//(4*CHUNK)))
+
+def _sizes(q, k, v, w_q, form, causal): # All but the last of `SIZES` before the strides
     (B,H,T,D),N = q.shape,k.shape[1]
-    return torch.get_num_threads(), B, N, H//N, T, D, v.shape[-1], 1 if w_q is None else w_q.shape[1], FORMS.index(form), causal
+    return torch.get_num_threads(), _parts(B*N, T), B, N, H//N, T, D, v.shape[-1], 1 if w_q is None else w_q.shape[1], FORMS.index(form), causal
+
+def _floats(sizes): # Numbers of one state in a room
+    _,_,_,_,_,_,D,V,E,mapped,_ = (-(-x//16)*16 for x in sizes)
+    return (2*E if mapped else D)*(V+1)
+
+def _sums(v, sizes): # Room for the sums of parts, where they are needed
+    return v.new_empty((sizes[2]*sizes[3], sizes[1], _floats(sizes))) if sizes[1]>1 or not sizes[-1] else None
 
 def _outputs(q, k, v, w_q, form, causal, keep):
     "Empty o, S, z, den and states."
-    _,B,N,G,T,D,V,E,mapped,_ = _sizes(q, k, v, w_q, form, causal)
-    f,up,new = 2*E if mapped else D, lambda n: -(-n//16)*16, v.new_empty
-    states = (B, N, -(-T//CHUNK), (2*up(E) if mapped else up(D))*(up(V)+1)) if keep and causal else (0,)
+    sizes,new = _sizes(q, k, v, w_q, form, causal),v.new_empty
+    _,_,B,N,G,T,D,V,E,mapped,_ = sizes
+    f,states = 2*E if mapped else D,(B, N, -(-T//CHUNK), _floats(sizes)) if keep and causal else (0,)
     return new((B, T, N*G, V)).transpose(1,2), new((B, N, f, V)), new((B, N, f)), new((B, N*G, T) if keep else (0,)), new(states)
 
 def _or_none(x): return x if x is not None and x.numel() else None
 
 def _forward(q, k, v, w_q, w_k, b_q, b_k, S, z, mask, form, causal, keep):
     o,S1,z1,den,states = out = _outputs(q, k, v, w_q, form, causal, keep)
-    _call('attention_forward', dict(q=q, k=k, v=v, wq=w_q, wk=w_k, bq=b_q, bk=b_k, mask=mask, S0=S, z0=z, o=o, S=S1, z=z1, den=_or_none(den), states=_or_none(states)),
-        _sizes(q, k, v, w_q, form, causal)+(keep,))
+    sizes = _sizes(q, k, v, w_q, form, causal)
+    _call('attention_forward', dict(q=q, k=k, v=v, wq=w_q, wk=w_k, bq=b_q, bk=b_k, mask=mask, S0=S, z0=z, o=o, S=S1, z=z1, den=_or_none(den), states=_or_none(states), sums=_sums(v, sizes)), sizes+(keep,))
     return out
 
 @torch.library.custom_op('hedgehog_nb::c_attention', mutates_args=())
@@ -516,8 +594,9 @@ def _(q, k, v, w_q, w_k, b_q, b_k, S, z, mask, form, causal, keep): return _outp
 
 # %% ../../kernels/10_cpu.ipynb #cpuk0047
 def _gradients(q, k, v, w_q, w_k, b_q, b_k, S, z):
-    "Empty gradients, those of matrices and biases one for each sequence."
-    new = lambda x: v.new_empty(0) if x is None else x.new_empty(len(q), *x.shape)
+    "Empty gradients, those of matrices and biases one for each part of each sequence."
+    n = len(k)*_parts(len(k)*k.shape[1], k.shape[2])
+    new = lambda x: v.new_empty(0) if x is None else x.new_empty(n, *x.shape)
     turned = lambda x: x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1,2)
     return *(turned(x) for x in (q, k, v)), *(new(x) for x in (w_q, w_k, b_q, b_k)), torch.empty_like(S), torch.empty_like(z)
 
@@ -525,9 +604,10 @@ def _gradients(q, k, v, w_q, w_k, b_q, b_k, S, z):
 def _c_bwd_op(do:Tensor, dS:Optional[Tensor], dz:Optional[Tensor], q:Tensor, k:Tensor, v:Tensor, w_q:Optional[Tensor], w_k:Optional[Tensor], b_q:Optional[Tensor], b_k:Optional[Tensor], mask:Optional[Tensor],
               o:Tensor, S:Tensor, z:Tensor, den:Tensor, states:Tensor, form:str, causal:bool)->tuple[Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor]:
     dq,dk,dv,dwq,dwk,dbq,dbk,dS0,dz0 = grads = _gradients(q, k, v, w_q, w_k, b_q, b_k, S, z)
-    if w_q is not None and b_q is None: dbq,dbk = (x.new_empty(len(q), *x.shape[:2]) for x in (w_q, w_k)) # the kernel writes them all the same
+    if w_q is not None and b_q is None: dbq,dbk = (x.new_empty(len(dwq), *x.shape[:2]) for x in (w_q, w_k)) # the kernel writes them all the same
+    sizes = _sizes(q, k, v, w_q, form, causal)
     _call('attention_backward', dict(q=q, k=k, v=v, wq=w_q, wk=w_k, bq=b_q, bk=b_k, mask=mask, o=o, S=S, z=z, den=den, states=_or_none(states), g=do, dS=dS, dz=dz,
-        dq=dq, dk=dk, dv=dv, dwq=dwq, dwk=dwk, dbq=dbq, dbk=dbk, dS0=dS0, dz0=dz0), _sizes(q, k, v, w_q, form, causal)+(1,))
+        dq=dq, dk=dk, dv=dv, dwq=dwq, dwk=dwk, dbq=dbq, dbk=dbk, dS0=dS0, dz0=dz0, sums=_sums(v, sizes)), sizes+(1,))
     return grads[:3] + tuple(x.sum(0) if x.numel() else x for x in grads[3:7]) + grads[7:]
 
 @_c_bwd_op.register_fake
@@ -588,6 +668,19 @@ def _check(q, k, v, mask, cu_seqlens):
 
 # %% ../../kernels/10_cpu.ipynb #cpuk0051
 @full_precision
+def attend(q, k, v, feature_map, causal=True, mask=None, initial_state=None, output_final_state=False, **at):
+    "`c_attention` of what it takes, not checked again."
+    held,form = _held(feature_map) or ([None]*4, 'features')
+    if feature_map is not None and held[0] is None:
+        q,k,log_k = feature_map(q, k, **at)
+        if log_k is not None: raise ValueError(f"implementation='c' has no log weights, and {type(feature_map).__name__} has: choose None or 'chunked'")
+    ins = [*map(_rows, (q, k, v)), *(None if x is None else x.float().contiguous() for x in (*held, *_plain(initial_state)))]
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in ins)
+    o,S,z,*_ = (_c_op if keep or torch.compiler.is_compiling() else _forward)(*ins, None if mask is None else mask.bool().contiguous(), form, causal, keep)
+    o = o.to(v.dtype)
+    return (o, LinearState(S, z, S.new_zeros(S.shape[:2]))) if output_final_state else o
+
+# %% ../../kernels/10_cpu.ipynb #cpuk0064
 def c_attention(
     q:Tensor, # (B, H, T, D) queries, on a CPU
     k:Tensor, # (B, Hkv, T, D) keys; Hkv divides H
@@ -602,12 +695,4 @@ def c_attention(
 ): # (B, H, T, Dv) outputs in v's dtype; with `output_final_state` the pair (outputs, `LinearState`)
     "`linear_attention` in one compiled call, differentiable. Raises `ValueError` on what it does not take, and where nothing could be compiled."
     _check(q, k, v, mask, cu_seqlens)
-    held,form = _held(feature_map) or ([None]*4, 'features')
-    if feature_map is not None and held[0] is None:
-        q,k,log_k = feature_map(q, k, **at)
-        if log_k is not None: raise ValueError(f"implementation='c' has no log weights, and {type(feature_map).__name__} has: choose None or 'chunked'")
-    ins = [*map(_rows, (q, k, v)), *(None if x is None else x.float().contiguous() for x in (*held, *_plain(initial_state)))]
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in ins)
-    o,S,z,*_ = (_c_op if keep or torch.compiler.is_compiling() else _forward)(*ins, None if mask is None else mask.bool().contiguous(), form, causal, keep)
-    o = o.to(v.dtype)
-    return (o, LinearState(S, z, S.new_zeros(S.shape[:2]))) if output_final_state else o
+    return attend(q, k, v, feature_map, causal, mask, initial_state, output_final_state, **at)
