@@ -26,19 +26,19 @@ import triton, triton.language as tl
 _EPS, _NOTHING = tl.constexpr(EPS), tl.constexpr(NOTHING)
 
 @triton.jit
-def _keys(k_ptr, v_ptr, log_ptr, mask_ptr, past_k_ptr, past_v_ptr, past_log_ptr, i, f, d, stride_kt, stride_vt, stop, window, F:tl.constexpr, D:tl.constexpr, HAS_LOG:tl.constexpr, HAS_MASK:tl.constexpr, HAS_PAST:tl.constexpr):
-    "Keys, values and log weights of the tokens `i` before `stop`; those before token 0 from the state's window, with HAS_PAST."
-    real = (i >= 0) & (i < stop)
-    if HAS_MASK: real = tl.load(mask_ptr + i, mask=real, other=0) != 0
+def _keys(k_ptr, v_ptr, log_ptr, mask_ptr, past_k_ptr, past_v_ptr, past_log_ptr, first, t, f, d, stride_kt, stride_vt, stop, window, F:tl.constexpr, D:tl.constexpr, HAS_LOG:tl.constexpr, HAS_MASK:tl.constexpr, HAS_PAST:tl.constexpr):
+    "Keys, values and log weights of the tokens `first` + t before `stop`; those before token 0 from the state's window, with HAS_PAST. The pointers are those of token 0."
+    real = (first + t >= 0) & (first + t < stop)
+    if HAS_MASK: real = tl.load(mask_ptr + first + t, mask=real, other=0) != 0
     log = tl.where(real, 0., _NOTHING)
-    if HAS_LOG: log = tl.load(log_ptr + i, mask=real, other=_NOTHING)
-    k, v = k_ptr + (i*stride_kt)[:, None] + f[None, :], v_ptr + (i*stride_vt)[:, None] + d[None, :]
+    if HAS_LOG: log = tl.load(log_ptr + first + t, mask=real, other=_NOTHING)
+    k, v = k_ptr + first*stride_kt + (t[:, None]*stride_kt + f[None, :]), v_ptr + first*stride_vt + (t[:, None]*stride_vt + d[None, :])
     if HAS_PAST:
-        past = (i < 0) & (i >= -window) & (i < stop)
-        log = tl.where(past, tl.load(past_log_ptr + i, mask=past, other=_NOTHING), log)
+        past = (first + t < 0) & (first + t >= -window) & (first + t < stop)
+        log = tl.where(past, tl.load(past_log_ptr + first + t, mask=past, other=_NOTHING), log)
         real |= past & (log > _NOTHING/2)
-        k = tl.where(past[:, None], past_k_ptr + (i*F)[:, None] + f[None, :], k)
-        v = tl.where(past[:, None], past_v_ptr + (i*D)[:, None] + d[None, :], v)
+        k = tl.where(past[:, None], past_k_ptr + first*F + (t[:, None]*F + f[None, :]), k)
+        v = tl.where(past[:, None], past_v_ptr + first*D + (t[:, None]*D + d[None, :]), v)
     return tl.load(k, mask=real[:, None] & (f < F)[None, :], other=0.), tl.load(v, mask=real[:, None] & (d < D)[None, :], other=0.), log
 
 # %% ../../kernels/06_window.ipynb #8a9d54a8
@@ -107,7 +107,7 @@ def _window_fwd_kernel(q_ptr, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, log_q_ptr, log
 
     for start in range(begin, stop, BLOCK_T):
         rows = t < stop - start
-        late, v, log = _keys(phi_k_ptr, v_ptr, log_k_ptr, mask_ptr, past_phi_ptr, past_v_ptr, past_log_ptr, start - window + t, f, d, stride_gt, stride_vt, T - window, window, F, D, HAS_LOG_K, HAS_MASK, HAS_PAST)
+        late, v, log = _keys(phi_k_ptr, v_ptr, log_k_ptr, mask_ptr, past_phi_ptr, past_v_ptr, past_log_ptr, start - window, t, f, d, stride_gt, stride_vt, T - window, window, F, D, HAS_LOG_K, HAS_MASK, HAS_PAST)
         old = (t[:, None] >= t[None, :]) & (log > _NOTHING/2)[None, :]
         m_row = tl.maximum(m, tl.max(tl.where(old, log[None, :], _NOTHING), 1))
         for g in range(GROUP):
@@ -128,7 +128,7 @@ def _window_fwd_kernel(q_ptr, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, log_q_ptr, log
             if HAS_GAMMA: gamma = tl.load(gamma_ptr + kv*GROUP + g)
             q = _tile(q_ptr + g*stride_qh + start*stride_qt, t, e, stride_qt, rows, C)
             for first in range(tl.maximum(start - window + 1, -window if HAS_PAST else 0), tl.where(window > 0, tl.minimum(start + BLOCK_T, T), start - window), BLOCK_T):
-                k, v_near, real = _keys(k_ptr, v_ptr, log_k_ptr, mask_ptr, past_k_ptr, past_v_ptr, past_log_ptr, first + t, e, d, stride_kt, stride_vt, T, window, C, D, False, HAS_MASK, HAS_PAST)
+                k, v_near, real = _keys(k_ptr, v_ptr, log_k_ptr, mask_ptr, past_k_ptr, past_v_ptr, past_log_ptr, first, t, e, d, stride_kt, stride_vt, T, window, C, D, False, HAS_MASK, HAS_PAST)
                 s = _near(q, k, start + t, first + t, real > _NOTHING/2, window, scale, gamma, BLOCK_T, DOT, PRECISION)
                 c_new = tl.maximum(c, tl.max(s, 1))
                 p = tl.where(s > _NOTHING/2, tl.exp(s - c_new[:, None]), 0.)
@@ -150,7 +150,7 @@ def _config(F, D, C, dtype, backward=False):
     "Block sizes, warps and pipeline stages for `F` features, `D` channels of v, `C` of q and k, and products in `dtype`."
     wide,p2 = dtype==torch.float32,lambda n: max(16, triton.next_power_of_2(n))
     BLOCK_F,BLOCK_D,BLOCK_C = p2(F),p2(D),p2(C)
-    if backward: BLOCK_F = max(16, min(BLOCK_F, 8192//BLOCK_D))
+    if backward: BLOCK_F = max(16, min(BLOCK_F, (4096 if wide else 8192)//BLOCK_D))
     else: BLOCK_D = max(16, min(64, BLOCK_D, 8192//BLOCK_F))
     BLOCK_T = 16 if wide else max(16, min(32, 4096//max(BLOCK_F, BLOCK_D, BLOCK_C)))
     return dict(BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, BLOCK_F=BLOCK_F, BLOCK_D=BLOCK_D, num_warps=8, num_stages=1 if wide or backward else 2)
@@ -194,11 +194,11 @@ def _window_states_kernel(v_ptr, phi_k_ptr, log_k_ptr, mask_ptr, past_v_ptr, pas
     past_log_ptr += (head + 1)*window
     S, z, m = _start(states_ptr, m_ptr, 0, f, d, F, D, BLOCK_F, BLOCK_D, False)
     for start in range(segment*length, stop, BLOCK_T):
-        late, v, log = _keys(phi_k_ptr, v_ptr, log_k_ptr, mask_ptr, past_phi_ptr, past_v_ptr, past_log_ptr, start - window + t, f, d, stride_gt, stride_vt, stop - window, window, F, D, HAS_LOG_K, HAS_MASK, HAS_PAST)
+        late, v, log = _keys(phi_k_ptr, v_ptr, log_k_ptr, mask_ptr, past_phi_ptr, past_v_ptr, past_log_ptr, start - window, t, f, d, stride_gt, stride_vt, stop - window, window, F, D, HAS_LOG_K, HAS_MASK, HAS_PAST)
         S, z, m = _join(S, z, m, late, v, log, HAS_LOG_K, DOT, PRECISION)
     _put(states_ptr, m_ptr, head*(segments + 1) + segment + 1, S, z, m, f, d, F, D)
 
-# %% ../../kernels/06_window.ipynb #2b19d819
+# %% ../../kernels/06_window.ipynb #cd353eca
 def _plan(q, k, v, phi_k, c, schedule, backward=False):
     "How the tokens are cut into segments."
     (B,H,T,C),(_,Hkv,_,F),D = q.shape,phi_k.shape,v.shape[-1]
@@ -225,7 +225,7 @@ def _states(v, phi_k, extras, past, window, plan, constants):
     (B,Hkv,T,F),D,(_,log_k,_,pad,_,*before) = phi_k.shape,v.shape[-1],extras
     return _summed(_window_states_kernel, (v, phi_k, log_k, pad, *before), (*_strides(v, phi_k), Hkv, T, window), plan, triton.cdiv(D, constants['BLOCK_D']), past[4:], (B, Hkv, F, D), constants)
 
-# %% ../../kernels/06_window.ipynb #76dcb66e
+# %% ../../kernels/06_window.ipynb #37d0d8ab
 def _forward(q, k, v, phi_q, phi_k, log_q, log_k, log_gamma, mask, past, window, scale, end, schedule, precision):
     "Launch the forward: outputs, L, and with `end` the linear state of all keys older than the window, else three empty tensors."
     (B,H,T,_),(_,Hkv,_,F),D = q.shape,phi_k.shape,v.shape[-1]
@@ -269,7 +269,7 @@ def _window_bwd_q_kernel(q_ptr, k_ptr, v_ptr, phi_k_ptr, log_q_ptr, log_k_ptr, g
 
     for start in range(begin, stop, BLOCK_T):
         rows = t < stop - start
-        late, v, log = _keys(phi_k_ptr, v_ptr, log_k_ptr, mask_ptr, past_phi_ptr, past_v_ptr, past_log_ptr, start - window + t, f, d, stride_gt, stride_vt, T - window, window, F, D, HAS_LOG_K, HAS_MASK, HAS_PAST)
+        late, v, log = _keys(phi_k_ptr, v_ptr, log_k_ptr, mask_ptr, past_phi_ptr, past_v_ptr, past_log_ptr, start - window, t, f, d, stride_gt, stride_vt, T - window, window, F, D, HAS_LOG_K, HAS_MASK, HAS_PAST)
         old = (t[:, None] >= t[None, :]) & (log > _NOTHING/2)[None, :]
         for g in range(GROUP):
             row = (head*GROUP + g)*T + start
@@ -285,13 +285,12 @@ def _window_bwd_q_kernel(q_ptr, k_ptr, v_ptr, phi_k_ptr, log_q_ptr, log_k_ptr, g
             tl.store(dphi_ptr + row*F + t[:, None]*F + f[None, :], dphi, mask=rows[:, None] & (f < F)[None, :])
 
             if tile == 0:
-                gamma = 0.
-                if HAS_GAMMA: gamma = tl.load(gamma_ptr + kv*GROUP + g)
+                if HAS_GAMMA: L -= tl.load(gamma_ptr + kv*GROUP + g)
                 q = _tile(q_ptr + g*stride_qh + start*stride_qt, t, e, stride_qt, rows, C)
                 dq, dg = tl.zeros((BLOCK_T, BLOCK_C), tl.float32), tl.zeros((BLOCK_T,), tl.float32)
                 for first in range(tl.maximum(start - window + 1, -window if HAS_PAST else 0), tl.where(window > 0, tl.minimum(start + BLOCK_T, T), start - window), BLOCK_T):
-                    k, v_near, real = _keys(k_ptr, v_ptr, log_k_ptr, mask_ptr, past_k_ptr, past_v_ptr, past_log_ptr, first + t, e, d, stride_kt, stride_vt, T, window, C, D, False, HAS_MASK, HAS_PAST)
-                    s = _near(q, k, start + t, first + t, real > _NOTHING/2, window, scale, gamma, BLOCK_T, DOT, PRECISION)
+                    k, v_near, real = _keys(k_ptr, v_ptr, log_k_ptr, mask_ptr, past_k_ptr, past_v_ptr, past_log_ptr, first, t, e, d, stride_kt, stride_vt, T, window, C, D, False, HAS_MASK, HAS_PAST)
+                    s = _near(q, k, start + t, first + t, real > _NOTHING/2, window, scale, 0., BLOCK_T, DOT, PRECISION)
                     p = tl.where(s > _NOTHING/2, tl.exp(s - L[:, None]), 0.)
                     p *= _dot(do, tl.trans(v_near), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), DOT, PRECISION) - delta[:, None]
                     dq, dg = _dot(p, k, dq, WIDE, PRECISION), dg + tl.sum(p, 1)
@@ -332,7 +331,7 @@ def _window_costates_kernel(phi_q_ptr, do_ptr, L_ptr, delta_ptr, log_q_ptr, stat
             R, r, rho = _join_back(R, r, rho, phi_q, do, x, delta, WIDE, PRECISION)
     _put(states_ptr, m_ptr, head*(segments + 1) + segments + 1 - segment, R, r, rho, f, d, F, D)
 
-# %% ../../kernels/06_window.ipynb #9851be5b
+# %% ../../kernels/06_window.ipynb #8d6f9a72
 @triton.jit(do_not_specialize=["T", "window", "length", "segments"])
 def _window_bwd_k_kernel(q_ptr, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, log_q_ptr, log_k_ptr, gamma_ptr, mask_ptr, states_ptr, m_ptr, do_ptr, L_ptr, delta_ptr, dk_ptr, dv_ptr, dphi_ptr, dl_ptr,
                          stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_fb, stride_fh, stride_ft, stride_gb, stride_gh, stride_gt,
@@ -358,7 +357,7 @@ def _window_bwd_k_kernel(q_ptr, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, log_q_ptr, l
     for n in range(blocks):
         start = begin + (blocks - 1 - n)*BLOCK_T
         rows = t < T - start
-        phi_k, v, log = _keys(phi_k_ptr, v_ptr, log_k_ptr, mask_ptr, phi_k_ptr, v_ptr, log_k_ptr, start + t, f, d, stride_gt, stride_vt, T, window, F, D, HAS_LOG_K, HAS_MASK, False)
+        phi_k, v, log = _keys(phi_k_ptr, v_ptr, log_k_ptr, mask_ptr, phi_k_ptr, v_ptr, log_k_ptr, start, t, f, d, stride_gt, stride_vt, T, window, F, D, HAS_LOG_K, HAS_MASK, False)
         real = log > _NOTHING/2
         dv = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
 
@@ -369,12 +368,11 @@ def _window_bwd_k_kernel(q_ptr, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, log_q_ptr, l
                 seen = t < T - first
                 for g in range(GROUP):
                     row = (head*GROUP + g)*T + first
-                    gamma = 0.
-                    if HAS_GAMMA: gamma = tl.load(gamma_ptr + kv*GROUP + g)
                     q = _tile(q_ptr + g*stride_qh + first*stride_qt, t, e, stride_qt, seen, C)
                     do = _tile(do_ptr + row*D, t, d, D, seen, D)
                     L, delta = tl.load(L_ptr + row + t, mask=seen, other=-_NOTHING), tl.load(delta_ptr + row + t, mask=seen, other=0.)
-                    s = _near(q, k, first + t, start + t, real, window, scale, gamma, BLOCK_T, DOT, PRECISION)
+                    if HAS_GAMMA: L -= tl.load(gamma_ptr + kv*GROUP + g)
+                    s = _near(q, k, first + t, start + t, real, window, scale, 0., BLOCK_T, DOT, PRECISION)
                     p = tl.where(s > _NOTHING/2, tl.exp(s - L[:, None]), 0.)
                     dv = _dot(tl.trans(p), do, dv, WIDE, PRECISION)
                     p *= _dot(do, tl.trans(v), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), DOT, PRECISION) - delta[:, None]
@@ -405,7 +403,7 @@ def _backward(do, o, L, q, k, v, phi_q, phi_k, log_q, log_k, log_gamma, mask, pa
     "Launch both backward kernels: gradients of q, k, v, phi_q, phi_k, and of log_q, log_k and log_gamma, None where not given."
     (B,H,T,_),(_,Hkv,_,F),D = q.shape,phi_k.shape,v.shape[-1]
     c,(extras,flags) = _constants(q, k, v, phi_q, phi_k, precision, True),_extras(log_q, log_k, log_gamma, mask, past, k)
-    plan,tiles,do,tuned = _plan(q, k, v, phi_k, c, schedule, True),triton.cdiv(F, c['BLOCK_F']),do.contiguous(),('num_stages', 'num_warps')
+    plan,tiles,do,tuned = _plan(q, k, v, phi_k, c, schedule, True),triton.cdiv(F, c['BLOCK_F']),do.contiguous(),('BLOCK_T', 'num_stages', 'num_warps')
     states,m = _states(v, phi_k, extras, past, window, plan, flags | _constants(q, k, v, phi_q, phi_k, precision))
     dq,dk,dphi_q,dphi_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, phi_q, phi_k))
     dv,dl = v.new_empty(tiles, *v.shape, dtype=v.dtype if tiles==1 else torch.float32),L.new_empty(tiles, B, Hkv, T)
@@ -433,7 +431,7 @@ def _(q, k, v, phi_q, phi_k, log_q, log_k, log_gamma, mask, past, window, scale,
     (B,Hkv,_,F),D,new = phi_k.shape,v.shape[-1],lambda *s: v.new_empty(s, dtype=torch.float32)
     return v.new_empty(*q.shape[:3], D), new(*q.shape[:3]), *((new(B, Hkv, F, D), new(B, Hkv, F), new(B, Hkv)) if end else (new(0), new(0), new(0)))
 
-# %% ../../kernels/06_window.ipynb #4a582968
+# %% ../../kernels/06_window.ipynb #e655bdaa
 @torch.library.custom_op('hedgehog_nb::window_attention_backward', mutates_args=())
 def _window_bwd_op(do:Tensor, o:Tensor, L:Tensor, q:Tensor, k:Tensor, v:Tensor, phi_q:Tensor, phi_k:Tensor, log_q:Optional[Tensor], log_k:Optional[Tensor], log_gamma:Optional[Tensor], mask:Optional[Tensor],
                    past:Sequence[Tensor], window:int, scale:float, schedule:str, precision:str)->tuple[Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor]:
@@ -523,16 +521,17 @@ def window_usage(
     feature_dim:int, # F
     head_dim:int, # D, of q, k and v
     dtype:torch.dtype=torch.bfloat16, # Of q, k, v and features
-    kernel:str='forward', # "forward", "backward q" (walks ahead) or "backward k" (walks back)
+    kernel:str='forward', # "forward", "backward q" (walks ahead), "backward k" (walks back), "states" or "costates" (what a segment adds)
     group:int=1, # Query heads per key-value head
     logs:bool=False, # With log weights of queries and keys, and log_gamma?
     **config, # Block sizes, `num_warps` or `num_stages` in place of the chosen ones, and flags
 )->dict: # What `offline_usage` returns, and the configuration
     "What the kernels of window attention use on an H100 or H200, found without one."
-    f = {'forward':_window_fwd_kernel, 'backward q':_window_bwd_q_kernel, 'backward k':_window_bwd_k_kernel}[kernel]
+    f = {'forward':_window_fwd_kernel, 'states':_window_states_kernel, 'backward q':_window_bwd_q_kernel, 'costates':_window_costates_kernel, 'backward k':_window_bwd_k_kernel}[kernel]
     e = lambda h, d: torch.empty(1, h, 1, d, dtype=dtype, device='meta')
-    c = _constants(e(group, head_dim), e(1, head_dim), e(1, head_dim), e(group, feature_dim), e(1, feature_dim), 'tf32x3', kernel!='forward')
-    c = c | dict(HAS_LOG_Q=logs, HAS_LOG_K=logs, HAS_GAMMA=logs, HAS_MASK=False, HAS_START=False, HAS_END=False) | config
+    c = _constants(e(group, head_dim), e(1, head_dim), e(1, head_dim), e(group, feature_dim), e(1, feature_dim), 'tf32x3', kernel not in ('forward','states'))
+    c = c | dict(HAS_LOG_Q=logs, HAS_LOG_K=logs, HAS_GAMMA=logs, HAS_MASK=False, HAS_PAST=False, HAS_START=False, HAS_END=False) | config
     short = {torch.bfloat16:'bf16', torch.float16:'fp16', torch.float32:'fp32'}[dtype]
-    use = offline_usage(f, c, short, ('log_q_ptr','log_k_ptr','gamma_ptr','states_ptr','L_ptr','delta_ptr','dg_ptr','S_ptr','z_ptr','m_ptr','m_end_ptr') + (('dv_ptr',) if feature_dim>c['BLOCK_F'] else ()))
+    fp32 = 'log_q_ptr','log_k_ptr','gamma_ptr','past_log_ptr','states_ptr','m_ptr','L_ptr','delta_ptr','dg_ptr','dl_ptr','S_ptr','z_ptr','m_end_ptr',*(('dv_ptr',) if feature_dim>c['BLOCK_F'] else ())
+    use = offline_usage(f, c, short, fp32, dict(mask_ptr='i8'))
     return dict(kernel=kernel, F=feature_dim, D=head_dim, dtype=short, group=group, logs=logs, block_t=c['BLOCK_T'], block_f=c['BLOCK_F'], block_d=c['BLOCK_D'], warps=c['num_warps'], **use)
