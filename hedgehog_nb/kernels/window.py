@@ -18,7 +18,7 @@ from .feature_map import _INTERPRET, _dot, _given, _on, offline_usage, products_
 from . import chunk
 from .chunk import _tile
 from .chunk_backward import _how
-from .fused import _or, _pick, _scan
+from .fused import _or, _pick, _scan, _unknown
 from .tuning import tuned_launch
 import triton, triton.language as tl
 
@@ -342,7 +342,8 @@ def _window_bwd_k_kernel(q_ptr, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, log_q_ptr, l
     head = (tl.program_id(0)//(tiles*segments)).to(tl.int64)
     segment = (tl.program_id(0)//tiles % segments).to(tl.int64)
     begin = segment*length
-    batch, kv, tile, blocks = head//Hkv, head % Hkv, tl.program_id(0) % tiles, tl.cdiv(tl.minimum(length, T - begin), BLOCK_T)
+    batch, kv, tile = head//Hkv, head % Hkv, tl.program_id(0) % tiles
+    blocks, group = tl.cdiv(tl.minimum(length, T - begin), BLOCK_T), _unknown(GROUP, T)
     t, f, e, d = tl.arange(0, BLOCK_T), tile*BLOCK_F + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
     q_ptr += batch*stride_qb + kv*GROUP*stride_qh
     phi_q_ptr += batch*stride_fb + kv*GROUP*stride_fh
@@ -366,7 +367,7 @@ def _window_bwd_k_kernel(q_ptr, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, log_q_ptr, l
             dk = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
             for first in range(start, tl.minimum(start + tl.where(window > 0, window - 1 + BLOCK_T, 0), T), BLOCK_T):
                 seen = t < T - first
-                for g in range(GROUP):
+                for g in range(group):
                     row = (head*GROUP + g)*T + first
                     q = _tile(q_ptr + g*stride_qh + first*stride_qt, t, e, stride_qt, seen, C)
                     do = _tile(do_ptr + row*D, t, d, D, seen, D)
@@ -382,7 +383,7 @@ def _window_bwd_k_kernel(q_ptr, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, log_q_ptr, l
         w = tl.where(real, _rescaled(log + rho), 0.)[:, None]
         dphi = (_dot(v, tl.trans(R), tl.zeros((BLOCK_T, BLOCK_F), tl.float32), WIDE, PRECISION) - r[None, :])*w
         dv += _dot(phi_k, R, tl.zeros((BLOCK_T, BLOCK_D), tl.float32), WIDE, PRECISION)*w
-        for g in range(GROUP):
+        for g in range(group):
             first = start + window
             phi_q, do, x, delta = _early(phi_q_ptr + g*stride_fh + first*stride_ft, do_ptr, L_ptr, delta_ptr, log_q_ptr, (head*GROUP + g)*T + first, t, f, d, stride_ft, t < T - first, F, D, HAS_LOG_Q)
             old = (t[:, None] >= t[None, :]) & real[None, :]
