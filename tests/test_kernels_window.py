@@ -124,6 +124,18 @@ def test_a_prompt_in_parts_is_the_whole(schedule, form, window):
     for n,x in f(triton_window_attention).items(): close(x, f(chunk_window_attention)[n].double(), 2e-5, n)
 
 @kernel
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+def test_a_state_in_fp32_beside_half_precision(dtype):
+    "Its keys are rounded as the new ones are; strided views of (B, T, H, D) go on from it as their copies do."
+    a = inputs(1, 2, 1, 40, dtype=dtype, masked=True)
+    _,state = chunk_window_attention(**part(a, slice(15)), window=6, output_final_state=True)
+    b = part(a, slice(15, None))
+    want = run(lambda **k: chunk_window_attention(**k, initial_state=state), b, 6, torch.float64)
+    views = b | {n: b[n].transpose(1, 2).contiguous().transpose(1, 2) for n in NAMES}
+    for x in (b, views):
+        for n,y in run(lambda **k: triton_window_attention(**k, initial_state=state), x, 6).items(): close(y, want[n], TOL[dtype]*(4 if n=='log_gamma' else 1), n)
+
+@kernel
 @pytest.mark.parametrize('window,T,log,masked', [(0, 40, False, True), (7, 60, True, True), (16, 60, False, False), (64, 70, True, False)])
 def test_segments_agree(window, T, log, masked):
     a = inputs(1, 2, 1, T, 16, log=log, masked=masked)
