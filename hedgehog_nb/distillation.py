@@ -76,6 +76,12 @@ def _weight_loss_rows(by_row, by_key, hide, keep, window):
     return loss, ((g@pk).unflatten(1, split), None if lq is None else gu.sum(-1)), (g.mT@pq.flatten(1,2), None if lk is None else gu.sum((1,2)))
 
 # %% ../nbs/06_distillation.ipynb #31b4951f
+def _in_c(of_rows, phi_q, log_k, log_q, window, q):
+    "Does the compiled kernel do this loss?"
+    if of_rows is not _weight_loss_rows or log_k is not None or log_q is not None or window or q.device.type!='cpu' or phi_q.dtype==torch.float64 or torch.compiler.is_compiling(): return False
+    from hedgehog_nb.kernels.cpu import for_all_threads
+    return for_all_threads()
+
 class _StreamedLoss(torch.autograd.Function):
     "A loss that is a mean over rows, from `of_rows`, which gives loss and gradients of some of them."
     @staticmethod
@@ -86,6 +92,11 @@ class _StreamedLoss(torch.autograd.Function):
         by_row = [None if x is None else x.unflatten(1, (Hkv,-1)) for x in by_row]; by_row[2] = by_row[2]*scale
         real = torch.ones(B, T, dtype=torch.bool, device=q.device) if mask is None else mask.bool()
         n,loss = real.sum()*H,real.new_zeros((), dtype=dt)
+        if _in_c(of_rows, phi_q, log_k, log_q, window, q):
+            from hedgehog_nb.kernels.cpu import loss_sums
+            loss,dq,dk = loss_sums(phi_q, phi_k, by_row[2].flatten(1,2), k, causal, mask)
+            ctx.save_for_backward(dq.unflatten(1, (Hkv,-1))/n, None, dk/n, None)
+            return loss/n
         d_row,d_key = [[None if x is None else torch.zeros_like(x) for x in xs[:2]] for xs in (by_row, by_key)]
         for b in range(B):
             for i in range(0, T, rows):

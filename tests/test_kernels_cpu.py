@@ -7,6 +7,7 @@ from hypothesis import given, strategies as st
 
 torch = pytest.importorskip('torch')
 import hedgehog_nb.kernels.cpu as cpu
+from hedgehog_nb.distillation import naive_weight_loss, weight_loss
 from hedgehog_nb.feature_maps import make_feature_map
 from hedgehog_nb.linear_attention import LinearState, linear_attention, naive_linear_attention
 
@@ -172,6 +173,63 @@ def test_states_with_log_weights():
     with pytest.raises(ValueError, match='log weights'): linear_attention(q, k, v, m, initial_state=high, implementation='c')
     assert torch.equal(linear_attention(q, k, v, m, initial_state=high), linear_attention(q, k, v, m, initial_state=high, implementation='chunked'))
 
+# The loss that distils
+
+def losses(B, H, N, T, D, F, causal, masked, seed=0, sparse=False):
+    "(loss, gradients) of `loss_sums`, and of the formula in fp64, as sums"
+    g = torch.Generator().manual_seed(seed)
+    q,k = 2*torch.randn(B, H, T, D, generator=g),2*torch.randn(B, N, T, D, generator=g)
+    fq,fk = torch.rand(B, H, T, F, generator=g)+.1,torch.rand(B, N, T, F, generator=g)+.1
+    if sparse: fq,fk = fq*(fq>.8),fk*(fk>.8) # keys that the student cannot see
+    real = torch.rand(B, T, generator=g)>.3 if masked else None
+    if masked: real[:,-1] = True
+    fq,fk = (x.double().requires_grad_() for x in (fq, fk))
+    want = naive_weight_loss(q.double(), k.double(), lambda *_: (fq, fk, None), causal, mask=real).sum()*(B*T if real is None else real.sum())
+    return cpu.loss_sums(fq.detach(), fk.detach(), q*D**-.5, k, causal, real), (want, *torch.autograd.grad(want, (fq, fk)))
+
+def same_losses(*a, **kw):
+    for got,want in zip(*losses(*a, **kw)): assert (got-want).abs().max()<3e-5*want.abs().max().clamp_min(1)
+
+@needs_compiler
+@pytest.mark.parametrize('T', [1, 17, 64, 100, 257])
+@pytest.mark.parametrize('D,F', [(8,16), (64,128), (60,7), (5,33)])
+@pytest.mark.parametrize('causal', [True,False])
+@pytest.mark.parametrize('masked', [True,False])
+def test_loss_and_gradients(T, D, F, causal, masked): same_losses(2, 4, (4,2,1)[T%3], T, D, F, causal, masked)
+
+@needs_compiler
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 150), st.integers(1, 40), st.integers(1, 40), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_loss_of_any_shape(B, N, G, T, D, F, causal, masked, seed): same_losses(B, N*G, N, T, D, F, causal, masked, seed)
+
+@needs_compiler
+def test_loss_of_keys_that_cannot_be_seen():
+    (loss,dq,dk),(want,wq,wk) = losses(1, 2, 2, 60, 8, 5, True, False, sparse=True)
+    assert abs(loss-want)<1e-4*want and loss>1000                      # 69 nats for each
+    some = dict(rtol=1e-4, atol=1e-4*float(wq.abs().max()))
+    assert torch.allclose(dq.double(), wq, **some) and torch.allclose(dk.double(), wk, rtol=1e-4, atol=1e-4*float(wk.abs().max()))
+
+@needs_compiler
+def test_loss_of_nan_is_nan():
+    q = torch.ones(1, 2, 20, 8); q[0,1,7,3] = torch.nan
+    f = torch.ones(1, 2, 20, 4)
+    assert cpu.loss_sums(f, f, q, q)[0].isnan() and cpu.loss_sums(f*q[...,:4], f, torch.ones_like(q), torch.ones_like(q))[0].isnan()
+
+@needs_compiler
+@pytest.mark.parametrize('masked', [True,False])
+def test_weight_loss_takes_it(masked, monkeypatch):
+    q,k,_,m,mask,_ = inputs(2, 4, 2, 90, 16, 16, 'softmax_halves', masked=True)
+    mask = mask if masked else None
+    def both_ways(m):
+        loss = weight_loss(q, k, m, mask=mask)
+        return loss, *torch.autograd.grad(3*loss, [*m.parameters()])
+    calls,real = [],cpu.loss_sums
+    monkeypatch.setattr(cpu, 'loss_sums', lambda *a: calls.append(1) or real(*a))
+    a = both_ways(m); assert calls==[1]
+    exp = make_feature_map('hedgehog', 16, 4, 2, form='exp'); both_ways(exp); assert calls==[1] # log weights
+    monkeypatch.setattr(cpu, 'for_all_threads', lambda: False)
+    b = both_ways(m); assert calls==[1]
+    for x,y in zip(a, b): assert (x-y).abs().max()<1e-5*y.abs().max()
+
 # Which way is taken
 
 @needs_compiler
@@ -228,11 +286,12 @@ def test_compiled_models_trace_the_form_in_pytorch():
 def test_other_instructions(flags, monkeypatch, tmp_path):
     if '-mavx2' in flags and not any('avx2' in l for l in cpu._processor()): pytest.skip("this processor has no AVX2")
     monkeypatch.setattr(cpu, 'FLAGS', (flags,)); monkeypatch.setattr(cpu, 'cache_folder', lambda: tmp_path)
-    text = [getattr(cpu, n) for n in ('PRODUCT','TRANSPOSE','EXP','FEATURES','RECORDS','MOVES','FORWARD','STEP','BACKWARD')]
+    text = [getattr(cpu, n) for n in ('PRODUCT','TRANSPOSE','EXP','FEATURES','RECORDS','MOVES','FORWARD','STEP','BACKWARD','LOSS')]
     lib = cpu.compile_c(''.join(text))
     monkeypatch.setattr(cpu, 'library', lambda: (lib, ''))
     for x in (inputs(1, 4, 2, 100, 60, 20, 'softmax_halves', 2, True, True, True), inputs(2, 2, 2, 70, 64, 64, 'softmax_joint')):
         compare(x); compare(x, causal=False)
+    same_losses(2, 4, 2, 100, 24, 40, True, True)
 
 @needs_compiler
 def test_no_access_outside_of_what_was_given(tmp_path, root):
@@ -245,7 +304,8 @@ import hedgehog_nb.kernels.cpu as cpu
 cpu.FLAGS,cpu.cache_folder = (('-fsanitize=address','-g','-march=native'),),lambda: __import__('pathlib').Path(sys.argv[2])
 if sys.argv[1]=='planted': cpu.FORWARD = cpu.FORWARD.replace('*n->T+t+i] = den', '*n->T+t+i+1] = den')
 torch.set_num_threads(4)
-from test_kernels_cpu import inputs, both
+from test_kernels_cpu import inputs, both, same_losses
+for T,D,F in ((1,3,5),(70,16,7),(130,5,33)): same_losses(2, 4, 2, T, D, F, True, True), same_losses(1, 2, 2, T, D, F, False, False)
 for T,D,V,form,causal in itertools.product((1,17,70,530),(3,16,60),(5,16),('softmax_halves',None),(True,False)): both(inputs(1, 2, 1, T, D, V, form, state=True, masked=True), causal, torch.float32, 'c')
 print('clean')"""
     env = {**os.environ, 'LD_PRELOAD':asan, 'ASAN_OPTIONS':'detect_leaks=0', 'PYTHONPATH':f"{root}{os.pathsep}{root/'tests'}", 'OMP_NUM_THREADS':'1'}

@@ -6,7 +6,8 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/cpu.html.md"""
 
 # %% auto #0
 __all__ = ['FLAGS', 'PRODUCT', 'TRANSPOSE', 'EXP', 'FEATURES', 'SIZES', 'DATA', 'CHUNK', 'RECORDS', 'MOVES', 'FORWARD', 'STEP',
-           'BACKWARD', 'FORMS', 'cache_folder', 'compile_c', 'library', 'suits', 'attend', 'c_attention']
+           'BACKWARD', 'LOSS', 'FORMS', 'cache_folder', 'compile_c', 'library', 'for_all_threads', 'suits', 'attend',
+           'c_attention', 'loss_sums']
 
 # %% ../../kernels/10_cpu.ipynb #cpuk0004
 import ctypes, hashlib, os, platform, shutil, subprocess, tempfile
@@ -534,12 +535,81 @@ const int has_threads = 0;
 #endif
 '''
 
+# %% ../../kernels/10_cpu.ipynb #cpuk0067
+LOSS = r'''
+INLINE vec log_v(vec x) {
+  ivec i = (ivec)x, e = (i>>23) - 126;
+  vec m = (vec)((i & 0x7fffff) | 0x3f000000), y;
+  ivec low = m < (vec){0}+.707106781f;
+  e += low;
+  m += (vec)(low & (ivec)m) - 1.f;
+  y = m*7.0376836292e-2f - 1.1514610310e-1f; y = y*m + 1.1676998740e-1f; y = y*m - 1.2420140846e-1f; y = y*m + 1.4249322787e-1f;
+  y = y*m - 1.6668057665e-1f; y = y*m + 2.0000714765e-1f; y = y*m - 2.4999993993e-1f; y = y*m + 3.3333331174e-1f;
+  vec n = __builtin_convertvector(e, vec), z = m*m;
+  return (m + (y*m*z - n*2.12194440e-4f - z*.5f)) + n*.693359375f;
+}
+void log_all(float *x, long n) { for (long i=0; i<n; i+=VL) V(x+i) = log_v(V(x+i)); }
+
+#define HIDDEN -3e38f
+static float loss_row(float *s, float *u, long n) { // scores and similarities of n keys, -1e30 and HIDDEN where one is not seen: the loss; u becomes its gradient
+  const vec least = (vec){0}+1e-30f;
+  vec top = V(s), Z = {0}, A = {0}, loss = {0};
+  for (long j=VL; j<n; j+=VL) top = pick(V(s+j)>top, V(s+j), top);
+  vec most = (vec){0}+max_v(top);
+  for (long j=0; j<n; j+=VL) { V(s+j) = exp_v(V(s+j)-most); Z += V(s+j); vec x = pick(V(u+j)<least, least, V(u+j)); A += pick(V(u+j)<=(vec){0}+HIDDEN, (vec){0}, x); V(u+j) = x; }
+  vec z = (vec){0}+1/sum_v(Z), a = (vec){0}+1/sum_v(A);
+  for (long j=0; j<n; j+=VL) {
+    vec p = V(s+j)*z, r = p/V(u+j);
+    loss += p*log_v(pick(r<least, least, r));
+    V(u+j) = pick(V(u+j)>least, a-r, (vec){0});
+  }
+  return sum_v(loss) - logf(a[0]);
+}
+
+void loss_head(long T, long D, long F, long causal, const float *q, const float *k, const float *fq, const float *fk, const uint8_t *real, float *loss, float *dq, float *dk) {
+  long t = up(T), d = up(D), f = up(F), total = 0, wide = d>f ? d : f, sizes[] = {d*t, f*t, t*wide, t*f, C*t, C*t, C*d, C*f, C*f};
+  for (int i=0; i<9; i++) total += sizes[i];
+  if (have<total) { free(space); space = aligned_alloc(64, 4*total); have = total; }
+  float *kT = space, *fkT = kT+d*t, *keys = fkT+f*t, *dkeys = keys+t*wide, *s = dkeys+t*f, *u = s+C*t, *rows = u+C*t, *frows = rows+C*d, *df = frows+C*f;
+  rows_in(k, D, T, D, keys, d); transpose(keys, d, t, d, kT, t);
+  rows_in(fk, F, T, F, keys, f); transpose(keys, f, t, f, fkT, t);
+  memset(dkeys, 0, 4*t*f);
+  double sum = 0;
+  for (long i=0; i<T; i+=C) {
+    long m = T-i<C ? T-i : C, n = causal ? up(i+m) : t;
+    rows_in(q+i*D, D, m, D, rows, d); rows_in(fq+i*F, F, m, F, frows, f);
+    product(up(m), n, D, rows, d, 1, kT, t, s, t, 0);
+    product(up(m), n, F, frows, f, 1, fkT, t, u, t, 0);
+    for (long r=0; r<up(m); r++) {
+      float *sr = s+r*t, *ur = u+r*t;
+      if (r>=m || (real && !real[i+r])) { memset(ur, 0, 4*n); continue; }
+      for (long j=causal ? i+r+1 : T; j<n; j++) { sr[j] = -1e30f; ur[j] = HIDDEN; }
+      if (real) for (long j=0; j<n && j<T; j++) if (!real[j]) { sr[j] = -1e30f; ur[j] = HIDDEN; }
+      sum += loss_row(sr, ur, n);
+    }
+    product(up(m), f, n, u, t, 1, keys, f, df, f, 0);
+    rows_out(df, f, m, F, dq+i*F, F);
+    product(n, f, up(m), u, 1, t, frows, f, dkeys, f, 1);
+  }
+  rows_out(dkeys, f, T, F, dk, F);
+  *loss = sum;
+}
+
+void loss_all(long threads, long B, long H, long N, long T, long D, long F, long causal, const float *q, const float *k, const float *fq, const float *fk, const uint8_t *real, float *loss, float *dq, float *dk) {
+  #pragma omp parallel for schedule(dynamic,1) num_threads(threads)
+  for (long i=0; i<B*H; i++) {
+    long kv = i/H*N + i%H/(H/N);
+    loss_head(T, D, F, causal, q+i*T*D, k+kv*T*D, fq+i*T*F, fk+kv*T*F, real ? real+i/H*T : 0, loss+i, dq+i*T*F, dk+i*T*F);
+  }
+}
+'''
+
 # %% ../../kernels/10_cpu.ipynb #cpuk0043
 @lru_cache
 def library(): # (the functions or None, why there are none)
     "The kernels of this page, compiled at the first call."
     if os.environ.get('HEDGEHOG_C', '1')=='0': return None, "HEDGEHOG_C=0 is set"
-    try: return compile_c(PRODUCT+TRANSPOSE+EXP+FEATURES+RECORDS+MOVES+FORWARD+STEP+BACKWARD), ''
+    try: return compile_c(PRODUCT+TRANSPOSE+EXP+FEATURES+RECORDS+MOVES+FORWARD+STEP+BACKWARD+LOSS), ''
     except (OSError, subprocess.SubprocessError) as e: return None, str(e)
 
 def _has_threads(): return bool(ctypes.c_int.in_dll(library()[0], 'has_threads').value)
@@ -635,6 +705,10 @@ def _held(feature_map):
     if type(feature_map) is not Hedgehog or feature_map.form not in FORMS or feature_map._forward_hooks or feature_map._forward_pre_hooks: return None
     return [getattr(feature_map, n) for n in ('w_q','w_k','b_q','b_k')], feature_map.form
 
+def for_all_threads():
+    "Are the kernels there, with as many threads as PyTorch has?"
+    return library()[0] is not None and (torch.get_num_threads()==1 or _has_threads())
+
 def suits(
     q:Tensor, # (B, H, T, D) queries
     v:Tensor, # (B, Hkv, T, Dv) values
@@ -643,7 +717,7 @@ def suits(
 )->bool:
     "Will `c_attention` be the faster way for these, which lie on a CPU? Compiles at the first call."
     if library()[0] is None or not (feature_map is None or _held(feature_map)) or max(q.shape[-1], v.shape[-1])>256: return False
-    if not (_has_threads() or torch.get_num_threads()==1 or q.shape[2]==1): return False
+    if not (for_all_threads() or q.shape[2]==1): return False
     return initial_state is None or not initial_state.m.any() or not (initial_state.m>0).any()
 
 def _rows(x): # fp32, channels side by side
@@ -696,3 +770,20 @@ def c_attention(
     "`linear_attention` in one compiled call, differentiable. Raises `ValueError` on what it does not take, and where nothing could be compiled."
     _check(q, k, v, mask, cu_seqlens)
     return attend(q, k, v, feature_map, causal, mask, initial_state, output_final_state, **at)
+
+# %% ../../kernels/10_cpu.ipynb #cpuk0070
+def loss_sums(
+    phi_q:Tensor, # (B, H, T, F) mapped queries, fp32
+    phi_k:Tensor, # (B, Hkv, T, F) mapped keys, without log weights
+    q:Tensor, # (B, H, T, D) queries times the scale
+    k:Tensor, # (B, Hkv, T, D) keys
+    causal:bool=True, # Query i sees keys up to its own position?
+    real:Tensor=None, # (B, T) True at real tokens
+)->tuple: # The sum () over rows and heads of the KL from softmax to linear weights, and its gradients like phi_q and phi_k
+    "Loss and gradient of `weight_loss` (paper, Eq. 4), in one call. Raises `ValueError` where nothing could be compiled."
+    if library()[0] is None: raise ValueError(f"the loss needs a compiled kernel: {library()[1]}")
+    (B,H,T,F),(N,D) = phi_q.shape,k.shape[1::2]
+    q,k,phi_q,phi_k = (x.float().contiguous() for x in (q, k, phi_q, phi_k))
+    loss,dq,dk = q.new_empty(B, H),torch.empty_like(phi_q),phi_q.new_empty(B, N, H//N, T, F)
+    library()[0].loss_all(*_c_args(torch.get_num_threads(), B, H, N, T, D, F, int(causal), q, k, phi_q, phi_k, None if real is None else real.bool().contiguous(), loss, dq, dk))
+    return loss.sum(), dq, dk.sum(2)
