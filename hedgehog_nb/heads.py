@@ -137,7 +137,8 @@ class KeptState(NamedTuple):
         new = self.real.new_ones(len(k), k.shape[2]) if mask is None else mask.bool()
         return torch.cat([self.k, k], 2), torch.cat([self.v, v], 2), torch.cat([self.real, new], 1)
     def of_length(self, n): # As if n tokens had been read, for measurements
-        return self._replace(**{c: torch.randn_like(x[:,:,:1].expand(-1,-1,n,-1)) for c,x in (('k',self.k),('v',self.v))}, real=self.real.new_ones(len(self.real), n))
+        new = lambda x: torch.randn(*x.shape[:2], n, x.shape[3], dtype=x.dtype, device=x.device)
+        return KeptState(new(self.k), new(self.v), self.real.new_ones(len(self.real), n), self.rest)
 
 # %% ../nbs/13_heads.ipynb #13a00025
 def _after(att, state, k, v, mask, rest):
