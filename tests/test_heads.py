@@ -290,15 +290,25 @@ def test_an_encoder_decoder_writes():
     out = [model.generate(tokens(2, 9), max_new_tokens=8, use_cache=c, **FREE) for c in (True, False)]
     assert torch.equal(*out) and len({t.item() for t in out[0][0]})>2
 
-def test_a_model_of_local_layers():
-    "Heads kept where every layer has a window: those see it still, the others everything."
+def local_model():
     torch.manual_seed(0)
     cfg = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, sliding_window=4, initializer_range=.3)
-    model = shake(linearize(MistralForCausalLM(MistralConfig(**cfg)).double(), softmax_heads='0:0-1;1:0-1')).double().eval(); x = tokens(2, 15)
+    return shake(linearize(MistralForCausalLM(MistralConfig(**cfg)).double(), softmax_heads='0:0-1;1:0-1')).double().eval()
+
+def test_a_model_of_local_layers():
+    "Heads kept where every layer has a window: those see it still, the others everything."
+    model,x = local_model(),tokens(2, 15)
     assert {m.feature_map.sliding_window for m in linear_layers(model).values()}=={4}
     assert torch.equal(model.generate(x, max_new_tokens=10, **FREE), forward(model, x, n=10))
     cache = DynamicCache(config=model.config); logits(model, input_ids=x, past_key_values=cache)
     assert [l.state.k.shape[2] for l in cache.layers]==[3,3]
+
+def test_the_target_is_the_teacher_s_within_its_window():
+    model,losses = local_model(),[]
+    def by_hand(module, q, k, v, causal, scale, mask, o):
+        got = module.feature_map.rest.attend(q[:,2:], k[:,1:], v[:,1:]); losses.append((((got-o[:,2:])**2).sum((0,2,3))/(o[:,2:]**2).sum((0,2,3))).mean().item())
+    teacher_pass(model, dict(input_ids=tokens()), by_hand)
+    assert distill(model, [dict(input_ids=tokens())], 1, objective='outputs')[0]==pytest.approx(sum(losses)/2, rel=1e-9)
 
 def test_the_cache_is_reordered_repeated_selected_and_counted():
     model = linearize(llama(), softmax_heads=HEADS); x,mask = tokens(3, 6),torch.ones(3, 6, dtype=torch.long); mask[1,:4] = 0
