@@ -120,8 +120,15 @@ def _(c, x):
     def f(): return triton_linear_attention(fused_feature_map(x['q'], x['w_q'])[0], fused_feature_map(x['k'], x['w_k'])[0], x['v'], causal=c.causal)
     return f
 
+def _in_c(x):
+    from hedgehog_nb.kernels.cpu import library
+    needs(library()[0] is not None, library()[1])
+
 @contender('hedgehog', 'forward', 'train')
 def _(c, x):
+    if not x['q'].is_cuda:
+        _in_c(x); m = _map(c, x)
+        return lambda: linear_attention(x['q'], x['k'], x['v'], m, causal=c.causal, implementation='c')
     _triton(x)
     from hedgehog_nb.kernels.fused import fused_hedgehog_attention
     return lambda: fused_hedgehog_attention(x['q'], x['k'], x['v'], x['w_q'], x['w_k'], causal=c.causal)
@@ -196,13 +203,16 @@ def _(c, x):
 def _(c, x):
     m = _map(c, x)
     _,state = linear_attention(x['q'], x['k'], x['v'], m, output_final_state=True)
-    return lambda: linear_attention(x['q'], x['k'], x['v'], m, initial_state=state, output_final_state=True)[0]
+    return lambda: linear_attention(x['q'], x['k'], x['v'], m, initial_state=state, output_final_state=True, implementation='chunked')[0]
 @contender('hedgehog', 'decode')
 def _(c, x):
-    _triton(x)
-    from hedgehog_nb.kernels.decode import decode_step
     m,out = _map(c, x), torch.empty_like(x['q'])
     _,state = linear_attention(x['q'], x['k'], x['v'], m, output_final_state=True)
+    if not x['q'].is_cuda:
+        _in_c(x)
+        return lambda: linear_attention(x['q'], x['k'], x['v'], m, initial_state=state, output_final_state=True, implementation='c')[0]
+    _triton(x)
+    from hedgehog_nb.kernels.decode import decode_step
     return lambda: decode_step(x['q'], x['k'], x['v'], state, m, out=out)
 
 @contender('sdpa', 'decode')

@@ -337,7 +337,7 @@ def bidirectional_linear_attention(
     return (o, LinearState(S,z,m)) if output_final_state else o
 
 # %% ../nbs/02_linear_attention.ipynb #5faabdac
-IMPLEMENTATIONS = 'naive','recurrent','chunked','triton'
+IMPLEMENTATIONS = 'naive','recurrent','chunked','c','triton'
 
 def _check_cu_seqlens(cu_seqlens, q):
     c = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
@@ -361,6 +361,18 @@ def _triton(*args, **kwargs):
     if not HAS_TRITON: raise ValueError("implementation='triton' needs Triton, which exists for Linux: pip install triton. Elsewhere choose None, 'chunked', 'recurrent' or 'naive'")
     from hedgehog_nb.kernels.dispatch import triton_attention
     return triton_attention(*args, **kwargs)
+
+# %% ../nbs/02_linear_attention.ipynb #cpuc0002
+def _suits_c(q, k, v, feature_map, initial_state, cu_seqlens, chunk_size):
+    "Tensors on a CPU, and a map, dtypes and sizes that the compiled kernel takes?"
+    if v.device.type!='cpu' or cu_seqlens is not None or chunk_size is not None or q.shape[2]!=k.shape[2] or torch.compiler.is_compiling(): return False
+    if any(x.dtype not in (torch.float32, torch.float16, torch.bfloat16) for x in (q, k, v)): return False
+    from hedgehog_nb.kernels.cpu import suits
+    return suits(q, v, feature_map, initial_state)
+
+def _c(suits, *args, **kwargs):
+    from hedgehog_nb.kernels.cpu import attend, c_attention
+    return (attend if suits else c_attention)(*args, **kwargs)
 
 # %% ../nbs/02_linear_attention.ipynb #map00002
 def _by_segments(feature_map, q, k, v, causal, cu_seqlens, implementation):
@@ -426,7 +438,7 @@ def linear_attention(
     output_final_state:bool=False, # Also return the state after them?
     cu_seqlens=None, # Borders of n sequences packed into one row, from 0 to T: (n+1,) integers
     chunk_size:int=None, # Tokens handled by one matrix product; 32 on a CPU, 64 elsewhere if None
-    implementation:str=None, # "naive", "recurrent", "chunked" or "triton"; chosen by the input if None
+    implementation:str=None, # "naive", "recurrent", "chunked", "c" or "triton"; chosen by the input if None
     offset:int=None, # Tokens before these; needed with `initial_state` by a map that looks at positions
 ): # (B, H, Tq, Dv) outputs in v's dtype; with `output_final_state` the pair (outputs, `LinearState`), n states of packed sequences
     "Linear attention (paper, Eq. 2) from queries, keys and values. Raises `ValueError` that says what was given and what fits."
@@ -435,4 +447,6 @@ def linear_attention(
     args = q,k,v,feature_map,causal,mask,initial_state,output_final_state,cu_seqlens
     at = _position(feature_map, initial_state, offset)
     if implementation=='triton' or implementation is None and TRITON_BY_DEFAULT and _suits_triton(q, k, v, feature_map): return _triton(*args, **at)
+    if implementation=='c': return _c(False, *args, **at)
+    if implementation is None and _suits_c(q, k, v, feature_map, initial_state, cu_seqlens, chunk_size): return _c(True, *args[:-1], **at)
     return _in_torch(*args, chunk_size, implementation, at)

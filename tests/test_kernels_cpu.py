@@ -1,0 +1,310 @@
+"The kernel for processors: against the oracle in fp64, under other instruction sets and a memory checker, and what happens without a compiler."
+import itertools, os, subprocess, sys, threading
+from copy import deepcopy
+from pathlib import Path
+import pytest
+from hypothesis import given, strategies as st
+
+torch = pytest.importorskip('torch')
+import hedgehog_nb.kernels.cpu as cpu
+from hedgehog_nb.feature_maps import make_feature_map
+from hedgehog_nb.linear_attention import LinearState, linear_attention, naive_linear_attention
+
+needs_compiler = pytest.mark.skipif(cpu._compiler() is None, reason="no C compiler here")
+
+def inputs(B, H, N, T, D, V, form, maps=1, bias=False, masked=False, state=False, dtype=torch.float32, scale=2., seed=0):
+    "(q, k, v, map, mask, state): what a call takes, in fp32; the map's matrices are not the identity"
+    g = torch.Generator().manual_seed(seed)
+    q,k,v = (scale*torch.randn(B, T, h, c, generator=g).transpose(1,2).to(dtype).float() for h,c in ((H,D), (N,D), (N,V)))
+    m = make_feature_map('hedgehog', D, H, N, form=form, num_maps=maps, bias=bias) if form else None
+    if m: [p.data.add_(.2*torch.randn(p.shape, generator=g)) for p in m.parameters()]
+    else: q,k = q.abs(),k.abs()
+    f,mask = 2*D*maps if form else D, torch.rand(B, T, generator=g)>.3 if masked else None
+    s = LinearState(torch.randn(B, N, f, V, generator=g), 3*torch.rand(B, N, f, generator=g), torch.zeros(B, N)) if state else None
+    return q, k, v, m, mask, s
+
+def both(x, causal, dtype, implementation):
+    "{name: outputs, state after them, gradients}"
+    q,k,v,m,mask,state = x
+    m = m and deepcopy(m).to(dtype).requires_grad_()
+    leaves = dict(q=q, k=k, v=v) | (dict(S=state.S, z=state.z) if state else {})
+    leaves = {n: t.to(dtype).detach().requires_grad_() for n,t in leaves.items()}
+    s = LinearState(leaves['S'], leaves['z'], state.m.to(dtype)) if state else None
+    o,end = linear_attention(leaves['q'], leaves['k'], leaves['v'], m, causal=causal, mask=mask, initial_state=s, output_final_state=True, implementation=implementation)
+    res = dict(o=o, S_after=end.S, z_after=end.z)
+    loss = sum((t*torch.cos(torch.arange(t.numel(), dtype=dtype)).view_as(t)).sum() for t in res.values())
+    if m: leaves |= dict(m.named_parameters())
+    return {n:t.detach() for n,t in res.items()} | dict(zip((f'd{n}' for n in leaves), torch.autograd.grad(loss, list(leaves.values()))))
+
+def compare(x, causal=True, tol=3e-5):
+    "Within `tol` of the oracle, relative to the largest; or, where terms cancel, within 8 times the error of the form in PyTorch"
+    got,torch32,want = both(x, causal, torch.float32, 'c'),both(x, causal, torch.float32, 'chunked'),both(x, causal, torch.float64, 'chunked')
+    for n in want:
+        err,theirs = ((o[n]-want[n]).abs().max().item() for o in (got, torch32))
+        assert err<tol*want[n].abs().max() or err<8*theirs+1e-6, (n, err, theirs)
+
+# Against the oracle
+
+@needs_compiler
+@pytest.mark.parametrize('T', [1, 17, 64, 100, 257])
+@pytest.mark.parametrize('D,form', [(8,'softmax_halves'), (32,'softmax_joint'), (60,'softmax_halves'), (64,'softmax_joint'), (64,'softmax_halves'), (128,'softmax_halves'), (64,None)])
+@pytest.mark.parametrize('N', [4, 2, 1])
+@pytest.mark.parametrize('causal', [True, False])
+def test_outputs_and_gradients(T, D, form, N, causal):
+    odd = (T+D+N)%2==1
+    compare(inputs(2, 4, N, T, D, D, form, 1+odd, odd, masked=not odd, state=odd), causal)
+
+@needs_compiler
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 150), st.integers(1, 70), st.integers(1, 70), st.sampled_from(['softmax_halves','softmax_joint',None]),
+    st.integers(1, 2), st.booleans(), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_any_shape(B, N, G, T, D, V, form, maps, bias, masked, state, causal, seed):
+    compare(inputs(B, N*G, N, T, D, V, form, maps, bias, masked, state, seed=seed), causal)
+
+@needs_compiler
+@pytest.mark.parametrize('form', ['softmax_halves','softmax_joint'])
+@pytest.mark.parametrize('scale', [1e-4, 30., 1e4])
+def test_small_and_large_scores(form, scale):
+    q,k,v,m,*_ = inputs(1, 2, 2, 100, 16, 16, form, scale=scale)
+    with torch.no_grad(): o = linear_attention(q, k, v/scale, m, implementation='c')
+    want = linear_attention(q.double(), k.double(), v.double()/scale, deepcopy(m).double(), implementation='naive')
+    assert o.isfinite().all() and (o-want).abs().max()<2e-4*want.abs().max()
+
+@needs_compiler
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_fp32(dtype):
+    q,k,v,m,*_ = inputs(2, 4, 2, 300, 64, 64, 'softmax_halves', dtype=dtype)
+    with torch.no_grad(): o = linear_attention(*(x.to(dtype) for x in (q, k, v)), m, implementation='c')
+    want = linear_attention(q.double(), k.double(), v.double(), deepcopy(m).double(), implementation='naive')
+    assert o.dtype==dtype and (o.double()-want).abs().max()/want.abs().max() < torch.finfo(dtype).eps
+
+@needs_compiler
+def test_autocast_changes_nothing():
+    x = inputs(1, 2, 2, 70, 32, 32, 'softmax_halves')[:4]
+    with torch.autocast('cpu', torch.bfloat16): a = linear_attention(*x, implementation='c')
+    assert torch.equal(a, linear_attention(*x, implementation='c'))
+
+@needs_compiler
+def test_rows_that_see_nothing_are_zero():
+    q,k,v,m,*_ = inputs(2, 2, 2, 70, 16, 16, 'softmax_halves')
+    mask = torch.ones(2, 70, dtype=torch.bool); mask[0,:30] = False; mask[1] = False
+    leaves = [x.requires_grad_() for x in (q,k,v)]
+    o = linear_attention(q, k, v, m, mask=mask, implementation='c')
+    assert not o[0,:,:30].any() and not o[1].any() and o[0,:,30:].abs().min()>0
+    for g in torch.autograd.grad((o*1e10).sum(), leaves): assert g.isfinite().all() and not g[0,:,:30].any() and not g[1].any() and g[0].any()
+
+@needs_compiler
+@pytest.mark.parametrize('which', ['q','k','v'])
+def test_nan_is_not_swallowed(which):
+    x = dict(zip('qkv', inputs(1, 2, 2, 70, 16, 16, None)[:3])); m = make_feature_map('hedgehog', 16, 2)
+    x[which][0,1,40,5] = torch.nan
+    with torch.no_grad(): o = linear_attention(**x, feature_map=m, implementation='c')
+    assert not o[0,0].isnan().any() and not o[0,1,:32].isnan().any() and o[0,1,40].isnan().any()
+
+@needs_compiler
+def test_strides():
+    "Layouts that a model may hand out: heads after tokens, one tensor for all three, channels apart, gradients that are expanded"
+    q,k,v,m,*_ = inputs(2, 2, 2, 70, 16, 16, 'softmax_halves')
+    want = linear_attention(q.contiguous(), k.contiguous(), v.contiguous(), m, implementation='c')
+    one = torch.cat([q,k,v], -1)
+    for a in (tuple(x.transpose(1,2).contiguous().transpose(1,2) for x in (q,k,v)), one.split(16, -1), tuple(x.mT.contiguous().mT for x in (q,k,v))):
+        assert torch.equal(linear_attention(*a, m, implementation='c'), want)
+    leaves = [x.clone().requires_grad_() for x in (q,k,v)]
+    a = torch.autograd.grad(linear_attention(*leaves, m, implementation='c').sum(), leaves)
+    b = torch.autograd.grad((linear_attention(*leaves, m, implementation='c')*torch.ones_like(want)).sum(), leaves)
+    assert all(map(torch.equal, a, b))
+
+@pytest.fixture
+def threads():
+    n = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(n)
+
+@needs_compiler
+@pytest.mark.parametrize('B,N,n,T,parts', [(1,1,8,1000,3), (1,2,8,1025,4), (2,1,5,530,2), (1,3,6,512,2), (1,1,4,255,1)])
+@pytest.mark.parametrize('causal', [True,False])
+def test_more_threads_than_heads(B, N, n, T, parts, causal, threads):
+    threads(n)
+    assert cpu._parts(B*N, T)==parts
+    for form,bias in (('softmax_halves',True), ('softmax_joint',False), (None,False)): compare(inputs(B, 2*N, N, T, 24, 16, form, bias=bias, masked=True, state=True), causal)
+
+@needs_compiler
+def test_threads_do_not_matter(threads):
+    "while there are no more than heads: each head is computed by one"
+    x = inputs(3, 4, 2, 150, 32, 32, 'softmax_halves', masked=True, state=True)
+    threads(1); a = both(x, True, torch.float32, 'c')
+    threads(3); b = both(x, True, torch.float32, 'c')
+    assert all(torch.equal(a[i], b[i]) for i in a)
+
+@needs_compiler
+def test_called_from_several_threads():
+    x = inputs(2, 4, 2, 200, 32, 32, 'softmax_halves')[:4]
+    with torch.no_grad(): want,got = linear_attention(*x, implementation='c'),[]
+    def work():
+        with torch.no_grad(): got.extend(linear_attention(*x, implementation='c') for _ in range(20))
+    ts = [threading.Thread(target=work) for _ in range(4)]
+    [t.start() for t in ts]; [t.join() for t in ts]
+    assert len(got)==80 and all(torch.equal(g, want) for g in got)
+
+# One token at a time
+
+@needs_compiler
+@pytest.mark.parametrize('form,bias,H,N', [('softmax_halves',False,4,2), ('softmax_joint',True,3,3), (None,False,4,1)])
+def test_steps_are_the_whole(form, bias, H, N):
+    q,k,v,m,mask,_ = inputs(2, H, N, 40, 12, 20, form, bias=bias, masked=True)
+    with torch.no_grad():
+        want,end = linear_attention(q, k, v, m, mask=mask, output_final_state=True, implementation='c')
+        s,os = None,[]
+        for t in range(40):
+            i,kept = slice(t, t+1),s and s.apply(torch.clone)
+            o,after = linear_attention(q[:,:,i], k[:,:,i], v[:,:,i], m, mask=mask[:,i], initial_state=s, output_final_state=True, implementation='c')
+            assert s is None or all(map(torch.equal, s, kept)) # the state that was given is left alone
+            s = after; os.append(o)
+    assert (torch.cat(os, 2)-want).abs().max()<2e-5
+    for a,b in zip(s, end): assert (a-b).abs().max()<1e-4
+
+@needs_compiler
+def test_states_with_log_weights():
+    q,k,v,m,_,s = inputs(1, 2, 2, 30, 8, 8, 'softmax_halves', state=True)
+    low = s._replace(m=torch.tensor([[-2., -1e30]])) # a small past, and none
+    a,b = (linear_attention(q, k, v, m, initial_state=low, output_final_state=True, implementation=i) for i in ('c','chunked'))
+    assert (a[0]-b[0]).abs().max()<1e-5 and (a[1].S-b[1].S*b[1].m.exp()[...,None,None]).abs().max()<1e-4
+    high = s._replace(m=torch.ones(1, 2))
+    with pytest.raises(ValueError, match='log weights'): linear_attention(q, k, v, m, initial_state=high, implementation='c')
+    assert torch.equal(linear_attention(q, k, v, m, initial_state=high), linear_attention(q, k, v, m, initial_state=high, implementation='chunked'))
+
+# Which way is taken
+
+@needs_compiler
+def test_chosen_where_it_fits(monkeypatch):
+    calls,real = [],cpu._call
+    monkeypatch.setattr(cpu, '_call', lambda *a: calls.append(a[0]) or real(*a))
+    def taken(*a, **kw):
+        calls.clear(); linear_attention(*a, **kw); return bool(calls)
+    q,k,v,m,*_ = inputs(1, 2, 2, 30, 8, 8, 'softmax_halves')
+    assert taken(q, k, v, m) and taken(q, k, v) and taken(q, k, v, m, causal=False) and taken(q.bfloat16(), k, v, m)
+    assert not taken(q.double(), k.double(), v.double(), m) and not taken(q, k, v, m, cu_seqlens=[0,10,30]) and not taken(q[:,:,:5], k, v, m, causal=False)
+    assert not taken(q, k, v, make_feature_map('hedgehog', 8, 2, form='exp')) and not taken(q, k, v, make_feature_map('elu', 8, 2)) and not taken(q, k, v, m, chunk_size=16)
+    seen = m.register_forward_hook(lambda *a: None)
+    assert not taken(q, k, v, m) # a hook wants to see the features
+    seen.remove(); assert taken(q, k, v, m)
+    class Mine(type(m)):
+        def map_q(self, q): return super().map_q(q)*2
+    assert not taken(q, k, v, Mine(8, 2))
+
+@needs_compiler
+def test_any_other_map_when_asked():
+    q,k,v,m,*_ = inputs(1, 2, 2, 30, 8, 8, None)
+    elu = make_feature_map('elu', 8, 2)
+    assert (linear_attention(q, k, v, elu, implementation='c')-linear_attention(q, k, v, elu, implementation='naive')).abs().max()<1e-5
+
+@needs_compiler
+@pytest.mark.parametrize('change,says', [(dict(q=torch.ones(1,2,30,8).double()), 'float64'), (dict(q=torch.ones(1,2,3,8)), 'as many queries'), (dict(cu_seqlens=[0,10,30]), 'cu_seqlens'),
+    (dict(feature_map=make_feature_map('hedgehog', 8, 2, form='exp')), 'log weights'), (dict(v=torch.ones(1,2,29,8)), 'same heads and tokens'), (dict(q=torch.ones(1,2,30,8, dtype=torch.int)), 'floating point')])
+def test_errors(change, says):
+    q,k,v,m,*_ = inputs(1, 2, 2, 30, 8, 8, 'softmax_halves')
+    with pytest.raises(ValueError, match=says): linear_attention(**dict(q=q, k=k, v=v, feature_map=m, implementation='c') | change)
+
+# As an operation of PyTorch
+
+@needs_compiler
+@pytest.mark.parametrize('causal,form', [(True,'softmax_halves'), (False,'features')])
+def test_opcheck(causal, form):
+    q,k,v,m,mask,s = inputs(2, 4, 2, 70, 16, 24, 'softmax_halves' if form!='features' else None, bias=True, masked=True, state=True)
+    held = [getattr(m, n).detach().requires_grad_() for n in ('w_q','w_k','b_q','b_k')] if m else [None]*4
+    x = [t.contiguous().requires_grad_() for t in (q, k, v)]
+    torch.library.opcheck(cpu._c_op, (*x, *held, s.S.requires_grad_(), s.z.requires_grad_(), mask, form, causal, True))
+    torch.library.opcheck(cpu._c_op, (*[t.detach() for t in x], *[h if h is None else h.detach() for h in held], None, None, None, form, causal, False))
+
+@needs_compiler
+def test_compiled_models_trace_the_form_in_pytorch():
+    q,k,v,m,*_ = inputs(1, 2, 2, 40, 8, 8, 'softmax_halves')
+    f = torch.compile(lambda q, k, v: linear_attention(q, k, v, m), fullgraph=True, backend='eager')
+    with torch.no_grad(): assert (f(q, k, v)-linear_attention(q, k, v, m)).abs().max()<1e-5
+
+# Other processors, and memory
+
+@needs_compiler
+@pytest.mark.parametrize('flags', [(), ('-mavx2','-mfma'), ('-march=native','-O1')], ids=['plain','avx2','O1'])
+def test_other_instructions(flags, monkeypatch, tmp_path):
+    if '-mavx2' in flags and not any('avx2' in l for l in cpu._processor()): pytest.skip("this processor has no AVX2")
+    monkeypatch.setattr(cpu, 'FLAGS', (flags,)); monkeypatch.setattr(cpu, 'cache_folder', lambda: tmp_path)
+    text = [getattr(cpu, n) for n in ('PRODUCT','TRANSPOSE','EXP','FEATURES','RECORDS','MOVES','FORWARD','STEP','BACKWARD')]
+    lib = cpu.compile_c(''.join(text))
+    monkeypatch.setattr(cpu, 'library', lambda: (lib, ''))
+    for x in (inputs(1, 4, 2, 100, 60, 20, 'softmax_halves', 2, True, True, True), inputs(2, 2, 2, 70, 64, 64, 'softmax_joint')):
+        compare(x); compare(x, causal=False)
+
+@needs_compiler
+def test_no_access_outside_of_what_was_given(tmp_path, root):
+    "Under the address sanitizer, where the compiler has it: a grid of shapes that fit nothing, and a planted fault that it must see"
+    asan = subprocess.run([cpu._compiler(), '-print-file-name=libasan.so'], capture_output=True, text=True).stdout.strip()
+    if not Path(asan).is_absolute(): pytest.skip("this compiler has no address sanitizer")
+    code = """
+import sys, itertools, torch
+import hedgehog_nb.kernels.cpu as cpu
+cpu.FLAGS,cpu.cache_folder = (('-fsanitize=address','-g','-march=native'),),lambda: __import__('pathlib').Path(sys.argv[2])
+if sys.argv[1]=='planted': cpu.FORWARD = cpu.FORWARD.replace('*n->T+t+i] = den', '*n->T+t+i+1] = den')
+torch.set_num_threads(4)
+from test_kernels_cpu import inputs, both
+for T,D,V,form,causal in itertools.product((1,17,70,530),(3,16,60),(5,16),('softmax_halves',None),(True,False)): both(inputs(1, 2, 1, T, D, V, form, state=True, masked=True), causal, torch.float32, 'c')
+print('clean')"""
+    env = {**os.environ, 'LD_PRELOAD':asan, 'ASAN_OPTIONS':'detect_leaks=0', 'PYTHONPATH':f"{root}{os.pathsep}{root/'tests'}", 'OMP_NUM_THREADS':'1'}
+    real,planted = (subprocess.run([sys.executable, '-c', code, which, str(tmp_path)], env=env, capture_output=True, text=True) for which in ('real','planted'))
+    assert real.returncode==0 and real.stdout=='clean\n', real.stderr[-2000:]
+    assert planted.returncode!=0 and 'heap-buffer-overflow' in planted.stderr, planted.stderr[-2000:]
+
+# Compiling
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    "As on a machine where nothing has been compiled yet"
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path)); cpu.library.cache_clear()
+    yield tmp_path/'hedgehog_nb'/'c'
+    cpu.library.cache_clear()
+
+def same_without():
+    "Without a compiler: the reason is told to who asks by name, and all others get the same from PyTorch"
+    q,k,v,m,*_ = inputs(1, 2, 2, 30, 8, 8, 'softmax_halves')
+    assert cpu.library()[0] is None
+    with pytest.raises(ValueError) as e: linear_attention(q, k, v, m, implementation='c')
+    assert torch.equal(linear_attention(q, k, v, m), linear_attention(q, k, v, m, implementation='chunked'))
+    return str(e.value)
+
+def test_turned_off(fresh, monkeypatch):
+    monkeypatch.setenv('HEDGEHOG_C', '0')
+    assert 'HEDGEHOG_C=0 is set' in same_without() and not fresh.exists()
+
+def test_no_compiler(fresh, monkeypatch):
+    monkeypatch.setenv('PATH', ''); monkeypatch.delenv('CC', raising=False)
+    assert 'install gcc or clang' in same_without()
+
+@pytest.mark.skipif(os.name=='nt', reason="no false")
+def test_broken_compiler(fresh, monkeypatch):
+    monkeypatch.setenv('CC', 'false')
+    assert 'does not compile it' in same_without()
+
+@needs_compiler
+def test_kept_for_next_time(fresh, monkeypatch):
+    assert cpu.library()[0] is not None
+    f, = fresh.iterdir(); when = f.stat().st_mtime_ns
+    assert f.suffix=='.so' and fresh.stat().st_mode & 0o077==0
+    monkeypatch.setattr(cpu, '_compile', None); cpu.library.cache_clear()
+    assert cpu.library()[0] is not None and f.stat().st_mtime_ns==when
+
+@needs_compiler
+def test_a_folder_of_others_is_not_trusted(fresh, monkeypatch):
+    fresh.mkdir(parents=True); fresh.chmod(0o777)
+    assert cpu.library()[0] is not None and not [*fresh.iterdir()] # compiled, used, not kept
+
+@needs_compiler
+@pytest.mark.parametrize('what', [b'', b'not a library'])
+def test_a_broken_file_is_replaced(fresh, what):
+    assert cpu.library()[0] is not None
+    f, = fresh.iterdir(); whole = f.read_bytes()
+    f.unlink(); f.write_bytes(what); cpu.library.cache_clear()
+    assert cpu.library()[0] is not None and len(f.read_bytes())==len(whole)
+
+@needs_compiler
+def test_a_home_that_cannot_be_written(fresh, monkeypatch, tmp_path):
+    (tmp_path/'file').write_text(''); monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'file'))
+    assert cpu.library()[0] is not None
