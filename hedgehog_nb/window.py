@@ -86,7 +86,7 @@ class WindowState(NamedTuple):
     @classmethod
     def empty(cls, k, v, phi_k, window): # The state that has seen nothing, for tensors of these shapes
         new = lambda x: x.new_zeros(*x.shape[:2], window, x.shape[-1])
-        return cls(new(k), new(v), new(phi_k), phi_k.new_full((*k.shape[:2], window), NOTHING), LinearState.empty(phi_k, v))
+        return cls(new(k), new(v), new(phi_k), phi_k.new_full((*k.shape[:2], window), NOTHING, dtype=torch.promote_types(phi_k.dtype, torch.float32)), LinearState.empty(phi_k, v))
 
     def apply(self, f): # Apply `f` to each tensor, batch first
         return WindowState(*map(f, self[:4]), self.linear.apply(f))

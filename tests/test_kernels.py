@@ -118,6 +118,32 @@ def test_mixed_dtypes():
     check(x.half(), w, b.float(), 'softmax_joint', tol=2e-2)
 
 @kernel
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('bias', [False, True])
+def test_compiles_into_one_graph(bias, form):
+    torch._dynamo.reset()
+    ins = [a.requires_grad_() for a in inputs(1, 2, 9, 8)][:2+bias]
+    def f(*ins): return sum(o.sin().sum() for o in fused_feature_map(*ins, form=form) if o is not None)
+    ours,theirs = (torch.autograd.grad(g(*ins), ins) for g in (torch.compile(f, fullgraph=True, backend='aot_eager'), f))
+    assert all(map(torch.equal, ours, theirs))
+
+@kernel
+@pytest.mark.parametrize('form', ['exp', 'softmax_joint'])
+def test_registered_as_torch_wants_it(form):
+    from hedgehog_nb.kernels import feature_map as m
+    x,w,b = inputs(1, 2, 9, 8)
+    for bias in (None, b.requires_grad_()): torch.library.opcheck(m._map_op, (x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(), w.requires_grad_(), bias, form, torch.bfloat16, 'ieee'))
+    g,g_m = m._map_op(x.detach(), w.detach(), None, form, torch.float32, 'ieee')
+    torch.library.opcheck(m._map_bwd_op, (g, g_m, x.detach(), w.detach(), None, form, 'ieee', True, True))
+
+@kernel
+def test_the_log_weights_alone_have_a_gradient():
+    x,w,_ = inputs(1, 2, 9, 8)
+    a,r = x.clone().requires_grad_(), x.double().requires_grad_()
+    got,want = torch.autograd.grad(fused_feature_map(a, w, form='exp')[1].sum(), a)[0], torch.autograd.grad(per_head(r, w.double()).abs().amax(-1).sum(), r)[0]
+    assert (got.double() - want).abs().max() < 1e-5
+
+@kernel
 @pytest.mark.parametrize('message,change', [
     ('x is \\(B, H, T, D\\)', lambda x,w,b: dict(x=x[0])), ('same H and D', lambda x,w,b: dict(weight=w[:1])), ('same H and D', lambda x,w,b: dict(weight=w[...,:8])),
     ('same H and D', lambda x,w,b: dict(weight=w[0])), ('bias is', lambda x,w,b: dict(bias=b[:,:8])), ('from 1 to 256', lambda x,w,b: dict(weight=torch.ones(2, 300, 16), bias=None)),

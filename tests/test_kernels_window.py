@@ -3,6 +3,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from hedgehog_nb.feature_maps import make_attention, make_feature_map
 from hedgehog_nb.hedgehog import FORMS
+from hedgehog_nb.linear_attention import LinearState
 from hedgehog_nb.window import WindowState, chunk_window_attention, joint_features, naive_window_attention, window_decode_step
 from interpreter import DEVICE, HERE, kernel, python, run_under_interpreter
 
@@ -123,6 +124,18 @@ def test_a_prompt_in_parts_is_the_whole(schedule, form, window):
     for n,x in f(triton_window_attention).items(): close(x, f(chunk_window_attention)[n].double(), 2e-5, n)
 
 @kernel
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+def test_a_state_in_fp32_beside_half_precision(dtype):
+    "Its keys are rounded as the new ones are; strided views of (B, T, H, D) go on from it as their copies do."
+    a = inputs(1, 2, 1, 40, dtype=dtype, masked=True)
+    _,state = chunk_window_attention(**part(a, slice(15)), window=6, output_final_state=True)
+    b = part(a, slice(15, None))
+    want = run(lambda **k: chunk_window_attention(**k, initial_state=state), b, 6, torch.float64)
+    views = b | {n: b[n].transpose(1, 2).contiguous().transpose(1, 2) for n in NAMES}
+    for x in (b, views):
+        for n,y in run(lambda **k: triton_window_attention(**k, initial_state=state), x, 6).items(): close(y, want[n], TOL[dtype]*(4 if n=='log_gamma' else 1), n)
+
+@kernel
 @pytest.mark.parametrize('window,T,log,masked', [(0, 40, False, True), (7, 60, True, True), (16, 60, False, False), (64, 70, True, False)])
 def test_segments_agree(window, T, log, masked):
     a = inputs(1, 2, 1, T, 16, log=log, masked=masked)
@@ -151,6 +164,69 @@ def test_autocast_rounds_products_and_keeps_states(dtype):
         assert o.dtype==b['v'].dtype and torch.equal(o.to(dtype), want) and all(x.dtype==torch.float32 for x in flat(s)) and all(map(torch.equal, flat(s), flat(after)))
         assert all(g.dtype==x.dtype for g,x in zip(torch.autograd.grad(o.float().square().sum(), list(leaves.values())), leaves.values()))
     assert torch.equal(triton_window_attention(**(low | dict(phi_q=a['phi_q'], phi_k=a['phi_k'])), window=7), want) # without autocast: the dtype of q, k and v
+
+def agree(f, *ins):
+    "`f` -> (tensor, further tensors) in one graph as without one: results and gradients."
+    torch._dynamo.reset()
+    outs = []
+    for g in (f, torch.compile(f, fullgraph=True, backend='aot_eager')):
+        o,*more = g(*ins)
+        outs.append((o, *more, *torch.autograd.grad(o.sin().sum(), [x for x in ins if x.requires_grad], allow_unused=True)))
+    torch.testing.assert_close(*outs, atol=1e-6, rtol=1e-6)
+
+@kernel
+@pytest.mark.parametrize('state', [False, True])
+@pytest.mark.parametrize('given', [(), ('log_q',), ('log_k', 'mask'), ('log_gamma', 'mask'), ('log_q', 'log_k', 'log_gamma', 'mask')], ids=str)
+def test_one_graph(given, state):
+    "In torch.compile, with and without what may be there; schedule and window take turns."
+    a,window,schedule = inputs(1, 2, 1, 22, masked=True),3 + 2*len(given),(None, 2)[len(given) % 2]
+    names = [n for n in a if n in NAMES or n in given]
+    before = flat(chunk_window_attention(**part(a, slice(9)), window=window, output_final_state=True)[1]) if state else ()
+    def f(*x):
+        s = x[len(names):]
+        o,after = triton_window_attention(**dict(zip(names, x)), window=window, output_final_state=True, schedule=schedule, initial_state=WindowState(*s[:4], LinearState(*s[4:])) if s else None)
+        return o, *flat(after)
+    agree(f, *(x.requires_grad_() if x.is_floating_point() else x for x in (a[n] for n in names)), *before)
+
+@kernel
+@pytest.mark.parametrize('kw', [dict(window=5, form='exp'), dict(window=5, relative=True), dict(window=5, branch='linear')], ids=str)
+def test_the_module_in_one_graph(kw):
+    "`WindowAttention.attend` asked for Triton: gradients of inputs and of what it learns; a state and a mask; several tokens and one."
+    m = make_attention('hedgehog-window', 8, 4, 2, **kw).to(DEVICE)
+    ins = [rand(1, h, 18, 8, seed=i).requires_grad_() for i,h in enumerate((4, 2, 2))]
+    def f(q, k, v, mask, *_):
+        cut = lambda s: dict(zip(('q','k','v','mask'), (q[:,:,s], k[:,:,s], v[:,:,s], mask[:,s])), implementation='triton', output_final_state=True)
+        o,state = m.attend(**cut(slice(11)))
+        with torch.no_grad(): more,state = m.attend(**cut(slice(11, None)), initial_state=state)
+        return o, more, *flat(state)
+    agree(f, *ins, rand(1, 18) > -1, *m.parameters())
+
+@kernel
+def test_one_graph_for_several_lengths():
+    torch._dynamo.reset()
+    f = torch.compile(lambda q,k,v,a,b: triton_window_attention(q, k, v, a, b, 5), fullgraph=True, backend='aot_eager', dynamic=True)
+    for T in (20, 33, 41):
+        ins = [x.requires_grad_() for x in list(inputs(1, 2, 1, T).values())[:5]]
+        got,want = ([o, *torch.autograd.grad(o.sin().sum(), ins)] for o in (f(*ins), triton_window_attention(*ins, 5)))
+        assert all(map(torch.equal, got, want))
+        with torch.compiler.set_stance('fail_on_recompile'): f(*ins)
+
+@kernel
+@pytest.mark.parametrize('state,end,schedule', [(False, False, '2'), (True, True, 'scan')])
+def test_registered_as_torch_wants_it(state, end, schedule):
+    a = inputs(1, 2, 1, 20, masked=True)
+    past = [x.contiguous() for x in flat(chunk_window_attention(**a, window=4, output_final_state=True)[1])] if state else []
+    leaves = [x.requires_grad_() if x.is_floating_point() else x for x in a.values()]
+    args = past,4,.3,end,schedule,'ieee'
+    torch.library.opcheck(kw._window_op, (*leaves, *args))
+    o,L,*_ = kw._window_op(*leaves, *args)
+    torch.library.opcheck(kw._window_bwd_op, [x.detach() if isinstance(x, torch.Tensor) else x for x in (o, o, L, *leaves, *args[:3], *args[4:])])
+
+@kernel
+def test_second_derivatives_are_refused():
+    a = inputs(T=5); a['q'].requires_grad_()
+    g, = torch.autograd.grad(triton_window_attention(**a, window=3).sin().sum(), a['q'], create_graph=True)
+    with pytest.raises(RuntimeError, match='no autograd formula'): g.sum().backward()
 
 @kernel
 def test_causal():
@@ -208,7 +284,7 @@ def test_compiles_for_hopper(tmp_path):
     pytest.importorskip('triton')
     code = """
 from hedgehog_nb.kernels.window import window_usage as use
-assert use(128, 64)['spilled_bytes']==0
+for kernel in ('forward', 'backward q', 'backward k'): assert use(128, 64, kernel=kernel)['spilled_bytes']==0
 for kernel in ('backward q', 'backward k'): assert use(128, 64, kernel=kernel, logs=True, HAS_MASK=True)['spilled_bytes']<=64
 assert use(128, 64, group=4, logs=True, HAS_START=True, HAS_MASK=True)['spilled_bytes']<=64
 assert use(512, 256, logs=True, HAS_MASK=True, HAS_START=True, HAS_END=True)['shared_bytes']<=227*1024

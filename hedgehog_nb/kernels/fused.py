@@ -92,6 +92,12 @@ def _store_state(ptr, S_pos, S_neg, z_pos, z_neg, tile, e, d, E:tl.constexpr, D:
     tl.store(z, tl.max(z_pos, 1), mask=e < E)
     tl.store(z + E, tl.max(z_neg, 1), mask=e < E)
 
+# %% ../../kernels/04_fused_hedgehog.ipynb #69185a64
+@triton.jit
+def _unknown(n:tl.constexpr, T):
+    "`n` as a bound that the compiler does not know: it opens no loop of one step, and moves less out of it."
+    return tl.where(T > 0, n, 0)
+
 # %% ../../kernels/04_fused_hedgehog.ipynb #b421b0fa
 @triton.jit(do_not_specialize=["T", "length", "segments", "slots", "sequences"])
 def _fused_fwd_kernel(q_ptr, k_ptr, v_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_ptr, states_ptr, m_ptr, plan_ptr, o_ptr, rows_ptr, stride_qb, stride_qh, stride_qt,
@@ -135,7 +141,7 @@ def _fused_fwd_kernel(q_ptr, k_ptr, v_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_
                 u, z_pos, z_neg, m = v*weight[:, None], z_pos*keep, z_neg*keep, m_end
             z_pos, z_neg = _count(z_pos, z_neg, k_pos, k_neg, weight, DOT, PRECISION)
 
-        for g in range(GROUP):
+        for g in range(GROUP if BLOCK_E <= 64 else _unknown(GROUP, T)):
             x, w, y, q_pos, q_neg, l_q = _mapped(q_ptr + (h*GROUP + g)*stride_qh, wq_ptr, bq_ptr, h*GROUP + g, t, e, d, stride_qt, rows, D, E, FORM, BIAS_Q, DOT, PRECISION)
             den = _dot(q_pos, sum_pos, tl.zeros((BLOCK_T, 16), tl.float32), WIDE, PRECISION)
             den = tl.sum(_dot(q_neg, sum_neg, den, WIDE, PRECISION), 1)
@@ -246,7 +252,7 @@ def _config(D, E, DV, dtype, scan='o'):
     BLOCK_T = 16 if single or width>128 else 64 if width<=64 and dtype==torch.bfloat16 and scan=='o' else 32
     BLOCK_V = max(16, min(32 if single else 64, 8192//BLOCK_E, triton.next_power_of_2(DV)))
     return dict(BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E, BLOCK_D=BLOCK_D, BLOCK_V=BLOCK_V, THROUGH=D<=BLOCK_D and BLOCK_E*BLOCK_D<=8192,
-                num_warps=8 if width>64 or scan=='dkv' else 4, num_stages=1 if single or width>64 else 2)
+                num_warps=8 if width>64 or scan=='dkv' else 4, num_stages=1 if single or width>64 and (scan!='dkv' or dtype==torch.float16) else 2)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #3f0e0ee5
 VARIED = dict(o=('num_stages','BLOCK_T'), states=('num_stages',), dq=('num_stages','num_warps'), dkv=('num_stages','num_warps','BLOCK_T')) # What a GPU may choose
@@ -472,7 +478,7 @@ def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_pt
         dv, g_pos, g_neg = dv*weight[:, None], g_pos*weight[:, None], g_neg*weight[:, None]
 
         if CAUSAL:
-            for g in range(GROUP):
+            for g in range(GROUP if BLOCK_E <= 64 else _unknown(GROUP, T)):
                 inv = tl.load(rows_ptr + g*2*T + t, mask=rows, other=0.)
                 do, delta = (_tile(do_ptr + (h*GROUP + g)*stride_oh, t, c, stride_ot, rows, DV)*inv[:, None]).to(WIDE), inv*tl.load(delta_ptr + g*T + t, mask=rows, other=0.)
                 x_q, w_q, y_q, q_pos, q_neg, l_q = _mapped(q_ptr + (h*GROUP + g)*stride_qh, wq_ptr, bq_ptr, h*GROUP + g, t, e, d, stride_qt, rows, D, E, FORM, BIAS_Q, DOT, PRECISION)

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 import triton
 from triton.runtime.errors import OutOfResources
+from .cpu import cache_folder
 
 # %% ../../kernels/09_tuning.ipynb #37e44898
 def neighbours(
@@ -28,8 +29,8 @@ def neighbours(
 CHOSEN = {} # Key -> changes to the constants, in this process
 
 def tuning_file()->Path: # May not exist
-    "Where choices are kept: `hedgehog_nb/tuning.json` in `XDG_CACHE_HOME`, or in `~/.cache`."
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'hedgehog_nb'/'tuning.json'
+    "Where choices are kept: `tuning.json` in `cache_folder`."
+    return cache_folder()/'tuning.json'
 
 def _read(path):
     "What the file says; nothing if it is absent, broken, or something else."
