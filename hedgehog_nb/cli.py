@@ -683,11 +683,11 @@ def main(
 # %% ../nbs/93_cli.ipynb #d9af9d2a
 def _name(spec): return spec if spec=='embedded' else Path(spec).name
 
-def _plan(model, spec, feature_map, layers, extra, train, test, steps, batch_size, lora):
+def _plan(model, spec, feature_map, layers, extra, train, test, steps, batch_size, lora, heads=None):
     "What is about to happen, a line each."
     n,(_,T) = model.num_parameters(),test.shape
     lines = [('convert', f"[bold]{_name(spec)}[/], {type(model).__name__}, {n:,} parameters, {str(model.dtype)[6:]} on {model.device.type}"),
-        ('to', f"[bold]{feature_map}[/] attention in {layers} layers, {extra:,} parameters of maps ({extra/n:.2%})")]
+        ('to', f"[bold]{feature_map}[/] attention in {layers} layers{f' but for heads {heads}' if heads else ''}, {extra:,} parameters of maps ({extra/n:.2%})")]
     lines += [(w, f"{tokens_after(s, train, batch_size):,} tokens, {s} steps of {min(batch_size, len(train))} × {T}") for w,s in zip(('distill','finetune'), steps) if s]
     if lora and steps[1]: lines[-1] = (lines[-1][0], f"{lines[-1][1]}; adapters of rank {lora['r']} and the maps")
     return '\n'.join(f'  [dim]{w:<9}[/] {l}' for w,l in [*lines, ('measure', f'{test.numel():,} tokens in blocks of {T}')])+'\n'
@@ -759,6 +759,7 @@ def linearize_command(ctx:typer.Context,
     relative:Annotated[Optional[bool], _opt('--relative', panel='Conversion', help="Of [cyan]hedgehog-window[/]: linear weights relative to the largest in the window (LoLCATs).")]=None,
     branch:Annotated[Optional[str], _opt('--branch', panel='Conversion', metavar='NAME', help="Of [cyan]hedgehog-window[/]: [cyan]both[/], or the [cyan]window[/] or the [cyan]linear[/] branch alone, to see what the other does.")]=None,
     layers:Annotated[str, _opt('--layers', panel='Conversion', metavar='LIST', help="Layers to convert, such as [cyan]0-5,8[/], or [cyan]1-29:2[/] for every other; the rest stays softmax.")]='all',
+    softmax_heads:Annotated[Optional[str], _opt('--softmax-heads', panel='Conversion', metavar='LIST', help="Heads of these layers that stay softmax too, such as [cyan]3:0,2;7:4-5[/] for two of layer 3 and two of layer 7, in quotes.")]=None,
     objective:Annotated[str, _opt('--objective', panel='Conversion', metavar='NAME', help="What the maps imitate: attention [cyan]weights[/], [cyan]outputs[/], [cyan]both[/], the [cyan]order[/] of all weights, or [cyan]weights+order[/].")]='weights',
     distill_tokens:Annotated[int, _opt('--distill-tokens', panel='Training', metavar='N', min=0, help="Budget for the maps alone; 0: none.")]=200_000,
     distill_steps:Annotated[Optional[int], _opt('--distill-steps', panel='Training', metavar='N', min=0, help="The same in steps; wins over tokens.")]=None,
@@ -787,7 +788,7 @@ def linearize_command(ctx:typer.Context,
 
     Without a GPU expect about a minute for the embedded model, and hours for a hundred million parameters; smaller budgets and [cyan]--eval-tokens[/] make it shorter. Out of memory: [cyan]--grad-accum[/]. Several processes or GPUs share each batch under [cyan]torchrun --nproc_per_node 2 --no-python hedgehog linearize …[/]."""
     from hedgehog_nb.results import command_line, code_version
-    start,commit,screen,kw = time.perf_counter(),code_version(),Screen(as_json),{k:v for k,v in dict(form=form, num_maps=num_maps, bias=bias, window=window, relative=relative, branch=branch).items() if v is not None}
+    start,commit,screen,kw = time.perf_counter(),code_version(),Screen(as_json),{k:v for k,v in dict(form=form, num_maps=num_maps, bias=bias, window=window, relative=relative, branch=branch, softmax_heads=softmax_heads).items() if v is not None}
     out,settings = out.expanduser(),_settings(ctx)
     work = out.with_name(f'.{out.name}-run')
     written = [not restart and _same(p, work/'results.json') for p in (out/'results.json', record)] # by a run that was killed as it ended
@@ -801,7 +802,7 @@ def linearize_command(ctx:typer.Context,
             m,tok,train,test,which,extra,steps = _prepare(model, data, eval_data, text_column, feature_map, layers, kw, seq_len, batch_size, eval_tokens,
                 [(distill_tokens,distill_steps), (finetune_tokens,finetune_steps)], dtype, device, seed)
         lora = _lora(m, lora_rank, lora_targets)
-        screen.say(_plan(m, model, feature_map, len(which), extra, train, test, steps, batch_size, lora))
+        screen.say(_plan(m, model, feature_map, len(which), extra, train, test, steps, batch_size, lora, softmax_heads))
         camera = Camera(test[:1,:24], tok, which[len(which)//2], feature_map)
         with screen.progress:
             rows = convert(m, train, test, feature_map, layers, kw, *steps, batch_size, lr, finetune_lr, objective, evals, baseline=baseline, autocast=autocast, seed=seed,

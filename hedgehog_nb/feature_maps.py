@@ -27,6 +27,7 @@ class Attention(nn.Module):
     directions = True,False  # Values of `causal` it can do
     stateful = False         # Can it carry on from a state, as text that is written token by token needs?
     feature_dim = None       # Features F per head, where it has such
+    kept = ()                # Query heads that stay softmax, where some do
     def __init__(self,
         head_dim:int, # Channels D of one head
         num_heads:int=1, # Query heads H
@@ -47,6 +48,9 @@ class Attention(nn.Module):
         "Raises `ValueError` on shapes or a direction that this attention was not made for."
         check_qkv(q, k, v, mask); self._check(q, self.num_heads, 'queries'); self._check(k, self.num_kv_heads, 'keys')
         if causal not in self.directions: raise ValueError(f"{type(self).__name__} is {'causal' if True in self.directions else 'bidirectional'} only; given causal={causal}")
+    def linear_part(self, q=None, k=None, v=None, o=None):
+        "The attention to be trained, and its share of queries, keys, values and outputs: all, unless some heads stay softmax."
+        return self, q, k, v, o
     def extra_repr(self): return f"head_dim={self.head_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
 
 # %% ../nbs/04_feature_maps.ipynb #ebae16fd

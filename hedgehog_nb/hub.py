@@ -24,8 +24,8 @@ def _known(model):
     "What a card says of a conversion, in order."
     from hedgehog_nb.linearize import linear_layers
     cfg,maps = model.config.hedgehog,[m.feature_map for m in linear_layers(model).values()]
-    return {'architecture': type(model).__name__, 'attention': ', '.join(str(v) if k=='feature_map' else f'{k}={v}' for k,v in cfg.items() if k!='layers'),
-        'linear layers': ', '.join(map(str, cfg['layers'])), 'parameters of the maps': f"{sum(p.numel() for m in maps for p in m.parameters()):,}"}
+    return {'architecture': type(model).__name__, 'attention': ', '.join(str(v) if k=='feature_map' else f'{k}={v}' for k,v in cfg.items() if k not in ('layers','softmax_heads')),
+        'linear layers': ', '.join(map(str, cfg['layers'])), **({'heads of these that stay softmax (layer:heads)': cfg['softmax_heads']} if 'softmax_heads' in cfg else {}), 'parameters of the maps': f"{sum(p.numel() for m in maps for p in m.parameters()):,}"}
 
 CARD = """---
 {header}

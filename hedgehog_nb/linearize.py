@@ -24,6 +24,7 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .attention import AttentionCall, attention_as, is_causal, fused_softmax_attention
 from .feature_maps import ATTENTIONS, make_attention
+from .heads import KeptHeads, parse_heads, spell_heads
 from .hub import is_hub_name, save_own_way
 
 # %% ../nbs/08_linearize.ipynb #0a8ed362
@@ -62,7 +63,7 @@ def hedgehog_attention(module, q, k, v, attention_mask=None, scaling=None, dropo
     if not hasattr(module, 'feature_map'):
         return fused_softmax_attention(q, k, v, causal, scaling, mask, kwargs.get('sliding_window'), dropout).transpose(1,2).contiguous(), None
     past,impl = getattr(module, '_past', None), getattr(module, '_implementation', None)
-    attend = partial(module.feature_map.attend, q, k, v, causal, mask, offset=0 if past is None else past.length-k.shape[2])
+    attend = partial(module.feature_map.attend, q, k, v, causal, mask, offset=0 if past is None else past.length-k.shape[2], **(dict(dropout=dropout) if module.feature_map.kept else {}))
     if past is None or not causal: o = attend(implementation=impl)
     elif impl!='naive': o,past.state = attend(initial_state=past.state, output_final_state=True, implementation=impl)
     else: # the oracle keeps no state: it gives the output of a first pass, and the chunked form the state
@@ -100,15 +101,17 @@ def probe_inputs(
 def parse_layers(
     layers, # "all"; numbers, ranges and ranges with a step, such as "0-5,8" or "1-29:2"; or a list of integers
     n:int, # How many attention layers there are
+    what:str='layers', # What is numbered, for messages
+    of:str='the model', # Whose they are
 )->list: # Sorted layer numbers
     "Which layers to convert. Raises `ValueError` on what is no layer of the model."
     if layers=='all': return list(range(n))
     if isinstance(layers, str):
         parts = [re.fullmatch(r'(\d+)(?:-(\d+)(?::([1-9]\d*))?)?', p) for p in layers.split(',')]
-        if not all(parts): raise ValueError(f"layers is 'all', or like '0-5,8', or '1-29:2' for every other of those; given {layers!r}")
+        if not all(parts): raise ValueError(f"{what} is 'all', or like '0-5,8', or '1-29:2' for every other of those; given {layers!r}")
         layers = [i for a,b,step in (p.groups() for p in parts) for i in range(int(a), int(b or a)+1, int(step or 1))]
     bad = [i for i in layers if not 0<=i<n]
-    if bad or not layers: raise ValueError(f"the model has layers 0 to {n-1}; given {layers}")
+    if bad or not layers: raise ValueError(f"{of} has {what} 0 to {n-1}; given {layers}")
     return sorted(set(layers))
 
 # %% ../nbs/08_linearize.ipynb #c44ab696
@@ -169,9 +172,10 @@ def probe_attention(
     return list(_self_attention(model, calls, x).values())
 
 # %% ../nbs/08_linearize.ipynb #bc85f828
-def _make(name, call, settings):
-    "The attention that takes the place of one call's softmax."
-    m = make_attention(name, call.q.shape[-1], call.q.shape[1], call.k.shape[1], call.scale, **settings)
+def _make(name, call, settings, kept=()):
+    "The attention that takes the place of one call's softmax, but for the heads `kept`."
+    sizes = call.q.shape[-1], call.q.shape[1], call.k.shape[1], call.scale
+    m = KeptHeads(name, kept, *sizes, sliding_window=call.window, **settings) if kept else make_attention(name, *sizes, **settings)
     if not m.stateful: raise ValueError(f"{name!r} keeps no state, so a converted model could not write with it; there are {', '.join(n for n in sorted(ATTENTIONS) if ATTENTIONS[n].stateful)}")
     if call.causal not in m.directions: raise ValueError(f"{name!r} is {'causal' if True in m.directions else 'bidirectional'} only, and {call.name} is not")
     return m.to(call.q.device, torch.promote_types(call.q.dtype, torch.float32))
@@ -181,6 +185,7 @@ def plan_maps(
     feature_map:str='hedgehog', # Name of the map (see `FEATURE_MAPS`), or "hedgehog-window"
     layers='all', # Attention layers to convert: "0-5,8", "1-29:2", a list of integers, or "all": those that see everything, where others have a window
     inputs:dict=None, # A small input for the model's forward; tokens or a blank image if None
+    softmax_heads=None, # Heads of these layers that stay softmax: "3:0,2;7:4-5", or {layer: heads}
     **map_kwargs # Settings of the map
 )->tuple: # (numbers of the layers, {attention module: its map})
     "The maps that would replace softmax, found out by two tiny forward passes. Raises `ValueError` where it cannot be done."
@@ -191,7 +196,8 @@ def plan_maps(
     if not calls: raise ValueError(f"no attention call was seen in {type(model).__name__}")
     which = parse_layers(layers, len(calls))
     if layers=='all' and not all(c.window for c in calls): which = [i for i in which if not calls[i].window]
-    return which, {c.module: _make(feature_map, c, map_kwargs) for c in (calls[i] for i in which)}
+    kept = parse_heads(softmax_heads, [(c.q.shape[1], c.k.shape[1]) for c in calls], which)
+    return which, {calls[i].module: _make(feature_map, calls[i], map_kwargs, kept.get(i, ())) for i in which}
 
 # %% ../nbs/08_linearize.ipynb #02218ca8
 @torch.no_grad()
@@ -200,13 +206,15 @@ def linearize(
     feature_map:str='hedgehog', # Name of the map (see `FEATURE_MAPS`), or "hedgehog-window"
     layers='all', # Attention layers to convert: "0-5,8", "1-29:2", a list of integers, or "all": those that see everything, where others have a window
     inputs:dict=None, # A small input for the model's forward; tokens or a blank image if None
+    softmax_heads=None, # Heads of these layers that stay softmax: "3:0,2;7:4-5", or {layer: heads}
     **map_kwargs # Settings of the map, e.g. form="exp", num_maps=2
 )->PreTrainedModel: # The same model, its attention swapped; train the maps next (`distill`)
     "Swap softmax attention for linear attention. Raises `ValueError` where that cannot be done, and leaves the model as it was."
     from hedgehog_nb.state import use_recurrent_cache
-    which,maps = plan_maps(model, feature_map, layers, inputs, **map_kwargs)
+    which,maps = plan_maps(model, feature_map, layers, inputs, softmax_heads, **map_kwargs)
     for module,m in maps.items(): module.feature_map = m
-    model.config.hedgehog = dict(feature_map=feature_map, layers=which, **map_kwargs)
+    kept = {i:m.kept for i,m in zip(which, maps.values()) if m.kept}
+    model.config.hedgehog = dict(feature_map=feature_map, layers=which, **(dict(softmax_heads=spell_heads(kept)) if kept else {}), **map_kwargs)
     model.set_attn_implementation('hedgehog')
     use_recurrent_cache(model)
     save_own_way(model)

@@ -248,7 +248,7 @@ def attention_report(
     max_tokens:int=256, # Texts are cut to this length
     every:int=1, # Measure each `every`-th query
     min_keys:int=8, # Rows that see fewer keys are left out
-)->AttentionReport: # A row per layer, head and variant
+)->AttentionReport: # A row per layer, head and variant; what a converted model keeps as softmax, layers or heads, has that variant alone
     "Measure the attention of `model`: its softmax, and linear attentions on the same queries and keys. Raises `ValueError` on texts without tokenizer, unknown maps, or too short texts."
     x,report,layers = _inputs(model, texts_or_ids, tokenizer, max_tokens), AttentionReport(), {}
     mask = x.get('attention_mask')
@@ -260,7 +260,7 @@ def attention_report(
         layer = layers.setdefault(c.name, len(layers))
         for variant,fm in _variants(c, feature_map).items():
             m = attention_metrics(c.q, c.k, fm, c.causal, c.scale, mask, every, min_keys)
-            report += [dict(variant=variant, layer=layer, head=h, name=c.name, **{n:v[h].item() for n,v in m.items()}) for h in range(c.q.shape[1])]
+            report += [dict(variant=variant, layer=layer, head=h, name=c.name, **{n:v[h].item() for n,v in m.items()}) for h in range(c.q.shape[1]) if h not in getattr(fm, 'kept', ())]
     return report
 
 # %% ../nbs/03_softmax_properties.ipynb #75808a02

@@ -91,7 +91,7 @@ def _remembering(model, context):
     cache = DynamicCache(config=model.config)
     model(input_ids=torch.ones(1, 2, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
     for l in cache.layers:
-        if hasattr(l, 'state'): l.length = context
+        if hasattr(l, 'state'): l.length,l.state = context,getattr(l.state, 'of_length', lambda n: l.state)(context)
         else: l.keys,l.values = (torch.randn(*x.shape[:2], context, x.shape[3], dtype=x.dtype, device=x.device) for x in (l.keys, l.values))
     return cache
 

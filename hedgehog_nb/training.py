@@ -180,9 +180,10 @@ class Run:
 def _distill_piece(model, batch, share, objective, names, when):
     "Add the gradients of one piece of a batch; its part of the mean loss over layers."
     losses = []
-    def on_layer(module, *args):
+    def on_layer(module, q, k, v, causal, scale, mask, o):
         with torch.enable_grad():
-            loss = layer_loss(objective, module.feature_map, *args)
+            part,q,k,v,o = module.feature_map.linear_part(q, k, v, o)
+            loss = layer_loss(objective, part, q, k, v, causal, scale, mask, o)
             if not loss.isfinite(): raise FloatingPointError(f"the loss of {names[module]} is {loss.item()} at {when}")
             (loss*share).backward()
         losses.append(loss.item())

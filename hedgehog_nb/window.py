@@ -317,17 +317,17 @@ def linear_shares(
     "How much of each head's weight lies on keys older than the window; memory T². Raises `ValueError` where the model has no hybrid layers, or the text no older keys."
     from hedgehog_nb.attention import attention_as
     from hedgehog_nb.linearize import hedgehog_attention, padding_mask
-    rows,names = [],{m:n for n,m in model.named_modules() if isinstance(getattr(m, 'feature_map', None), WindowAttention)}
-    if not names: raise ValueError("this model has no hybrid layers: convert it with linearize(model, 'hedgehog-window')")
+    rows,hybrids = [],[m for m in model.modules() if hasattr(m, 'feature_map') and isinstance(m.feature_map.linear_part()[0], WindowAttention)]
+    if not hybrids: raise ValueError("this model has no hybrid layers: convert it with linearize(model, 'hedgehog-window')")
     def fn(module, q, k, v, attention_mask, scaling=None, **kw):
-        if module in names:
-            att,T = module.feature_map,q.shape[2]
+        if module in hybrids:
+            (att,qs,ks,*_),T = module.feature_map.linear_part(q, k),q.shape[2]
             real = torch.ones(len(q), T, dtype=torch.bool, device=q.device) if attention_mask is None else attention_mask.bool()
             count = (real & (real.cumsum(-1)>att.window))[:,None]
             if not count.any(): raise ValueError(f"no token of this text has keys older than the window of {att.window}: give a longer one")
             mean = lambda x: (x*count).sum((0,2))/count.sum()
-            shares = mean(att.linear_share(q, k, attention_mask)), mean(softmax_weights(q, k, scale=scaling, mask=attention_mask).tril(-att.window).sum(-1))
-            rows.extend(dict(layer=list(names).index(module), head=h, share=a.item(), softmax=b.item()) for h,(a,b) in enumerate(zip(*shares)))
+            shares = mean(att.linear_share(qs, ks, attention_mask)), mean(softmax_weights(qs, ks, scale=scaling, mask=attention_mask).tril(-att.window).sum(-1))
+            rows.extend(dict(layer=hybrids.index(module), head=h, share=a.item(), softmax=b.item()) for h,a,b in zip((h for h in range(q.shape[1]) if h not in module.feature_map.kept), *shares))
         return hedgehog_attention(module, q, k, v, attention_mask, scaling, **kw)
     with attention_as(model, fn, padding_mask): model.base_model(**inputs, use_cache=False)
     return rows
