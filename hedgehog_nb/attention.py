@@ -64,10 +64,12 @@ def visible(
     causal:bool=True, # Query i sees keys up to its own position?
     mask:Tensor=None, # (B, T) True at real tokens
     device=None, # Where the result lies
+    window:int=None, # Query i sees only the last `window` keys, itself included; if not causal, as many ahead
 )->Tensor: # (1 or B, 1, Tq, T) bool, True where query i sees key j
-    "Which keys each query sees: the causal triangle without the padded keys."
+    "Which keys each query sees: the causal triangle without the padded keys, or a band of it."
     ok = torch.ones(Tq, T, dtype=torch.bool, device=device)
     if causal: ok = ok.tril(T-Tq)
+    if window is not None: ok = ok.triu(T-Tq+1-window).tril(T-Tq-1+window)
     ok = ok[None,None]
     return ok if mask is None else ok & mask.bool()[:,None,None]
 
@@ -79,11 +81,12 @@ def softmax_weights(
     causal:bool=True, # Query i sees keys up to its own position?
     scale:float=None, # Factor on q·k; 1/√D if None
     mask:Tensor=None, # (B, T) True at real tokens
+    window:int=None, # Query i sees only the last `window` keys, itself included; if not causal, as many ahead
 )->Tensor: # (B, H, Tq, T) weights in fp32 (fp64 for fp64 inputs); rows sum to 1, or to 0 where no key is visible
     "The weights of softmax attention (paper, Eq. 1), in memory T²."
     dt = torch.promote_types(q.dtype, torch.float32)
     s = q.to(dt) @ repeat_kv(k, q.shape[1]).to(dt).mT * (q.shape[-1]**-0.5 if scale is None else scale)
-    ok = visible(q.shape[2], k.shape[2], causal, mask, q.device)
+    ok = visible(q.shape[2], k.shape[2], causal, mask, q.device, window)
     return s.masked_fill(~ok, -torch.inf).softmax(-1).masked_fill(~ok, 0)
 
 # %% ../nbs/01_softmax_attention.ipynb #4154f39e
@@ -120,8 +123,7 @@ def fused_softmax_attention(
     H,Tq,T = q.shape[1],q.shape[2],k.shape[2]
     k,v,ok = repeat_kv(k, H),repeat_kv(v, H),None
     if mask is not None or window is not None or (causal and Tq!=T):
-        ok = visible(Tq, T, causal, mask, q.device)
-        if window is not None: ok = ok & torch.ones(Tq, T, dtype=torch.bool, device=q.device).triu(T-Tq+1-window).tril(T-Tq-1+window)
+        ok = visible(Tq, T, causal, mask, q.device, window)
         ok = ok | ~ok.any(-1, keepdim=True)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=ok, dropout_p=dropout, is_causal=causal and ok is None, scale=scale)
 

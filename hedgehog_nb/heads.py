@@ -108,19 +108,11 @@ class KeptHeads(Attention):
     def extra_repr(self): return f"{super().extra_repr()}, kept={spell_numbers(self.kept)}"
 
 # %% ../nbs/13_heads.ipynb #13a00024
-def _kept_weights(att, q, k, causal, mask):
-    "Softmax's weights within the window, (B, Hs, Tq, T): the oracle."
-    a,w = softmax_weights(q, k, causal, att.scale, mask),att.sliding_window
-    if w is None: return a
-    n = a.shape[-1]-a.shape[-2]
-    a = a*torch.ones(a.shape[-2:], dtype=a.dtype, device=a.device).triu(n+1-w).tril(n-1+w)
-    return a/a.sum(-1, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
-
 @patch
 def weights(self:KeptHeads, q, k, causal=True, mask=None):
     self.check(q, k, k, causal, mask)
     rest,qr,kr,*_ = self.linear_part(q, k)
-    return _join(_kept_weights(self, *self._share(True, q, k)[:2], causal, mask), rest.weights(qr, kr, causal, mask), self.runs)
+    return _join(softmax_weights(*self._share(True, q, k)[:2], causal, self.scale, mask, self.sliding_window), rest.weights(qr, kr, causal, mask), self.runs)
 
 # %% ../nbs/13_heads.ipynb #13a00022
 class KeptState(NamedTuple):
@@ -168,7 +160,7 @@ def attend(self:KeptHeads,
     rest = part.attend(*qkv, causal, mask, initial_state=state and state.rest, output_final_state=output_final_state, implementation=implementation, offset=offset)
     q,k,v,_ = self._share(True, q, k, v)
     if state is not None: k,v,mask = state.join(k, v, mask)
-    if implementation=='naive': soft = (_kept_weights(self, q, k, causal, mask) @ repeat_kv(v, q.shape[1])).to(v.dtype)
+    if implementation=='naive': soft = (softmax_weights(q, k, causal, self.scale, mask, self.sliding_window) @ repeat_kv(v, q.shape[1])).to(v.dtype)
     else: soft = fused_softmax_attention(q, k, v, causal, self.scale, mask, self.sliding_window, dropout)
     if not output_final_state: return _join(soft, rest, self.runs)
     return _join(soft, rest[0], self.runs), _after(self, state, k, v, mask, rest[1])

@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.auto import modeling_auto
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from .attention import AttentionCall, attention_as, is_causal, fused_softmax_attention
+from .attention import AttentionCall, attention_as, is_causal, fused_softmax_attention, softmax_weights
 from .feature_maps import ATTENTIONS, make_attention
 from .heads import KeptHeads, parse_heads, spell_heads
 from .hub import is_hub_name, save_own_way
@@ -56,19 +56,28 @@ def _split(module, k, attention_mask, kwargs):
     if past is not None and past.length>k.shape[2] and not causal: raise ValueError(f"{type(module).__name__} goes on from {past.length-k.shape[2]} tokens without being causal, and a recurrent state holds a causal past")
     return causal, None if attention_mask is None else attention_mask[:, -k.shape[2]:]
 
+# %% ../nbs/08_linearize.ipynb #outa0002
+def _weights(module, q, k, causal, mask, scaling, window):
+    "The (B, H, T, T) weights of one call. Raises `ValueError` where there are older tokens in a state."
+    past = getattr(module, '_past', None)
+    if not hasattr(module, 'feature_map'): return softmax_weights(q, k, causal, scaling, mask, window).to(q.dtype)
+    if past is not None and past.length>k.shape[2]: raise ValueError(f"output_attentions asks for weights on {past.length-k.shape[2]} tokens of earlier calls, whose keys a recurrent state does not keep: run the whole text at once")
+    return module.feature_map.weights(q, k, causal, mask).to(q.dtype)
+
 # %% ../nbs/08_linearize.ipynb #e0aacc4a
 def hedgehog_attention(module, q, k, v, attention_mask=None, scaling=None, dropout=0., **kwargs):
     "The attention function registered with transformers: linear where the module has a `feature_map`, softmax elsewhere."
     causal,mask = _split(module, k, attention_mask, kwargs)
+    w = _weights(module, q, k, causal, mask, scaling, kwargs.get('sliding_window')) if kwargs.get('output_attentions') else None
     if not hasattr(module, 'feature_map'):
-        return fused_softmax_attention(q, k, v, causal, scaling, mask, kwargs.get('sliding_window'), dropout).transpose(1,2).contiguous(), None
+        return fused_softmax_attention(q, k, v, causal, scaling, mask, kwargs.get('sliding_window'), dropout).transpose(1,2).contiguous(), w
     past,impl = getattr(module, '_past', None), getattr(module, '_implementation', None)
     attend = partial(module.feature_map.attend, q, k, v, causal, mask, offset=0 if past is None else past.length-k.shape[2], **(dict(dropout=dropout) if module.feature_map.kept else {}))
     if past is None or not causal: o = attend(implementation=impl)
     elif impl!='naive': o,past.state = attend(initial_state=past.state, output_final_state=True, implementation=impl)
     else: # the oracle keeps no state: it gives the output of a first pass, and the chunked form the state
         o,past.state = attend(implementation=impl, initial_state=past.state), attend(output_final_state=True)[1]
-    return o.transpose(1,2).contiguous(), None
+    return o.transpose(1,2).contiguous(), w
 
 AttentionInterface.register('hedgehog', hedgehog_attention)
 AttentionMaskInterface.register('hedgehog', padding_mask)

@@ -2,11 +2,12 @@
 import copy
 from pathlib import Path
 import pytest, torch
+from transformers import DynamicCache
 from hedgehog_nb.attention import attention_as, repeat_kv
 from hedgehog_nb.data import load_embedded
 from hedgehog_nb.feature_maps import FEATURE_MAPS
 from hedgehog_nb.hedgehog import FORMS
-from hedgehog_nb.linearize import linear_layers, linearize, load_linearized, padding_mask, parse_layers, save_linearized, set_implementation
+from hedgehog_nb.linearize import hedgehog_attention, linear_layers, linearize, load_linearized, padding_mask, parse_layers, save_linearized, set_implementation
 from tiny_models import MODELS, VOCAB, bert, gpt2, inputs, llama, shake, tokens, vit
 
 SETTINGS = [(n,{}) for n in sorted(FEATURE_MAPS) if n!='hedgehog'] + [('hedgehog',dict(form=f)) for f in FORMS] + [('hedgehog',dict(form='exp', num_maps=2, bias=True))]
@@ -39,6 +40,33 @@ def close(a, b):
     same(a, b, {torch.float64:1e-10, torch.float32:1e-5, torch.bfloat16:3e-2}[a.dtype])
 
 def same(a, b, tol): torch.testing.assert_close(a.double(), b.double(), atol=tol, rtol=tol)
+
+# --- what it looks at
+
+@pytest.mark.parametrize('name,settings', [*((n,{}) for n in ('llama','bert','vit')), ('llama',dict(layers='0,2')), ('bert',dict(layers='1')), ('llama',dict(layers='0,1', softmax_heads='1:0-1')), ('llama',dict(feature_map='hedgehog-window', window=4)), ('llama',dict(feature_map='elu'))])
+@pytest.mark.parametrize('padded', [False,True])
+def test_weights_are_those_it_uses(name, settings, padded):
+    "Each layer's weights times its values are its outputs, in linear layers and in those that stay softmax (GPT-2 does not hand the request down)"
+    model = shake(linearize(MODELS[name]().double(), **settings)); x,seen = inputs(model),[]
+    if padded and name=='vit': pytest.skip("images have no padding")
+    if padded: x['attention_mask'] = torch.ones_like(x['input_ids']); x['attention_mask'][1,:5] = 0
+    def fn(module, q, k, v, attention_mask, scaling=None, **kw):
+        o,w = hedgehog_attention(module, q, k, v, attention_mask, scaling, **kw)
+        seen.append((w, (w@repeat_kv(v, q.shape[1])).transpose(1,2), o)); return o,w
+    with torch.no_grad(), attention_as(model, fn, padding_mask): asked = model(**x, output_attentions=True).attentions
+    real = x['attention_mask'].bool() if padded else torch.ones(seen[0][2].shape[:2], dtype=torch.bool)
+    assert len(asked)==len(seen)==3
+    for a,(w,by_weights,o) in zip(asked, seen):
+        assert torch.equal(a, w)
+        same(by_weights[real], o[real], 1e-10); same(w.sum(-1).transpose(1,2)[real], torch.ones(1, dtype=torch.float64).expand_as(w.sum(-1).transpose(1,2)[real]), 1e-10)
+    with torch.no_grad(): assert model(**x).get('attentions') is None
+
+def test_weights_on_what_was_forgotten():
+    model = linearize(llama()); cache = DynamicCache()
+    with torch.no_grad():
+        first = model(input_ids=tokens(1, 7), past_key_values=cache, output_attentions=True)
+        assert [w.shape for w in first.attentions]==[(1,4,7,7)]*3
+        with pytest.raises(ValueError, match='7 tokens of earlier calls'): model(input_ids=tokens(1, 2), past_key_values=cache, output_attentions=True)
 
 # --- the forward pass
 
