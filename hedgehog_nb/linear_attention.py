@@ -7,7 +7,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/linear_attention.html.md"""
 # %% auto #0
 __all__ = ['NOTHING', 'EPS', 'IN_CACHE', 'IMPLEMENTATIONS', 'HAS_TRITON', 'TRITON_BY_DEFAULT', 'prepare_keys',
            'naive_linear_weights', 'naive_linear_attention', 'LinearState', 'recurrent_linear_attention',
-           'chunk_linear_attention', 'bidirectional_linear_attention', 'linear_attention']
+           'chunk_linear_attention', 'bidirectional_linear_attention', 'operation', 'linear_attention']
 
 # %% ../nbs/02_linear_attention.ipynb #93668b2a
 from importlib.util import find_spec
@@ -373,6 +373,16 @@ def _suits_c(q, k, v, feature_map, initial_state, cu_seqlens, chunk_size):
 def _c(suits, *args, **kwargs):
     from hedgehog_nb.kernels.cpu import attend, c_attention
     return (attend if suits else c_attention)(*args, **kwargs)
+
+# %% ../nbs/02_linear_attention.ipynb #oper0002
+def operation(
+    name:str, # Of the operation
+): # Decorator of a function whose tensors and numbers have their types written down
+    "Register a function as an operation of PyTorch that changes none of its arguments."
+    def _f(f):
+        space = 'hedgehog_nb' if f.__module__.startswith('hedgehog_nb') else 'hedgehog_page'
+        return torch.library.custom_op(f'{space}::{name}', f, mutates_args=())
+    return _f
 
 # %% ../nbs/02_linear_attention.ipynb #map00002
 def _by_segments(feature_map, q, k, v, causal, cu_seqlens, implementation):

@@ -274,6 +274,19 @@ def test_opcheck(causal, form):
     torch.library.opcheck(cpu._c_op, (*[t.detach() for t in x], *[h if h is None else h.detach() for h in held], None, None, None, form, causal, False))
 
 @needs_compiler
+def test_a_page_does_not_take_the_name_of_its_module():
+    "A notebook defines the operation once more, in the same process: the library's goes on working"
+    x = inputs(1, 2, 2, 70, 16, 16, 'softmax_halves')
+    before,page = both(x, True, torch.float32, 'c'),dict(__name__='__main__')
+    exec("""from torch import Tensor
+from hedgehog_nb.linear_attention import operation
+@operation('c_attention')
+def op(x:Tensor)->Tensor: return x+1""", page)
+    assert torch.equal(page['op'](torch.ones(2)), torch.full((2,), 2.)) and page['op']._qualname!=cpu._c_op._qualname
+    after = both(x, True, torch.float32, 'c')
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+@needs_compiler
 def test_compiled_models_trace_the_form_in_pytorch():
     q,k,v,m,*_ = inputs(1, 2, 2, 40, 8, 8, 'softmax_halves')
     f = torch.compile(lambda q, k, v: linear_attention(q, k, v, m), fullgraph=True, backend='eager')

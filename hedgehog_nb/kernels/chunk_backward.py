@@ -12,7 +12,7 @@ import torch
 from typing import Optional, Sequence
 from torch import Tensor
 from ..attention import full_precision
-from ..linear_attention import LinearState, _check_cu_seqlens
+from ..linear_attention import LinearState, operation, _check_cu_seqlens
 from .feature_map import _dot, _on, offline_usage
 from .tuning import tuned_launch
 from .chunk import (_EPS, _NOTHING, _absorb, _check, _constants, _cut, _forward, _last_slot, _maxima, _scan, _segment, _states, _tile,
@@ -323,7 +323,7 @@ def _borders(cu_seqlens, phi_q): return None if cu_seqlens is None else _check_c
 def _state(S, z, m): return None if S is None else LinearState(S.float(), z.float(), m.float())
 def _how(schedule): return int(schedule) if schedule.isdigit() else schedule or None
 
-@torch.library.custom_op('hedgehog_nb::linear_attention', mutates_args=())
+@operation('linear_attention')
 def _attention_op(phi_q:Tensor, phi_k:Tensor, v:Tensor, log_k:Optional[Tensor], S:Optional[Tensor], z:Optional[Tensor], m:Optional[Tensor], mask:Optional[Tensor], cu_seqlens:Optional[Tensor],
                   causal:bool, output_final_state:bool, schedule:str, precision:str)->tuple[Tensor,Tensor,Tensor,Tensor,Tensor]:
     "Outputs, normalisers, and the final state; where it is not asked for, three empty tensors."
@@ -337,7 +337,7 @@ def _(phi_q, phi_k, v, log_k, S, z, m, mask, cu_seqlens, causal, output_final_st
     return v.new_empty(*phi_q.shape[:3], D), new(*phi_q.shape[:3]), *((new(n, Hkv, F, D), new(n, Hkv, F), new(n, Hkv)) if output_final_state else (new(0), new(0), new(0)))
 
 # %% ../../kernels/03_chunk_backward.ipynb #d11fff98
-@torch.library.custom_op('hedgehog_nb::linear_attention_backward', mutates_args=())
+@operation('linear_attention_backward')
 def _attention_bwd_op(do:Tensor, dS:Optional[Tensor], dz:Optional[Tensor], dm:Optional[Tensor], phi_q:Tensor, phi_k:Tensor, v:Tensor, log_k:Optional[Tensor], S:Optional[Tensor], z:Optional[Tensor],
                       m:Optional[Tensor], mask:Optional[Tensor], cu_seqlens:Optional[Tensor], o:Tensor, den:Tensor, S_end:Tensor, z_end:Tensor, causal:bool, schedule:str, precision:str,
                       need:Sequence[bool])->tuple[Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from ..attention import check_qkv, full_precision
 from ..hedgehog import Hedgehog
-from ..linear_attention import LinearState
+from ..linear_attention import LinearState, operation
 
 # %% ../../kernels/10_cpu.ipynb #cpuk0008
 FLAGS = ('-march=native','-fopenmp'),('-march=native',),() # The first that the compiler takes
@@ -654,7 +654,7 @@ def _forward(q, k, v, w_q, w_k, b_q, b_k, S, z, mask, form, causal, keep):
     _call('attention_forward', dict(q=q, k=k, v=v, wq=w_q, wk=w_k, bq=b_q, bk=b_k, mask=mask, S0=S, z0=z, o=o, S=S1, z=z1, den=_or_none(den), states=_or_none(states), sums=_sums(v, sizes)), sizes+(keep,))
     return out
 
-@torch.library.custom_op('hedgehog_nb::c_attention', mutates_args=())
+@operation('c_attention')
 def _c_op(q:Tensor, k:Tensor, v:Tensor, w_q:Optional[Tensor], w_k:Optional[Tensor], b_q:Optional[Tensor], b_k:Optional[Tensor], S:Optional[Tensor], z:Optional[Tensor], mask:Optional[Tensor],
           form:str, causal:bool, keep:bool)->tuple[Tensor,Tensor,Tensor,Tensor,Tensor]:
     return _forward(q, k, v, w_q, w_k, b_q, b_k, S, z, mask, form, causal, keep)
@@ -670,7 +670,7 @@ def _gradients(q, k, v, w_q, w_k, b_q, b_k, S, z):
     turned = lambda x: x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1,2)
     return *(turned(x) for x in (q, k, v)), *(new(x) for x in (w_q, w_k, b_q, b_k)), torch.empty_like(S), torch.empty_like(z)
 
-@torch.library.custom_op('hedgehog_nb::c_attention_backward', mutates_args=())
+@operation('c_attention_backward')
 def _c_bwd_op(do:Tensor, dS:Optional[Tensor], dz:Optional[Tensor], q:Tensor, k:Tensor, v:Tensor, w_q:Optional[Tensor], w_k:Optional[Tensor], b_q:Optional[Tensor], b_k:Optional[Tensor], mask:Optional[Tensor],
               o:Tensor, S:Tensor, z:Tensor, den:Tensor, states:Tensor, form:str, causal:bool)->tuple[Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor]:
     dq,dk,dv,dwq,dwk,dbq,dbk,dS0,dz0 = grads = _gradients(q, k, v, w_q, w_k, b_q, b_k, S, z)

@@ -13,7 +13,7 @@ from typing import Optional
 from torch import Tensor
 from ..attention import check_qkv
 from ..hedgehog import Hedgehog
-from ..linear_attention import EPS, LinearState
+from ..linear_attention import EPS, LinearState, operation
 from .feature_map import _INTERPRET, _features, _on, offline_usage
 import triton, triton.language as tl
 
@@ -138,7 +138,7 @@ def _launch(q, k, v, state, weights, form, log_k, mask, out, tickets, after):
         k.shape[1], HAS_BIAS=b_q is not None, HAS_LOG=log_k is not None, HAS_MASK=mask is not None, **c)
     return out
 
-@torch.library.custom_op('hedgehog_nb::decode_step', mutates_args=())
+@operation('decode_step')
 def _decode_op(q:Tensor, k:Tensor, v:Tensor, S:Tensor, z:Tensor, m:Tensor, w_q:Optional[Tensor], w_k:Optional[Tensor], b_q:Optional[Tensor], b_k:Optional[Tensor],
                form:str, log_k:Optional[Tensor], mask:Optional[Tensor])->tuple[Tensor,Tensor,Tensor,Tensor]:
     "The output and a state of its own."

@@ -13,7 +13,7 @@ from typing import Optional
 from torch import Tensor
 from ..attention import check_qkv, full_precision
 from ..hedgehog import FORMS
-from ..linear_attention import NOTHING, LinearState, _check_cu_seqlens
+from ..linear_attention import NOTHING, LinearState, operation, _check_cu_seqlens
 from .feature_map import _INTERPRET, _dot, _features, _features_bwd, _offline, _on, _read_binary, offline_usage
 from .chunk import _EPS, _NOTHING, _cummax_within, _last_slot, _plan, _segment, _segments, _tile
 from .chunk_backward import _borders
@@ -585,7 +585,7 @@ def _backward(do, dS, dz, q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, o, rows, s
     return dq, dk, dv, dw_q, dw_k, db_q, db_k, dS, dz, (S*dS).sum((-2,-1)) + (z*dz).sum(-1)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #42df6946
-@torch.library.custom_op('hedgehog_nb::fused_attention', mutates_args=())
+@operation('fused_attention')
 def _fused_op(q:Tensor, k:Tensor, v:Tensor, w_q:Tensor, w_k:Tensor, b_q:Optional[Tensor], b_k:Optional[Tensor], S:Optional[Tensor], z:Optional[Tensor], m:Optional[Tensor], mask:Optional[Tensor],
               cu_seqlens:Optional[Tensor], form:str, causal:bool, final:bool, save:bool, schedule:int, precision:str)->tuple[Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor]:
     return _forward(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, form, causal, final, save, schedule, precision, _borders(cu_seqlens, q))
@@ -600,7 +600,7 @@ def _(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, cu_seqlens, form, causal, fina
             new(B, Hkv, n+1) if kept and log else new(0), *((new(N, Hkv, F, DV), new(N, Hkv, F), new(N, Hkv)) if final else (new(0), new(0), new(0))))
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #60de38ec
-@torch.library.custom_op('hedgehog_nb::fused_attention_backward', mutates_args=())
+@operation('fused_attention_backward')
 def _fused_bwd_op(do:Tensor, dS:Optional[Tensor], dz:Optional[Tensor], q:Tensor, k:Tensor, v:Tensor, w_q:Tensor, w_k:Tensor, b_q:Optional[Tensor], b_k:Optional[Tensor],
                   S:Optional[Tensor], z:Optional[Tensor], m:Optional[Tensor], mask:Optional[Tensor], cu_seqlens:Optional[Tensor], o:Tensor, rows:Tensor, states:Tensor, M:Tensor,
                   form:str, causal:bool, schedule:int, precision:str)->tuple[Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor]:

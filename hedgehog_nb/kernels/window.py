@@ -12,7 +12,7 @@ import torch
 from typing import Optional, Sequence
 from torch import Tensor
 from ..attention import full_precision
-from ..linear_attention import EPS, NOTHING, LinearState
+from ..linear_attention import EPS, NOTHING, LinearState, operation
 from ..window import WindowState, _check_state, _check_window
 from .feature_map import _INTERPRET, _dot, _given, _on, offline_usage, products_dtype
 from . import chunk
@@ -421,7 +421,7 @@ def _backward(do, o, L, q, k, v, phi_q, phi_k, log_q, log_k, log_gamma, mask, pa
     return dq, dk, _total(dv, v.dtype), dphi_q, dphi_k, *small
 
 # %% ../../kernels/06_window.ipynb #ff0170f5
-@torch.library.custom_op('hedgehog_nb::window_attention', mutates_args=())
+@operation('window_attention')
 def _window_op(q:Tensor, k:Tensor, v:Tensor, phi_q:Tensor, phi_k:Tensor, log_q:Optional[Tensor], log_k:Optional[Tensor], log_gamma:Optional[Tensor], mask:Optional[Tensor], past:Sequence[Tensor],
                window:int, scale:float, end:bool, schedule:str, precision:str)->tuple[Tensor,Tensor,Tensor,Tensor,Tensor]:
     "Outputs, L, and the linear state after them; where it is not asked for, three empty tensors."
@@ -433,7 +433,7 @@ def _(q, k, v, phi_q, phi_k, log_q, log_k, log_gamma, mask, past, window, scale,
     return v.new_empty(*q.shape[:3], D), new(*q.shape[:3]), *((new(B, Hkv, F, D), new(B, Hkv, F), new(B, Hkv)) if end else (new(0), new(0), new(0)))
 
 # %% ../../kernels/06_window.ipynb #e655bdaa
-@torch.library.custom_op('hedgehog_nb::window_attention_backward', mutates_args=())
+@operation('window_attention_backward')
 def _window_bwd_op(do:Tensor, o:Tensor, L:Tensor, q:Tensor, k:Tensor, v:Tensor, phi_q:Tensor, phi_k:Tensor, log_q:Optional[Tensor], log_k:Optional[Tensor], log_gamma:Optional[Tensor], mask:Optional[Tensor],
                    past:Sequence[Tensor], window:int, scale:float, schedule:str, precision:str)->tuple[Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor]:
     "Gradients of the first eight inputs of the operation; empty where there is none."
