@@ -41,8 +41,7 @@ def _kept(name):
     "Where a library called `name` is kept. Raises `OSError` where that is not for this user alone."
     folder = cache_folder()/'c'
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    s = folder.stat()
-    if s.st_uid!=os.getuid() or s.st_mode & 0o022: raise OSError(f"{folder} can be written by others")
+    if any((s := f.stat()).st_uid!=os.getuid() or s.st_mode & shut for f,shut in ((folder,0o022), (folder.parent,0o002))): raise OSError(f"{folder} can be written by others")
     return folder/name
 
 # %% ../../kernels/10_cpu.ipynb #cpuk0009
@@ -79,6 +78,7 @@ def _c_args(*xs): # Tensors as pointers, None as null, integers as long
 PRODUCT = r'''
 #include <math.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #if defined(__AVX512F__)
@@ -206,6 +206,14 @@ typedef struct {
 
 static _Thread_local float *space;
 static _Thread_local long have;
+static float *floats(long n) { // room for n numbers, which a thread keeps
+  if (have<n) {
+    free(space); space = aligned_alloc(64, 4*up(n)); have = n;
+    if (!space) { fprintf(stderr, "hedgehog_nb: no memory for %ld MiB\n", n>>18); abort(); }
+  }
+  return space;
+}
+
 static Room room(const Sizes *n, int back) {
   long D = up(n->D), V = up(n->V), E = up(n->E), F = n->form ? 2*E : D, total = 0;
   Room r = {.D=D, .V=V, .E=E, .F=F, .chunks=(n->T+C-1)/C};
@@ -213,8 +221,7 @@ static Room room(const Sizes *n, int back) {
                   V*C, C*C, V*F, F*V, V*F, F, C*V, C, C*F, C*D, C*F, C*V, E*D, (n->G+1)*E*(D+1)};
   int count = back ? 26 : 12;
   for (int i=0; i<count; i++) total += up(sizes[i]);
-  if (have<total) { free(space); space = aligned_alloc(64, 4*total); have = total; }
-  float *p = space, **to = &r.x;
+  float *p = floats(total), **to = &r.x;
   for (int i=0; i<count; i++) { to[i] = p; p += up(sizes[i]); }
   return r;
 }
@@ -569,8 +576,7 @@ static float loss_row(float *s, float *u, long n) { // scores and similarities o
 void loss_head(long T, long D, long F, long causal, const float *q, const float *k, const float *fq, const float *fk, const uint8_t *real, float *loss, float *dq, float *dk) {
   long t = up(T), d = up(D), f = up(F), total = 0, wide = d>f ? d : f, sizes[] = {d*t, f*t, t*wide, t*f, C*t, C*t, C*d, C*f, C*f};
   for (int i=0; i<9; i++) total += sizes[i];
-  if (have<total) { free(space); space = aligned_alloc(64, 4*total); have = total; }
-  float *kT = space, *fkT = kT+d*t, *keys = fkT+f*t, *dkeys = keys+t*wide, *s = dkeys+t*f, *u = s+C*t, *rows = u+C*t, *frows = rows+C*d, *df = frows+C*f;
+  float *kT = floats(total), *fkT = kT+d*t, *keys = fkT+f*t, *dkeys = keys+t*wide, *s = dkeys+t*f, *u = s+C*t, *rows = u+C*t, *frows = rows+C*d, *df = frows+C*f;
   rows_in(k, D, T, D, keys, d); transpose(keys, d, t, d, kT, t);
   rows_in(fk, F, T, F, keys, f); transpose(keys, f, t, f, fkT, t);
   memset(dkeys, 0, 4*t*f);
@@ -593,6 +599,7 @@ void loss_head(long T, long D, long F, long causal, const float *q, const float 
   }
   rows_out(dkeys, f, T, F, dk, F);
   *loss = sum;
+  if (have>1<<22) { free(space); space = 0; have = 0; } // what grows with T is not kept
 }
 
 void loss_all(long threads, long B, long H, long N, long T, long D, long F, long causal, const float *q, const float *k, const float *fq, const float *fk, const uint8_t *real, float *loss, float *dq, float *dk) {
