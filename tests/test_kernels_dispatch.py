@@ -134,3 +134,22 @@ def test_compiles_into_one_graph():
 @kernel
 def test_negative_weights_are_refused():
     with pytest.raises(ValueError, match="Rfa's weights may be"): attention(*inputs(), make('rfa'), implementation='triton')
+
+@kernel
+@pytest.mark.parametrize('T', [1, 20])
+def test_what_is_more_than_a_hedgehog_map_is_not_taken_for_one(T):
+    "A subclass may map otherwise, and a hook wants to see the map at work"
+    from hedgehog_nb.hedgehog import Hedgehog
+    class Other(Hedgehog):
+        def map_k(self, k):
+            phi,log = super().map_k(k)
+            return phi*torch.arange(1., phi.shape[-1]+1).to(phi), log
+    q,k,v = inputs(T=T)
+    state = LinearState(rand(1, 1, 16, 8).abs(), rand(1, 1, 16).abs(), torch.zeros(1, 1, device=DEVICE))
+    run = lambda m, how: attention(q, k, v, m, initial_state=state, output_final_state=True, implementation=how)[0]
+    other = Other(8, 2, 1).to(DEVICE).requires_grad_(False)
+    close(run(other, 'triton'), run(other, 'chunked'), TOL[torch.float32])
+    m,seen = make().requires_grad_(False),[]
+    m.register_forward_hook(lambda *a: seen.append(1))
+    close(run(m, 'triton'), run(m, 'chunked'), TOL[torch.float32])
+    assert len(seen)==2

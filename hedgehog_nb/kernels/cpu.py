@@ -17,7 +17,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 from ..attention import check_qkv, full_precision
-from ..hedgehog import Hedgehog
+from ..hedgehog import held
 from ..linear_attention import LinearState, operation
 
 # %% ../../kernels/10_cpu.ipynb #cpuk0008
@@ -708,9 +708,9 @@ _c_op.register_autograd(_gradient, setup_context=_save)
 
 # %% ../../kernels/10_cpu.ipynb #cpuk0050
 def _held(feature_map):
-    "The map's matrices, biases and form, where the kernel holds it; None where it does not, or where hooks want to see the map at work."
-    if type(feature_map) is not Hedgehog or feature_map.form not in FORMS or feature_map._forward_hooks or feature_map._forward_pre_hooks: return None
-    return [getattr(feature_map, n) for n in ('w_q','w_k','b_q','b_k')], feature_map.form
+    "The map's matrices and biases, and its form, where the kernel does its work; else None."
+    h = held(feature_map)
+    return h and h['form'] in FORMS and ([h[n] for n in ('w_q','w_k','b_q','b_k')], h['form'])
 
 def for_all_threads():
     "Are the kernels there, with as many threads as PyTorch has?"
@@ -751,11 +751,11 @@ def _check(q, k, v, mask, cu_seqlens):
 @full_precision
 def attend(q, k, v, feature_map, causal=True, mask=None, initial_state=None, output_final_state=False, **at):
     "`c_attention` of what it takes, not checked again."
-    held,form = _held(feature_map) or ([None]*4, 'features')
-    if feature_map is not None and held[0] is None:
+    maps,form = _held(feature_map) or ([None]*4, 'features')
+    if feature_map is not None and maps[0] is None:
         q,k,log_k = feature_map(q, k, **at)
         if log_k is not None: raise ValueError(f"implementation='c' has no log weights, and {type(feature_map).__name__} has: choose None or 'chunked'")
-    ins = [*map(_rows, (q, k, v)), *(None if x is None else x.float().contiguous() for x in (*held, *_plain(initial_state)))]
+    ins = [*map(_rows, (q, k, v)), *(None if x is None else x.float().contiguous() for x in (*maps, *_plain(initial_state)))]
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in ins)
     o,S,z,*_ = (_c_op if keep or torch.compiler.is_compiling() else _forward)(*ins, None if mask is None else mask.bool().contiguous(), form, causal, keep)
     o = o.to(v.dtype)

@@ -12,7 +12,7 @@ import torch
 from typing import Optional
 from torch import Tensor
 from ..attention import check_qkv
-from ..hedgehog import Hedgehog
+from ..hedgehog import held
 from ..linear_attention import EPS, LinearState, operation
 from .feature_map import _INTERPRET, _features, _on, offline_usage
 import triton, triton.language as tl
@@ -168,7 +168,7 @@ def decode_step(
     if feature_map is not None and log_k is not None: raise ValueError("the map makes its own log weights: give log_k only with features")
     if getattr(feature_map, 'positional', False): raise ValueError(f"{type(feature_map).__name__} looks at positions: map the token yourself and give the features")
     weights,form = None,'given'
-    if isinstance(feature_map, Hedgehog):
+    if held(feature_map):
         feature_map._check(q, feature_map.num_heads, 'queries'); feature_map._check(k, feature_map.num_kv_heads, 'keys')
         weights,form = (feature_map.w_q, feature_map.w_k, feature_map.b_q, feature_map.b_k),feature_map.form
     elif feature_map is not None: q,k,log_k = feature_map(q, k)

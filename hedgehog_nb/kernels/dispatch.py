@@ -11,7 +11,7 @@ __all__ = ['inside', 'triton_attention']
 import torch
 from torch import Tensor
 from ..attention import full_precision
-from ..hedgehog import Hedgehog
+from ..hedgehog import held
 from ..linear_attention import LinearState
 from .feature_map import products_dtype
 from .chunk_backward import triton_linear_attention
@@ -25,8 +25,8 @@ def inside(
     v:Tensor, # (B, Hkv, T, Dv) values
 )->dict: # w_q, w_k, b_q, b_k and form for `fused_hedgehog_attention`, or None
     "What the fused kernel needs of a map that it can hold; None for all others."
-    if not isinstance(feature_map, Hedgehog) or _too_wide(q.shape[-1], feature_map.feature_dim//2, v.shape[-1], q.dtype): return None
-    return {n:getattr(feature_map, n) for n in ('w_q','w_k','b_q','b_k','form')}
+    res = held(feature_map)
+    return None if res is None or _too_wide(q.shape[-1], feature_map.feature_dim//2, v.shape[-1], q.dtype) else res
 
 # %% ../../kernels/08_dispatch.ipynb #5e0276f6
 def _decodes(q, k, v, feature_map, causal, state, cu_seqlens):
