@@ -209,7 +209,7 @@ def test_a_hybrid_and_how_much_its_linear_branch_carries(here):
     assert len(older['layers'])==5 and all(0<older[k]<1 for k in ('share','softmax'))
 
 def test_bench_writes_what_it_measured(here):
-    r = hedgehog('bench', '--minutes', 0, '--only', 'sdpa', '--only', 'hedgehog', '--out', here/'b.json')
+    r = hedgehog('bench', '--minutes', 0, '--only', 'sdpa', '--only', 'hedgehog-kernels', '--out', here/'b.json')
     rows = json.loads((here/'b.json').read_text())['rows']
     assert [x['value']>0 for x in rows if x['variant']=='sdpa']==[True] and {x['variant'] for x in rows}=={'sdpa','copy','matmul'}
     assert 'not run: the kernels run on a GPU' in r.stdout or torch.cuda.is_available()
