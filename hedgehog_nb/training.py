@@ -9,7 +9,7 @@ __all__ = ['teacher_pass', 'world', 'in_pieces', 'save_state', 'load_state', 'Ru
            'add_lora', 'merge_lora', 'finetune']
 
 # %% ../nbs/11_training.ipynb #11a00003
-import inspect, json, math, os, tempfile, time
+import inspect, json, math, os, shutil, tempfile, time
 from itertools import islice
 from pathlib import Path
 import torch, transformers
@@ -85,14 +85,15 @@ def save_state(
 ):
     "Write `state` as one safetensors file. Raises `OSError` where that fails; what was there before stays."
     path,tensors = Path(path),{}
-    meta,tmp = json.dumps(_pack(state, tensors)),path.with_name(f'.{path.name}.tmp')
-    path.parent.mkdir(parents=True, exist_ok=True)
+    meta,room = json.dumps(_pack(state, tensors)),path.with_name(f'.{path.name}.tmp') # a folder: safetensors makes files of its own on the way
+    shutil.rmtree(room, ignore_errors=True) # of a process that was killed
     try:
-        save_file(tensors, tmp, metadata=dict(state=meta))
-        with open(tmp, 'rb') as f: os.fsync(f.fileno())
-        os.replace(tmp, path)
+        room.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, room/path.name, metadata=dict(state=meta))
+        with open(room/path.name, 'rb') as f: os.fsync(f.fileno())
+        os.replace(room/path.name, path)
     except SafetensorError as e: raise OSError(getattr(e, 'errno', None) or 5, str(e), str(path)) from None
-    finally: tmp.unlink(missing_ok=True)
+    finally: shutil.rmtree(room, ignore_errors=True)
 
 def load_state(
     path, # File written by `save_state`

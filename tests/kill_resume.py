@@ -4,10 +4,9 @@
 import argparse, os, random, signal, sys, tempfile, time
 from pathlib import Path
 import torch, transformers
-from safetensors.torch import load_file, save_file
 from hedgehog_nb.data import load_model, load_texts, token_blocks
 from hedgehog_nb.linearize import linearize
-from hedgehog_nb.training import distill, finetune
+from hedgehog_nb.training import distill, finetune, load_state, save_state
 
 STEPS,EVERY = 12,3
 
@@ -20,7 +19,7 @@ def train(folder):
     data = token_blocks(load_texts('embedded'), tok, 64, max_tokens=2**14, seed=0)
     distill(model, data.split(8), STEPS, .1, checkpoint=folder/'distill', save_every=EVERY)
     finetune(model, data, STEPS, lr=2e-3, checkpoint=folder/'finetune', save_every=EVERY)
-    save_file({n:p.detach() for n,p in model.named_parameters()}, folder/'.done'); os.replace(folder/'.done', folder/'done')
+    save_state(folder/'done', weights=dict(model.named_parameters()))
 
 def child(folder):
     "Start `train` in a process of its own; its number."
@@ -50,11 +49,11 @@ def trials(n, seed=0):
         d = Path(d); (d/'alive').mkdir()
         t = time.perf_counter()
         assert ended(child(d/'alive'))==0
-        longest,want = time.perf_counter()-t,load_file(d/'alive'/'done')
+        longest,want = time.perf_counter()-t,load_state(d/'alive'/'done')['weights']
         for i in range(n):
             f = d/str(i); f.mkdir()
             kills = trial(f, rng, longest)
-            got = load_file(f/'done')
+            got = load_state(f/'done')['weights']
             assert got.keys()==want.keys() and sorted(p.name for p in f.iterdir())==['distill','done','finetune'], sorted(f.iterdir())
             out.append((kills, sum((got[k]!=want[k]).sum().item() for k in want)))
             yield out[-1]

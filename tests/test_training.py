@@ -208,6 +208,14 @@ def test_states_are_safetensors_alone(tmp_path):
         n = int.from_bytes(p.read_bytes()[:8], 'little')
         assert json.loads(p.read_bytes()[8:8+n])['__metadata__']['state']
 
+def test_what_a_killed_save_left_goes_with_the_next(tmp_path):
+    code = "import os, sys, torch; from hedgehog_nb.training import save_state; os.replace = lambda *a: os.kill(os.getpid(), 9); save_state(sys.argv[1], x=torch.ones(5))"
+    assert subprocess.run([sys.executable, '-c', code, str(tmp_path/'s')]).returncode==-9
+    assert [p.name for p in tmp_path.iterdir()]==['.s.tmp']
+    (tmp_path/'.s.tmp'/'.tmpFrnJEF').write_text('as safetensors leaves one')
+    save_state(tmp_path/'s', x=torch.ones(3))
+    assert [p.name for p in tmp_path.iterdir()]==['s'] and load_state(tmp_path/'s')['x'].tolist()==[1,1,1]
+
 def test_a_state_comes_back_as_it_was(tmp_path):
     state = dict(a=[1, (2., 'x', None)], b={0:torch.arange(3), 'k':{1.5:True}}, c=torch.tensor(1.), d=torch.zeros(0,2), e=torch.arange(6).view(2,3).T, f={})
     save_state(tmp_path/'s', **state); got = load_state(tmp_path/'s')
