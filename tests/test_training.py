@@ -277,7 +277,7 @@ def test_what_is_not_finite_is_not_kept(tmp_path):
 def test_killed_at_random(root):
     from kill_resume import trials
     out = list(trials(3, seed=1))
-    assert all(differ==0 for _,differ in out), out
+    assert len(out)==3 and all(kills>0 and differ==0 for kills,differ in out), out
 
 # --- heads, adapters, precision
 
