@@ -1,4 +1,4 @@
-"""The map, the attention and their gradients in three hundred lines of C, compiled once for the processor that is there
+"""The map, the attention, the loss and their gradients in a few hundred lines of C, compiled once for the processor that is there
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/cpu.html.md"""
 
