@@ -215,6 +215,13 @@ def test_loss_of_nan_is_nan():
     assert cpu.loss_sums(f, f, q, q)[0].isnan() and cpu.loss_sums(f*q[...,:4], f, torch.ones_like(q), torch.ones_like(q))[0].isnan()
 
 @needs_compiler
+@pytest.mark.parametrize('change,says', [(dict(q=torch.ones(1,2,19,8)), 'as many queries as keys'), (dict(q=torch.ones(1,4,20,8)), 'as many queries as keys'), (dict(k=torch.ones(1,2,20,9)), 'as many queries as keys'),
+    (dict(phi_k=torch.ones(1,2,20,5)), 'same channels'), (dict(phi_k=torch.ones(1,1,20,4)), 'same heads'), (dict(real=torch.ones(1,19)), 'mask is'), (dict(q=torch.ones(1,2,20,8, device='meta')), 'on a CPU')])
+def test_loss_of_what_does_not_fit(change, says):
+    x = dict(phi_q=torch.ones(1,2,20,4), phi_k=torch.ones(1,2,20,4), q=torch.ones(1,2,20,8), k=torch.ones(1,2,20,8))
+    with pytest.raises(ValueError, match=says): cpu.loss_sums(**x | change)
+
+@needs_compiler
 @pytest.mark.parametrize('masked', [True,False])
 def test_weight_loss_takes_it(masked, monkeypatch):
     q,k,_,m,mask,_ = inputs(2, 4, 2, 90, 16, 16, 'softmax_halves', masked=True)
@@ -261,6 +268,17 @@ def test_any_other_map_when_asked():
 def test_errors(change, says):
     q,k,v,m,*_ = inputs(1, 2, 2, 30, 8, 8, 'softmax_halves')
     with pytest.raises(ValueError, match=says): linear_attention(**dict(q=q, k=k, v=v, feature_map=m, implementation='c') | change)
+
+@needs_compiler
+@pytest.mark.parametrize('implementation', [None,'c'])
+@pytest.mark.parametrize('change,says', [(dict(feature_map=make_feature_map('hedgehog', 8, 4)), 'queries of 4 heads'), (dict(feature_map=make_feature_map('hedgehog', 16, 2)), 'head_dim 16'),
+    (dict(feature_map=make_feature_map('hedgehog', 8, 2, 1)), 'keys of 1 heads'), (dict(feature_map=make_feature_map('hedgehog', 8, 2).to('meta')), 'meta'), (dict(mask=torch.ones(1, 30, device='meta')), 'meta'),
+    *((dict(initial_state=LinearState(torch.zeros(s), torch.zeros(z), torch.zeros(m))), 'these inputs need') for s,z,m in (((1,2,8,8),(1,2,16),(1,2)), ((1,2,16,4),(1,2,16),(1,2)), ((2,2,16,8),(2,2,16),(2,2)), ((1,2,16,8),(1,2,8),(1,2)), ((1,2,16,8),(1,2,16),(1,1)))),
+    (dict(feature_map=None, initial_state=LinearState(torch.zeros(1,2,16,8), torch.zeros(1,2,16), torch.zeros(1,2))), 'these inputs need')])
+def test_what_was_made_for_other_inputs(change, says, implementation):
+    "The kernel itself would read beyond their ends"
+    q,k,v,m,*_ = inputs(1, 2, 2, 30, 8, 8, 'softmax_halves')
+    with pytest.raises(ValueError, match=says): linear_attention(**dict(q=q, k=k, v=v, feature_map=m, implementation=implementation) | change)
 
 # As an operation of PyTorch
 

@@ -299,6 +299,10 @@ static void outputs(const Sizes *n, const Data *d, const Room *r, long b, long H
   }
 }
 
+'''
+
+# %% ../../kernels/10_cpu.ipynb #cpuk0073
+FORWARD += r'''
 static void add_keys(const Sizes *n, const Room *r, long m) {
   product(r->F, r->V, up(m), r->kT, C, 1, r->v, r->V, r->S, r->V, 1);
   for (long f=0; f<r->F; f++) { vec s = {0}; for (long j=0; j<up(m); j+=VL) s += V(r->kT+f*C+j); r->z[f] += sum_v(s); }
@@ -457,6 +461,10 @@ static void queries_back(const Sizes *n, const Data *d, const Room *r, long b, l
   map_back(n, r, AT(q,b,H,t), n->qt, r->q, r->dphi, m, d->wq+H*n->E*n->D, r->dw+g*r->E*(r->D+1), d->dq+((b*n->T+t)*all+H)*n->D, all*n->D);
 }
 
+'''
+
+# %% ../../kernels/10_cpu.ipynb #cpuk0075
+BACKWARD += r'''
 static void keys_from_state(const Sizes *n, const Room *r, long m) {
   transpose(r->dS, r->V, r->F, r->V, r->dST, r->F);
   product(up(m), r->F, n->V, r->v, r->V, 1, r->dST, r->F, r->dk, r->F, 0);
@@ -483,6 +491,10 @@ static void begin(const Sizes *n, const Data *d, const Room *r, long h) {
   memset(r->dw, 0, 4*(n->G+1)*r->E*(r->D+1));
 }
 
+'''
+
+# %% ../../kernels/10_cpu.ipynb #cpuk0079
+BACKWARD += r'''
 static void queries_part(const Sizes *n, const Data *d, long b, long h, long p) { // what a part adds to dS and dz; without causality all of its queries' gradients
   Room all = room(n, 1), *r = &all;
   begin(n, d, r, h);
@@ -573,6 +585,10 @@ static float loss_row(float *s, float *u, long n) { // scores and similarities o
   return sum_v(loss) - logf(a[0]);
 }
 
+'''
+
+# %% ../../kernels/10_cpu.ipynb #cpuk0077
+LOSS += r'''
 void loss_head(long T, long D, long F, long causal, const float *q, const float *k, const float *fq, const float *fk, const uint8_t *real, float *loss, float *dq, float *dk) {
   long t = up(T), d = up(D), f = up(F), total = 0, wide = d>f ? d : f, sizes[] = {d*t, f*t, t*wide, t*f, C*t, C*t, C*d, C*f, C*f};
   for (int i=0; i<9; i++) total += sizes[i];
@@ -738,6 +754,14 @@ def _plain(state): # S and z of a state whose log weights are 0 or less
     if (m>0).any(): raise ValueError("implementation='c' has no log weights, and this state has: choose None or 'chunked'")
     return S*m.exp()[...,None,None], z*m.exp()[...,None]
 
+def _fits(q, k, v, feature_map, form, state, ins):
+    "Raise `ValueError` where a map, or a state, was not made for these inputs, or something lies elsewhere: the kernel looks at none of this."
+    if form!='features': feature_map._check(q, feature_map.num_heads, 'queries'); feature_map._check(k, feature_map.num_kv_heads, 'keys')
+    (B,N),F = k.shape[:2],k.shape[3] if form=='features' else feature_map.feature_dim
+    if state is not None and [tuple(x.shape) for x in state]!=[(B,N,F,v.shape[3]), (B,N,F), (B,N)]:
+        raise ValueError(f"initial_state has shapes {[tuple(x.shape) for x in state]}; these inputs need {[(B,N,F,v.shape[3]), (B,N,F), (B,N)]}")
+    if any(x is not None and x.device.type!='cpu' for x in ins): raise ValueError(f"the kernel in C takes tensors, maps, masks and states on a CPU; given {sorted({str(x.device) for x in ins if x is not None})}")
+
 def _check(q, k, v, mask, cu_seqlens):
     "Raise `ValueError` on what the kernel does not take."
     check_qkv(q, k, v, mask)
@@ -755,6 +779,8 @@ def attend(q, k, v, feature_map, causal=True, mask=None, initial_state=None, out
     if feature_map is not None and maps[0] is None:
         q,k,log_k = feature_map(q, k, **at)
         if log_k is not None: raise ValueError(f"implementation='c' has no log weights, and {type(feature_map).__name__} has: choose None or 'chunked'")
+        check_qkv(q, k, v, mask)
+    _fits(q, k, v, feature_map, form, initial_state, (q, k, v, mask, *maps, *(initial_state or ())))
     ins = [*map(_rows, (q, k, v)), *(None if x is None else x.float().contiguous() for x in (*maps, *_plain(initial_state)))]
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in ins)
     o,S,z,*_ = (_c_op if keep or torch.compiler.is_compiling() else _forward)(*ins, None if mask is None else mask.bool().contiguous(), form, causal, keep)
@@ -787,8 +813,11 @@ def loss_sums(
     causal:bool=True, # Query i sees keys up to its own position?
     real:Tensor=None, # (B, T) True at real tokens
 )->tuple: # The sum () over rows and heads of the KL from softmax to linear weights, and its gradients like phi_q and phi_k
-    "Loss and gradient of `weight_loss` (paper, Eq. 4), in one call. Raises `ValueError` where nothing could be compiled."
+    "Loss and gradient of `weight_loss` (paper, Eq. 4), in one call. Raises `ValueError` on shapes that do not fit, and where nothing could be compiled."
     if library()[0] is None: raise ValueError(f"the loss needs a compiled kernel: {library()[1]}")
+    check_qkv(phi_q, phi_k, k, real)
+    if phi_q.shape[:3]!=q.shape[:3] or q.shape[2:]!=k.shape[2:]: raise ValueError(f"the loss takes as many queries as keys, of the features' heads; given q {tuple(q.shape)}, k {tuple(k.shape)}, phi_q {tuple(phi_q.shape)}")
+    if any(x is not None and x.device.type!='cpu' for x in (phi_q, phi_k, q, k, real)): raise ValueError(f"the loss in C takes tensors on a CPU; given {phi_q.device}, {q.device}")
     (B,H,T,F),(N,D) = phi_q.shape,k.shape[1::2]
     q,k,phi_q,phi_k = (x.float().contiguous() for x in (q, k, phi_q, phi_k))
     loss,dq,dk = q.new_empty(B, H),torch.empty_like(phi_q),phi_q.new_empty(B, N, H//N, T, F)
