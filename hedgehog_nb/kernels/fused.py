@@ -8,13 +8,13 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/fused_hedgehog.html.md""
 __all__ = ['VARIED', 'fused_hedgehog_attention', 'fused_usage']
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #be82827a
-import re, torch
+import torch
 from typing import Optional
 from torch import Tensor
 from ..attention import check_qkv, full_precision
 from ..hedgehog import FORMS
 from ..linear_attention import NOTHING, LinearState, operation, _check_cu_seqlens
-from .feature_map import _INTERPRET, _dot, _features, _features_bwd, _offline, _on, _read_binary, offline_usage
+from .feature_map import _INTERPRET, _dot, _features, _features_bwd, _on, offline_cycles, offline_usage
 from .chunk import _EPS, _NOTHING, _cummax_within, _last_slot, _plan, _segment, _segments, _tile
 from .chunk_backward import _borders
 from .tuning import neighbours, tuned_launch
@@ -37,6 +37,7 @@ def _mapped(x_ptr, w_ptr, b_ptr, head, t, e, d, stride_t, rows, D:tl.constexpr, 
 @triton.jit
 def _pairs(a_pos, a_neg, b_pos, b_neg, DOT:tl.constexpr, PRECISION:tl.constexpr):
     "Features times features: the sum of both halves' products."
+    b_pos, b_neg = b_pos.to(DOT), b_neg.to(DOT)
     a = _dot(a_pos, tl.trans(b_pos), tl.zeros((a_pos.shape[0], b_pos.shape[0]), tl.float32), DOT, PRECISION)
     return _dot(a_neg, tl.trans(b_neg), a, DOT, PRECISION)
 
@@ -49,22 +50,40 @@ def _add(S_pos, S_neg, pos, neg, u, DOT:tl.constexpr, PRECISION:tl.constexpr):
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #9f68bdea
 @triton.jit
-def _column(c):
-    "A vector as the 16 equal columns that a product wants at least."
-    return tl.broadcast_to(c[:, None], (c.shape[0], 16))
+def _columns(pos, neg):
+    "Two vectors as 16 columns, 8 equal ones each: what a product wants at least."
+    return tl.where(tl.arange(0, 16)[None, :] < 8, pos[:, None], neg[:, None])
 
 @triton.jit
-def _count(z_pos, z_neg, pos, neg, c, DOT:tl.constexpr, PRECISION:tl.constexpr):
-    "z + φᵀc for each half, in 16 equal columns."
-    c = _column(c)
-    return _dot(tl.trans(pos), c, z_pos, DOT, PRECISION), _dot(tl.trans(neg), c, z_neg, DOT, PRECISION)
+def _vectors(z):
+    "`_columns` undone."
+    col = tl.arange(0, 16)[None, :]
+    return tl.sum(tl.where(col == 0, z, 0.), 1), tl.sum(tl.where(col == 8, z, 0.), 1)
+
+@triton.jit
+def _count(z, pos, neg, c, DOT:tl.constexpr, PRECISION:tl.constexpr):
+    "z + φᵀc, each half in its columns."
+    none = tl.zeros(c.shape, tl.float32)
+    z = _dot(tl.trans(pos), _columns(c, none), z, DOT, PRECISION)
+    return _dot(tl.trans(neg), _columns(none, c), z, DOT, PRECISION)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #5153709c
 @triton.jit
-def _two(z, DOT:tl.constexpr):
-    "The 16 equal columns of z as the operand of a product: z rounded to `DOT`, then what rounding lost, then zeros."
-    col, hi = tl.arange(0, 16)[None, :], z.to(DOT).to(tl.float32)
+def _two(z, HALF:tl.constexpr, DOT:tl.constexpr):
+    "A half of z as the operand of a product: a column of z rounded to `DOT`, one of what rounding lost, the others zero."
+    col, hi = tl.arange(0, 16)[None, :] - 8*HALF, z.to(DOT).to(tl.float32)
     return tl.where(col == 0, hi, tl.where(col == 1, z - hi, 0.))
+
+@triton.jit
+def _recall(u, c, S, z, HALF:tl.constexpr, DOT:tl.constexpr, PRECISION:tl.constexpr):
+    "u S + c zᵀ, what a half of a state gives to rows u, c; z in its columns."
+    g = _dot(u, S, tl.zeros((u.shape[0], S.shape[1]), tl.float32), DOT, PRECISION)
+    if DOT == tl.bfloat16:
+        col, hi, top = tl.arange(0, 16)[None, :] - 8*HALF, c.to(DOT).to(tl.float32)[:, None], z.to(DOT).to(tl.float32)
+        left, right = tl.where(col == 2, c[:, None] - hi, tl.where((col == 0) | (col == 1), hi, 0.)), tl.where(col == 1, z - top, top)
+        g = _dot(left, tl.trans(right.to(DOT)), g, DOT, PRECISION)
+    else: g += c[:, None]*_vectors(z)[HALF][None, :]
+    return g
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #71e2feb4
 @triton.jit
@@ -73,24 +92,25 @@ def _max(a, b): return tl.maximum(a, b)
 @triton.jit
 def _empty(BLOCK_E:tl.constexpr, BLOCK_V:tl.constexpr):
     S, z = tl.zeros((BLOCK_V, BLOCK_E), tl.float32), tl.zeros((BLOCK_E, 16), tl.float32)
-    return S, S, z, z
+    return S, S, z
 
 @triton.jit
 def _load_state(ptr, tile, e, d, E:tl.constexpr, D:tl.constexpr):
-    "Both halves of S, transposed (BLOCK_V, BLOCK_E), and of this tile's z."
+    "Both halves of S, transposed (BLOCK_V, BLOCK_E), and this tile's z."
     at, inside = e[None, :]*D + d[:, None], (e < E)[None, :] & (d < D)[:, None]
     z = ptr + 2*E*(D + tile) + e
     return (tl.load(ptr + at, mask=inside, other=0.), tl.load(ptr + E*D + at, mask=inside, other=0.),
-            _column(tl.load(z, mask=e < E, other=0.)), _column(tl.load(z + E, mask=e < E, other=0.)))
+            _columns(tl.load(z, mask=e < E, other=0.), tl.load(z + E, mask=e < E, other=0.)))
 
 @triton.jit
-def _store_state(ptr, S_pos, S_neg, z_pos, z_neg, tile, e, d, E:tl.constexpr, D:tl.constexpr):
+def _store_state(ptr, S_pos, S_neg, z, tile, e, d, E:tl.constexpr, D:tl.constexpr):
     at, inside = e[None, :]*D + d[:, None], (e < E)[None, :] & (d < D)[:, None]
     tl.store(ptr + at, S_pos, mask=inside)
     tl.store(ptr + E*D + at, S_neg, mask=inside)
-    z = ptr + 2*E*(D + tile) + e
-    tl.store(z, tl.max(z_pos, 1), mask=e < E)
-    tl.store(z + E, tl.max(z_neg, 1), mask=e < E)
+    z_pos, z_neg = _vectors(z)
+    ptr += 2*E*(D + tile) + e
+    tl.store(ptr, z_pos, mask=e < E)
+    tl.store(ptr + E, z_neg, mask=e < E)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #69185a64
 @triton.jit
@@ -100,8 +120,8 @@ def _unknown(n:tl.constexpr, T):
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #b421b0fa
 @triton.jit(do_not_specialize=["T", "length", "segments", "slots", "sequences"])
-def _fused_fwd_kernel(q_ptr, k_ptr, v_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_ptr, states_ptr, m_ptr, plan_ptr, o_ptr, rows_ptr, stride_qb, stride_qh, stride_qt,
-                      stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, Hkv, T, length, segments, slots, sequences,
+def _fused_fwd_kernel(q_ptr, k_ptr, v_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_ptr, states_ptr, m_ptr, plan_ptr, o_ptr, rows_ptr, stride_qb, stride_qh, stride_qt:tl.constexpr,
+                      stride_kb, stride_kh, stride_kt:tl.constexpr, stride_vb, stride_vh, stride_vt:tl.constexpr, Hkv, T, length, segments, slots, sequences,
                       GROUP:tl.constexpr, D:tl.constexpr, E:tl.constexpr, DV:tl.constexpr, FORM:tl.constexpr, BLOCK_T:tl.constexpr, BLOCK_E:tl.constexpr, BLOCK_D:tl.constexpr, BLOCK_V:tl.constexpr,
                       CAUSAL:tl.constexpr, BIAS_Q:tl.constexpr, BIAS_K:tl.constexpr, HAS_START:tl.constexpr, HAS_END:tl.constexpr, HAS_LOG:tl.constexpr, HAS_MASK:tl.constexpr, PACKED:tl.constexpr,
                       SAVE:tl.constexpr, DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
@@ -119,27 +139,28 @@ def _fused_fwd_kernel(q_ptr, k_ptr, v_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_
     mask_ptr += b*T + begin
     rows_ptr += b*Hkv*GROUP*2*T + begin
     slot = head*slots + (part + sequence if CAUSAL else _last_slot(plan_ptr, sequence, slots, sequences, PACKED))
-    S_pos, S_neg, z_pos, z_neg = _empty(BLOCK_E, BLOCK_V)
+    S_pos, S_neg, z = _empty(BLOCK_E, BLOCK_V)
     m = _NOTHING
     if HAS_START:
-        S_pos, S_neg, z_pos, z_neg = _load_state(states_ptr + slot*(2*E*(DV + tiles)), tile, e, c, E, DV)
+        S_pos, S_neg, z = _load_state(states_ptr + slot*(2*E*(DV + tiles)), tile, e, c, E, DV)
         if HAS_LOG: m = tl.load(m_ptr + slot)
 
     for start in range(0, n, BLOCK_T):
         rows = t < n - start
-        sum_pos, sum_neg = _two(z_pos, WIDE), _two(z_neg, WIDE)
+        sum_pos, sum_neg = _two(z, 0, WIDE), _two(z, 1, WIDE)
         if CAUSAL:
             keys = rows
             if HAS_MASK: keys = tl.load(mask_ptr + start + t, mask=rows, other=0) != 0
             v = _tile(v_ptr, t, c, stride_vt, keys, DV)
             x, w, y, k_pos, k_neg, l = _mapped(k_ptr, wk_ptr, bk_ptr, h, t, e, d, stride_kt, keys, D, E, FORM, BIAS_K, DOT, PRECISION)
-            k_pos, k_neg, seen, weight, u = k_pos.to(DOT), k_neg.to(DOT), past & keys[None, :], tl.where(keys, 1., 0.), v
+            k_pos, k_neg, seen, weight, u = k_pos.to(DOT), k_neg.to(DOT), past, tl.where(keys, 1., 0.), v
+            if HAS_MASK: seen = past & keys[None, :]
             if HAS_LOG:
                 l = tl.where(keys, l if FORM == "exp" else 0., _NOTHING)
                 m_t, m_end = tl.maximum(m, tl.associative_scan(l, 0, _max)), tl.maximum(m, tl.max(l, 0))
                 fade, keep, weight = tl.exp(m - m_t), tl.exp(m - m_end), tl.where(keys, tl.exp(l - m_end), 0.)
-                u, z_pos, z_neg, m = v*weight[:, None], z_pos*keep, z_neg*keep, m_end
-            z_pos, z_neg = _count(z_pos, z_neg, k_pos, k_neg, weight, DOT, PRECISION)
+                u, z, m = v*weight[:, None], z*keep, m_end
+            z = _count(z, k_pos, k_neg, weight, DOT, PRECISION)
 
         for g in range(GROUP if BLOCK_E <= 64 else _unknown(GROUP, T)):
             x, w, y, q_pos, q_neg, l_q = _mapped(q_ptr + (h*GROUP + g)*stride_qh, wq_ptr, bq_ptr, h*GROUP + g, t, e, d, stride_qt, rows, D, E, FORM, BIAS_Q, DOT, PRECISION)
@@ -170,12 +191,12 @@ def _fused_fwd_kernel(q_ptr, k_ptr, v_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_
 
     if HAS_END:
         if stop == end:
-            _store_state(states_ptr + (slot + 1)*(2*E*(DV + tiles)), S_pos, S_neg, z_pos, z_neg, tile, e, c, E, DV)
+            _store_state(states_ptr + (slot + 1)*(2*E*(DV + tiles)), S_pos, S_neg, z, tile, e, c, E, DV)
             if HAS_LOG and tile == 0: tl.store(m_ptr + slot + 1, m)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #9a4d3e27
 @triton.jit(do_not_specialize=["T", "length", "skip", "segments", "slots", "sequences"])
-def _fused_states_kernel(x_ptr, u_ptr, w_ptr, b_ptr, mask_ptr, rows_ptr, delta_ptr, m_ptr, states_ptr, plan_ptr, stride_xb, stride_xh, stride_xt, stride_ub, stride_uh, stride_ut, Hkv, T, length, skip, segments, slots, sequences,
+def _fused_states_kernel(x_ptr, u_ptr, w_ptr, b_ptr, mask_ptr, rows_ptr, delta_ptr, m_ptr, states_ptr, plan_ptr, stride_xb, stride_xh, stride_xt:tl.constexpr, stride_ub, stride_uh, stride_ut:tl.constexpr, Hkv, T, length, skip, segments, slots, sequences,
                          GROUP:tl.constexpr, D:tl.constexpr, E:tl.constexpr, DV:tl.constexpr, FORM:tl.constexpr, BLOCK_T:tl.constexpr, BLOCK_E:tl.constexpr, BLOCK_D:tl.constexpr, BLOCK_V:tl.constexpr,
                          QUERIES:tl.constexpr, EVERY:tl.constexpr, HAS_BIAS:tl.constexpr, HAS_LOG:tl.constexpr, HAS_MASK:tl.constexpr, PACKED:tl.constexpr, DOT:tl.constexpr, PRECISION:tl.constexpr):
     "The sum of φ(x)uᵀ over one segment: of keys and values for the slot after it, or of queries and scaled gradients for the slot before. The last, or first, of a sequence only if EVERY."
@@ -192,7 +213,7 @@ def _fused_states_kernel(x_ptr, u_ptr, w_ptr, b_ptr, mask_ptr, rows_ptr, delta_p
     rows_ptr += head*GROUP*2*T + begin
     delta_ptr += (tile*(tl.num_programs(0)//(tiles*segments)) + head)*GROUP*T + begin
     slot = head*slots + part + sequence + (0 if QUERIES else 1)
-    S_pos, S_neg, z_pos, z_neg = _empty(BLOCK_E, BLOCK_V)
+    S_pos, S_neg, z = _empty(BLOCK_E, BLOCK_V)
     m = _NOTHING
     if QUERIES and HAS_LOG: m = tl.load(m_ptr + slot)
 
@@ -211,13 +232,13 @@ def _fused_states_kernel(x_ptr, u_ptr, w_ptr, b_ptr, mask_ptr, rows_ptr, delta_p
                 l = tl.where(rows, l if FORM == "exp" else 0., _NOTHING)
                 m_end = tl.maximum(m, tl.max(l, 0))
                 keep, weight, m = tl.exp(m - m_end), tl.where(rows, tl.exp(l - m_end), 0.), m_end
-                u, S_pos, S_neg, z_pos, z_neg = u*weight[:, None], S_pos*keep, S_neg*keep, z_pos*keep, z_neg*keep
-            z_pos, z_neg = _count(z_pos, z_neg, pos, neg, weight, DOT, PRECISION)
+                u, S_pos, S_neg, z = u*weight[:, None], S_pos*keep, S_neg*keep, z*keep
+            z = _count(z, pos, neg, weight, DOT, PRECISION)
             S_pos, S_neg = _add(S_pos, S_neg, pos, neg, u, DOT, PRECISION)
         x_ptr += BLOCK_T*stride_xt
         u_ptr += BLOCK_T*stride_ut
 
-    _store_state(states_ptr + slot*(2*E*(DV + tiles)), S_pos, S_neg, z_pos, z_neg, tile, e, c, E, DV)
+    _store_state(states_ptr + slot*(2*E*(DV + tiles)), S_pos, S_neg, z, tile, e, c, E, DV)
     if HAS_LOG and not QUERIES and tile == 0: tl.store(m_ptr + slot, m)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #f39bcb44
@@ -248,11 +269,12 @@ def _config(D, E, DV, dtype, scan='o'):
     "Block sizes, warps and pipeline stages of the scan for `o`, `dq` or `dkv`."
     BLOCK_E,single = max(16, triton.next_power_of_2(E)),dtype==torch.float32
     BLOCK_D = max(16, min(triton.next_power_of_2(D), (16384 if single else 32768)//BLOCK_E))
-    width = max(BLOCK_E, triton.next_power_of_2(D))
-    BLOCK_T = 16 if single or width>128 else 64 if width<=64 and dtype==torch.bfloat16 and scan=='o' else 32
+    width,dkv = max(BLOCK_E, triton.next_power_of_2(D)),scan=='dkv'
+    fits = width<=64 and dtype==torch.bfloat16 # 64 rows at once, and registers for them
+    BLOCK_T = 64 if fits else 16 if single or width>128 else 32
     BLOCK_V = max(16, min(32 if single else 64, 8192//BLOCK_E, triton.next_power_of_2(DV)))
-    return dict(BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E, BLOCK_D=BLOCK_D, BLOCK_V=BLOCK_V, THROUGH=D<=BLOCK_D and BLOCK_E*BLOCK_D<=8192,
-                num_warps=8 if width>64 or scan=='dkv' else 4, num_stages=1 if single or width>64 and (scan!='dkv' or dtype==torch.float16) else 2)
+    return dict(BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E, BLOCK_D=BLOCK_D, BLOCK_V=BLOCK_V, THROUGH=D<=BLOCK_D and BLOCK_E*BLOCK_D<=8192, num_warps=4 if fits or width<=64 and not dkv else 8,
+                num_stages=1 if single or (scan!='o' if fits else width>64 and (not dkv or dtype==torch.float16)) else 2)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #3f0e0ee5
 VARIED = dict(o=('num_stages','BLOCK_T'), states=('num_stages',), dq=('num_stages','num_warps'), dkv=('num_stages','num_warps','BLOCK_T')) # What a GPU may choose
@@ -335,9 +357,9 @@ def _forward(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, form, causal, final, sa
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #c4111ca6
 @triton.jit
-def _unmap(x, w, pos, neg, g_pos, g_neg, dw, db, FORM:tl.constexpr, HAS_BIAS:tl.constexpr, DOT:tl.constexpr, PRECISION:tl.constexpr):
+def _unmap(x, w, pos, neg, g_pos, g_neg, factor, dw, db, FORM:tl.constexpr, HAS_BIAS:tl.constexpr, DOT:tl.constexpr, PRECISION:tl.constexpr):
     "Gradients of a tile x, and of W and b summed on, from those of its features; a common factor of a row's features has no gradient."
-    dy = _features_bwd(pos, neg, g_pos, g_neg, FORM).to(DOT)
+    dy = (_features_bwd(pos, neg, g_pos, g_neg, FORM)*factor[:, None]).to(DOT)
     dx = _dot(dy, w, tl.zeros(x.shape, tl.float32), DOT, PRECISION)
     dw = _dot(tl.trans(dy), x, dw, DOT, PRECISION)
     if HAS_BIAS: db = _dot(tl.trans(dy), tl.full((x.shape[0], 16), 1., tl.float32), db, DOT, PRECISION)
@@ -345,8 +367,8 @@ def _unmap(x, w, pos, neg, g_pos, g_neg, dw, db, FORM:tl.constexpr, HAS_BIAS:tl.
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #5c8e7af6
 @triton.jit(do_not_specialize=["T", "length", "segments", "slots", "sequences"])
-def _fused_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_ptr, states_ptr, m_ptr, plan_ptr, rows_ptr, delta_ptr, dq_ptr, dw_ptr, db_ptr, stride_qb, stride_qh, stride_qt,
-                     stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot, H, T, length, segments, slots, sequences,
+def _fused_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_ptr, states_ptr, m_ptr, plan_ptr, rows_ptr, delta_ptr, dq_ptr, dw_ptr, db_ptr, stride_qb, stride_qh, stride_qt:tl.constexpr,
+                     stride_kb, stride_kh, stride_kt:tl.constexpr, stride_vb, stride_vh, stride_vt:tl.constexpr, stride_ob, stride_oh, stride_ot:tl.constexpr, H, T, length, segments, slots, sequences,
                      GROUP:tl.constexpr, D:tl.constexpr, E:tl.constexpr, DV:tl.constexpr, FORM:tl.constexpr, BLOCK_T:tl.constexpr, BLOCK_E:tl.constexpr, BLOCK_D:tl.constexpr, BLOCK_V:tl.constexpr,
                      CAUSAL:tl.constexpr, BIAS_Q:tl.constexpr, BIAS_K:tl.constexpr, HAS_START:tl.constexpr, HAS_LOG:tl.constexpr, HAS_MASK:tl.constexpr, PACKED:tl.constexpr,
                      THROUGH:tl.constexpr, DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
@@ -368,10 +390,10 @@ def _fused_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr,
     delta_ptr += (tile*heads + head)*T + begin
     rows_ptr += head*2*T + begin
     slot = head//GROUP*slots + (part + sequence if CAUSAL else _last_slot(plan_ptr, sequence, slots, sequences, PACKED))
-    S_pos, S_neg, z_pos, z_neg = _empty(BLOCK_E, BLOCK_V)
+    S_pos, S_neg, z = _empty(BLOCK_E, BLOCK_V)
     m = _NOTHING
     if HAS_START:
-        S_pos, S_neg, z_pos, z_neg = _load_state(states_ptr + slot*(2*E*(DV + tiles)), tile, e, c, E, DV)
+        S_pos, S_neg, z = _load_state(states_ptr + slot*(2*E*(DV + tiles)), tile, e, c, E, DV)
         if HAS_LOG: m = tl.load(m_ptr + slot)
     dw, db = tl.zeros((BLOCK_E, BLOCK_D), tl.float32), tl.zeros((BLOCK_E, 16), tl.float32)
 
@@ -381,33 +403,32 @@ def _fused_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr,
         delta = tl.sum(do.to(tl.float32)*_tile(o_ptr, t, c, DV, rows, DV).to(tl.float32), 1)
         delta = tl.where(inv*_EPS < .9999, delta, 0.) # the least normaliser is a constant
         tl.store(delta_ptr + start + t, delta, mask=rows)
-        g_pos = _dot(do, S_pos, tl.zeros((BLOCK_T, BLOCK_E), tl.float32), WIDE, PRECISION) - delta[:, None]*tl.max(z_pos, 1)[None, :]
-        g_neg = _dot(do, S_neg, tl.zeros((BLOCK_T, BLOCK_E), tl.float32), WIDE, PRECISION) - delta[:, None]*tl.max(z_neg, 1)[None, :]
         if CAUSAL:
             keys = rows
             if HAS_MASK: keys = tl.load(mask_ptr + start + t, mask=rows, other=0) != 0
             v = _tile(v_ptr, t, c, stride_vt, keys, DV)
             x, w, y, k_pos, k_neg, l = _mapped(k_ptr, wk_ptr, bk_ptr, h//GROUP, t, e, d, stride_kt, keys, D, E, FORM, BIAS_K, DOT, PRECISION)
-            k_pos, k_neg, seen, weight, u = k_pos.to(DOT), k_neg.to(DOT), past & keys[None, :], tl.where(keys, 1., 0.), v
+            k_pos, k_neg, seen, weight, u = k_pos.to(DOT), k_neg.to(DOT), past, tl.where(keys, 1., 0.), v
+            if HAS_MASK: seen = past & keys[None, :]
             da = _dot(do, tl.trans(v), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), DOT, PRECISION) - delta[:, None]
             if HAS_LOG:
                 l, m_t = tl.where(keys, l if FORM == "exp" else 0., _NOTHING), tl.load(rows_ptr + T + start + t, mask=rows, other=-_NOTHING)
                 m_end = tl.maximum(m, tl.max(l, 0))
                 fade, keep, weight = tl.exp(m - m_t), tl.exp(m - m_end), tl.where(keys, tl.exp(l - m_end), 0.)
                 da *= tl.exp(tl.where(seen, l[None, :] - m_t[:, None], 0.))
-                g_pos, g_neg = g_pos*fade[:, None], g_neg*fade[:, None]
-                u, S_pos, S_neg, z_pos, z_neg, m = v*weight[:, None], S_pos*keep, S_neg*keep, z_pos*keep, z_neg*keep, m_end
-            da = tl.where(seen, da, 0.)
-            z_pos, z_neg = _count(z_pos, z_neg, k_pos, k_neg, weight, DOT, PRECISION)
-            S_pos, S_neg = _add(S_pos, S_neg, k_pos, k_neg, u, DOT, PRECISION)
+                u, m = v*weight[:, None], m_end
+            da = tl.where(seen, da, 0.).to(WIDE)
+        g_pos, g_neg = _recall(do, -delta, S_pos, z, 0, WIDE, PRECISION), _recall(do, -delta, S_neg, z, 1, WIDE, PRECISION)
+        if CAUSAL:
+            if HAS_LOG: g_pos, g_neg, S_pos, S_neg, z = g_pos*fade[:, None], g_neg*fade[:, None], S_pos*keep, S_neg*keep, z*keep
             g_pos, g_neg = _dot(da, k_pos, g_pos, WIDE, PRECISION), _dot(da, k_neg, g_neg, WIDE, PRECISION)
-
-        g_pos, g_neg = g_pos*inv[:, None], g_neg*inv[:, None]
+            z = _count(z, k_pos, k_neg, weight, DOT, PRECISION)
+            S_pos, S_neg = _add(S_pos, S_neg, k_pos, k_neg, u, DOT, PRECISION)
         x, w, y, q_pos, q_neg, l_q = _mapped(q_ptr, wq_ptr, bq_ptr, h, t, e, d, stride_qt, rows, D, E, FORM, BIAS_Q, DOT, PRECISION)
         if THROUGH:
-            dx, dw, db = _unmap(x, w, q_pos, q_neg, g_pos, g_neg, dw, db, FORM, BIAS_Q, WIDE, PRECISION)
+            dx, dw, db = _unmap(x, w, q_pos, q_neg, g_pos, g_neg, inv, dw, db, FORM, BIAS_Q, WIDE, PRECISION)
             tl.store(dq_ptr + t[:, None]*D + d[None, :], dx, mask=rows[:, None] & (d < D)[None, :])
-        else: tl.store(dq_ptr + t[:, None]*E + e[None, :], _features_bwd(q_pos, q_neg, g_pos, g_neg, FORM), mask=rows[:, None] & (e < E)[None, :])
+        else: tl.store(dq_ptr + t[:, None]*E + e[None, :], _features_bwd(q_pos, q_neg, g_pos, g_neg, FORM)*inv[:, None], mask=rows[:, None] & (e < E)[None, :])
         q_ptr += BLOCK_T*stride_qt
         k_ptr += BLOCK_T*stride_kt
         v_ptr += BLOCK_T*stride_vt
@@ -421,9 +442,16 @@ def _fused_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr,
         if BIAS_Q: tl.store(db_ptr + index*E + e, tl.max(db, 1), mask=e < E)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #5a143dff
+@triton.jit
+def _asking(q_ptr, do_ptr, w_ptr, b_ptr, rows_ptr, delta_ptr, head, t, e, d, c, stride_qt:tl.constexpr, stride_ot:tl.constexpr, rows, D:tl.constexpr, E:tl.constexpr, DV:tl.constexpr, FORM:tl.constexpr, HAS_BIAS:tl.constexpr, DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
+    "A tile of queries and what they ask with: do, -δ, and both halves of their features over the normaliser."
+    inv, delta = tl.load(rows_ptr + t, mask=rows, other=0.), tl.load(delta_ptr + t, mask=rows, other=0.)
+    x, w, y, pos, neg, l = _mapped(q_ptr, w_ptr, b_ptr, head, t, e, d, stride_qt, rows, D, E, FORM, HAS_BIAS, DOT, PRECISION)
+    return _tile(do_ptr, t, c, stride_ot, rows, DV), -delta, (pos*inv[:, None]).to(WIDE), (neg*inv[:, None]).to(WIDE)
+
 @triton.jit(do_not_specialize=["T", "length", "segments", "slots", "sequences"])
-def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_ptr, states_ptr, m_ptr, plan_ptr, rows_ptr, delta_ptr, dk_ptr, dv_ptr, dw_ptr, db_ptr, stride_qb, stride_qh, stride_qt,
-                      stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot, Hkv, T, length, segments, slots, sequences,
+def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_ptr, states_ptr, m_ptr, plan_ptr, rows_ptr, delta_ptr, dk_ptr, dv_ptr, dw_ptr, db_ptr, stride_qb, stride_qh, stride_qt:tl.constexpr,
+                      stride_kb, stride_kh, stride_kt:tl.constexpr, stride_vb, stride_vh, stride_vt:tl.constexpr, stride_ob, stride_oh, stride_ot:tl.constexpr, Hkv, T, length, segments, slots, sequences,
                       GROUP:tl.constexpr, D:tl.constexpr, E:tl.constexpr, DV:tl.constexpr, FORM:tl.constexpr, BLOCK_T:tl.constexpr, BLOCK_E:tl.constexpr, BLOCK_D:tl.constexpr, BLOCK_V:tl.constexpr,
                       CAUSAL:tl.constexpr, BIAS_Q:tl.constexpr, BIAS_K:tl.constexpr, HAS_START:tl.constexpr, HAS_END:tl.constexpr, HAS_LOG:tl.constexpr, HAS_MASK:tl.constexpr, PACKED:tl.constexpr,
                       THROUGH:tl.constexpr, DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
@@ -450,11 +478,12 @@ def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_pt
     if not CAUSAL:
         slot = head*slots + sequence
         if PACKED: slot += tl.load(plan_ptr + sequences + 1 + sequence)
-    R_pos, R_neg, z_pos, z_neg = _empty(BLOCK_E, BLOCK_V)
-    if HAS_START: R_pos, R_neg, z_pos, z_neg = _load_state(states_ptr + (slot + (1 if CAUSAL else 0))*(2*E*(DV + tiles)), tile, e, c, E, DV)
+    R_pos, R_neg, z = _empty(BLOCK_E, BLOCK_V)
+    if HAS_START: R_pos, R_neg, z = _load_state(states_ptr + (slot + (1 if CAUSAL else 0))*(2*E*(DV + tiles)), tile, e, c, E, DV)
     m = _NOTHING
     if HAS_LOG: m = tl.load(m_ptr)
     dw, db = tl.zeros((BLOCK_E, BLOCK_D), tl.float32), tl.zeros((BLOCK_E, 16), tl.float32)
+    KEYS_FIRST: tl.constexpr = GROUP > 1 or HAS_LOG or not CAUSAL # of the orders of work, the one that holds less at a time maps them last
 
     for i in range(tl.cdiv(n, BLOCK_T)):
         left = tl.cdiv(n, BLOCK_T) - 1 - i
@@ -462,45 +491,49 @@ def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_pt
         keys = rows
         if HAS_MASK: keys = tl.load(mask_ptr + t, mask=rows, other=0) != 0
         v = _tile(v_ptr, t, c, stride_vt, keys, DV)
-        x, w, y, k_pos, k_neg, l = _mapped(k_ptr, wk_ptr, bk_ptr, h, t, e, d, stride_kt, keys, D, E, FORM, BIAS_K, DOT, PRECISION)
-        k_pos, k_neg, weight = k_pos.to(WIDE), k_neg.to(WIDE), tl.where(keys, 1., 0.)
-        dv = _pairs(k_pos, k_neg, R_pos, R_neg, WIDE, PRECISION)
-        g_pos = _dot(v, R_pos, tl.zeros((BLOCK_T, BLOCK_E), tl.float32), WIDE, PRECISION) + tl.max(z_pos, 1)[None, :]
-        g_neg = _dot(v, R_neg, tl.zeros((BLOCK_T, BLOCK_E), tl.float32), WIDE, PRECISION) + tl.max(z_neg, 1)[None, :]
+        if KEYS_FIRST: x, w, y, k_pos, k_neg, l = _mapped(k_ptr, wk_ptr, bk_ptr, h, t, e, d, stride_kt, keys, D, E, FORM, BIAS_K, DOT, PRECISION)
+        one, old_pos, old_neg = tl.full((BLOCK_T,), 1., tl.float32), R_pos, R_neg
+        g_pos, g_neg = _recall(v, one, R_pos, z, 0, WIDE, PRECISION), _recall(v, one, R_neg, z, 1, WIDE, PRECISION)
+        if KEYS_FIRST: dv = _pairs(k_pos, k_neg, R_pos, R_neg, WIDE, PRECISION)
         if HAS_LOG:
             l = tl.where(keys, l if FORM == "exp" else 0., _NOTHING)
             weight = tl.where(keys, tl.exp(l - m), 0.)
+            dv, g_pos, g_neg = dv*weight[:, None], g_pos*weight[:, None], g_neg*weight[:, None]
             if CAUSAL:
                 m_prev = tl.load(m_ptr - 1)
                 if left > 0: m_prev = tl.load(rows_ptr + T - 1)
                 keep = tl.exp(m_prev - m)
-                R_pos, R_neg, z_pos, z_neg, m = R_pos*keep, R_neg*keep, z_pos*keep, z_neg*keep, m_prev
-        dv, g_pos, g_neg = dv*weight[:, None], g_pos*weight[:, None], g_neg*weight[:, None]
+                R_pos, R_neg, z, m = R_pos*keep, R_neg*keep, z*keep, m_prev
 
-        if CAUSAL:
+        if CAUSAL and KEYS_FIRST:
             for g in range(GROUP if BLOCK_E <= 64 else _unknown(GROUP, T)):
-                inv = tl.load(rows_ptr + g*2*T + t, mask=rows, other=0.)
-                do, delta = (_tile(do_ptr + (h*GROUP + g)*stride_oh, t, c, stride_ot, rows, DV)*inv[:, None]).to(WIDE), inv*tl.load(delta_ptr + g*T + t, mask=rows, other=0.)
-                x_q, w_q, y_q, q_pos, q_neg, l_q = _mapped(q_ptr + (h*GROUP + g)*stride_qh, wq_ptr, bq_ptr, h*GROUP + g, t, e, d, stride_qt, rows, D, E, FORM, BIAS_Q, DOT, PRECISION)
-                q_pos, q_neg, seen = q_pos.to(WIDE), q_neg.to(WIDE), later & keys[:, None]
-                a = _pairs(k_pos, k_neg, q_pos, q_neg, DOT, PRECISION) # (keys, queries)
-                da = _dot(v, tl.trans(do), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), WIDE, PRECISION) - delta[None, :]
+                do, delta, q_pos, q_neg = _asking(q_ptr + (h*GROUP + g)*stride_qh, do_ptr + (h*GROUP + g)*stride_oh, wq_ptr, bq_ptr, rows_ptr + g*2*T, delta_ptr + g*T, h*GROUP + g, t, e, d, c, stride_qt, stride_ot, rows, D, E, DV, FORM, BIAS_Q, DOT, WIDE, PRECISION)
+                a, da = _pairs(k_pos, k_neg, q_pos, q_neg, WIDE, PRECISION), _recall(v, one, tl.trans(do), _columns(delta, delta), 0, WIDE, PRECISION) # (keys, queries)
                 if HAS_LOG:
                     m_t = tl.load(rows_ptr + (g*2 + 1)*T + t, mask=rows, other=-_NOTHING)
-                    fade = tl.exp(tl.where(seen, l[:, None] - m_t[None, :], 0.))
+                    fade = tl.exp(tl.where(later, l[:, None] - m_t[None, :], 0.))
                     a, da = a*fade, da*fade
-                dv = _dot(tl.where(seen, a, 0.), do, dv, WIDE, PRECISION)
-                da = tl.where(seen, da, 0.)
+                dv, da = _dot(tl.where(later, a, 0.), do, dv, WIDE, PRECISION), tl.where(later, da, 0.)
                 g_pos, g_neg = _dot(da, q_pos, g_pos, WIDE, PRECISION), _dot(da, q_neg, g_neg, WIDE, PRECISION)
                 if HAS_LOG: do, delta = do*tl.exp(m - m_t)[:, None], delta*tl.exp(m - m_t)
-                z_pos, z_neg = _count(z_pos, z_neg, q_pos, q_neg, -delta, WIDE, PRECISION)
+                z = _count(z, q_pos, q_neg, delta, WIDE, PRECISION)
                 R_pos, R_neg = _add(R_pos, R_neg, q_pos, q_neg, do, WIDE, PRECISION)
+        elif CAUSAL:
+            do, delta, q_pos, q_neg = _asking(q_ptr + h*stride_qh, do_ptr + h*stride_oh, wq_ptr, bq_ptr, rows_ptr, delta_ptr, h, t, e, d, c, stride_qt, stride_ot, rows, D, E, DV, FORM, BIAS_Q, DOT, WIDE, PRECISION)
+            da = tl.where(later, _recall(v, one, tl.trans(do), _columns(delta, delta), 0, WIDE, PRECISION), 0.)
+            g_pos, g_neg = _dot(da, q_pos, g_pos, WIDE, PRECISION), _dot(da, q_neg, g_neg, WIDE, PRECISION)
+            z = _count(z, q_pos, q_neg, delta, WIDE, PRECISION)
+            R_pos, R_neg = _add(R_pos, R_neg, q_pos, q_neg, do, WIDE, PRECISION)
+            x, w, y, k_pos, k_neg, l = _mapped(k_ptr, wk_ptr, bk_ptr, h, t, e, d, stride_kt, keys, D, E, FORM, BIAS_K, DOT, PRECISION)
+            a = tl.where(later, _pairs(k_pos, k_neg, q_pos, q_neg, WIDE, PRECISION), 0.).to(WIDE)
+            dv = _dot(a, do, _pairs(k_pos, k_neg, old_pos, old_neg, WIDE, PRECISION), WIDE, PRECISION)
+        if HAS_MASK: dv = tl.where(keys[:, None], dv, 0.)
+        tl.store(dv_ptr + t[:, None]*DV + c[None, :], dv, mask=rows[:, None] & (c < DV)[None, :])
 
         if THROUGH:
-            dx, dw, db = _unmap(x, w, k_pos, k_neg, g_pos, g_neg, dw, db, FORM, BIAS_K, WIDE, PRECISION)
+            dx, dw, db = _unmap(x, w, k_pos, k_neg, g_pos, g_neg, tl.where(keys, 1., 0.), dw, db, FORM, BIAS_K, WIDE, PRECISION)
             tl.store(dk_ptr + t[:, None]*D + d[None, :], dx, mask=rows[:, None] & (d < D)[None, :])
-        else: tl.store(dk_ptr + t[:, None]*E + e[None, :], _features_bwd(k_pos, k_neg, g_pos, g_neg, FORM), mask=rows[:, None] & (e < E)[None, :])
-        tl.store(dv_ptr + t[:, None]*DV + c[None, :], dv, mask=rows[:, None] & (c < DV)[None, :])
+        else: tl.store(dk_ptr + t[:, None]*E + e[None, :], _features_bwd(k_pos, k_neg, g_pos, g_neg, FORM)*tl.where(keys, 1., 0.)[:, None], mask=rows[:, None] & (e < E)[None, :])
         q_ptr -= BLOCK_T*stride_qt
         k_ptr -= BLOCK_T*stride_kt
         v_ptr -= BLOCK_T*stride_vt
@@ -512,7 +545,7 @@ def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_pt
         dv_ptr -= BLOCK_T*DV
 
     if CAUSAL and HAS_END:
-        if begin == first: _store_state(states_ptr + slot*(2*E*(DV + tiles)), R_pos, R_neg, z_pos, z_neg, tile, e, c, E, DV)
+        if begin == first: _store_state(states_ptr + slot*(2*E*(DV + tiles)), R_pos, R_neg, z, tile, e, c, E, DV)
     if THROUGH:
         index = (head*segments + part)*tiles + tile
         tl.store(dw_ptr + index*E*D + e[:, None]*D + d[None, :], dw, mask=(e < E)[:, None] & (d < D)[None, :])
@@ -692,13 +725,6 @@ def fused_hedgehog_attention(
     return (o, LinearState(*after)) if output_final_state else o
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #a23ac598
-def _loop(compiled):
-    "Instructions in the longest loop of a compiled kernel."
-    lines = _read_binary(compiled, 'nvdisasm', '-c').split('\n')
-    labels = {l.strip()[:-1]:i for i,l in enumerate(lines) if l.startswith('.L')}
-    jumps = [(labels.get(m[1], i), i) for i,l in enumerate(lines) if (m := re.search(r'BRA\S* `\((\.L\w+)\)', l))]
-    return max(i - start for start,i in jumps)
-
 def fused_usage(
     head_dim:int, # D, and the channels of v
     dtype:torch.dtype=torch.bfloat16, # Of all inputs
@@ -707,12 +733,13 @@ def fused_usage(
     num_maps:int=1, # Outputs of the map are E = num_maps·D
     group:int=1, # Query heads per key-value head
     **config, # Block sizes, `num_warps` or `num_stages` in place of the chosen ones
-)->dict: # What `offline_usage` returns, the configuration, and instructions per token
+)->dict: # What `offline_usage` and `offline_cycles` return, and the configuration
     "What the kernels of the fused attention use on an H100 or H200, found without one."
     q,w = torch.empty(1, 1, 1, head_dim, dtype=dtype),torch.empty(1, num_maps*head_dim, head_dim, dtype=dtype)
     f = dict(o=_fused_fwd_kernel, states=_fused_states_kernel, dq=_fused_dq_kernel, dkv=_fused_dkv_kernel)[kernel]
     c = _constants(q, q, w, form, 'tf32x3') | _config(head_dim, num_maps*head_dim, head_dim, dtype, kernel.replace('states', 'o')) | config
     c = dict(GROUP=group, CAUSAL=True, QUERIES=False, EVERY=False, HAS_LOG=form=='exp', SAVE=kernel=='o') | dict.fromkeys(('HAS_BIAS','BIAS_Q','BIAS_K','HAS_START','HAS_END','HAS_MASK','PACKED'), False) | c
+    c |= {n:head_dim for n in f.arg_names if n.startswith('stride') and n.endswith('t')} # tokens one behind the other
     args = f, c, {torch.bfloat16:'bf16', torch.float16:'fp16', torch.float32:'fp32'}[dtype], ('m_ptr','states_ptr','rows_ptr','delta_ptr','dw_ptr','db_ptr'), dict(plan_ptr='i32', mask_ptr='i8')
     return dict(kernel=kernel, D=head_dim, E=c['E'], group=group, dtype=args[2], form=form, block_t=c['BLOCK_T'], block_v=c['BLOCK_V'], warps=c['num_warps'], stages=c['num_stages'], **offline_usage(*args),
-                through=c['THROUGH'], instructions_per_token=round(_loop(_offline(*args))*c['num_warps']/c['BLOCK_T']))
+                through=c['THROUGH'], **offline_cycles(*args))
