@@ -268,7 +268,7 @@ def _config(D, E, DV, dtype, scan='o'):
     return dict(zip(('BLOCK_T','num_warps','num_stages'), shape), BLOCK_E=BLOCK_E, BLOCK_D=BLOCK_D, BLOCK_V=BLOCK_V, THROUGH=D<=BLOCK_D and BLOCK_E*BLOCK_D<=8192)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #3f0e0ee5
-VARIED = dict(o=('num_stages','BLOCK_T'), states=('num_stages',), dq=('num_stages','num_warps'), dkv=('num_stages','num_warps','BLOCK_T')) # What a GPU may choose
+VARIED = dict(o=('num_stages',), states=('num_stages',), dq=('num_stages',), dkv=('num_stages','BLOCK_T')) # What a GPU may choose
 
 @lru_cache(256)
 def _shape(D, E, DV, dtype, form, precision):
