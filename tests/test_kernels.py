@@ -165,6 +165,38 @@ def test_import_without_a_gpu_works_and_cpu_tensors_are_refused():
     res = python('-c', 'import torch\nfrom hedgehog_nb.kernels.feature_map import fused_feature_map as f\nf(torch.ones(1,1,1,8), torch.ones(1,8,8))', TRITON_INTERPRET='0', CUDA_VISIBLE_DEVICES='')
     assert res.returncode!=0 and 'ValueError: the kernel runs on a GPU; given tensors on cpu' in res.stderr
 
+def test_what_an_instruction_keeps_busy():
+    pytest.importorskip('triton')
+    from hedgehog_nb.kernels.feature_map import _busy
+    assert _busy('FFMA.FTZ')==('fma',1) and _busy('MUFU.EX2')==('exps',8) and _busy('ISETP.GE.AND')==('alu',2) and _busy('SHFL.BFLY')==('near',4)
+    assert [_busy(x) for x in ('LDG.E.LTC128B', 'LDS.64', 'STS.128', 'LDSM.16.M88.4', 'LDL.LU', 'LDGSTS.E.BYPASS.LTC128B.128')]==[('near',n) for n in (4, 8, 16, 16, 4, 16)]
+    assert _busy('HGMMA.64x64x16.F32.BF16')==('tensor',32) and _busy('HGMMA.64x64x8.F32.TF32')==('tensor',32) # half the products at half the rate
+    assert _busy('HMMA.16816.F32.BF16')==('tensor', 4/.63) and _busy('HMMA.1688.F32.TF32')==('tensor', 4/.63)
+
+def test_cycles_are_those_of_the_longest_loop(tmp_path):
+    pytest.importorskip('triton')
+    (tmp_path/'loops.py').write_text('''
+import triton, triton.language as tl
+from hedgehog_nb.kernels.feature_map import offline_cycles
+@triton.jit
+def plain(x_ptr, o_ptr, BLOCK_T:tl.constexpr):
+    t = tl.arange(0, BLOCK_T)
+    tl.store(o_ptr + t, tl.exp2(tl.load(x_ptr + t)))
+@triton.jit
+def looped(x_ptr, o_ptr, n, BLOCK_T:tl.constexpr):
+    t = tl.arange(0, BLOCK_T)
+    for i in range(n):
+        y = tl.load(x_ptr + t)
+        for j in tl.static_range(200): y = tl.exp2(y) # too long to be unrolled
+        tl.store(o_ptr + t, y)
+for kernel,exps in ((plain, 1), (looped, 200)):
+    for warps,T in ((1, 32), (4, 256)):
+        c = offline_cycles(kernel, dict(BLOCK_T=T, num_warps=warps, num_stages=1), 'fp32')
+        assert c['exps']==round(exps*8/4/32, 1) and c['slots']>0 and c['near']>0 and c['tensor']==0, c
+''')
+    res = python(str(tmp_path/'loops.py'), TRITON_INTERPRET='0', TRITON_CACHE_DIR=str(tmp_path))
+    assert res.returncode==0, res.stderr
+
 def test_compiles_for_hopper_without_spills(tmp_path):
     pytest.importorskip('triton')
     code = """
@@ -173,7 +205,9 @@ from hedgehog_nb.kernels.feature_map import feature_map_usage as use
 for form in ('exp', 'softmax_halves', 'softmax_joint'):
     for backward in (False, True):
         u = use(64, torch.bfloat16, form, backward, HAS_BIAS=True)
-        assert u['spilled_bytes']==0 and u['shared_bytes']<=227*1024, u
+        assert u['spilled_bytes']==0 and u['shared_bytes']<=227*1024 and max(u['slots'], u['near'])<=28, u # memory takes 25
+for backward,most in ((False,30), (True,65)): assert use(128, torch.bfloat16, backward=backward)['near']<=most
+assert all(use(128, torch.float32, backward=b)['shared_bytes']<=227*1024 for b in (False, True))
 """
     res = python('-c', code, TRITON_INTERPRET='0', TRITON_CACHE_DIR=str(tmp_path))
     assert res.returncode==0, res.stderr

@@ -89,9 +89,9 @@ def _config(E, D, dtype, backward=False):
     "Block sizes and warps for `E` outputs, head_dim `D` and products in `dtype`."
     wide = dtype==torch.float32
     BLOCK_E = max(16, triton.next_power_of_2(E))
-    BLOCK_T = max(16, min(64, (4096 if not backward else 1024 if wide else 2048)//BLOCK_E))
+    BLOCK_T,warps = (64,4) if BLOCK_E<=(128 if wide or not backward else 64) or wide and backward else (128,8) # 64 rows for each four warps
     BLOCK_D = max(16, min(32 if BLOCK_E>128 else 64 if wide else 128, triton.next_power_of_2(D)))
-    return dict(BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E, BLOCK_D=BLOCK_D, num_warps=4 if BLOCK_E<=64 else 8, num_stages=1 if backward else 2)
+    return dict(BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E, BLOCK_D=BLOCK_D, num_warps=warps, num_stages=1 if backward else 2)
 
 # %% ../../kernels/01_triton_primer.ipynb #54c9e45d
 def _constants(x, weight, bias, form, precision, backward=False):
@@ -300,7 +300,7 @@ def offline_usage(
     use = dict(re.findall(r'(REG|STACK):(\d+)', _read_binary(res, 'cuobjdump', '--dump-resource-usage')))
     return dict(registers=int(use['REG']), spilled_bytes=int(use['STACK']), shared_bytes=res.metadata.shared)
 
-# %% ../../kernels/01_triton_primer.ipynb #c8ae0b4c
+# %% ../../kernels/01_triton_primer.ipynb #f9f04f67
 _UNITS = dict(FADD=('fma',1), FMUL=('fma',1), FFMA=('fma',1), IMAD=('fma',2), MUFU=('exps',8), F2F=('exps',8), F2I=('exps',8), I2F=('exps',8), SHFL=('near',4))
 _NEAR = 'LDS','STS','LDSM','STSM','LDL','STL','LDG','STG','LDGSTS','LD','ST','RED','ATOMG'
 
@@ -313,11 +313,11 @@ def _busy(op):
     return _UNITS.get(name, ('alu',2))
 
 def _longest_loop(compiled):
-    "Names of the instructions in the longest loop of a compiled kernel."
+    "Names of the instructions in the longest loop of a compiled kernel, or in all of it where there is none."
     lines = _read_binary(compiled, 'nvdisasm', '-c').split('\n')
     labels = {l.strip()[:-1]:i for i,l in enumerate(lines) if l.startswith('.L')}
-    jumps = [(labels.get(m[1], i), i) for i,l in enumerate(lines) if (m := re.search(r'BRA\S* `\((\.L\w+)\)', l))]
-    start,end = max(jumps, key=lambda j: j[1]-j[0])
+    back = [(s, i) for i,l in enumerate(lines) if (m := re.search(r'BRA\S* `\((\.L\w+)\)', l)) and (s := labels.get(m[1], i)) < i-1] # the last line jumps to itself
+    start,end = max(back, key=lambda j: j[1]-j[0], default=(0, len(lines)))
     return [m[1] for l in lines[start:end+1] if (m := re.match(r'\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)', l))]
 
 def offline_cycles(
@@ -337,11 +337,11 @@ def feature_map_usage(
     form:str='softmax_halves', # "exp", "softmax_halves" or "softmax_joint"
     backward:bool=False, # The backward kernel?
     **config, # Block sizes, `num_warps` or `num_stages` in place of the chosen ones
-)->dict: # What `offline_usage` returns, and the configuration
+)->dict: # What `offline_usage` and `offline_cycles` return, and the configuration
     "What the fused feature map's kernels use on an H100 or H200, found without one."
     w = torch.empty(1, head_dim, head_dim, dtype=dtype)
     c = _constants(w, w, None, form, 'tf32x3', backward) | dict(NEED_DX=True, NEED_DW=True) | config
     kernel = _feature_map_bwd_kernel if backward else _feature_map_fwd_kernel
     short = {torch.bfloat16:'bf16', torch.float16:'fp16', torch.float32:'fp32'}[dtype]
-    use = offline_usage(kernel, c, short, ('m_ptr','gm_ptr','dw_ptr','db_ptr'))
-    return dict(head_dim=head_dim, dtype=short, kernel='backward' if backward else 'forward', block_t=c['BLOCK_T'], warps=c['num_warps'], **use)
+    args = kernel, c, short, ('m_ptr','gm_ptr','dw_ptr','db_ptr')
+    return dict(head_dim=head_dim, dtype=short, kernel='backward' if backward else 'forward', block_t=c['BLOCK_T'], warps=c['num_warps'], **offline_usage(*args), **offline_cycles(*args))

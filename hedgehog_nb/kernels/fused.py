@@ -22,12 +22,12 @@ import triton, triton.language as tl
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #1d80d91c
 @triton.jit
-def _mapped(x_ptr, w_ptr, b_ptr, head, t, e, d, stride_t, rows, D:tl.constexpr, E:tl.constexpr, FORM:tl.constexpr, HAS_BIAS:tl.constexpr, DOT:tl.constexpr, PRECISION:tl.constexpr):
-    "A tile x of tokens, the head's W, y = x Wᵀ + b, both halves of the features, and their log weights. Where D is wider than `d`, x and W are their last columns."
+def _mapped(x_ptr, w_ptr, b_ptr, head, t, e, d, stride_t, rows, D:tl.constexpr, E:tl.constexpr, FORM:tl.constexpr, HAS_BIAS:tl.constexpr, DOT:tl.constexpr, PRECISION:tl.constexpr, w=None):
+    "A tile x of tokens, the head's W (`w` if it is there already), y = x Wᵀ + b, both halves of the features, and their log weights. Where D is wider than `d`, x and W are their last columns."
     y = tl.zeros((t.shape[0], e.shape[0]), tl.float32)
     if HAS_BIAS: y += tl.load(b_ptr + head*E + e, mask=e < E, other=0.).to(tl.float32)[None, :]
     for d0 in tl.static_range(0, D, d.shape[0]):
-        w = _tile(w_ptr + head*(E*D), e, d0 + d, D, e < E, D)
+        if w is None or D > d.shape[0]: w = _tile(w_ptr + head*(E*D), e, d0 + d, D, e < E, D)
         x = _tile(x_ptr, t, d0 + d, stride_t, rows, D)
         y = _dot(x, tl.trans(w), y, DOT, PRECISION)
     pos, neg, l = _features(y, (e < E)[None, :], FORM)
@@ -73,17 +73,6 @@ def _two(z, HALF:tl.constexpr, DOT:tl.constexpr):
     "A half of z as the operand of a product: a column of z rounded to `DOT`, one of what rounding lost, the others zero."
     col, hi = tl.arange(0, 16)[None, :] - 8*HALF, z.to(DOT).to(tl.float32)
     return tl.where(col == 0, hi, tl.where(col == 1, z - hi, 0.))
-
-@triton.jit
-def _recall(u, c, S, z, HALF:tl.constexpr, DOT:tl.constexpr, PRECISION:tl.constexpr):
-    "u S + c zᵀ, what a half of a state gives to rows u, c; z in its columns."
-    g = _dot(u, S, tl.zeros((u.shape[0], S.shape[1]), tl.float32), DOT, PRECISION)
-    if DOT == tl.bfloat16:
-        col, hi, top = tl.arange(0, 16)[None, :] - 8*HALF, c.to(DOT).to(tl.float32)[:, None], z.to(DOT).to(tl.float32)
-        left, right = tl.where(col == 2, c[:, None] - hi, tl.where((col == 0) | (col == 1), hi, 0.)), tl.where(col == 1, z - top, top)
-        g = _dot(left, tl.trans(right.to(DOT)), g, DOT, PRECISION)
-    else: g += c[:, None]*_vectors(z)[HALF][None, :]
-    return g
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #71e2feb4
 @triton.jit
@@ -269,12 +258,12 @@ def _config(D, E, DV, dtype, scan='o'):
     "Block sizes, warps and pipeline stages of the scan for `o`, `dq` or `dkv`."
     BLOCK_E,single = max(16, triton.next_power_of_2(E)),dtype==torch.float32
     BLOCK_D = max(16, min(triton.next_power_of_2(D), (16384 if single else 32768)//BLOCK_E))
-    width,dkv = max(BLOCK_E, triton.next_power_of_2(D)),scan=='dkv'
-    fits = width<=64 and dtype==torch.bfloat16 # 64 rows at once, and registers for them
-    BLOCK_T = 64 if fits else 16 if single or width>128 else 32
+    width,two = max(BLOCK_E, triton.next_power_of_2(D)),scan=='o' and dtype==torch.bfloat16
     BLOCK_V = max(16, min(32 if single else 64, 8192//BLOCK_E, triton.next_power_of_2(DV)))
-    return dict(BLOCK_T=BLOCK_T, BLOCK_E=BLOCK_E, BLOCK_D=BLOCK_D, BLOCK_V=BLOCK_V, THROUGH=D<=BLOCK_D and BLOCK_E*BLOCK_D<=8192, num_warps=4 if fits or width<=64 and not dkv else 8,
-                num_stages=1 if single or (scan!='o' if fits else width>64 and (not dkv or dtype==torch.float16)) else 2)
+    if single or width>128: shape = 16, 4 if width<=64 else 8, 1
+    elif width<=64: shape = 64, 4, 2 if two else 1
+    else: shape = (32, 8, 1 if dtype==torch.float16 else 2) if scan=='dkv' else (128, 8, 1)
+    return dict(zip(('BLOCK_T','num_warps','num_stages'), shape), BLOCK_E=BLOCK_E, BLOCK_D=BLOCK_D, BLOCK_V=BLOCK_V, THROUGH=D<=BLOCK_D and BLOCK_E*BLOCK_D<=8192)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #3f0e0ee5
 VARIED = dict(o=('num_stages','BLOCK_T'), states=('num_stages',), dq=('num_stages','num_warps'), dkv=('num_stages','num_warps','BLOCK_T')) # What a GPU may choose
@@ -335,7 +324,7 @@ def _key_states(k, v, w_k, b_k, S, z, m, pad, plan, every, log, c):
     return states, M
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #5c088ec9
-def _forward(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, form, causal, final, save, schedule, precision, borders=None):
+def _forward(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, form, causal, final, save, keep, schedule, precision, borders=None):
     "Launch the forward: o; rows, states and maxima for the backward; S, z and m after the last token. Empty tensors for what is not asked for."
     (B,H,Tq,_),(_,Hkv,T,DV) = q.shape,v.shape
     c,pad,log = _constants(q, v, w_q, form, precision),_pad(mask),form=='exp' or S is not None
@@ -350,10 +339,22 @@ def _forward(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, form, causal, final, sa
          Hkv, Tq, ask.length, ask.segments, slots, plan.sequences),
         dict(GROUP=H//Hkv, CAUSAL=causal, BIAS_Q=b_q is not None, BIAS_K=b_k is not None, HAS_START=use, HAS_END=final and causal, HAS_LOG=log, HAS_MASK=pad is not None,
              PACKED=borders is not None, SAVE=save, **_pick(c, _fused_fwd_kernel)), VARIED['o'], v.device)
-    kept = (_or(states, none()), _or(M, none())) if save and borders is None else (none(), none())
+    kept = (_or(states, none()), _or(M, none())) if keep and borders is None else (none(), none())
     if not final: return o, rows, *kept, none(), none(), none()
     S,z = _split(plan.states(states[:,:,plan.slots(after=True)]), 2*c['E'], DV, tiles)
     return o, rows, *kept, S.clone(), z[...,0,:].clone(), plan.states(M[...,plan.slots(after=True)]).clone() if log else z.new_zeros(z.shape[:2])
+
+# %% ../../kernels/04_fused_hedgehog.ipynb #fb382f92
+@triton.jit
+def _recall(u, c, S, z, HALF:tl.constexpr, DOT:tl.constexpr, PRECISION:tl.constexpr):
+    "u S + c zᵀ, what a half of a state gives to rows u, c; z in its columns."
+    g = _dot(u, S, tl.zeros((u.shape[0], S.shape[1]), tl.float32), DOT, PRECISION)
+    if DOT == tl.bfloat16:
+        col, hi, top = tl.arange(0, 16)[None, :] - 8*HALF, c.to(DOT).to(tl.float32)[:, None], z.to(DOT).to(tl.float32)
+        left, right = tl.where(col == 2, c[:, None] - hi, tl.where((col == 0) | (col == 1), hi, 0.)), tl.where(col == 1, z - top, top)
+        g = _dot(left, tl.trans(right.to(DOT)), g, DOT, PRECISION)
+    else: g += c[:, None]*_vectors(z)[HALF][None, :]
+    return g
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #c4111ca6
 @triton.jit
@@ -397,6 +398,7 @@ def _fused_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr,
         if HAS_LOG: m = tl.load(m_ptr + slot)
     dw, db = tl.zeros((BLOCK_E, BLOCK_D), tl.float32), tl.zeros((BLOCK_E, 16), tl.float32)
 
+    w_k, w_q = _tile(wk_ptr + h//GROUP*(E*D), e, d, D, e < E, D), _tile(wq_ptr + h*(E*D), e, d, D, e < E, D)
     for start in range(0, n, BLOCK_T):
         rows = t < n - start
         do, inv = _tile(do_ptr, t, c, stride_ot, rows, DV), tl.load(rows_ptr + start + t, mask=rows, other=0.)
@@ -407,7 +409,7 @@ def _fused_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr,
             keys = rows
             if HAS_MASK: keys = tl.load(mask_ptr + start + t, mask=rows, other=0) != 0
             v = _tile(v_ptr, t, c, stride_vt, keys, DV)
-            x, w, y, k_pos, k_neg, l = _mapped(k_ptr, wk_ptr, bk_ptr, h//GROUP, t, e, d, stride_kt, keys, D, E, FORM, BIAS_K, DOT, PRECISION)
+            x, w, y, k_pos, k_neg, l = _mapped(k_ptr, wk_ptr, bk_ptr, h//GROUP, t, e, d, stride_kt, keys, D, E, FORM, BIAS_K, DOT, PRECISION, w_k)
             k_pos, k_neg, seen, weight, u = k_pos.to(DOT), k_neg.to(DOT), past, tl.where(keys, 1., 0.), v
             if HAS_MASK: seen = past & keys[None, :]
             da = _dot(do, tl.trans(v), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), DOT, PRECISION) - delta[:, None]
@@ -424,7 +426,7 @@ def _fused_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr,
             g_pos, g_neg = _dot(da, k_pos, g_pos, WIDE, PRECISION), _dot(da, k_neg, g_neg, WIDE, PRECISION)
             z = _count(z, k_pos, k_neg, weight, DOT, PRECISION)
             S_pos, S_neg = _add(S_pos, S_neg, k_pos, k_neg, u, DOT, PRECISION)
-        x, w, y, q_pos, q_neg, l_q = _mapped(q_ptr, wq_ptr, bq_ptr, h, t, e, d, stride_qt, rows, D, E, FORM, BIAS_Q, DOT, PRECISION)
+        x, w, y, q_pos, q_neg, l_q = _mapped(q_ptr, wq_ptr, bq_ptr, h, t, e, d, stride_qt, rows, D, E, FORM, BIAS_Q, DOT, PRECISION, w_q)
         if THROUGH:
             dx, dw, db = _unmap(x, w, q_pos, q_neg, g_pos, g_neg, inv, dw, db, FORM, BIAS_Q, WIDE, PRECISION)
             tl.store(dq_ptr + t[:, None]*D + d[None, :], dx, mask=rows[:, None] & (d < D)[None, :])
@@ -584,7 +586,7 @@ def _backward(do, dS, dz, q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, o, rows, s
     plan = _cut(B*Hkv, T, c, .4 if causal else 0, schedule, v.device, borders)
     ask = plan if causal or borders else _cut(B*Hkv, Tq, c, 0, schedule, v.device)
     use = not causal or plan.segments>plan.sequences or S is not None
-    if borders and (use or log): states,M = _key_states(k, v, w_k, b_k, S, z, m, pad, plan, not causal, log, c)
+    if not states.numel() and (use or log): states,M = _key_states(k, v, w_k, b_k, S, z, m, pad, plan, not causal, log, c)
     states,M = (x if x is not None and x.numel() else None for x in (states, M))
     new,part,width = lambda *s, dtype=torch.float32: v.new_empty(*s, dtype=dtype),q.dtype if tiles==1 else torch.float32,D if c['THROUGH'] else E
     dq,dk,dv,delta = new(tiles, B, H, Tq, width, dtype=part),new(tiles, B, Hkv, T, width, dtype=part),torch.empty_like(v, memory_format=torch.contiguous_format),new(tiles, B, H, Tq)
@@ -620,15 +622,16 @@ def _backward(do, dS, dz, q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, o, rows, s
 # %% ../../kernels/04_fused_hedgehog.ipynb #42df6946
 @operation('fused_attention')
 def _fused_op(q:Tensor, k:Tensor, v:Tensor, w_q:Tensor, w_k:Tensor, b_q:Optional[Tensor], b_k:Optional[Tensor], S:Optional[Tensor], z:Optional[Tensor], m:Optional[Tensor], mask:Optional[Tensor],
-              cu_seqlens:Optional[Tensor], form:str, causal:bool, final:bool, save:bool, schedule:int, precision:str)->tuple[Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor]:
-    return _forward(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, form, causal, final, save, schedule, precision, _borders(cu_seqlens, q))
+              cu_seqlens:Optional[Tensor], form:str, causal:bool, final:bool, save:bool, keep:bool, schedule:int, precision:str)->tuple[Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor]:
+    return _forward(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, form, causal, final, save, keep, schedule, precision, _borders(cu_seqlens, q))
 
 @_fused_op.register_fake
-def _(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, cu_seqlens, form, causal, final, save, schedule, precision):
+def _(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, cu_seqlens, form, causal, final, save, keep, schedule, precision):
     (B,H,Tq,_),(_,Hkv,T,DV),F = q.shape,v.shape,2*w_q.shape[1]
     c,log,new = _constants(q, v, w_q, form, precision),form=='exp' or S is not None,lambda *s: v.new_empty(s, dtype=torch.float32)
-    n,N = _cut(B*Hkv, T, c, .4 if causal else 0, schedule, v.device).segments,B if cu_seqlens is None else cu_seqlens.shape[0]-1
-    kept = save and cu_seqlens is None and (not causal or n>1 or S is not None or final or log)
+    N,n = B if cu_seqlens is None else cu_seqlens.shape[0]-1,0
+    if keep and cu_seqlens is None: n = _cut(B*Hkv, T, c, .4 if causal else 0, schedule, v.device).segments
+    kept = n>0 and (not causal or n>1 or S is not None or final or log)
     return (v.new_empty(B, H, Tq, DV), new(B, H, 2, Tq) if save else new(0), new(B, Hkv, n+1, F*(DV + triton.cdiv(DV, c['BLOCK_V']))) if kept else new(0),
             new(B, Hkv, n+1) if kept and log else new(0), *((new(N, Hkv, F, DV), new(N, Hkv, F), new(N, Hkv)) if final else (new(0), new(0), new(0))))
 
@@ -644,7 +647,7 @@ def _(do, dS, dz, q, k, v, w_q, w_k, b_q, b_k, S, z, m, *rest):
     return tuple(v.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, k, v, w_q, w_k, b_q, b_k, S, z, m))
 
 def _save(ctx, inputs, output):
-    *ins,ctx.form,ctx.causal,_,_,ctx.schedule,ctx.precision = inputs
+    *ins,ctx.form,ctx.causal,_,_,_,ctx.schedule,ctx.precision = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*ins, *output[:4])
 
@@ -656,7 +659,7 @@ def _gradient(ctx, do, _rows, _states, _M, dS, dz, _m):
         n = B if cu_seqlens is None else cu_seqlens.shape[0]-1
         dS,dz = _or(dS, rows.new_zeros(n, Hkv, F, DV)),_or(dz, rows.new_zeros(n, Hkv, F))
     grads = _fused_bwd_op(do, dS, dz, *ins, o, rows, states, M, ctx.form, ctx.causal, ctx.schedule, ctx.precision)
-    return *(g if need else None for g,need in zip(grads, ctx.needs_input_grad)), *(None,)*8
+    return *(g if need else None for g,need in zip(grads, ctx.needs_input_grad)), *(None,)*9
 
 _fused_op.register_autograd(_gradient, setup_context=_save)
 
@@ -721,7 +724,8 @@ def fused_hedgehog_attention(
     state = (None,)*3 if initial_state is None else tuple(x.float().contiguous() for x in initial_state)
     ins = q, k, v, cast(w_q), cast(w_k), cast(b_q), cast(b_k), *state
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in ins)
-    o,_,_,_,*after = _fused_op(*ins, mask, cu_seqlens, form, causal, output_final_state, save, {None:0, 'scan':1, 'parallel':-1}.get(schedule, schedule), precision)
+    keep = save and not torch.compiler.is_compiling() # how many states there are depends on the number of tokens: a graph has none among its sizes
+    o,_,_,_,*after = _fused_op(*ins, mask, cu_seqlens, form, causal, output_final_state, save, keep, {None:0, 'scan':1, 'parallel':-1}.get(schedule, schedule), precision)
     return (o, LinearState(*after)) if output_final_state else o
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #a23ac598
