@@ -27,7 +27,7 @@ def _tile(ptr, t, c, stride_t, rows, WIDTH:tl.constexpr):
     "Tile (tokens, channels) of a tensor, zeros where `rows` is false and past column WIDTH."
     return tl.load(ptr + t[:, None]*stride_t + c[None, :], mask=rows[:, None] & (c[None, :] < WIDTH), other=0.)
 
-# %% ../../kernels/02_chunk_forward.ipynb #d14cb361
+# %% ../../kernels/02_chunk_forward.ipynb #36c188ca
 @triton.jit
 def _column(x):
     "A vector as the first of 16 columns, zeros in the others."
@@ -102,7 +102,7 @@ def _segment(plan_ptr, segment, length, T, sequences, PACKED:tl.constexpr):
         begin = first + (segment - tl.load(plan_ptr + sequences + 1 + sequence))*length
     return begin, tl.minimum(begin + length, end), sequence, first, end
 
-# %% ../../kernels/02_chunk_forward.ipynb #a11973fc
+# %% ../../kernels/02_chunk_forward.ipynb #a91a08ae
 @triton.jit
 def _load_state(ptr, f, d, F:tl.constexpr, D:tl.constexpr):
     "Features `f` and channels `d` of S, and these features of z."
@@ -114,6 +114,18 @@ def _store_state(ptr, S, z, first, f, d, F:tl.constexpr, D:tl.constexpr):
     "Write them back; z only where `first`."
     tl.store(ptr + f[:, None]*D + d[None, :], S, mask=(f < F)[:, None] & (d < D)[None, :])
     if first: tl.store(ptr + F*D + f, z, mask=f < F)
+
+# %% ../../kernels/02_chunk_forward.ipynb #0f1b3c92
+@triton.jit
+def _along(log_ptr, m_ptr, mask_ptr, head, Hkv, sequence, begin, T, sequences):
+    "Log weights, running maxima and mask of a key-value head from token `begin` on."
+    return log_ptr + head*T + begin, m_ptr + head*(T + sequences) + sequence + begin, mask_ptr + (head//Hkv)*T + begin
+
+@triton.jit
+def _keys(k_ptr, v_ptr, mask_ptr, t, f, d, stride_kt:tl.constexpr, stride_vt:tl.constexpr, rows, F:tl.constexpr, D:tl.constexpr, HAS_MASK:tl.constexpr):
+    "A chunk's keys and values, zero where padded, and which are not."
+    if HAS_MASK: rows = tl.load(mask_ptr + t, mask=rows, other=0) != 0
+    return _tile(k_ptr, t, f, stride_kt, rows, F), _tile(v_ptr, t, d, stride_vt, rows, D), rows
 
 # %% ../../kernels/02_chunk_forward.ipynb #38457ba4
 @triton.jit(do_not_specialize=["T", "length", "segments", "slots", "sequences"])
@@ -128,16 +140,12 @@ def _segment_states_kernel(k_ptr, v_ptr, log_ptr, m_ptr, mask_ptr, states_ptr, p
     t, f, d = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_F), tl.program_id(0) % tiles*BLOCK_D + tl.arange(0, BLOCK_D)
     k_ptr += (head//Hkv)*stride_kb + (head % Hkv)*stride_kh + begin*stride_kt
     v_ptr += (head//Hkv)*stride_vb + (head % Hkv)*stride_vh + begin*stride_vt
-    mask_ptr += (head//Hkv)*T + begin
-    log_ptr += head*T + begin
-    m_ptr += head*(T + sequences) + sequence + begin
+    log_ptr, m_ptr, mask_ptr = _along(log_ptr, m_ptr, mask_ptr, head, Hkv, sequence, begin, T, sequences)
     S, z, n = tl.zeros((BLOCK_F, BLOCK_D), tl.float32), tl.zeros((BLOCK_F,), tl.float32), (stop - begin).to(tl.int32)
 
     if not EVERY: n = tl.where(stop == end, 0, n)
     for start in range(0, n, BLOCK_T):
-        rows = t < n - start
-        if HAS_MASK: rows = tl.load(mask_ptr + start + t, mask=rows, other=0) != 0
-        k, v = _tile(k_ptr, t, f, stride_kt, rows, F), _tile(v_ptr, t, d, stride_vt, rows, D)
+        k, v, keys = _keys(k_ptr, v_ptr, mask_ptr + start, t, f, d, stride_kt, stride_vt, t < n - start, F, D, HAS_MASK)
         S, z = _absorb(S, z, k, v, log_ptr + start, m_ptr + start, t, n - start, BLOCK_T, HAS_LOG, DOT, PRECISION)
         k_ptr += BLOCK_T*stride_kt
         v_ptr += BLOCK_T*stride_vt
@@ -255,18 +263,14 @@ def _chunk_fwd_kernel(q_ptr, k_ptr, v_ptr, log_ptr, m_ptr, mask_ptr, states_ptr,
     v_ptr += (head//Hkv)*stride_vb + (head % Hkv)*stride_vh + begin*stride_vt
     o_ptr += begin*D
     den_ptr += begin
-    mask_ptr += (head//Hkv)*T + begin
-    log_ptr += head*T + begin
-    m_ptr += head*(T + sequences) + sequence + begin
+    log_ptr, m_ptr, mask_ptr = _along(log_ptr, m_ptr, mask_ptr, head, Hkv, sequence, begin, T, sequences)
     states_ptr += (head*(segments + sequences) + segment + sequence)*(F*(D + 1))
     S, z, n = tl.zeros((BLOCK_F, BLOCK_D), tl.float32), tl.zeros((BLOCK_F,), tl.float32), (stop - begin).to(tl.int32)
     if HAS_START: S, z = _load_state(states_ptr, f, d, F, D)
 
     for start in range(0, n, BLOCK_T):
-        rows = t < n - start
-        keys, log, m = rows, log_ptr + start, m_ptr + start
-        if HAS_MASK: keys = tl.load(mask_ptr + start + t, mask=rows, other=0) != 0
-        k, v = _tile(k_ptr, t, f, stride_kt, keys, F), _tile(v_ptr, t, d, stride_vt, keys, D)
+        rows, log, m = t < n - start, log_ptr + start, m_ptr + start
+        k, v, keys = _keys(k_ptr, v_ptr, mask_ptr + start, t, f, d, stride_kt, stride_vt, rows, F, D, HAS_MASK)
         if HAS_LOG: l_t, m_t = tl.load(log + t, mask=rows, other=_NOTHING), tl.load(m + 1 + t, mask=rows, other=-_NOTHING)
 
         for g in range(GROUP):

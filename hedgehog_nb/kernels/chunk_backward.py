@@ -15,8 +15,8 @@ from ..attention import full_precision
 from ..linear_attention import LinearState, operation, _check_cu_seqlens
 from .feature_map import _dot, _on, offline_cycles, offline_usage
 from .tuning import tuned_launch
-from .chunk import (_EPS, _NOTHING, _absorb, _check, _constants, _count, _cut, _forward, _last_slot, _load_state, _maxima, _scan, _segment,
-                                       _states, _store_state, _strides, _tile, _weights)
+from .chunk import (_EPS, _NOTHING, _absorb, _along, _check, _constants, _count, _cut, _forward, _keys, _last_slot, _load_state, _maxima, _scan,
+                                       _segment, _states, _store_state, _strides, _tile, _weights)
 import triton, triton.language as tl
 
 # %% ../../kernels/03_chunk_backward.ipynb #96d7df69
@@ -26,7 +26,7 @@ def _inverse(den_ptr, t, rows):
     den = tl.load(den_ptr + t, mask=rows, other=0.)
     return tl.where(den > _EPS, 1/tl.maximum(den, _EPS), 0.)
 
-# %% ../../kernels/03_chunk_backward.ipynb #109489bd
+# %% ../../kernels/03_chunk_backward.ipynb #3701175f
 @triton.jit
 def _recall(u, c, S, z, DOT:tl.constexpr, PRECISION:tl.constexpr):
     "u S + c zᵀ."
@@ -58,19 +58,15 @@ def _dq_kernel(k_ptr, v_ptr, o_ptr, do_ptr, den_ptr, log_ptr, m_ptr, mask_ptr, s
     dq_ptr += begin*F
     den_ptr += begin
     dd_ptr += begin
-    mask_ptr += (head//Hkv)*T + begin
-    log_ptr += head*T + begin
-    m_ptr += head*(T + sequences) + sequence + begin
+    log_ptr, m_ptr, mask_ptr = _along(log_ptr, m_ptr, mask_ptr, head, Hkv, sequence, begin, T, sequences)
     slot = segment + sequence if CAUSAL else _last_slot(plan_ptr, sequence, slots, sequences, PACKED)
     S, z, n = tl.zeros((BLOCK_F, BLOCK_D), tl.float32), tl.zeros((BLOCK_F,), tl.float32), (stop - begin).to(tl.int32)
     if HAS_START: S, z = _load_state(states_ptr + (head*slots + slot)*(F*(D + 1)), f, d, F, D)
 
     for start in range(0, n, BLOCK_T):
-        rows = t < n - start
-        keys, log, m = rows, log_ptr + start, m_ptr + start
+        rows, log, m = t < n - start, log_ptr + start, m_ptr + start
         if CAUSAL:
-            if HAS_MASK: keys = tl.load(mask_ptr + start + t, mask=rows, other=0) != 0
-            k, v = _tile(k_ptr, t, f, stride_kt, keys, F), _tile(v_ptr, t, d, stride_vt, keys, D)
+            k, v, keys = _keys(k_ptr, v_ptr, mask_ptr + start, t, f, d, stride_kt, stride_vt, rows, F, D, HAS_MASK)
             if HAS_LOG: l_t, m_t = tl.load(log + t, mask=rows, other=_NOTHING), tl.load(m + 1 + t, mask=rows, other=-_NOTHING)
 
         for g in range(GROUP):
@@ -107,7 +103,13 @@ def _absorb_back(R, r, q, do, dd, WIDE:tl.constexpr, PRECISION:tl.constexpr):
     "R and r with a tile of queries."
     return _dot(tl.trans(q), do, R, WIDE, PRECISION), _count(r, q, dd, WIDE, PRECISION)
 
-# %% ../../kernels/03_chunk_backward.ipynb #c81ca000
+# %% ../../kernels/03_chunk_backward.ipynb #3d6a7bd9
+@triton.jit
+def _weighted(x, w, HAS_LOG:tl.constexpr):
+    "x, times w if there are log weights."
+    if HAS_LOG: x *= w
+    return x
+
 @triton.jit
 def _store_keys(dk_ptr, dl_ptr, t, f, dk, k, keys, rows, F:tl.constexpr, NEED_DL:tl.constexpr, HAS_MASK:tl.constexpr):
     "dφ(k), and what its columns give to dℓ."
@@ -139,9 +141,7 @@ def _dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, den_ptr, dd_ptr, log_ptr, m_ptr, ma
     dk_ptr += (head*T + last)*F
     dv_ptr += (head*T + last)*D
     dl_ptr += (tile*(tl.num_programs(0)//(tiles*segments)) + head)*T + begin
-    mask_ptr += (head//Hkv)*T + begin
-    log_ptr += head*T + begin
-    m_ptr += head*(T + sequences) + sequence + begin
+    log_ptr, m_ptr, mask_ptr = _along(log_ptr, m_ptr, mask_ptr, head, Hkv, sequence, begin, T, sequences)
     slot = segment + sequence + 1
     if not CAUSAL:
         slot = sequence
@@ -153,19 +153,13 @@ def _dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, den_ptr, dd_ptr, log_ptr, m_ptr, ma
 
     for i in range(tl.cdiv(n, BLOCK_T)):
         at = (tl.cdiv(n, BLOCK_T) - 1 - i)*BLOCK_T
-        rows = t < n - at
-        keys = rows
-        if HAS_MASK: keys = tl.load(mask_ptr + at + t, mask=rows, other=0) != 0
-        k, v, R_wide = _tile(k_ptr, t, f, stride_kt, keys, F), _tile(v_ptr, t, d, stride_vt, keys, D), R.to(WIDE)
+        rows, R_wide, w, w_t = t < n - at, R.to(WIDE), one, one
+        k, v, keys = _keys(k_ptr, v_ptr, mask_ptr + at, t, f, d, stride_kt, stride_vt, rows, F, D, HAS_MASK)
         if HAS_LOG:
             l_t, m_end = tl.load(log_ptr + at + t, mask=rows, other=_NOTHING), tl.load(m_ptr + (at + tl.minimum(n - at, BLOCK_T) if CAUSAL else end - begin))
             w = tl.exp(l_t - m_end)
-        if NEED_DK:
-            dk = _recall(v, one, tl.trans(R_wide), r, WIDE, PRECISION)
-            if HAS_LOG: dk *= w[:, None]
-        if NEED_DV and not ALONE:
-            dv = _dot(k, R_wide, tl.zeros((BLOCK_T, BLOCK_D), tl.float32), WIDE, PRECISION)
-            if HAS_LOG: dv *= w[:, None]
+        if NEED_DK: dk = _weighted(_recall(v, one, tl.trans(R_wide), r, WIDE, PRECISION), w[:, None], HAS_LOG)
+        if NEED_DV and not ALONE: dv = _weighted(_dot(k, R_wide, tl.zeros((BLOCK_T, BLOCK_D), tl.float32), WIDE, PRECISION), w[:, None], HAS_LOG)
 
         if CAUSAL:
             if HAS_LOG:
@@ -178,16 +172,12 @@ def _dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, den_ptr, dd_ptr, log_ptr, m_ptr, ma
                 do_R, dd_r = do, dd
                 if HAS_LOG: do_R, dd_r = (do*tl.exp(m_prev - m_t)[:, None]).to(WIDE), dd*tl.exp(m_prev - m_t)
                 if NEED_DK:
-                    c = _recall(v, one, tl.trans(do), dd, WIDE, PRECISION)
-                    if HAS_LOG: c *= w_t
+                    c = _weighted(_recall(v, one, tl.trans(do), dd, WIDE, PRECISION), w_t, HAS_LOG)
                     dk = _dot(tl.where(now_or_later, c, 0.), q, dk, WIDE, PRECISION)
                 if NEED_DK and ALONE: _store_keys(dk_ptr, dl_ptr + at, t, f, dk, k, keys, rows, F, NEED_DL, HAS_MASK)
-                if NEED_DV and ALONE:
-                    dv = _dot(k, R_wide, tl.zeros((BLOCK_T, BLOCK_D), tl.float32), WIDE, PRECISION)
-                    if HAS_LOG: dv *= w[:, None]
+                if NEED_DV and ALONE: dv = _weighted(_dot(k, R_wide, tl.zeros((BLOCK_T, BLOCK_D), tl.float32), WIDE, PRECISION), w[:, None], HAS_LOG)
                 if NEED_DV:
-                    a = _dot(k, tl.trans(q), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), WIDE, PRECISION)
-                    if HAS_LOG: a *= w_t
+                    a = _weighted(_dot(k, tl.trans(q), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), WIDE, PRECISION), w_t, HAS_LOG)
                     dv = _dot(tl.where(now_or_later, a, 0.), do, dv, WIDE, PRECISION)
                 if NEED_DV and ALONE: tl.store(dv_ptr + t[:, None]*D + d[None, :], dv, mask=rows[:, None] & (d < D)[None, :])
                 R, r = _absorb_back(R, r, q, do_R, dd_r, WIDE, PRECISION)
