@@ -26,7 +26,7 @@ def _inverse(den_ptr, t, rows):
     den = tl.load(den_ptr + t, mask=rows, other=0.)
     return tl.where(den > _EPS, 1/tl.maximum(den, _EPS), 0.)
 
-# %% ../../kernels/03_chunk_backward.ipynb #3701175f
+# %% ../../kernels/03_chunk_backward.ipynb #c3a6a7c4
 @triton.jit
 def _recall(u, c, S, z, DOT:tl.constexpr, PRECISION:tl.constexpr):
     "u S + c zᵀ."
@@ -103,7 +103,7 @@ def _absorb_back(R, r, q, do, dd, WIDE:tl.constexpr, PRECISION:tl.constexpr):
     "R and r with a tile of queries."
     return _dot(tl.trans(q), do, R, WIDE, PRECISION), _count(r, q, dd, WIDE, PRECISION)
 
-# %% ../../kernels/03_chunk_backward.ipynb #3d6a7bd9
+# %% ../../kernels/03_chunk_backward.ipynb #24c477ca
 @triton.jit
 def _weighted(x, w, HAS_LOG:tl.constexpr):
     "x, times w if there are log weights."
@@ -177,7 +177,7 @@ def _dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, den_ptr, dd_ptr, log_ptr, m_ptr, ma
                 if NEED_DK and ALONE: _store_keys(dk_ptr, dl_ptr + at, t, f, dk, k, keys, rows, F, NEED_DL, HAS_MASK)
                 if NEED_DV and ALONE: dv = _weighted(_dot(k, R_wide, tl.zeros((BLOCK_T, BLOCK_D), tl.float32), WIDE, PRECISION), w[:, None], HAS_LOG)
                 if NEED_DV:
-                    a = _weighted(_dot(k, tl.trans(q), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), WIDE, PRECISION), w_t, HAS_LOG)
+                    a = _weighted(_dot(k, tl.trans(q), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), DOT, PRECISION), w_t, HAS_LOG)
                     dv = _dot(tl.where(now_or_later, a, 0.), do, dv, WIDE, PRECISION)
                 if NEED_DV and ALONE: tl.store(dv_ptr + t[:, None]*D + d[None, :], dv, mask=rows[:, None] & (d < D)[None, :])
                 R, r = _absorb_back(R, r, q, do_R, dd_r, WIDE, PRECISION)
