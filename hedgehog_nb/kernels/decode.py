@@ -9,12 +9,13 @@ __all__ = ['decode_step', 'decode_usage']
 
 # %% ../../kernels/05_decode_step.ipynb #102ceedf
 import torch
+from functools import lru_cache
 from typing import Optional
 from torch import Tensor
 from ..attention import check_qkv
 from ..hedgehog import held
 from ..linear_attention import EPS, LinearState, operation
-from .feature_map import _INTERPRET, _features, _on, offline_usage
+from .feature_map import _INTERPRET, _cdiv, _features, _on, offline_usage
 import triton, triton.language as tl
 
 # %% ../../kernels/05_decode_step.ipynb #9d827722
@@ -92,18 +93,20 @@ def _tile_width(heads, F, D, weight_bytes, sms=132):
     rows = max(32, triton.next_power_of_2(F))
     widest = max(16, min(triton.next_power_of_2(D), 8192//rows))
     widths = [w for w in (16, 32, 64, 128, 256) if w<=widest]
-    return min(reversed(widths), key=lambda w: triton.cdiv(heads*triton.cdiv(D, w), sms)*(8*F*w + weight_bytes))
+    return min(reversed(widths), key=lambda w: _cdiv(heads*_cdiv(D, w), sms)*(8*F*w + weight_bytes))
 
 # %% ../../kernels/05_decode_step.ipynb #9e584dbf
-def _constants(q, k, v, weight, form, sms=132):
-    "Compile-time arguments of the kernel. `weight` is None where features are given."
-    C,D = k.shape[-1],v.shape[-1]
-    E = triton.cdiv(C, 2) if weight is None else weight.shape[1]
-    F = C if weight is None else 2*E
-    BLOCK_E,GROUP = max(16, triton.next_power_of_2(E)),q.shape[1]//k.shape[1]
-    read = 0 if weight is None else (1 + GROUP)*weight[0].nbytes
+@lru_cache(256)
+def _shape(heads, GROUP, C, D, E, weight_bytes, form, sms):
+    F = C if form=='given' else 2*E
+    BLOCK_E = max(16, triton.next_power_of_2(E))
     return dict(GROUP=GROUP, C=C, E=E, F=F, D=D, BLOCK_E=BLOCK_E, BLOCK_C=max(16, min(triton.next_power_of_2(C), 4096//BLOCK_E)),
-                BLOCK_D=_tile_width(k.shape[0]*k.shape[1], F, D, read, sms), FORM=form, num_warps=4, num_stages=1)
+                BLOCK_D=_tile_width(heads, F, D, weight_bytes, sms), FORM=form, num_warps=4, num_stages=1)
+
+def _constants(q, k, v, weight, form, sms=132):
+    "Compile-time arguments of the kernel, not to be changed. `weight` is None where features are given."
+    C,GROUP = k.shape[-1],q.shape[1]//k.shape[1]
+    return _shape(k.shape[0]*k.shape[1], GROUP, C, v.shape[-1], _cdiv(C, 2) if weight is None else weight.shape[1], 0 if weight is None else (1 + GROUP)*weight[0].nbytes, form, sms)
 
 # %% ../../kernels/05_decode_step.ipynb #f2f7428b
 def _check(q, k, v, state, weights, log_k, mask, out, tickets):
@@ -130,7 +133,7 @@ def _launch(q, k, v, state, weights, form, log_k, mask, out, tickets, after):
     w_q,w_k,b_q,b_k = weights or (None,)*4
     sms = torch.cuda.get_device_properties(v.device).multi_processor_count if v.is_cuda else 132
     c = _constants(q, k, v, w_q, form, sms)
-    tiles = triton.cdiv(v.shape[-1], c['BLOCK_D'])
+    tiles = _cdiv(v.shape[-1], c['BLOCK_D'])
     if tickets is None and tiles>1: tickets = torch.zeros(state.m.shape, dtype=torch.int32, device=v.device)
     ptr = lambda a: v if a is None else a # never followed where None
     with _on(v): _decode_kernel[(state.m.numel()*tiles,)](
@@ -200,4 +203,4 @@ def decode_usage(
     c = c | dict(HAS_BIAS=False, HAS_LOG=False, HAS_MASK=False) | config
     short = {torch.bfloat16:'bf16', torch.float16:'fp16', torch.float32:'fp32'}[dtype]
     use = offline_usage(_decode_kernel, c, short, ('log_ptr','S_ptr','z_ptr','m_ptr','S_end_ptr','z_end_ptr','m_end_ptr','tickets_ptr'))
-    return dict(form=form, F=F, D=head_dim, batch=batch, group=c['GROUP'], programs=batch*kv_heads*triton.cdiv(head_dim, c['BLOCK_D']), block_d=c['BLOCK_D'], **use)
+    return dict(form=form, F=F, D=head_dim, batch=batch, group=c['GROUP'], programs=batch*kv_heads*_cdiv(head_dim, c['BLOCK_D']), block_d=c['BLOCK_D'], **use)

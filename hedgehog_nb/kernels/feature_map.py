@@ -100,6 +100,7 @@ def _constants(x, weight, bias, form, precision, backward=False):
     dtype = torch.promote_types(x.dtype, weight.dtype)
     return dict(D=D, E=E, FORM=form, HAS_BIAS=bias is not None, DOT=getattr(tl, str(dtype).split('.')[1]), PRECISION=precision, **_config(E, D, dtype, backward))
 
+def _cdiv(n, block): return -(-n//block) # triton.cdiv costs microseconds outside a kernel
 def _on(x): return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 def products_dtype(
@@ -117,7 +118,7 @@ def _forward(x, weight, bias, form, out_dtype, precision):
     phi = x.new_empty(B, H, T, 2*E, dtype=out_dtype)
     m = x.new_empty(B, H, T, dtype=torch.float32) if form=='exp' else None
     c = _constants(x, weight, bias, form, precision)
-    with _on(x): _feature_map_fwd_kernel[(B*H*triton.cdiv(T, c['BLOCK_T']),)](
+    with _on(x): _feature_map_fwd_kernel[(B*H*_cdiv(T, c['BLOCK_T']),)](
         x, weight, weight if bias is None else bias, phi, phi if m is None else m, *x.stride()[:3], H, T, **c)
     return phi, m
 
@@ -188,14 +189,14 @@ def _backward(x, weight, bias, g, g_m, form, precision, need_dx=True, need_dw=Tr
     "Launch the backward kernel: gradients of x, weight and bias, None where not needed."
     (B,H,T,D),E = x.shape,weight.shape[1]
     c = _constants(x, weight, bias, form, precision, backward=True)
-    n = triton.cdiv(T, c['BLOCK_T'])
-    splits = min(n, triton.cdiv(1024, B*H))
+    n = _cdiv(T, c['BLOCK_T'])
+    splits = min(n, _cdiv(1024, B*H))
     part = lambda *s: x.new_empty(B, H, splits, *s, dtype=torch.float32)
     dx,dw,db = torch.empty_like(x) if need_dx else None, part(E, D) if need_dw else None, part(E) if need_dw and bias is not None else None
     ptr = lambda a: x if a is None else a # never followed where None
-    with _on(x): _feature_map_bwd_kernel[(B*H*splits*triton.cdiv(D, c['BLOCK_D']),)](
+    with _on(x): _feature_map_bwd_kernel[(B*H*splits*_cdiv(D, c['BLOCK_D']),)](
         x, weight, ptr(bias), g, ptr(g_m), ptr(dx), ptr(dw), ptr(db), *x.stride()[:3], *g.stride()[:3], *ptr(dx).stride()[:3],
-        H, T, triton.cdiv(n, splits), splits, NEED_DX=need_dx, NEED_DW=need_dw, **c)
+        H, T, _cdiv(n, splits), splits, NEED_DX=need_dx, NEED_DW=need_dw, **c)
     total = lambda a, p: None if a is None else a.sum((0,2)).to(p.dtype)
     return dx, total(dw, weight), total(db, bias)
 

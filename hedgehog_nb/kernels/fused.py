@@ -9,12 +9,13 @@ __all__ = ['VARIED', 'fused_hedgehog_attention', 'fused_usage']
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #be82827a
 import torch
+from functools import lru_cache
 from typing import Optional
 from torch import Tensor
 from ..attention import check_qkv, full_precision
 from ..hedgehog import FORMS
 from ..linear_attention import NOTHING, LinearState, operation, _check_cu_seqlens
-from .feature_map import _INTERPRET, _dot, _features, _features_bwd, _on, offline_cycles, offline_usage
+from .feature_map import _INTERPRET, _cdiv, _dot, _features, _features_bwd, _on, offline_cycles, offline_usage
 from .chunk import _EPS, _NOTHING, _cummax_within, _last_slot, _plan, _segment, _segments, _tile
 from .chunk_backward import _borders
 from .tuning import neighbours, tuned_launch
@@ -254,6 +255,7 @@ def _fused_scan_kernel(states_ptr, keep_ptr, gain_ptr, plan_ptr, segments, slots
         tl.store(states_ptr + slot*WIDTH + i, S, mask=i < WIDTH)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #aae69766
+@lru_cache(256)
 def _config(D, E, DV, dtype, scan='o'):
     "Block sizes, warps and pipeline stages of the scan for `o`, `dq` or `dkv`."
     BLOCK_E,single = max(16, triton.next_power_of_2(E)),dtype==torch.float32
@@ -266,19 +268,22 @@ def _config(D, E, DV, dtype, scan='o'):
     return dict(zip(('BLOCK_T','num_warps','num_stages'), shape), BLOCK_E=BLOCK_E, BLOCK_D=BLOCK_D, BLOCK_V=BLOCK_V, THROUGH=D<=BLOCK_D and BLOCK_E*BLOCK_D<=8192)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #3f0e0ee5
-VARIED = dict(o=('num_stages','BLOCK_T'), states=('num_stages',), dq=('num_stages','num_warps'), dkv=('num_stages','num_warps','BLOCK_T')) # What a GPU may choose
+VARIED = dict(o=('num_stages',), states=('num_stages',), dq=('num_stages',), dkv=('num_stages','BLOCK_T')) # What a GPU may choose
+
+@lru_cache(256)
+def _shape(D, E, DV, dtype, form, precision):
+    return dict(D=D, E=E, DV=DV, FORM=form, DOT=getattr(tl, str(dtype).split('.')[1]), WIDE=tl.bfloat16 if dtype==torch.bfloat16 else tl.float32,
+                PRECISION='tf32' if dtype==torch.float16 else precision, **_config(D, E, DV, dtype))
 
 def _constants(q, v, w, form, precision):
-    "Compile-time arguments that all kernels share."
-    (E,D),DV = w.shape[1:],v.shape[-1]
-    return dict(D=D, E=E, DV=DV, FORM=form, DOT=getattr(tl, str(q.dtype).split('.')[1]), WIDE=tl.bfloat16 if q.dtype==torch.bfloat16 else tl.float32,
-                PRECISION='tf32' if q.dtype==torch.float16 else precision, **_config(D, E, DV, q.dtype))
+    "Compile-time arguments that all kernels share; not to be changed."
+    return _shape(w.shape[2], w.shape[1], v.shape[-1], q.dtype, form, precision)
 
 def _cut(heads, T, c, again, schedule, device, borders=None):
     "Plan of segments for `T` tokens and `heads` heads; `again` is the share of a segment's work done twice; `schedule` 0 chooses, -1 wants several."
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type=='cuda' else 132
-    chunks,cost = triton.cdiv(int(T), c['BLOCK_T']),16*c['E']*(c['DV'] + 1)/(c['BLOCK_T']*2*(c['D'] + c['DV']))
-    n = _segments(heads*triton.cdiv(c['DV'], c['BLOCK_V']), chunks, again, cost, {0:None, -1:'parallel'}.get(schedule, schedule), 2*sms)
+    chunks,cost = _cdiv(int(T), c['BLOCK_T']),16*c['E']*(c['DV'] + 1)/(c['BLOCK_T']*2*(c['D'] + c['DV']))
+    n = _segments(heads*_cdiv(c['DV'], c['BLOCK_V']), chunks, again, cost, {0:None, -1:'parallel'}.get(schedule, schedule), 2*sms)
     return _plan(int(T), n, c['BLOCK_T'], borders, device)
 
 def _pick(c, kernel): return {k:x for k,x in c.items() if k in kernel.arg_names or k.startswith('num_')}
@@ -297,7 +302,7 @@ def _scan(states, M, own, plan, reverse, every):
     keep = gain = states
     if M is not None: keep,gain = (M - M.roll(-1, -1) if reverse else M.roll(1, -1) - M).exp(),(own - M).exp()
     W = states.shape[-1]
-    with _on(states): _fused_scan_kernel[(states.shape[0]*states.shape[1]*plan.sequences*triton.cdiv(W, 1024),)](
+    with _on(states): _fused_scan_kernel[(states.shape[0]*states.shape[1]*plan.sequences*_cdiv(W, 1024),)](
         states, keep, gain, _or(plan.table, states), plan.segments, states.shape[2], plan.sequences, WIDTH=W, BLOCK=1024,
         HAS_LOG=M is not None, EVERY=every, PACKED=plan.table is not None, REVERSE=reverse)
 
@@ -309,7 +314,7 @@ def _so_far(M, plan): # running maxima over the slots of each sequence
 def _key_states(k, v, w_k, b_k, S, z, m, pad, plan, every, log, c):
     "States (B, Hkv, slots, ·) before and after segments, the last of a sequence only with `every`, and running maxima (B, Hkv, slots) or None."
     (B,Hkv,T,DV),F,slots = v.shape,2*c['E'],plan.segments+plan.sequences
-    tiles,parts = triton.cdiv(DV, c['BLOCK_V']),plan.segments if every or plan.table is not None else plan.segments-1
+    tiles,parts = _cdiv(DV, c['BLOCK_V']),plan.segments if every or plan.table is not None else plan.segments-1
     states = v.new_empty(B, Hkv, slots, F*(DV + tiles), dtype=torch.float32)
     M = v.new_full((B, Hkv, slots), NOTHING, dtype=torch.float32) if log else None
     _fill(states, plan.slots(after=False), S, z, tiles, plan)
@@ -328,7 +333,7 @@ def _forward(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, form, causal, final, sa
     "Launch the forward: o; rows, states and maxima for the backward; S, z and m after the last token. Empty tensors for what is not asked for."
     (B,H,Tq,_),(_,Hkv,T,DV) = q.shape,v.shape
     c,pad,log = _constants(q, v, w_q, form, precision),_pad(mask),form=='exp' or S is not None
-    tiles,none = triton.cdiv(DV, c['BLOCK_V']),lambda: v.new_empty(0, dtype=torch.float32)
+    tiles,none = _cdiv(DV, c['BLOCK_V']),lambda: v.new_empty(0, dtype=torch.float32)
     plan = _cut(B*Hkv, T, c, .4 if causal else 0, schedule, v.device, borders)
     slots,use = plan.segments+plan.sequences,not causal or plan.segments>plan.sequences or S is not None
     states,M = _key_states(k, v, w_k, b_k, S, z, m, pad, plan, not causal, log, c) if use or final or log else (None,None)
@@ -559,7 +564,7 @@ def _query_states(q, do, w_q, b_q, rows, delta, M, R, causal, plan, group, c):
     (B,_,T,_),Hkv,packed = q.shape,R.shape[1],plan.table is not None
     if causal and plan.segments==plan.sequences: return
     skip,wide = int(causal and not packed),_pick(c, _fused_states_kernel) | dict(DOT=c['WIDE'])
-    with _on(q): _fused_states_kernel[(B*Hkv*(plan.segments - skip)*triton.cdiv(c['DV'], c['BLOCK_V']),)](
+    with _on(q): _fused_states_kernel[(B*Hkv*(plan.segments - skip)*_cdiv(c['DV'], c['BLOCK_V']),)](
         q, do, w_q, _or(b_q, q), q, rows, delta, _or(M, q), R, _or(plan.table, q), *q.stride()[:3], *do.stride()[:3], Hkv, T, plan.length, skip, plan.segments - skip, R.shape[2], plan.sequences,
         GROUP=group, QUERIES=True, EVERY=not causal, HAS_BIAS=b_q is not None, HAS_LOG=causal and M is not None, HAS_MASK=False, PACKED=packed, **wide)
     M = M if causal else None
@@ -582,7 +587,7 @@ def _backward(do, dS, dz, q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, o, rows, s
     "Launch the backward: gradients of q, k, v, w_q, w_k, b_q, b_k, S, z, m; empty tensors where the input is None."
     (B,H,Tq,D),(_,Hkv,T,DV) = q.shape,v.shape
     c,G,pad,log = _constants(q, v, w_q, form, precision),H//Hkv,_pad(mask),form=='exp' or S is not None
-    tiles,E,none = triton.cdiv(DV, c['BLOCK_V']),c['E'],lambda: v.new_empty(0, dtype=torch.float32)
+    tiles,E,none = _cdiv(DV, c['BLOCK_V']),c['E'],lambda: v.new_empty(0, dtype=torch.float32)
     plan = _cut(B*Hkv, T, c, .4 if causal else 0, schedule, v.device, borders)
     ask = plan if causal or borders else _cut(B*Hkv, Tq, c, 0, schedule, v.device)
     use = not causal or plan.segments>plan.sequences or S is not None
@@ -632,7 +637,7 @@ def _(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, cu_seqlens, form, causal, fina
     N,n = B if cu_seqlens is None else cu_seqlens.shape[0]-1,0
     if keep and cu_seqlens is None: n = _cut(B*Hkv, T, c, .4 if causal else 0, schedule, v.device).segments
     kept = n>0 and (not causal or n>1 or S is not None or final or log)
-    return (v.new_empty(B, H, Tq, DV), new(B, H, 2, Tq) if save else new(0), new(B, Hkv, n+1, F*(DV + triton.cdiv(DV, c['BLOCK_V']))) if kept else new(0),
+    return (v.new_empty(B, H, Tq, DV), new(B, H, 2, Tq) if save else new(0), new(B, Hkv, n+1, F*(DV + _cdiv(DV, c['BLOCK_V']))) if kept else new(0),
             new(B, Hkv, n+1) if kept and log else new(0), *((new(N, Hkv, F, DV), new(N, Hkv, F), new(N, Hkv)) if final else (new(0), new(0), new(0))))
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #60de38ec

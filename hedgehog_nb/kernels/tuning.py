@@ -79,8 +79,9 @@ def _gpu(index): return torch.cuda.get_device_name(index)
 def _tunes(device): # are kernels timed there?
     return device.type=='cuda' and os.environ.get('HEDGEHOG_TUNE', '1')!='0' and not triton.knobs.runtime.interpret
 
-def _key(name, constants, device):
-    return json.dumps([_gpu(device.index), triton.__version__, name, *(f'{k}={v}' for k,v in sorted(constants.items()))])
+@lru_cache(4096)
+def _key(name, constants, index): # of pairs
+    return json.dumps([_gpu(index), triton.__version__, name, *(f'{k}={v}' for k,v in sorted(constants))])
 
 def tuned_launch(
     kernel, # A `triton.jit` function that gives the same when it runs again
@@ -93,7 +94,7 @@ def tuned_launch(
     "Launch `kernel` with `constants`, changed as is fastest on this GPU; as they are elsewhere, and with HEDGEHOG_TUNE=0 in the environment."
     def run(change): kernel[grid](*args, **constants | change)
     if not _tunes(device): return run({})
-    key = _key(kernel.__name__, constants, device)
-    if torch.cuda.is_current_stream_capturing(): return run(CHOSEN.get(key, {})) # a CUDA graph is being recorded
+    key = _key(kernel.__name__, tuple(constants.items()), device.index)
+    if key in CHOSEN or torch.cuda.is_current_stream_capturing(): return run(CHOSEN.get(key, {})) # the latter: a CUDA graph is being recorded
     timer = lambda change: triton.testing.do_bench(lambda: run(change), warmup=5, rep=20, return_mode='median')
     run(choose(key, neighbours(constants, *names), timer))
