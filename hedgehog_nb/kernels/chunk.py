@@ -374,7 +374,7 @@ def _forward(phi_q, phi_k, v, log_k, state, mask, causal, output_final_state, sc
         if causal: tuned_launch(_chunk_fwd_kernel, (B*Hkv*plan.segments*tiles,),
             (phi_q, phi_k, v, ptr(log), ptr(m), ptr(pad), states, ptr(plan.table), o, den, *phi_q.stride()[:3], *phi_k.stride()[:3], *v.stride()[:3],
              Hkv, T, plan.length, plan.segments, plan.sequences),
-            dict(HAS_START=use, HAS_END=output_final_state, HAS_LOG=log is not None, HAS_MASK=pad is not None, **flags, **c), ('num_stages', 'num_warps'), v.device)
+            dict(HAS_START=use, HAS_END=output_final_state, HAS_LOG=log is not None, HAS_MASK=pad is not None, **flags, **c), ('num_stages',), v.device)
         else:
             ask = plan if borders else cut(Tq, B*H, 0)
             _read_kernel[(B*H*ask.segments*tiles,)](

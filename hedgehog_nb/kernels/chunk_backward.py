@@ -288,7 +288,7 @@ def _grad_queries(do, phi_q, phi_k, v, log, m, pad, state, o, den, causal, preci
     with _on(v): tuned_launch(_dq_kernel, (B*Hkv*ask.segments*triton.cdiv(F, c['BLOCK_F']),),
         (phi_k, v, o, do, den, ptr(log), ptr(m), ptr(pad), states, ptr(plan.table), dq, dd, *phi_k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
          Hkv, Tq, ask.length, ask.segments, states.shape[2], plan.sequences),
-        dict(GROUP=H//Hkv, CAUSAL=causal, HAS_START=start, PACKED=plan.table is not None, HAS_LOG=log is not None, HAS_MASK=pad is not None, **c), ('num_stages', 'num_warps'), v.device)
+        dict(GROUP=H//Hkv, CAUSAL=causal, HAS_START=start, PACKED=plan.table is not None, HAS_LOG=log is not None, HAS_MASK=pad is not None, **c), ('num_stages',), v.device)
     return dq, dd
 
 # %% ../../kernels/03_chunk_backward.ipynb #992e57d9
@@ -308,7 +308,7 @@ def _grad_keys(do, phi_q, phi_k, v, log, m, pad, R, den, dd, causal, precision, 
         with _on(v): tuned_launch(_dkv_kernel, (B*Hkv*plan.segments*tiles,),
             (phi_q, phi_k, v, do, den, dd, ptr(log), ptr(m), ptr(pad), R, ptr(plan.table), ptr(need_k), ptr(need_v), ptr(part),
              *phi_q.stride()[:3], *phi_k.stride()[:3], *v.stride()[:3], *do.stride()[:3], Hkv, T, plan.length, plan.segments, R.shape[2], plan.sequences),
-            flags | c, ('num_stages', 'num_warps'), v.device)
+            flags | c, ('num_stages',), v.device)
         if part is not None: torch.sum(part, 0, out=dl)
 
 # %% ../../kernels/03_chunk_backward.ipynb #3930c642
