@@ -76,8 +76,9 @@ def test_shapes(D, T): # forms, heads and dtypes take turns; test_drawn mixes ev
     check(inputs(1, H, Hkv, T, D, dtype=[torch.float32, torch.bfloat16][i % 2] if T>1 else torch.float32), FORMS[i % 3], final=False, tol=1e-4 if T==1 else None) # of one token nothing depends on q and k: zero, but for rounding
 
 @kernel
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str) # apart, fused
 @pytest.mark.parametrize('form', FORMS)
-def test_wide_heads(form): check(inputs(1, 1, 1, 18, 128), form, final=False)
+def test_wide_heads(form, dtype): check(inputs(1, 1, 1, 18, 128, dtype=dtype), form, final=False)
 
 @kernel
 @pytest.mark.parametrize('B,H,D,E,DV,dtype', [(1, 1, 256, 256, 20, torch.float32), (2, 2, 136, 64, 8, torch.float16), (1, 1, 60, 256, 130, torch.bfloat16)])
@@ -114,8 +115,8 @@ def test_everything_at_once(form, heads, causal):
 @kernel
 @pytest.mark.parametrize('form,causal,kw', [('exp', True, dict(schedule=2)), ('exp', True, dict(cu=[0,7,8,20])), ('softmax_halves', True, dict()), ('softmax_joint', False, dict(schedule=2)), ('exp', False, dict())], ids=str)
 def test_everything_at_once_apart(form, causal, kw):
-    "A map of more outputs than the fused backward takes, by its width or by that of the values."
-    for wide in (dict(E=72), dict(DV=70)):
+    "A map of more outputs than the fused backward takes, by its width or by that of the values; the forward is fused in bf16."
+    for wide in (dict(E=72), dict(DV=70), dict(E=72, dtype=torch.bfloat16)):
         x = inputs(1 if 'cu' in kw else 2, 4, 2, 20, 8, **wide)
         if 'cu' in kw: check(x, form, causal, final=True, **kw)
         else: check(x, form, causal, **kw, **extras(x))

@@ -17,7 +17,7 @@ from ..hedgehog import FORMS
 from ..linear_attention import NOTHING, LinearState, operation, _check_cu_seqlens
 from .feature_map import _INTERPRET, _cdiv, _dot, _features, _features_bwd, _on, offline_cycles, offline_usage
 from .feature_map import _backward as _map_backward, _forward as _map_forward
-from .chunk import _EPS, _NOTHING, _cummax_within, _last_slot, _plan, _segment, _segments, _tile
+from .chunk import _forward as _attention_forward, _EPS, _NOTHING, _cummax_within, _last_slot, _plan, _segment, _segments, _tile
 from .chunk_backward import _backward as _attention_backward, _borders
 from .tuning import neighbours, tuned_launch
 import triton, triton.language as tl
@@ -25,13 +25,12 @@ import triton, triton.language as tl
 # %% ../../kernels/04_fused_hedgehog.ipynb #1d80d91c
 @triton.jit
 def _mapped(x_ptr, w_ptr, b_ptr, head, t, e, d, stride_t, rows, D:tl.constexpr, E:tl.constexpr, FORM:tl.constexpr, HAS_BIAS:tl.constexpr, DOT:tl.constexpr, PRECISION:tl.constexpr, w=None):
-    "A tile x of tokens, the head's W (`w` if it is there already), y = x Wᵀ + b, both halves of the features, and their log weights. Where D is wider than `d`, x and W are their last columns."
+    "A tile x of tokens, the head's W (`w` if it is there already), y = x Wᵀ + b, both halves of the features, and their log weights."
     y = tl.zeros((t.shape[0], e.shape[0]), tl.float32)
     if HAS_BIAS: y += tl.load(b_ptr + head*E + e, mask=e < E, other=0.).to(tl.float32)[None, :]
-    for d0 in tl.static_range(0, D, d.shape[0]):
-        if w is None or D > d.shape[0]: w = _tile(w_ptr + head*(E*D), e, d0 + d, D, e < E, D)
-        x = _tile(x_ptr, t, d0 + d, stride_t, rows, D)
-        y = _dot(x, tl.trans(w), y, DOT, PRECISION)
+    if w is None: w = _tile(w_ptr + head*(E*D), e, d, D, e < E, D)
+    x = _tile(x_ptr, t, d, stride_t, rows, D)
+    y = _dot(x, tl.trans(w), y, DOT, PRECISION)
     pos, neg, l = _features(y, (e < E)[None, :], FORM)
     return x, w, y, pos, neg, l
 
@@ -259,14 +258,11 @@ def _fused_scan_kernel(states_ptr, keep_ptr, gain_ptr, plan_ptr, segments, slots
 @lru_cache(256)
 def _config(D, E, DV, dtype):
     "Block sizes, warps and pipeline stages of the forward."
-    BLOCK_E,single = max(16, triton.next_power_of_2(E)),dtype==torch.float32
-    BLOCK_D = max(16, min(triton.next_power_of_2(D), (16384 if single else 32768)//BLOCK_E))
-    width = max(BLOCK_E, triton.next_power_of_2(D))
-    BLOCK_V = max(16, min(32 if single and width>64 else 64, 8192//BLOCK_E, triton.next_power_of_2(DV)))
-    if width<=64: shape = 64, 4, 2 if dtype==torch.bfloat16 else 1
-    else: shape = (16, 8, 1) if single or width>128 else (128, 8, 1)
-    return dict(zip(('BLOCK_T','num_warps','num_stages'), shape), BLOCK_E=BLOCK_E, BLOCK_D=BLOCK_D, BLOCK_V=BLOCK_V)
+    block = lambda n: max(16, triton.next_power_of_2(n))
+    shape = (64, 4, 2 if dtype==torch.bfloat16 else 1) if max(D, E)<=64 else (128, 8, 1)
+    return dict(zip(('BLOCK_T','num_warps','num_stages'), shape), BLOCK_E=block(E), BLOCK_D=block(D), BLOCK_V=min(64, block(DV)))
 
+def _fits(q, w): return max(w.shape[1:])<=(64 if q.dtype==torch.float32 else 128) # does a fused forward pay?
 def _narrow(q, v, w): return max(*w.shape[1:], v.shape[-1])<=64 # does a fused backward pay?
 def _backward_config(c): return c | dict(BLOCK_T=64, num_warps=4, num_stages=1, BLOCK_V=max(16, triton.next_power_of_2(c['DV'])))
 
@@ -332,8 +328,26 @@ def _key_states(k, v, w_k, b_k, S, z, m, pad, plan, every, log, c):
     return states, M
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #5c088ec9
+def _features_apart(q, k, v, w_q, w_k, b_q, b_k, S, z, m, form, precision):
+    "Features of queries and keys in memory, log weights or None, and the state or None: what the chunked kernels take."
+    (phi_q,_),(phi_k,log_k) = (_map_forward(x, w, b, form, x.dtype, precision) for x,w,b in ((q, w_q, b_q), (k, w_k, b_k)))
+    if S is None: return phi_q, phi_k, log_k, None
+    if log_k is None: log_k = S.new_zeros(v.shape[:3]) # weights of 1, and none where a mask says so: the maxima that the normaliser is over
+    return phi_q, phi_k, log_k, LinearState(S, z, m)
+
+def _schedule(n): return {0:None, -1:'parallel'}.get(n, n)
+
+def _forward_apart(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, form, causal, final, save, schedule, precision, borders):
+    "The same from the kernels apart."
+    phi_q,phi_k,log_k,state = _features_apart(q, k, v, w_q, w_k, b_q, b_k, S, z, m, form, precision)
+    o,den,*after = _attention_forward(phi_q, phi_k, v, log_k, state, mask, causal, final, _schedule(schedule), precision, borders)
+    none = lambda: den.new_empty(0)
+    rows = torch.stack([1/den, torch.zeros_like(den)], 2) if save else none()
+    return o, rows, none(), none(), *(none() if x is None else x for x in after)
+
 def _forward(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, form, causal, final, save, keep, schedule, precision, borders=None):
     "Launch the forward: o; rows, states and maxima for the backward; S, z and m after the last token. Empty tensors for what is not asked for."
+    if not _fits(q, w_q): return _forward_apart(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, form, causal, final, save, schedule, precision, borders)
     (B,H,Tq,_),(_,Hkv,T,DV) = q.shape,v.shape
     c,pad,log = _constants(q, v, w_q, form, precision),_pad(mask),form=='exp' or S is not None
     tiles,none = _cdiv(DV, c['BLOCK_V']),lambda: v.new_empty(0, dtype=torch.float32)
@@ -569,11 +583,9 @@ def _final_gradient(dS, dz, R, F, DV, plan): # the last slots: the final states'
 # %% ../../kernels/04_fused_hedgehog.ipynb #63647365
 def _apart(do, dS, dz, q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, o, rows, form, causal, schedule, precision, borders):
     "The same from the kernels apart: features in memory, their gradients, and back through the map."
-    (phi_q,_),(phi_k,log_k) = (_map_forward(x, w, b, form, x.dtype, precision) for x,w,b in ((q, w_q, b_q), (k, w_k, b_k)))
-    state = None if S is None else LinearState(S, z, m)
-    if S is not None and log_k is None: log_k = rows.new_zeros(v.shape[:3]) # weights of 1, and none where the mask says so: the maxima that the normaliser is over
+    phi_q,phi_k,log_k,state = _features_apart(q, k, v, w_q, w_k, b_q, b_k, S, z, m, form, precision)
     dphi_q,dphi_k,dv,_,dS,dz,_ = _attention_backward(do, dS, dz, None, phi_q, phi_k, v, log_k, state, mask, o, 1/rows[:,:,0], None, causal,
-        {0:None, -1:'parallel'}.get(schedule, schedule), precision, borders, (True, True, True, False, S is not None, S is not None, False))
+        _schedule(schedule), precision, borders, (True, True, True, False, S is not None, S is not None, False))
     (dq,dw_q,db_q),(dk,dw_k,db_k) = (_map_backward(x, w, b, g, None, form, precision) for x,w,b,g in ((q, w_q, b_q, dphi_q), (k, w_k, b_k, dphi_k)))
     return dq.contiguous(), dk.contiguous(), dv, dw_q, dw_k, db_q, db_k, dS, dz
 
