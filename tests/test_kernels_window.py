@@ -62,6 +62,14 @@ def test_shapes(D, T): # windows, heads and forms take turns; test_windows and t
 def test_windows(Hkv, window): check(inputs(1, 4, Hkv, 40 if window==16 else 24, masked=True), window)
 
 @kernel
+@pytest.mark.parametrize('window,T,dtype', [*((w, 40, torch.float32) for w in (14, 15, 17)), *((w, 140, torch.bfloat16) for w in (62, 63, 65, 128))], ids=str)
+@pytest.mark.parametrize('form', ['softmax_halves', 'exp'])
+def test_windows_that_end_near_a_block(form, window, T, dtype):
+    "Blocks have 16 rows in fp32, 64 in half precision; without log weights or padding fewer masks are made."
+    logs = form=='exp'
+    check(inputs(1, 1 + logs, 1, T, form=form, dtype=dtype, log=logs, gamma=logs), window)
+
+@kernel
 @pytest.mark.parametrize('form', FORMS)
 @pytest.mark.parametrize('dtype', TOL, ids=str)
 def test_forms_and_dtypes(dtype, form): check(inputs(1, 2, 1, 40, 16, form=form, dtype=dtype), 7)
