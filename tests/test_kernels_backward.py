@@ -289,13 +289,27 @@ def test_import_is_lazy_and_cpu_tensors_are_refused():
 def test_compiles_for_hopper(tmp_path):
     pytest.importorskip('triton')
     code = """
+import torch
 from hedgehog_nb.kernels.chunk_backward import backward_usage as use
-for F,D,kernels in ((128, 64, ('dq','dkv')), (256, 128, ('dq','dk','dv','costates'))):
-    for k in kernels:
-        u = use(F, D, kernel=k)
-        assert u['spilled_bytes']==0 and u['shared_bytes']<=227*1024, u
-u = use(128, 64, kernel='dkv', log_k=True, packed=True, HAS_MASK=True, HAS_END=True, group=4)
-assert u['spilled_bytes']<=1024, u
+def check(F, D, kernel, spilled, near, slots, tensor, programs=2, **kw): # cycles of an SM for a token
+    u = use(F, D, kernel=kernel, **kw)
+    fit = min(65536//(u['registers']*32*u['warps']), 227*1024//(u['shared_bytes'] + 1024))
+    assert u['spilled_bytes']<=spilled and u['near']<=1.15*near and u['slots']<=1.15*slots and u['alu']<=1.5*slots and u['tensor']<=tensor and fit>=programs, u # other versions differ by as much
+check(128, 64, 'dq', 64, 21.2, 18.4, 16)
+check(128, 64, 'dkv', 400, 29.8, 19.4, 26.5)
+check(128, 64, 'costates', 0, 6.9, 6.4, 5, 3)
+check(128, 64, 'dq', 160, 24.4, 20.8, 16, group=4)
+check(128, 64, 'dkv', 400, 35.4, 22.7, 26.5, group=4)
+check(128, 64, 'dq', 240, 27.9, 31.2, 16, log_k=True)
+check(128, 64, 'dkv', 800, 48.2, 39.6, 26.5, log_k=True)
+check(64, 64, 'dq', 0, 15.2, 15.4, 9)
+check(64, 64, 'dkv', 0, 17.2, 13.7, 15.5)
+for kernel,limits in dict(dq=(64,25.5,25.2,15), dk=(0,16.6,14.5,15.5), dv=(200,22.9,12.2,17), costates=(0,11.1,7.1,6)).items(): check(256, 128, kernel, *limits)
+for kernel,limits in dict(dq=(400,41,23,25), dk=(560,50,23,28), dv=(280,25,15,24)).items(): check(128, 64, kernel, *limits, dtype=torch.float16)
+check(128, 64, 'dk', 64, 164, 134, 91, 1, dtype=torch.float32)
+check(128, 64, 'dkv', 1024, 59, 46.3, 26.5, log_k=True, packed=True, HAS_MASK=True, HAS_END=True, group=4)
+for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for kernel in ('dq','dk','dv','costates'): assert use(512, 256, dtype, kernel)['shared_bytes']<=227*1024
 """
     res = python('-c', code, TRITON_INTERPRET='0', TRITON_DEFAULT_FP_FUSION='1', TRITON_CACHE_DIR=str(tmp_path))
     assert res.returncode==0, res.stderr

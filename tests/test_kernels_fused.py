@@ -81,7 +81,7 @@ def test_wide_heads(form): check(inputs(1, 1, 1, 18, 128), form, final=False)
 
 @kernel
 @pytest.mark.parametrize('B,H,D,E,DV,dtype', [(1, 1, 256, 256, 20, torch.float32), (2, 2, 136, 64, 8, torch.float16), (1, 1, 60, 256, 130, torch.bfloat16)])
-def test_matrices_whose_gradient_is_taken_outside(B, H, D, E, DV, dtype): # dW has more than 8,192 numbers
+def test_wide_maps_whose_gradient_is_taken_apart(B, H, D, E, DV, dtype):
     check(inputs(B, H, 1, 18, D, DV, E, dtype), 'exp' if D==256 else 'softmax_joint', D!=136, final=False, schedule=2)
 
 @kernel
@@ -110,6 +110,15 @@ def test_long(form, schedule): check(inputs(1, 1, 1, 257, 16, dtype=torch.bfloat
 def test_everything_at_once(form, heads, causal):
     x = inputs(1, *heads, 20, 8)
     check(x, form, causal, schedule=2 if heads[1]<4 else None, **extras(x))
+
+@kernel
+@pytest.mark.parametrize('form,causal,kw', [('exp', True, dict(schedule=2)), ('exp', True, dict(cu=[0,7,8,20])), ('softmax_halves', True, dict()), ('softmax_joint', False, dict(schedule=2)), ('exp', False, dict())], ids=str)
+def test_everything_at_once_apart(form, causal, kw):
+    "A map of more outputs than the fused backward takes, by its width or by that of the values."
+    for wide in (dict(E=72), dict(DV=70)):
+        x = inputs(1 if 'cu' in kw else 2, 4, 2, 20, 8, **wide)
+        if 'cu' in kw: check(x, form, causal, final=True, **kw)
+        else: check(x, form, causal, **kw, **extras(x))
 
 @kernel
 @pytest.mark.parametrize('dtype', TOL, ids=str)
@@ -310,10 +319,8 @@ for kernel,(most,slots,near) in dict(o=(32,26,23), states=(0,11,12), dq=(512,38,
     u = use(64, kernel=kernel)
     assert u['spilled_bytes']<=most and u['shared_bytes']<=113*1024, u # two programs to an SM
     assert u['slots']<=slots and u['near']<=near, u
-assert max(use(128)['near'], use(128, kernel='dq')['near'])<=80
+assert use(128)['near']<=60
 assert use(64, form='exp')['spilled_bytes']<=320
-assert use(128, kernel='dq')['spilled_bytes'] < use(128, kernel='dq', THROUGH=True)['spilled_bytes']
-assert use(256, kernel='dq')['shared_bytes']<=227*1024
 on = dict.fromkeys(('BIAS_Q','BIAS_K','HAS_BIAS','HAS_START','HAS_END','HAS_MASK','PACKED','HAS_LOG'), True)
 for kernel in ('o', 'dq', 'dkv'): use(16, form='exp', kernel=kernel, group=2, **on), use(16, form='exp', kernel=kernel, CAUSAL=False, **on)
 use(16, form='exp', kernel='states', QUERIES=True, EVERY=True, **on)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from torch import Tensor
 from ..attention import check_qkv, full_precision
 from ..linear_attention import EPS, NOTHING, LinearState, _check_cu_seqlens
-from .feature_map import _INTERPRET, _dot, _on, offline_usage
+from .feature_map import _INTERPRET, _dot, _on, offline_cycles, offline_usage
 from .tuning import tuned_launch
 import triton, triton.language as tl
 
@@ -27,17 +27,42 @@ def _tile(ptr, t, c, stride_t, rows, WIDTH:tl.constexpr):
     "Tile (tokens, channels) of a tensor, zeros where `rows` is false and past column WIDTH."
     return tl.load(ptr + t[:, None]*stride_t + c[None, :], mask=rows[:, None] & (c[None, :] < WIDTH), other=0.)
 
+# %% ../../kernels/02_chunk_forward.ipynb #36c188ca
+@triton.jit
+def _column(x):
+    "A vector as the first of 16 columns, zeros in the others."
+    return tl.where(tl.arange(0, 16)[None, :] == 0, x[:, None], 0.)
+
+@triton.jit
+def _two(z):
+    "z as two of 16 columns: rounded to bf16, and what that lost."
+    hi = z.to(tl.bfloat16).to(tl.float32)
+    return tl.where(tl.arange(0, 16)[None, :] == 1, (z - hi)[:, None], _column(hi))
+
+@triton.jit
+def _count(z, k, w, DOT:tl.constexpr, PRECISION:tl.constexpr):
+    "z + kᵀw."
+    if DOT == tl.float32: z += tl.sum(k*w[:, None], 0)
+    else: z += tl.sum(_dot(tl.trans(k), _column(w), tl.zeros((k.shape[1], 16), tl.float32), DOT, PRECISION), 1)
+    return z
+
+@triton.jit
+def _weigh(q, z, DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
+    "q·z for each query."
+    if DOT == tl.float32: den = tl.sum(q*z[None, :], 1)
+    else: den = tl.sum(_dot(q, _two(z), tl.zeros((q.shape[0], 16), tl.float32), WIDE, PRECISION), 1)
+    return den
+
 # %% ../../kernels/02_chunk_forward.ipynb #3831c18b
 @triton.jit
 def _absorb(S, z, k, v, log_ptr, m_ptr, t, n, BLOCK_T:tl.constexpr, HAS_LOG:tl.constexpr, DOT:tl.constexpr, PRECISION:tl.constexpr):
     "S and z after a chunk whose `n` or `BLOCK_T` tokens have keys `k` and values `v`."
-    weighted, counted = v, k.to(tl.float32)
+    weighted, w = v, tl.full((BLOCK_T,), 1., tl.float32)
     if HAS_LOG:
         m_prev, m_end = tl.load(m_ptr), tl.load(m_ptr + tl.minimum(n, BLOCK_T))
         w = tl.exp(tl.load(log_ptr + t, mask=t < n, other=_NOTHING) - m_end)
-        weighted, counted = weighted*w[:, None], counted*w[:, None]
-        S, z = S*tl.exp(m_prev - m_end), z*tl.exp(m_prev - m_end)
-    return _dot(tl.trans(k), weighted, S, DOT, PRECISION), z + tl.sum(counted, 0)
+        weighted, S, z = v*w[:, None], S*tl.exp(m_prev - m_end), z*tl.exp(m_prev - m_end)
+    return _dot(tl.trans(k), weighted, S, DOT, PRECISION), _count(z, k, w, DOT, PRECISION)
 
 # %% ../../kernels/02_chunk_forward.ipynb #03f0d188
 class _Plan(NamedTuple):
@@ -77,9 +102,34 @@ def _segment(plan_ptr, segment, length, T, sequences, PACKED:tl.constexpr):
         begin = first + (segment - tl.load(plan_ptr + sequences + 1 + sequence))*length
     return begin, tl.minimum(begin + length, end), sequence, first, end
 
+# %% ../../kernels/02_chunk_forward.ipynb #a91a08ae
+@triton.jit
+def _load_state(ptr, f, d, F:tl.constexpr, D:tl.constexpr):
+    "Features `f` and channels `d` of S, and these features of z."
+    return (tl.load(ptr + f[:, None]*D + d[None, :], mask=(f < F)[:, None] & (d < D)[None, :], other=0.),
+            tl.load(ptr + F*D + f, mask=f < F, other=0.))
+
+@triton.jit
+def _store_state(ptr, S, z, first, f, d, F:tl.constexpr, D:tl.constexpr):
+    "Write them back; z only where `first`."
+    tl.store(ptr + f[:, None]*D + d[None, :], S, mask=(f < F)[:, None] & (d < D)[None, :])
+    if first: tl.store(ptr + F*D + f, z, mask=f < F)
+
+# %% ../../kernels/02_chunk_forward.ipynb #0f1b3c92
+@triton.jit
+def _along(log_ptr, m_ptr, mask_ptr, head, Hkv, sequence, begin, T, sequences):
+    "Log weights, running maxima and mask of a key-value head from token `begin` on."
+    return log_ptr + head*T + begin, m_ptr + head*(T + sequences) + sequence + begin, mask_ptr + (head//Hkv)*T + begin
+
+@triton.jit
+def _keys(k_ptr, v_ptr, mask_ptr, t, f, d, stride_kt:tl.constexpr, stride_vt:tl.constexpr, rows, F:tl.constexpr, D:tl.constexpr, HAS_MASK:tl.constexpr):
+    "A chunk's keys and values, zero where padded, and which are not."
+    if HAS_MASK: rows = tl.load(mask_ptr + t, mask=rows, other=0) != 0
+    return _tile(k_ptr, t, f, stride_kt, rows, F), _tile(v_ptr, t, d, stride_vt, rows, D), rows
+
 # %% ../../kernels/02_chunk_forward.ipynb #38457ba4
 @triton.jit(do_not_specialize=["T", "length", "segments", "slots", "sequences"])
-def _segment_states_kernel(k_ptr, v_ptr, log_ptr, m_ptr, mask_ptr, states_ptr, plan_ptr, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+def _segment_states_kernel(k_ptr, v_ptr, log_ptr, m_ptr, mask_ptr, states_ptr, plan_ptr, stride_kb, stride_kh, stride_kt:tl.constexpr, stride_vb, stride_vh, stride_vt:tl.constexpr,
                            Hkv, T, length, segments, slots, sequences, F:tl.constexpr, D:tl.constexpr, BLOCK_T:tl.constexpr, BLOCK_F:tl.constexpr, BLOCK_D:tl.constexpr,
                            EVERY:tl.constexpr, PACKED:tl.constexpr, HAS_LOG:tl.constexpr, HAS_MASK:tl.constexpr, DOT:tl.constexpr, PRECISION:tl.constexpr):
     "What each of the first `segments` segments adds to the state, into the slot after it, of (B, Hkv, slots, F·(D + 1)). The last of a sequence only if EVERY."
@@ -88,23 +138,19 @@ def _segment_states_kernel(k_ptr, v_ptr, log_ptr, m_ptr, mask_ptr, states_ptr, p
     segment = (tl.program_id(0)//tiles % segments).to(tl.int64)
     begin, stop, sequence, _, end = _segment(plan_ptr, segment, length, T, sequences, PACKED)
     t, f, d = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_F), tl.program_id(0) % tiles*BLOCK_D + tl.arange(0, BLOCK_D)
-    k_ptr += (head//Hkv)*stride_kb + (head % Hkv)*stride_kh
-    v_ptr += (head//Hkv)*stride_vb + (head % Hkv)*stride_vh
-    m_ptr += head*(T + sequences) + sequence
-    S, z = tl.zeros((BLOCK_F, BLOCK_D), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
+    k_ptr += (head//Hkv)*stride_kb + (head % Hkv)*stride_kh + begin*stride_kt
+    v_ptr += (head//Hkv)*stride_vb + (head % Hkv)*stride_vh + begin*stride_vt
+    log_ptr, m_ptr, mask_ptr = _along(log_ptr, m_ptr, mask_ptr, head, Hkv, sequence, begin, T, sequences)
+    S, z, n = tl.zeros((BLOCK_F, BLOCK_D), tl.float32), tl.zeros((BLOCK_F,), tl.float32), (stop - begin).to(tl.int32)
 
-    if not EVERY: begin = tl.where(stop == end, stop, begin)
-    for start in range(begin, stop, BLOCK_T):
-        n = stop - start
-        rows = t < n
-        if HAS_MASK: rows = tl.load(mask_ptr + (head//Hkv)*T + start + t, mask=rows, other=0) != 0
-        k = _tile(k_ptr + start*stride_kt, t, f, stride_kt, rows, F)
-        v = _tile(v_ptr + start*stride_vt, t, d, stride_vt, rows, D)
-        S, z = _absorb(S, z, k, v, log_ptr + head*T + start, m_ptr + start, t, n, BLOCK_T, HAS_LOG, DOT, PRECISION)
+    if not EVERY: n = tl.where(stop == end, 0, n)
+    for start in range(0, n, BLOCK_T):
+        k, v, keys = _keys(k_ptr, v_ptr, mask_ptr + start, t, f, d, stride_kt, stride_vt, t < n - start, F, D, HAS_MASK)
+        S, z = _absorb(S, z, k, v, log_ptr + start, m_ptr + start, t, n - start, BLOCK_T, HAS_LOG, DOT, PRECISION)
+        k_ptr += BLOCK_T*stride_kt
+        v_ptr += BLOCK_T*stride_vt
 
-    states_ptr += (head*slots + segment + sequence + 1)*(F*(D + 1))
-    tl.store(states_ptr + f[:, None]*D + d[None, :], S, mask=(f < F)[:, None] & (d < D)[None, :])
-    if tl.program_id(0) % tiles == 0: tl.store(states_ptr + F*D + f, z, mask=f < F)
+    _store_state(states_ptr + (head*slots + segment + sequence + 1)*(F*(D + 1)), S, z, tl.program_id(0) % tiles == 0, f, d, F, D)
 
 # %% ../../kernels/02_chunk_forward.ipynb #87a27a68
 @triton.jit(do_not_specialize=["T", "length", "segments", "sequences"])
@@ -157,13 +203,14 @@ def _weights(phi_k, log_k, mask, state, plan=_Plan(1, 1)):
     return log.contiguous(), _running_max(log, m0, plan), pad
 
 # %% ../../kernels/02_chunk_forward.ipynb #a0e31a95
-def _config(F, D, dtype):
-    "Block sizes, warps and pipeline stages for `F` features, `D` channels and products in `dtype`."
+def _config(F, D, dtype, group=1):
+    "Block sizes, warps and pipeline stages for `F` features, `D` channels and products in `dtype`, for `group` query heads per key-value head."
     wide = dtype==torch.float32
     BLOCK_F = max(16, triton.next_power_of_2(F))
-    BLOCK_T = 16 if wide else max(16, min(32 if dtype==torch.float16 else 64, 8192//BLOCK_F))
+    BLOCK_T = 16 if wide else 32 if dtype==torch.float16 and BLOCK_F>256 else 64
     BLOCK_D = max(16, min(64, 8192//BLOCK_F, triton.next_power_of_2(D)))
-    return dict(BLOCK_T=BLOCK_T, BLOCK_F=BLOCK_F, BLOCK_D=BLOCK_D, num_warps=8, num_stages=1 if wide else 3)
+    ahead = not wide and group==1 and BLOCK_F+BLOCK_D<=192
+    return dict(BLOCK_T=BLOCK_T, BLOCK_F=BLOCK_F, BLOCK_D=BLOCK_D, num_warps=8 if wide else 4, num_stages=2 if ahead else 1)
 
 # %% ../../kernels/02_chunk_forward.ipynb #b35da3d4
 def _constants(phi_q, phi_k, v, precision):
@@ -171,8 +218,8 @@ def _constants(phi_q, phi_k, v, precision):
     F,D = phi_k.shape[-1],v.shape[-1]
     dtype = torch.promote_types(torch.promote_types(phi_q.dtype, phi_k.dtype), v.dtype)
     half = dtype==torch.float16
-    return dict(F=F, D=D, **_config(F, D, dtype), DOT=getattr(tl, str(dtype).split('.')[1]), WIDE=tl.float32 if half or dtype==torch.float32 else tl.bfloat16,
-                PRECISION='tf32' if half else precision)
+    return dict(F=F, D=D, **_config(F, D, dtype, phi_q.shape[1]//phi_k.shape[1]), DOT=getattr(tl, str(dtype).split('.')[1]),
+                WIDE=tl.float32 if half or dtype==torch.float32 else tl.bfloat16, PRECISION='tf32' if half else precision)
 
 # %% ../../kernels/02_chunk_forward.ipynb #c8d96e48
 def _scan(states, m, plan, T, reverse, **flags):
@@ -200,8 +247,8 @@ def _states(phi_k, v, log, m, pad, state, plan, every, c):
 
 # %% ../../kernels/02_chunk_forward.ipynb #d82f863b
 @triton.jit(do_not_specialize=["T", "length", "segments", "sequences"])
-def _chunk_fwd_kernel(q_ptr, k_ptr, v_ptr, log_ptr, m_ptr, mask_ptr, states_ptr, plan_ptr, o_ptr, den_ptr, stride_qb, stride_qh, stride_qt,
-                      stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, Hkv, T, length, segments, sequences,
+def _chunk_fwd_kernel(q_ptr, k_ptr, v_ptr, log_ptr, m_ptr, mask_ptr, states_ptr, plan_ptr, o_ptr, den_ptr, stride_qb, stride_qh, stride_qt:tl.constexpr,
+                      stride_kb, stride_kh, stride_kt:tl.constexpr, stride_vb, stride_vh, stride_vt:tl.constexpr, Hkv, T, length, segments, sequences,
                       GROUP:tl.constexpr, F:tl.constexpr, D:tl.constexpr, BLOCK_T:tl.constexpr, BLOCK_F:tl.constexpr, BLOCK_D:tl.constexpr,
                       HAS_START:tl.constexpr, HAS_END:tl.constexpr, PACKED:tl.constexpr, HAS_LOG:tl.constexpr, HAS_MASK:tl.constexpr, DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
     "Causal outputs (B, H, T, D) and normalisers (B, H, T) of one segment for all query heads of a key-value head; the state goes from slot n to n + 1, the last of a sequence is kept."
@@ -211,32 +258,26 @@ def _chunk_fwd_kernel(q_ptr, k_ptr, v_ptr, log_ptr, m_ptr, mask_ptr, states_ptr,
     begin, stop, sequence, _, end = _segment(plan_ptr, segment, length, T, sequences, PACKED)
     t, f, d = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_F), tl.program_id(0) % tiles*BLOCK_D + tl.arange(0, BLOCK_D)
     past_or_now = t[:, None] >= t[None, :]
-    q_ptr += (head//Hkv)*stride_qb
-    k_ptr += (head//Hkv)*stride_kb + (head % Hkv)*stride_kh
-    v_ptr += (head//Hkv)*stride_vb + (head % Hkv)*stride_vh
+    q_ptr += (head//Hkv)*stride_qb + begin*stride_qt
+    k_ptr += (head//Hkv)*stride_kb + (head % Hkv)*stride_kh + begin*stride_kt
+    v_ptr += (head//Hkv)*stride_vb + (head % Hkv)*stride_vh + begin*stride_vt
+    o_ptr += begin*D
+    den_ptr += begin
+    log_ptr, m_ptr, mask_ptr = _along(log_ptr, m_ptr, mask_ptr, head, Hkv, sequence, begin, T, sequences)
     states_ptr += (head*(segments + sequences) + segment + sequence)*(F*(D + 1))
-    state = f[:, None]*D + d[None, :]
-    inside = (f < F)[:, None] & (d < D)[None, :]
-    S, z = tl.zeros((BLOCK_F, BLOCK_D), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
-    if HAS_START: S, z = tl.load(states_ptr + state, mask=inside, other=0.), tl.load(states_ptr + F*D + f, mask=f < F, other=0.)
+    S, z, n = tl.zeros((BLOCK_F, BLOCK_D), tl.float32), tl.zeros((BLOCK_F,), tl.float32), (stop - begin).to(tl.int32)
+    if HAS_START: S, z = _load_state(states_ptr, f, d, F, D)
 
-    for start in range(begin, stop, BLOCK_T):
-        n = stop - start
-        rows = t < n
-        keys = rows
-        if HAS_MASK: keys = tl.load(mask_ptr + (head//Hkv)*T + start + t, mask=rows, other=0) != 0
-        k = _tile(k_ptr + start*stride_kt, t, f, stride_kt, keys, F)
-        v = _tile(v_ptr + start*stride_vt, t, d, stride_vt, keys, D)
-        log, m = log_ptr + head*T + start, m_ptr + head*(T + sequences) + sequence + start
-        if HAS_LOG:
-            m_t = tl.load(m + 1 + t, mask=rows, other=-_NOTHING)
-            l_t = tl.load(log + t, mask=rows, other=_NOTHING)
+    for start in range(0, n, BLOCK_T):
+        rows, log, m = t < n - start, log_ptr + start, m_ptr + start
+        k, v, keys = _keys(k_ptr, v_ptr, mask_ptr + start, t, f, d, stride_kt, stride_vt, rows, F, D, HAS_MASK)
+        if HAS_LOG: l_t, m_t = tl.load(log + t, mask=rows, other=_NOTHING), tl.load(m + 1 + t, mask=rows, other=-_NOTHING)
 
         for g in range(GROUP):
-            q = _tile(q_ptr + ((head % Hkv)*GROUP + g)*stride_qh + start*stride_qt, t, f, stride_qt, rows, F)
+            q = _tile(q_ptr + ((head % Hkv)*GROUP + g)*stride_qh, t, f, stride_qt, rows, F)
             a = _dot(q, tl.trans(k), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), DOT, PRECISION)
             o = _dot(q, S, tl.zeros((BLOCK_T, BLOCK_D), tl.float32), WIDE, PRECISION)
-            den = tl.sum(q.to(tl.float32)*z[None, :], 1)
+            den = _weigh(q, z, DOT, WIDE, PRECISION)
             if HAS_LOG:
                 a *= tl.exp(tl.where(past_or_now, l_t[None, :] - m_t[:, None], 0.))
                 fade = tl.exp(tl.load(m) - m_t)
@@ -244,16 +285,17 @@ def _chunk_fwd_kernel(q_ptr, k_ptr, v_ptr, log_ptr, m_ptr, mask_ptr, states_ptr,
             a = tl.where(past_or_now, a, 0.)
             o = _dot(a, v, o, WIDE, PRECISION)
             den = tl.maximum(den + tl.sum(a, 1), _EPS)
-            row = (head*GROUP + g)*T + start
-            tl.store(o_ptr + row*D + t[:, None]*D + d[None, :], o/den[:, None], mask=rows[:, None] & (d < D)[None, :])
-            if tl.program_id(0) % tiles == 0: tl.store(den_ptr + row + t, den, mask=rows)
-        S, z = _absorb(S, z, k, v, log, m, t, n, BLOCK_T, HAS_LOG, DOT, PRECISION)
+            row = (head*GROUP + g)*T
+            tl.store(o_ptr + row*D + t[:, None]*D + d[None, :], o*(1/den)[:, None], mask=rows[:, None] & (d < D)[None, :])
+            if tl.program_id(0) % tiles == 0: tl.store(den_ptr + row + start + t, den, mask=rows)
+        S, z = _absorb(S, z, k, v, log, m, t, n - start, BLOCK_T, HAS_LOG, DOT, PRECISION)
+        q_ptr += BLOCK_T*stride_qt
+        k_ptr += BLOCK_T*stride_kt
+        v_ptr += BLOCK_T*stride_vt
+        o_ptr += BLOCK_T*D
 
     if HAS_END:
-        if stop == end:
-            states_ptr += F*(D + 1)
-            tl.store(states_ptr + state, S, mask=inside)
-            if tl.program_id(0) % tiles == 0: tl.store(states_ptr + F*D + f, z, mask=f < F)
+        if stop == end: _store_state(states_ptr + F*(D + 1), S, z, tl.program_id(0) % tiles == 0, f, d, F, D)
 
 # %% ../../kernels/02_chunk_forward.ipynb #c62b2119
 @triton.jit
@@ -264,26 +306,30 @@ def _last_slot(plan_ptr, sequence, slots, sequences, PACKED:tl.constexpr):
     return slot
 
 @triton.jit(do_not_specialize=["T", "length", "segments", "slots", "sequences"])
-def _read_kernel(q_ptr, states_ptr, plan_ptr, o_ptr, den_ptr, stride_qb, stride_qh, stride_qt, H, T, length, segments, slots, sequences,
+def _read_kernel(q_ptr, states_ptr, plan_ptr, o_ptr, den_ptr, stride_qb, stride_qh, stride_qt:tl.constexpr, H, T, length, segments, slots, sequences,
                  GROUP:tl.constexpr, F:tl.constexpr, D:tl.constexpr, BLOCK_T:tl.constexpr, BLOCK_F:tl.constexpr, BLOCK_D:tl.constexpr, PACKED:tl.constexpr,
-                 WIDE:tl.constexpr, PRECISION:tl.constexpr):
+                 DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
     "Outputs (B, H, T, D) and normalisers (B, H, T) of queries that all read the last state of their sequence and key-value head, of `slots` in a row."
     tiles = tl.cdiv(D, BLOCK_D)
     head = (tl.program_id(0)//(tiles*segments)).to(tl.int64) # batch*H + head
     segment = (tl.program_id(0)//tiles % segments).to(tl.int64)
     begin, stop, sequence, _, _ = _segment(plan_ptr, segment, length, T, sequences, PACKED)
     t, f, d = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_F), tl.program_id(0) % tiles*BLOCK_D + tl.arange(0, BLOCK_D)
-    q_ptr += (head//H)*stride_qb + (head % H)*stride_qh
-    states_ptr += (head//GROUP*slots + _last_slot(plan_ptr, sequence, slots, sequences, PACKED))*(F*(D + 1))
-    S = tl.load(states_ptr + f[:, None]*D + d[None, :], mask=(f < F)[:, None] & (d < D)[None, :], other=0.)
-    z = tl.load(states_ptr + F*D + f, mask=f < F, other=0.)
-    for start in range(begin, stop, BLOCK_T):
-        rows = t < stop - start
-        q = _tile(q_ptr + start*stride_qt, t, f, stride_qt, rows, F)
+    q_ptr += (head//H)*stride_qb + (head % H)*stride_qh + begin*stride_qt
+    o_ptr += (head*T + begin)*D
+    den_ptr += head*T + begin
+    S, z = _load_state(states_ptr + (head//GROUP*slots + _last_slot(plan_ptr, sequence, slots, sequences, PACKED))*(F*(D + 1)), f, d, F, D)
+    n = (stop - begin).to(tl.int32)
+
+    for start in range(0, n, BLOCK_T):
+        rows = t < n - start
+        q = _tile(q_ptr, t, f, stride_qt, rows, F)
         o = _dot(q, S, tl.zeros((BLOCK_T, BLOCK_D), tl.float32), WIDE, PRECISION)
-        den = tl.maximum(tl.sum(q.to(tl.float32)*z[None, :], 1), _EPS)
-        tl.store(o_ptr + (head*T + start)*D + t[:, None]*D + d[None, :], o/den[:, None], mask=rows[:, None] & (d < D)[None, :])
-        if tl.program_id(0) % tiles == 0: tl.store(den_ptr + head*T + start + t, den, mask=rows)
+        den = tl.maximum(_weigh(q, z, DOT, WIDE, PRECISION), _EPS)
+        tl.store(o_ptr + t[:, None]*D + d[None, :], o*(1/den)[:, None], mask=rows[:, None] & (d < D)[None, :])
+        if tl.program_id(0) % tiles == 0: tl.store(den_ptr + start + t, den, mask=rows)
+        q_ptr += BLOCK_T*stride_qt
+        o_ptr += BLOCK_T*D
 
 # %% ../../kernels/02_chunk_forward.ipynb #1297a342
 def _waves(n, programs, chunks, again, state, sms=132):
@@ -328,12 +374,12 @@ def _forward(phi_q, phi_k, v, log_k, state, mask, causal, output_final_state, sc
         if causal: tuned_launch(_chunk_fwd_kernel, (B*Hkv*plan.segments*tiles,),
             (phi_q, phi_k, v, ptr(log), ptr(m), ptr(pad), states, ptr(plan.table), o, den, *phi_q.stride()[:3], *phi_k.stride()[:3], *v.stride()[:3],
              Hkv, T, plan.length, plan.segments, plan.sequences),
-            dict(HAS_START=use, HAS_END=output_final_state, HAS_LOG=log is not None, HAS_MASK=pad is not None, **flags, **c), ('num_stages', 'num_warps'), v.device)
+            dict(HAS_START=use, HAS_END=output_final_state, HAS_LOG=log is not None, HAS_MASK=pad is not None, **flags, **c), ('num_stages',), v.device)
         else:
             ask = plan if borders else cut(Tq, B*H, 0)
             _read_kernel[(B*H*ask.segments*tiles,)](
                 phi_q, states, ptr(plan.table), o, den, *phi_q.stride()[:3], H, Tq, ask.length, ask.segments, states.shape[2], plan.sequences,
-                **flags, **{k:c[k] for k in c if k!='DOT'})
+                **flags, **c)
     if not output_final_state: return o, den, None, None, None
     S,z = plan.states(states[:,:,plan.slots(after=True)]).split([F*D, F], -1)
     m = torch.zeros_like(z[...,0]) if m is None else plan.states(_maxima(m, plan, True)).clone()
@@ -385,6 +431,10 @@ def chunk_forward(
     return (o, LinearState(*state)) if output_final_state else o
 
 # %% ../../kernels/02_chunk_forward.ipynb #9acbfd5a
+def _strides(kernel, F, D):
+    "Strides between tokens that a kernel takes at compile time, for tokens one behind the other."
+    return {n: F if n[7] in 'qk' else D for n in kernel.arg_names if n.startswith('stride') and n.endswith('t')}
+
 def chunk_usage(
     feature_dim:int, # F
     head_dim:int, # D
@@ -395,11 +445,12 @@ def chunk_usage(
     parallel:bool=False, # Does the forward start from a state?
     packed:bool=False, # With borders of packed sequences?
     **config, # Block sizes, `num_warps` or `num_stages` in place of the chosen ones
-)->dict: # What `offline_usage` returns, and the configuration
+)->dict: # What `offline_usage` and `offline_cycles` return, and the configuration
     "What the kernels of chunked linear attention use on an H100 or H200, found without one."
-    k,v = torch.empty(1, 1, 1, feature_dim, dtype=dtype),torch.empty(1, 1, 1, head_dim, dtype=dtype)
-    c = _constants(k, k, v, 'tf32x3') | dict(GROUP=group, HAS_START=parallel, HAS_END=parallel, EVERY=False, PACKED=packed, HAS_LOG=log_k, HAS_MASK=False) | config
+    q,k,v = (torch.empty(1, h, 1, n, dtype=dtype) for h,n in ((group, feature_dim), (1, feature_dim), (1, head_dim)))
     f = dict(forward=_chunk_fwd_kernel, states=_segment_states_kernel, read=_read_kernel)[kernel]
+    c = _constants(q, k, v, 'tf32x3') | dict(GROUP=group, HAS_START=parallel, HAS_END=parallel, EVERY=False, PACKED=packed, HAS_LOG=log_k, HAS_MASK=False, **_strides(f, feature_dim, head_dim)) | config
     short = {torch.bfloat16:'bf16', torch.float16:'fp16', torch.float32:'fp32'}[dtype]
-    use = offline_usage(f, c, short, ('log_ptr','m_ptr','states_ptr','den_ptr'), dict(plan_ptr='i32', mask_ptr='i8'))
-    return dict(kernel=kernel, F=feature_dim, D=head_dim, dtype=short, group=group, log_k=log_k, parallel=parallel, packed=packed, block_t=c['BLOCK_T'], block_d=c['BLOCK_D'], **use)
+    args = f, c, short, ('log_ptr','m_ptr','states_ptr','den_ptr'), dict(plan_ptr='i32', mask_ptr='i8')
+    return dict(kernel=kernel, F=feature_dim, D=head_dim, dtype=short, group=group, log_k=log_k, parallel=parallel, packed=packed, block_t=c['BLOCK_T'], block_d=c['BLOCK_D'],
+                warps=c['num_warps'], stages=c['num_stages'], **offline_usage(*args), **offline_cycles(*args))

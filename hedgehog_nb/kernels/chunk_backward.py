@@ -13,10 +13,10 @@ from typing import Optional, Sequence
 from torch import Tensor
 from ..attention import full_precision
 from ..linear_attention import LinearState, operation, _check_cu_seqlens
-from .feature_map import _dot, _on, offline_usage
+from .feature_map import _dot, _on, offline_cycles, offline_usage
 from .tuning import tuned_launch
-from .chunk import (_EPS, _NOTHING, _absorb, _check, _constants, _cut, _forward, _last_slot, _maxima, _scan, _segment, _states, _tile,
-                                       _weights)
+from .chunk import (_EPS, _NOTHING, _absorb, _along, _check, _constants, _count, _cut, _forward, _keys, _last_slot, _load_state, _maxima, _scan,
+                                       _segment, _states, _store_state, _strides, _tile, _weights)
 import triton, triton.language as tl
 
 # %% ../../kernels/03_chunk_backward.ipynb #96d7df69
@@ -26,10 +26,22 @@ def _inverse(den_ptr, t, rows):
     den = tl.load(den_ptr + t, mask=rows, other=0.)
     return tl.where(den > _EPS, 1/tl.maximum(den, _EPS), 0.)
 
+# %% ../../kernels/03_chunk_backward.ipynb #c3a6a7c4
+@triton.jit
+def _recall(u, c, S, z, DOT:tl.constexpr, PRECISION:tl.constexpr):
+    "u S + c zᵀ."
+    g = _dot(u, S, tl.zeros((u.shape[0], S.shape[1]), tl.float32), DOT, PRECISION)
+    if DOT == tl.bfloat16:
+        col, hi, top = tl.arange(0, 16)[None, :], c.to(DOT).to(tl.float32), z.to(DOT).to(tl.float32)
+        left, right = tl.where(col == 2, (c - hi)[:, None], tl.where(col < 2, hi[:, None], 0.)), tl.where(col == 1, (z - top)[:, None], top[:, None])
+        g = _dot(left, tl.trans(right.to(DOT)), g, DOT, PRECISION)
+    else: g += c[:, None]*z[None, :]
+    return g
+
 # %% ../../kernels/03_chunk_backward.ipynb #397867e3
 @triton.jit(do_not_specialize=["T", "length", "segments", "slots", "sequences"])
 def _dq_kernel(k_ptr, v_ptr, o_ptr, do_ptr, den_ptr, log_ptr, m_ptr, mask_ptr, states_ptr, plan_ptr, dq_ptr, dd_ptr,
-               stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_gb, stride_gh, stride_gt, Hkv, T, length, segments, slots, sequences,
+               stride_kb, stride_kh, stride_kt:tl.constexpr, stride_vb, stride_vh, stride_vt:tl.constexpr, stride_gb, stride_gh, stride_gt:tl.constexpr, Hkv, T, length, segments, slots, sequences,
                GROUP:tl.constexpr, F:tl.constexpr, D:tl.constexpr, BLOCK_T:tl.constexpr, BLOCK_F:tl.constexpr, BLOCK_D:tl.constexpr, CAUSAL:tl.constexpr,
                HAS_START:tl.constexpr, PACKED:tl.constexpr, HAS_LOG:tl.constexpr, HAS_MASK:tl.constexpr, DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
     "`BLOCK_F` columns of the gradient of the queries, (B, H, T, F), and the gradient of their normalisers, (B, H, T), in one segment."
@@ -39,61 +51,78 @@ def _dq_kernel(k_ptr, v_ptr, o_ptr, do_ptr, den_ptr, log_ptr, m_ptr, mask_ptr, s
     begin, stop, sequence, _, _ = _segment(plan_ptr, segment, length, T, sequences, PACKED)
     t, f, d = tl.arange(0, BLOCK_T), tl.program_id(0) % tiles*BLOCK_F + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_D)
     past_or_now = t[:, None] >= t[None, :]
-    k_ptr += (head//Hkv)*stride_kb + (head % Hkv)*stride_kh
-    v_ptr += (head//Hkv)*stride_vb + (head % Hkv)*stride_vh
-    do_ptr += (head//Hkv)*stride_gb
+    k_ptr += (head//Hkv)*stride_kb + (head % Hkv)*stride_kh + begin*stride_kt
+    v_ptr += (head//Hkv)*stride_vb + (head % Hkv)*stride_vh + begin*stride_vt
+    do_ptr += (head//Hkv)*stride_gb + begin*stride_gt
+    o_ptr += begin*D
+    dq_ptr += begin*F
+    den_ptr += begin
+    dd_ptr += begin
+    log_ptr, m_ptr, mask_ptr = _along(log_ptr, m_ptr, mask_ptr, head, Hkv, sequence, begin, T, sequences)
     slot = segment + sequence if CAUSAL else _last_slot(plan_ptr, sequence, slots, sequences, PACKED)
-    states_ptr += (head*slots + slot)*(F*(D + 1))
-    S, z = tl.zeros((BLOCK_F, BLOCK_D), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
-    if HAS_START:
-        S = tl.load(states_ptr + f[:, None]*D + d[None, :], mask=(f < F)[:, None] & (d < D)[None, :], other=0.)
-        z = tl.load(states_ptr + F*D + f, mask=f < F, other=0.)
+    S, z, n = tl.zeros((BLOCK_F, BLOCK_D), tl.float32), tl.zeros((BLOCK_F,), tl.float32), (stop - begin).to(tl.int32)
+    if HAS_START: S, z = _load_state(states_ptr + (head*slots + slot)*(F*(D + 1)), f, d, F, D)
 
-    for start in range(begin, stop, BLOCK_T):
-        n = stop - start
-        rows = t < n
-        log, m = log_ptr + head*T + start, m_ptr + head*(T + sequences) + sequence + start
+    for start in range(0, n, BLOCK_T):
+        rows, log, m = t < n - start, log_ptr + start, m_ptr + start
         if CAUSAL:
-            keys = rows
-            if HAS_MASK: keys = tl.load(mask_ptr + (head//Hkv)*T + start + t, mask=rows, other=0) != 0
-            k = _tile(k_ptr + start*stride_kt, t, f, stride_kt, keys, F)
-            v = _tile(v_ptr + start*stride_vt, t, d, stride_vt, keys, D)
-            if HAS_LOG:
-                m_t = tl.load(m + 1 + t, mask=rows, other=-_NOTHING)
-                l_t = tl.load(log + t, mask=rows, other=_NOTHING)
+            k, v, keys = _keys(k_ptr, v_ptr, mask_ptr + start, t, f, d, stride_kt, stride_vt, rows, F, D, HAS_MASK)
+            if HAS_LOG: l_t, m_t = tl.load(log + t, mask=rows, other=_NOTHING), tl.load(m + 1 + t, mask=rows, other=-_NOTHING)
 
         for g in range(GROUP):
-            row = (head*GROUP + g)*T + start
-            do = _tile(do_ptr + ((head % Hkv)*GROUP + g)*stride_gh + start*stride_gt, t, d, stride_gt, rows, D)
-            o = _tile(o_ptr + row*D, t, d, D, rows, D)
-            delta = tl.sum(do.to(tl.float32)*o.to(tl.float32), 1)
-            inverse = _inverse(den_ptr + row, t, rows)
-            dq = _dot(do, tl.trans(S), tl.zeros((BLOCK_T, BLOCK_F), tl.float32), WIDE, PRECISION) - delta[:, None]*z[None, :]
+            row = (head*GROUP + g)*T
+            do, o = _tile(do_ptr + ((head % Hkv)*GROUP + g)*stride_gh, t, d, stride_gt, rows, D), _tile(o_ptr + row*D, t, d, D, rows, D)
+            do = (do*_inverse(den_ptr + row + start, t, rows)[:, None]).to(WIDE)
+            dd = -tl.sum(do.to(tl.float32)*o.to(tl.float32), 1)
             if CAUSAL:
-                c = _dot(do, tl.trans(v), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), DOT, PRECISION) - delta[:, None]
-                if HAS_LOG:
-                    c *= tl.exp(tl.where(past_or_now, l_t[None, :] - m_t[:, None], 0.))
-                    dq *= tl.exp(tl.load(m) - m_t)[:, None]
-                dq = _dot(tl.where(past_or_now, c, 0.), k, dq, WIDE, PRECISION)
-            tl.store(dq_ptr + row*F + t[:, None]*F + f[None, :], dq*inverse[:, None], mask=rows[:, None] & (f < F)[None, :])
-            if tl.program_id(0) % tiles == 0: tl.store(dd_ptr + row + t, -delta*inverse, mask=rows)
-        if CAUSAL: S, z = _absorb(S, z, k, v, log, m, t, n, BLOCK_T, HAS_LOG, DOT, PRECISION)
+                c = _dot(do, tl.trans(v), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), WIDE, PRECISION) + dd[:, None]
+                if HAS_LOG: c *= tl.exp(tl.where(past_or_now, l_t[None, :] - m_t[:, None], 0.))
+                c = tl.where(past_or_now, c, 0.).to(WIDE)
+            dq = _recall(do, dd, tl.trans(S), z, WIDE, PRECISION)
+            if CAUSAL:
+                if HAS_LOG: dq *= tl.exp(tl.load(m) - m_t)[:, None]
+                dq = _dot(c, k, dq, WIDE, PRECISION)
+            tl.store(dq_ptr + row*F + t[:, None]*F + f[None, :], dq, mask=rows[:, None] & (f < F)[None, :])
+            if tl.program_id(0) % tiles == 0: tl.store(dd_ptr + row + start + t, dd, mask=rows)
+        if CAUSAL: S, z = _absorb(S, z, k, v, log, m, t, n - start, BLOCK_T, HAS_LOG, DOT, PRECISION)
+        k_ptr += BLOCK_T*stride_kt
+        v_ptr += BLOCK_T*stride_vt
+        do_ptr += BLOCK_T*stride_gt
+        o_ptr += BLOCK_T*D
+        dq_ptr += BLOCK_T*F
 
 # %% ../../kernels/03_chunk_backward.ipynb #a7766365
 @triton.jit
-def _absorb_back(R, r, q, do, inverse, dd, fade, WIDE:tl.constexpr, PRECISION:tl.constexpr):
-    "R and r with a chunk of queries, whose weights in the sum are `fade`."
-    weighted = do.to(tl.float32)*(inverse*fade)[:, None]
-    return _dot(tl.trans(q), weighted, R, WIDE, PRECISION), r + tl.sum(q.to(tl.float32)*(dd*fade)[:, None], 0)
+def _asking(q_ptr, do_ptr, den_ptr, dd_ptr, t, f, d, stride_qt:tl.constexpr, stride_gt:tl.constexpr, rows, F:tl.constexpr, D:tl.constexpr, WIDE:tl.constexpr):
+    "φ(q), dn and dd of a tile of queries."
+    do = _tile(do_ptr, t, d, stride_gt, rows, D)*_inverse(den_ptr, t, rows)[:, None]
+    return _tile(q_ptr, t, f, stride_qt, rows, F), do.to(WIDE), tl.load(dd_ptr + t, mask=rows, other=0.)
+
+@triton.jit
+def _absorb_back(R, r, q, do, dd, WIDE:tl.constexpr, PRECISION:tl.constexpr):
+    "R and r with a tile of queries."
+    return _dot(tl.trans(q), do, R, WIDE, PRECISION), _count(r, q, dd, WIDE, PRECISION)
+
+# %% ../../kernels/03_chunk_backward.ipynb #24c477ca
+@triton.jit
+def _weighted(x, w, HAS_LOG:tl.constexpr):
+    "x, times w if there are log weights."
+    if HAS_LOG: x *= w
+    return x
+
+@triton.jit
+def _store_keys(dk_ptr, dl_ptr, t, f, dk, k, keys, rows, F:tl.constexpr, NEED_DL:tl.constexpr, HAS_MASK:tl.constexpr):
+    "dφ(k), and what its columns give to dℓ."
+    if NEED_DL: tl.store(dl_ptr + t, tl.sum(dk*k.to(tl.float32), 1), mask=rows)
+    if HAS_MASK: dk = tl.where(keys[:, None], dk, 0.)
+    tl.store(dk_ptr + t[:, None]*F + f[None, :], dk, mask=rows[:, None] & (f < F)[None, :])
 
 # %% ../../kernels/03_chunk_backward.ipynb #03a8810b
 @triton.jit(do_not_specialize=["T", "length", "segments", "slots", "sequences"])
-def _dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, den_ptr, dd_ptr, log_ptr, m_ptr, mask_ptr, costates_ptr, plan_ptr, dk_ptr, dv_ptr, dl_ptr,
-                stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_gb, stride_gh, stride_gt,
-                Hkv, T, length, segments, slots, sequences, GROUP:tl.constexpr, F:tl.constexpr, D:tl.constexpr,
-                BLOCK_T:tl.constexpr, BLOCK_F:tl.constexpr, BLOCK_D:tl.constexpr, NEED_DK:tl.constexpr, NEED_DV:tl.constexpr, NEED_DL:tl.constexpr,
-                CAUSAL:tl.constexpr, HAS_START:tl.constexpr, HAS_END:tl.constexpr, PACKED:tl.constexpr, HAS_LOG:tl.constexpr, HAS_MASK:tl.constexpr,
-                DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
+def _dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, den_ptr, dd_ptr, log_ptr, m_ptr, mask_ptr, costates_ptr, plan_ptr, dk_ptr, dv_ptr, dl_ptr, stride_qb, stride_qh, stride_qt:tl.constexpr,
+                stride_kb, stride_kh, stride_kt:tl.constexpr, stride_vb, stride_vh, stride_vt:tl.constexpr, stride_gb, stride_gh, stride_gt:tl.constexpr, Hkv, T, length, segments, slots, sequences,
+                GROUP:tl.constexpr, F:tl.constexpr, D:tl.constexpr, BLOCK_T:tl.constexpr, BLOCK_F:tl.constexpr, BLOCK_D:tl.constexpr, NEED_DK:tl.constexpr, NEED_DV:tl.constexpr, NEED_DL:tl.constexpr,
+                CAUSAL:tl.constexpr, HAS_START:tl.constexpr, HAS_END:tl.constexpr, PACKED:tl.constexpr, HAS_LOG:tl.constexpr, HAS_MASK:tl.constexpr, DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
     "Gradients of a segment's keys in `BLOCK_F` columns, of its log weights from these columns, and of its values in `BLOCK_D` columns; the co-state goes from the slot after the segment to the one before, the first of a sequence is kept."
     tiles_d = tl.cdiv(D, BLOCK_D)
     tiles = tl.cdiv(F, BLOCK_F)*tiles_d
@@ -103,77 +132,71 @@ def _dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, den_ptr, dd_ptr, log_ptr, m_ptr, ma
     begin, stop, sequence, first, end = _segment(plan_ptr, segment, length, T, sequences, PACKED)
     t, f, d = tl.arange(0, BLOCK_T), tile//tiles_d*BLOCK_F + tl.arange(0, BLOCK_F), tile % tiles_d*BLOCK_D + tl.arange(0, BLOCK_D)
     now_or_later = t[:, None] <= t[None, :] # (keys, queries)
-    q_ptr += (head//Hkv)*stride_qb
-    do_ptr += (head//Hkv)*stride_gb
-    k_ptr += (head//Hkv)*stride_kb + (head % Hkv)*stride_kh
-    v_ptr += (head//Hkv)*stride_vb + (head % Hkv)*stride_vh
-    m_ptr += head*(T + sequences) + sequence
+    n = (stop - begin).to(tl.int32)
+    last = begin + (tl.cdiv(n, BLOCK_T) - 1)*BLOCK_T # chunks go back from here
+    q_ptr += (head//Hkv)*stride_qb + last*stride_qt
+    do_ptr += (head//Hkv)*stride_gb + last*stride_gt
+    k_ptr += (head//Hkv)*stride_kb + (head % Hkv)*stride_kh + last*stride_kt
+    v_ptr += (head//Hkv)*stride_vb + (head % Hkv)*stride_vh + last*stride_vt
+    dk_ptr += (head*T + last)*F
+    dv_ptr += (head*T + last)*D
+    dl_ptr += (tile*(tl.num_programs(0)//(tiles*segments)) + head)*T + begin
+    log_ptr, m_ptr, mask_ptr = _along(log_ptr, m_ptr, mask_ptr, head, Hkv, sequence, begin, T, sequences)
     slot = segment + sequence + 1
     if not CAUSAL:
         slot = sequence
         if PACKED: slot += tl.load(plan_ptr + sequences + 1 + sequence)
     costates_ptr += (head*slots + slot)*(F*(D + 1))
-    costate = f[:, None]*D + d[None, :]
-    inside = (f < F)[:, None] & (d < D)[None, :]
-    R, r = tl.zeros((BLOCK_F, BLOCK_D), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
-    if HAS_START: R, r = tl.load(costates_ptr + costate, mask=inside, other=0.), tl.load(costates_ptr + F*D + f, mask=f < F, other=0.)
+    R, r, one = tl.zeros((BLOCK_F, BLOCK_D), tl.float32), tl.zeros((BLOCK_F,), tl.float32), tl.full((BLOCK_T,), 1., tl.float32)
+    if HAS_START: R, r = _load_state(costates_ptr, f, d, F, D)
+    ALONE: tl.constexpr = CAUSAL and GROUP == 1
 
-    chunks = tl.cdiv(stop - begin, BLOCK_T)
-    for i in range(chunks):
-        start = begin + (chunks - 1 - i)*BLOCK_T
-        n = stop - start
-        rows = t < n
-        keys = rows
-        if HAS_MASK: keys = tl.load(mask_ptr + (head//Hkv)*T + start + t, mask=rows, other=0) != 0
-        k = _tile(k_ptr + start*stride_kt, t, f, stride_kt, keys, F)
-        v = _tile(v_ptr + start*stride_vt, t, d, stride_vt, keys, D)
+    for i in range(tl.cdiv(n, BLOCK_T)):
+        at = (tl.cdiv(n, BLOCK_T) - 1 - i)*BLOCK_T
+        rows, R_wide, w, w_t = t < n - at, R.to(WIDE), one, one
+        k, v, keys = _keys(k_ptr, v_ptr, mask_ptr + at, t, f, d, stride_kt, stride_vt, rows, F, D, HAS_MASK)
         if HAS_LOG:
-            l_t = tl.load(log_ptr + head*T + start + t, mask=rows, other=_NOTHING)
-            m_end = tl.load(m_ptr + (start + tl.minimum(n, BLOCK_T) if CAUSAL else end))
+            l_t, m_end = tl.load(log_ptr + at + t, mask=rows, other=_NOTHING), tl.load(m_ptr + (at + tl.minimum(n - at, BLOCK_T) if CAUSAL else end - begin))
             w = tl.exp(l_t - m_end)
-        if NEED_DK:
-            dk = _dot(v, tl.trans(R), tl.zeros((BLOCK_T, BLOCK_F), tl.float32), WIDE, PRECISION) + r[None, :]
-            if HAS_LOG: dk *= w[:, None]
-        if NEED_DV:
-            dv = _dot(k, R, tl.zeros((BLOCK_T, BLOCK_D), tl.float32), WIDE, PRECISION)
-            if HAS_LOG: dv *= w[:, None]
+        if NEED_DK: dk = _weighted(_recall(v, one, tl.trans(R_wide), r, WIDE, PRECISION), w[:, None], HAS_LOG)
+        if NEED_DV and not ALONE: dv = _weighted(_dot(k, R_wide, tl.zeros((BLOCK_T, BLOCK_D), tl.float32), WIDE, PRECISION), w[:, None], HAS_LOG)
 
         if CAUSAL:
-            fade = tl.full((BLOCK_T,), 1., tl.float32)
             if HAS_LOG:
-                m_prev, m_t = tl.load(m_ptr + start), tl.load(m_ptr + start + 1 + t, mask=rows, other=-_NOTHING)
-                fade = tl.exp(m_prev - m_t)
+                m_prev, m_t = tl.load(m_ptr + at), tl.load(m_ptr + at + 1 + t, mask=rows, other=-_NOTHING)
                 w_t = tl.exp(tl.where(now_or_later, l_t[:, None] - m_t[None, :], 0.))
                 R, r = R*tl.exp(m_prev - m_end), r*tl.exp(m_prev - m_end)
             for g in range(GROUP):
-                row = (head*GROUP + g)*T + start
-                q = _tile(q_ptr + ((head % Hkv)*GROUP + g)*stride_qh + start*stride_qt, t, f, stride_qt, rows, F)
-                do = _tile(do_ptr + ((head % Hkv)*GROUP + g)*stride_gh + start*stride_gt, t, d, stride_gt, rows, D)
-                inverse, dd = _inverse(den_ptr + row, t, rows), tl.load(dd_ptr + row + t, mask=rows, other=0.)
+                h, row = (head % Hkv)*GROUP + g, (head*GROUP + g)*T + begin + at
+                q, do, dd = _asking(q_ptr + h*stride_qh, do_ptr + h*stride_gh, den_ptr + row, dd_ptr + row, t, f, d, stride_qt, stride_gt, rows, F, D, WIDE)
+                do_R, dd_r = do, dd
+                if HAS_LOG: do_R, dd_r = (do*tl.exp(m_prev - m_t)[:, None]).to(WIDE), dd*tl.exp(m_prev - m_t)
                 if NEED_DK:
-                    c = _dot(v, tl.trans(do), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), DOT, PRECISION)*inverse[None, :] + dd[None, :]
-                    if HAS_LOG: c *= w_t
+                    c = _weighted(_recall(v, one, tl.trans(do), dd, WIDE, PRECISION), w_t, HAS_LOG)
                     dk = _dot(tl.where(now_or_later, c, 0.), q, dk, WIDE, PRECISION)
+                if NEED_DK and ALONE: _store_keys(dk_ptr, dl_ptr + at, t, f, dk, k, keys, rows, F, NEED_DL, HAS_MASK)
+                if NEED_DV and ALONE: dv = _weighted(_dot(k, R_wide, tl.zeros((BLOCK_T, BLOCK_D), tl.float32), WIDE, PRECISION), w[:, None], HAS_LOG)
                 if NEED_DV:
-                    a = _dot(k, tl.trans(q), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), DOT, PRECISION)*inverse[None, :]
-                    if HAS_LOG: a *= w_t
+                    a = _weighted(_dot(k, tl.trans(q), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), DOT, PRECISION), w_t, HAS_LOG)
                     dv = _dot(tl.where(now_or_later, a, 0.), do, dv, WIDE, PRECISION)
-                R, r = _absorb_back(R, r, q, do, inverse, dd, fade, WIDE, PRECISION)
+                if NEED_DV and ALONE: tl.store(dv_ptr + t[:, None]*D + d[None, :], dv, mask=rows[:, None] & (d < D)[None, :])
+                R, r = _absorb_back(R, r, q, do_R, dd_r, WIDE, PRECISION)
 
-        row = head*T + start
-        if NEED_DK: tl.store(dk_ptr + row*F + t[:, None]*F + f[None, :], tl.where(keys[:, None], dk, 0.), mask=rows[:, None] & (f < F)[None, :])
-        if NEED_DV: tl.store(dv_ptr + row*D + t[:, None]*D + d[None, :], dv, mask=rows[:, None] & (d < D)[None, :])
-        if NEED_DL: tl.store(dl_ptr + (tile*(tl.num_programs(0)//(tiles*segments)) + head)*T + start + t, tl.sum(dk*k.to(tl.float32), 1), mask=rows)
+        if NEED_DK and not ALONE: _store_keys(dk_ptr, dl_ptr + at, t, f, dk, k, keys, rows, F, NEED_DL, HAS_MASK)
+        if NEED_DV and not ALONE: tl.store(dv_ptr + t[:, None]*D + d[None, :], dv, mask=rows[:, None] & (d < D)[None, :])
+        q_ptr -= BLOCK_T*stride_qt
+        k_ptr -= BLOCK_T*stride_kt
+        v_ptr -= BLOCK_T*stride_vt
+        do_ptr -= BLOCK_T*stride_gt
+        dk_ptr -= BLOCK_T*F
+        dv_ptr -= BLOCK_T*D
 
     if HAS_END:
-        if begin == first:
-            costates_ptr -= F*(D + 1)
-            tl.store(costates_ptr + costate, R, mask=inside)
-            if tile % tiles_d == 0: tl.store(costates_ptr + F*D + f, r, mask=f < F)
+        if begin == first: _store_state(costates_ptr - F*(D + 1), R, r, tile % tiles_d == 0, f, d, F, D)
 
 # %% ../../kernels/03_chunk_backward.ipynb #7129a15f
 @triton.jit(do_not_specialize=["T", "length", "segments", "slots", "sequences", "skip"])
-def _segment_costates_kernel(q_ptr, do_ptr, den_ptr, dd_ptr, m_ptr, costates_ptr, plan_ptr, stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
+def _segment_costates_kernel(q_ptr, do_ptr, den_ptr, dd_ptr, m_ptr, costates_ptr, plan_ptr, stride_qb, stride_qh, stride_qt:tl.constexpr, stride_gb, stride_gh, stride_gt:tl.constexpr,
                              Hkv, T, length, segments, slots, sequences, skip, GROUP:tl.constexpr, F:tl.constexpr, D:tl.constexpr,
                              BLOCK_T:tl.constexpr, BLOCK_F:tl.constexpr, BLOCK_D:tl.constexpr, EVERY:tl.constexpr, PACKED:tl.constexpr, HAS_LOG:tl.constexpr,
                              WIDE:tl.constexpr, PRECISION:tl.constexpr):
@@ -183,36 +206,39 @@ def _segment_costates_kernel(q_ptr, do_ptr, den_ptr, dd_ptr, m_ptr, costates_ptr
     segment = (tl.program_id(0)//tiles % segments).to(tl.int64) + skip
     begin, stop, sequence, first, _ = _segment(plan_ptr, segment, length, T, sequences, PACKED)
     t, f, d = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_F), tl.program_id(0) % tiles*BLOCK_D + tl.arange(0, BLOCK_D)
-    q_ptr += (head//Hkv)*stride_qb
-    do_ptr += (head//Hkv)*stride_gb
-    m_ptr += head*(T + sequences) + sequence
-    R, r = tl.zeros((BLOCK_F, BLOCK_D), tl.float32), tl.zeros((BLOCK_F,), tl.float32)
-    fade = tl.full((BLOCK_T,), 1., tl.float32)
-    if HAS_LOG: m_begin = tl.load(m_ptr + begin)
+    q_ptr += (head//Hkv)*stride_qb + begin*stride_qt
+    do_ptr += (head//Hkv)*stride_gb + begin*stride_gt
+    den_ptr += begin
+    dd_ptr += begin
+    m_ptr += head*(T + sequences) + sequence + begin
+    R, r, n = tl.zeros((BLOCK_F, BLOCK_D), tl.float32), tl.zeros((BLOCK_F,), tl.float32), (stop - begin).to(tl.int32)
+    if HAS_LOG: m_begin = tl.load(m_ptr)
 
-    if not EVERY: stop = tl.where(begin == first, begin, stop)
-    for start in range(begin, stop, BLOCK_T):
-        rows = t < stop - start
-        if HAS_LOG: fade = tl.exp(m_begin - tl.load(m_ptr + start + 1 + t, mask=rows, other=-_NOTHING))
+    if not EVERY: n = tl.where(begin == first, 0, n)
+    for start in range(0, n, BLOCK_T):
+        rows = t < n - start
         for g in range(GROUP):
-            row = (head*GROUP + g)*T + start
-            q = _tile(q_ptr + ((head % Hkv)*GROUP + g)*stride_qh + start*stride_qt, t, f, stride_qt, rows, F)
-            do = _tile(do_ptr + ((head % Hkv)*GROUP + g)*stride_gh + start*stride_gt, t, d, stride_gt, rows, D)
-            R, r = _absorb_back(R, r, q, do, _inverse(den_ptr + row, t, rows), tl.load(dd_ptr + row + t, mask=rows, other=0.), fade, WIDE, PRECISION)
+            h, row = (head % Hkv)*GROUP + g, (head*GROUP + g)*T + start
+            q, do, dd = _asking(q_ptr + h*stride_qh, do_ptr + h*stride_gh, den_ptr + row, dd_ptr + row, t, f, d, stride_qt, stride_gt, rows, F, D, WIDE)
+            if HAS_LOG:
+                fade = tl.exp(m_begin - tl.load(m_ptr + start + 1 + t, mask=rows, other=-_NOTHING))
+                do, dd = do*fade[:, None], dd*fade
+            R, r = _absorb_back(R, r, q, do, dd, WIDE, PRECISION)
+        q_ptr += BLOCK_T*stride_qt
+        do_ptr += BLOCK_T*stride_gt
 
-    costates_ptr += (head*slots + segment + sequence)*(F*(D + 1))
-    tl.store(costates_ptr + f[:, None]*D + d[None, :], R, mask=(f < F)[:, None] & (d < D)[None, :])
-    if tl.program_id(0) % tiles == 0: tl.store(costates_ptr + F*D + f, r, mask=f < F)
+    _store_state(costates_ptr + (head*slots + segment + sequence)*(F*(D + 1)), R, r, tl.program_id(0) % tiles == 0, f, d, F, D)
 
 # %% ../../kernels/03_chunk_backward.ipynb #612612b1
 def _bwd_constants(phi_q, phi_k, v, precision, free):
     "As `_constants`, for a kernel whose state may be cut along `free`, F or D, or not at all."
     c = _constants(phi_q, phi_k, v, precision)
     F,D = (max(16, triton.next_power_of_2(c[n])) for n in 'FD')
-    if free=='F': F = max(16, min(F, 8192//D))
-    if free=='D': D = max(16, min(D, 8192//F))
     wide = c['DOT']==tl.float32
-    return c | dict(BLOCK_T=16 if wide else 32, BLOCK_F=F, BLOCK_D=D, num_warps=8, num_stages=3 if free and not wide else 1)
+    if free=='F': F = min(F, max(16 if wide else 64, 8192//D))
+    if free=='D': D = max(16, min(D, 8192//F))
+    ahead = free and not wide and phi_q.shape[1]==phi_k.shape[1] and F+D<=192
+    return c | dict(BLOCK_T=16 if wide else 64, BLOCK_F=F, BLOCK_D=D, num_stages=2 if ahead else 1)
 
 # %% ../../kernels/03_chunk_backward.ipynb #23e45131
 def _costates(phi_q, do, den, dd, m, dS, dz, Hkv, plan, every, c):
@@ -262,7 +288,7 @@ def _grad_queries(do, phi_q, phi_k, v, log, m, pad, state, o, den, causal, preci
     with _on(v): tuned_launch(_dq_kernel, (B*Hkv*ask.segments*triton.cdiv(F, c['BLOCK_F']),),
         (phi_k, v, o, do, den, ptr(log), ptr(m), ptr(pad), states, ptr(plan.table), dq, dd, *phi_k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
          Hkv, Tq, ask.length, ask.segments, states.shape[2], plan.sequences),
-        dict(GROUP=H//Hkv, CAUSAL=causal, HAS_START=start, PACKED=plan.table is not None, HAS_LOG=log is not None, HAS_MASK=pad is not None, **c), ('num_stages', 'num_warps'), v.device)
+        dict(GROUP=H//Hkv, CAUSAL=causal, HAS_START=start, PACKED=plan.table is not None, HAS_LOG=log is not None, HAS_MASK=pad is not None, **c), ('num_stages',), v.device)
     return dq, dd
 
 # %% ../../kernels/03_chunk_backward.ipynb #992e57d9
@@ -271,7 +297,7 @@ def _grad_keys(do, phi_q, phi_k, v, log, m, pad, R, den, dd, causal, precision, 
     (B,Hkv,T,F),D,H = phi_k.shape,v.shape[-1],phi_q.shape[1]
     ptr = lambda a: v if a is None else a
     whole = _bwd_constants(phi_q, phi_k, v, precision, '')
-    fits = whole['BLOCK_F']*whole['BLOCK_D']<=(4096 if whole['DOT']==tl.float32 else 8192)
+    fits = whole['BLOCK_F']*whole['BLOCK_D']<=(4096 if whole['WIDE']==tl.float32 else 8192)
     for free,need_k,need_v in [('', dk, dv)] if fits else [('F', dk, None), ('D', None, dv)]:
         if need_k is None and need_v is None: continue
         c = _bwd_constants(phi_q, phi_k, v, precision, free)
@@ -282,7 +308,7 @@ def _grad_keys(do, phi_q, phi_k, v, log, m, pad, R, den, dd, causal, precision, 
         with _on(v): tuned_launch(_dkv_kernel, (B*Hkv*plan.segments*tiles,),
             (phi_q, phi_k, v, do, den, dd, ptr(log), ptr(m), ptr(pad), R, ptr(plan.table), ptr(need_k), ptr(need_v), ptr(part),
              *phi_q.stride()[:3], *phi_k.stride()[:3], *v.stride()[:3], *do.stride()[:3], Hkv, T, plan.length, plan.segments, R.shape[2], plan.sequences),
-            flags | c, ('num_stages', 'num_warps'), v.device)
+            flags | c, ('num_stages',), v.device)
         if part is not None: torch.sum(part, 0, out=dl)
 
 # %% ../../kernels/03_chunk_backward.ipynb #3930c642
@@ -401,15 +427,14 @@ def backward_usage(
     causal:bool=True, # With the triangle?
     packed:bool=False, # With borders of packed sequences?
     **config, # Block sizes, `num_warps` or `num_stages` in place of the chosen ones
-)->dict: # What `offline_usage` returns, and the configuration
+)->dict: # What `offline_usage` and `offline_cycles` return, and the configuration
     "What the kernels of the gradient use on an H100 or H200, found without one."
-    k,v = torch.empty(1, 1, 1, feature_dim, dtype=dtype),torch.empty(1, 1, 1, head_dim, dtype=dtype)
+    q,k,v = (torch.empty(1, h, 1, n, dtype=dtype) for h,n in ((group, feature_dim), (1, feature_dim), (1, head_dim)))
     f,free = dict(dq=(_dq_kernel, 'F'), dkv=(_dkv_kernel, ''), dk=(_dkv_kernel, 'F'), dv=(_dkv_kernel, 'D'), costates=(_segment_costates_kernel, None))[kernel]
-    c = _constants(k, k, v, 'tf32x3') if free is None else _bwd_constants(k, k, v, 'tf32x3', free)
+    c = _constants(q, k, v, 'tf32x3') if free is None else _bwd_constants(q, k, v, 'tf32x3', free)
     c |= dict(GROUP=group, CAUSAL=causal, EVERY=not causal, PACKED=packed, HAS_START=True, HAS_END=False, HAS_LOG=log_k, HAS_MASK=False,
-              NEED_DK='k' in kernel, NEED_DV='v' in kernel, NEED_DL=log_k and 'k' in kernel) | config
+              NEED_DK='k' in kernel, NEED_DV='v' in kernel, NEED_DL=log_k and 'k' in kernel, **_strides(f, feature_dim, head_dim)) | config
     short = {torch.bfloat16:'bf16', torch.float16:'fp16', torch.float32:'fp32'}[dtype]
-    fp32 = 'den_ptr','dd_ptr','log_ptr','m_ptr','states_ptr','costates_ptr','dl_ptr'
-    use = offline_usage(f, c, short, fp32, dict(plan_ptr='i32', mask_ptr='i8'))
+    args = f, c, short, ('den_ptr','dd_ptr','log_ptr','m_ptr','states_ptr','costates_ptr','dl_ptr'), dict(plan_ptr='i32', mask_ptr='i8')
     return dict(kernel=kernel, F=feature_dim, D=head_dim, dtype=short, group=group, log_k=log_k, causal=causal, **{n.lower(): c[n] for n in ('BLOCK_T','BLOCK_F','BLOCK_D')},
-                warps=c['num_warps'], **use)
+                warps=c['num_warps'], stages=c['num_stages'], **offline_usage(*args), **offline_cycles(*args))

@@ -143,7 +143,7 @@ def _log_weight_bwd(y, m, g_m, cols):
 def _feature_map_bwd_kernel(x_ptr, w_ptr, b_ptr, g_ptr, gm_ptr, dx_ptr, dw_ptr, db_ptr, stride_b, stride_h, stride_t, stride_gb, stride_gh, stride_gt,
                             stride_dxb, stride_dxh, stride_dxt, H, T, blocks, splits, D:tl.constexpr, E:tl.constexpr, FORM:tl.constexpr,
                             BLOCK_T:tl.constexpr, BLOCK_E:tl.constexpr, BLOCK_D:tl.constexpr, HAS_BIAS:tl.constexpr, DOT:tl.constexpr, PRECISION:tl.constexpr,
-                            NEED_DX:tl.constexpr, NEED_DW:tl.constexpr):
+                            NEED_DX:tl.constexpr, NEED_DW:tl.constexpr, HAS_GM:tl.constexpr):
     "`BLOCK_D` columns of dx, and of one partial sum of dW and db, for `blocks` blocks of tokens of one head."
     tiles = tl.cdiv(D, BLOCK_D)
     part, tile = (tl.program_id(0)//tiles).to(tl.int64), tl.program_id(0) % tiles # part = (batch*H + head)*splits + split
@@ -166,11 +166,11 @@ def _feature_map_bwd_kernel(x_ptr, w_ptr, b_ptr, g_ptr, gm_ptr, dx_ptr, dw_ptr, 
         g_pos = tl.load(g, mask=rows & cols, other=0.).to(tl.float32)
         g_neg = tl.load(g + E, mask=rows & cols, other=0.).to(tl.float32)
         g_m = tl.zeros((BLOCK_T,), tl.float32)
-        if FORM == "exp": g_m = tl.load(gm_ptr + head*T + start + t, mask=t < n, other=0.)
+        if HAS_GM: g_m = tl.load(gm_ptr + head*T + start + t, mask=t < n, other=0.)
         y = _project(x, w_ptr, b_ptr, t, e, stride_t, n, D, E, BLOCK_T, BLOCK_E, BLOCK_D, HAS_BIAS, DOT, PRECISION)
         pos, neg, m = _features(y, cols, FORM)
         dy = _features_bwd(pos, neg, g_pos, g_neg, FORM)
-        if FORM == "exp": dy += _log_weight_bwd(y, m, g_m - tl.sum(g_pos*pos + g_neg*neg, 1), cols)
+        if HAS_GM: dy += _log_weight_bwd(y, m, g_m - tl.sum(g_pos*pos + g_neg*neg, 1), cols)
 
         if NEED_DX:
             dx = _dot(dy, tl.load(w_tile, mask=w_mask, other=0.), tl.zeros((BLOCK_T, BLOCK_D), tl.float32), DOT, PRECISION)
@@ -186,7 +186,7 @@ def _feature_map_bwd_kernel(x_ptr, w_ptr, b_ptr, g_ptr, gm_ptr, dx_ptr, dw_ptr, 
 
 # %% ../../kernels/01_triton_primer.ipynb #a0b8cb7c
 def _backward(x, weight, bias, g, g_m, form, precision, need_dx=True, need_dw=True):
-    "Launch the backward kernel: gradients of x, weight and bias, None where not needed."
+    "Launch the backward kernel: gradients of x, weight and bias, None where not needed. Without `g_m` a common factor of a row's features has no gradient."
     (B,H,T,D),E = x.shape,weight.shape[1]
     c = _constants(x, weight, bias, form, precision, backward=True)
     n = _cdiv(T, c['BLOCK_T'])
@@ -196,7 +196,7 @@ def _backward(x, weight, bias, g, g_m, form, precision, need_dx=True, need_dw=Tr
     ptr = lambda a: x if a is None else a # never followed where None
     with _on(x): _feature_map_bwd_kernel[(B*H*splits*_cdiv(D, c['BLOCK_D']),)](
         x, weight, ptr(bias), g, ptr(g_m), ptr(dx), ptr(dw), ptr(db), *x.stride()[:3], *g.stride()[:3], *ptr(dx).stride()[:3],
-        H, T, _cdiv(n, splits), splits, NEED_DX=need_dx, NEED_DW=need_dw, **c)
+        H, T, _cdiv(n, splits), splits, NEED_DX=need_dx, NEED_DW=need_dw, HAS_GM=form=='exp' and g_m is not None, **c)
     total = lambda a, p: None if a is None else a.sum((0,2)).to(p.dtype)
     return dx, total(dw, weight), total(db, bias)
 
@@ -344,7 +344,7 @@ def feature_map_usage(
 )->dict: # What `offline_usage` and `offline_cycles` return, and the configuration
     "What the fused feature map's kernels use on an H100 or H200, found without one."
     w = torch.empty(1, head_dim, head_dim, dtype=dtype)
-    c = _constants(w, w, None, form, 'tf32x3', backward) | dict(NEED_DX=True, NEED_DW=True) | config
+    c = _constants(w, w, None, form, 'tf32x3', backward) | dict(NEED_DX=True, NEED_DW=True, HAS_GM=form=='exp') | config
     kernel = _feature_map_bwd_kernel if backward else _feature_map_fwd_kernel
     short = {torch.bfloat16:'bf16', torch.float16:'fp16', torch.float32:'fp32'}[dtype]
     args = kernel, c, short, ('m_ptr','gm_ptr','dw_ptr','db_ptr')

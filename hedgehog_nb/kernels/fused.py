@@ -16,8 +16,9 @@ from ..attention import check_qkv, full_precision
 from ..hedgehog import FORMS
 from ..linear_attention import NOTHING, LinearState, operation, _check_cu_seqlens
 from .feature_map import _INTERPRET, _cdiv, _dot, _features, _features_bwd, _on, offline_cycles, offline_usage
+from .feature_map import _backward as _map_backward, _forward as _map_forward
 from .chunk import _EPS, _NOTHING, _cummax_within, _last_slot, _plan, _segment, _segments, _tile
-from .chunk_backward import _borders
+from .chunk_backward import _backward as _attention_backward, _borders
 from .tuning import neighbours, tuned_launch
 import triton, triton.language as tl
 
@@ -256,19 +257,21 @@ def _fused_scan_kernel(states_ptr, keep_ptr, gain_ptr, plan_ptr, segments, slots
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #aae69766
 @lru_cache(256)
-def _config(D, E, DV, dtype, scan='o'):
-    "Block sizes, warps and pipeline stages of the scan for `o`, `dq` or `dkv`."
+def _config(D, E, DV, dtype):
+    "Block sizes, warps and pipeline stages of the forward."
     BLOCK_E,single = max(16, triton.next_power_of_2(E)),dtype==torch.float32
     BLOCK_D = max(16, min(triton.next_power_of_2(D), (16384 if single else 32768)//BLOCK_E))
-    width,two = max(BLOCK_E, triton.next_power_of_2(D)),scan=='o' and dtype==torch.bfloat16
-    BLOCK_V = max(16, min(32 if single else 64, 8192//BLOCK_E, triton.next_power_of_2(DV)))
-    if single or width>128: shape = 16, 4 if width<=64 else 8, 1
-    elif width<=64: shape = 64, 4, 2 if two else 1
-    else: shape = (32, 8, 1 if dtype==torch.float16 else 2) if scan=='dkv' else (128, 8, 1)
-    return dict(zip(('BLOCK_T','num_warps','num_stages'), shape), BLOCK_E=BLOCK_E, BLOCK_D=BLOCK_D, BLOCK_V=BLOCK_V, THROUGH=D<=BLOCK_D and BLOCK_E*BLOCK_D<=8192)
+    width = max(BLOCK_E, triton.next_power_of_2(D))
+    BLOCK_V = max(16, min(32 if single and width>64 else 64, 8192//BLOCK_E, triton.next_power_of_2(DV)))
+    if width<=64: shape = 64, 4, 2 if dtype==torch.bfloat16 else 1
+    else: shape = (16, 8, 1) if single or width>128 else (128, 8, 1)
+    return dict(zip(('BLOCK_T','num_warps','num_stages'), shape), BLOCK_E=BLOCK_E, BLOCK_D=BLOCK_D, BLOCK_V=BLOCK_V)
+
+def _narrow(q, v, w): return max(*w.shape[1:], v.shape[-1])<=64 # does a fused backward pay?
+def _backward_config(c): return c | dict(BLOCK_T=64, num_warps=4, num_stages=1, BLOCK_V=max(16, triton.next_power_of_2(c['DV'])))
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #3f0e0ee5
-VARIED = dict(o=('num_stages','BLOCK_T'), states=('num_stages',), dq=('num_stages','num_warps'), dkv=('num_stages','num_warps','BLOCK_T')) # What a GPU may choose
+VARIED = dict(o=('num_stages',), states=('num_stages',), dq=('num_stages',), dkv=('num_stages','BLOCK_T')) # What a GPU may choose
 
 @lru_cache(256)
 def _shape(D, E, DV, dtype, form, precision):
@@ -277,7 +280,7 @@ def _shape(D, E, DV, dtype, form, precision):
 
 def _constants(q, v, w, form, precision):
     "Compile-time arguments that all kernels share; not to be changed."
-    return _shape(w.shape[2], w.shape[1], v.shape[-1], q.dtype, form, precision)
+    return _shape(int(w.shape[2]), int(w.shape[1]), int(v.shape[-1]), q.dtype, form, precision)
 
 def _cut(heads, T, c, again, schedule, device, borders=None):
     "Plan of segments for `T` tokens and `heads` heads; `again` is the share of a segment's work done twice; `schedule` 0 chooses, -1 wants several."
@@ -377,29 +380,27 @@ def _fused_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr,
                      stride_kb, stride_kh, stride_kt:tl.constexpr, stride_vb, stride_vh, stride_vt:tl.constexpr, stride_ob, stride_oh, stride_ot:tl.constexpr, H, T, length, segments, slots, sequences,
                      GROUP:tl.constexpr, D:tl.constexpr, E:tl.constexpr, DV:tl.constexpr, FORM:tl.constexpr, BLOCK_T:tl.constexpr, BLOCK_E:tl.constexpr, BLOCK_D:tl.constexpr, BLOCK_V:tl.constexpr,
                      CAUSAL:tl.constexpr, BIAS_Q:tl.constexpr, BIAS_K:tl.constexpr, HAS_START:tl.constexpr, HAS_LOG:tl.constexpr, HAS_MASK:tl.constexpr, PACKED:tl.constexpr,
-                     THROUGH:tl.constexpr, DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
-    "First scan: dq, partial sums of dW_q and db_q, and δ for the second scan; one segment of one query head. Unless THROUGH the map, the gradient of y in place of dq."
-    tiles = tl.cdiv(DV, BLOCK_V)
-    head, part = (tl.program_id(0)//(tiles*segments)).to(tl.int64), (tl.program_id(0)//tiles % segments).to(tl.int64)
-    tile, b, h = tl.program_id(0) % tiles, head//H, head % H
-    t, e, d, c = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_D), tile*BLOCK_V + tl.arange(0, BLOCK_V)
+                     DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
+    "First scan: dq, partial sums of dW_q and db_q, and δ for the second scan; one segment of one query head."
+    head, part = (tl.program_id(0)//segments).to(tl.int64), (tl.program_id(0) % segments).to(tl.int64)
+    b, h = head//H, head % H
+    t, e, d, c = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     begin, stop, sequence, _, _ = _segment(plan_ptr, part, length, T, sequences, PACKED)
     past, n = t[:, None] >= t[None, :], (stop - begin).to(tl.int32)
-    heads = tl.num_programs(0)//(tiles*segments)
     q_ptr += b*stride_qb + h*stride_qh + begin*stride_qt
     k_ptr += b*stride_kb + h//GROUP*stride_kh + begin*stride_kt
     v_ptr += b*stride_vb + h//GROUP*stride_vh + begin*stride_vt
     do_ptr += b*stride_ob + h*stride_oh + begin*stride_ot
     o_ptr += (head*T + begin)*DV
     mask_ptr += b*T + begin
-    dq_ptr += ((tile*heads + head)*T + begin)*(D if THROUGH else E)
-    delta_ptr += (tile*heads + head)*T + begin
+    dq_ptr += (head*T + begin)*D
+    delta_ptr += head*T + begin
     rows_ptr += head*2*T + begin
     slot = head//GROUP*slots + (part + sequence if CAUSAL else _last_slot(plan_ptr, sequence, slots, sequences, PACKED))
     S_pos, S_neg, z = _empty(BLOCK_E, BLOCK_V)
     m = _NOTHING
     if HAS_START:
-        S_pos, S_neg, z = _load_state(states_ptr + slot*(2*E*(DV + tiles)), tile, e, c, E, DV)
+        S_pos, S_neg, z = _load_state(states_ptr + slot*(2*E*(DV + 1)), 0, e, c, E, DV)
         if HAS_LOG: m = tl.load(m_ptr + slot)
     dw, db = tl.zeros((BLOCK_E, BLOCK_D), tl.float32), tl.zeros((BLOCK_E, 16), tl.float32)
 
@@ -432,21 +433,18 @@ def _fused_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr,
             z = _count(z, k_pos, k_neg, weight, DOT, PRECISION)
             S_pos, S_neg = _add(S_pos, S_neg, k_pos, k_neg, u, DOT, PRECISION)
         x, w, y, q_pos, q_neg, l_q = _mapped(q_ptr, wq_ptr, bq_ptr, h, t, e, d, stride_qt, rows, D, E, FORM, BIAS_Q, DOT, PRECISION, w_q)
-        if THROUGH:
-            dx, dw, db = _unmap(x, w, q_pos, q_neg, g_pos, g_neg, inv, dw, db, FORM, BIAS_Q, WIDE, PRECISION)
-            tl.store(dq_ptr + t[:, None]*D + d[None, :], dx, mask=rows[:, None] & (d < D)[None, :])
-        else: tl.store(dq_ptr + t[:, None]*E + e[None, :], _features_bwd(q_pos, q_neg, g_pos, g_neg, FORM)*inv[:, None], mask=rows[:, None] & (e < E)[None, :])
+        dx, dw, db = _unmap(x, w, q_pos, q_neg, g_pos, g_neg, inv, dw, db, FORM, BIAS_Q, WIDE, PRECISION)
+        tl.store(dq_ptr + t[:, None]*D + d[None, :], dx, mask=rows[:, None] & (d < D)[None, :])
         q_ptr += BLOCK_T*stride_qt
         k_ptr += BLOCK_T*stride_kt
         v_ptr += BLOCK_T*stride_vt
         do_ptr += BLOCK_T*stride_ot
         o_ptr += BLOCK_T*DV
-        dq_ptr += BLOCK_T*(D if THROUGH else E)
+        dq_ptr += BLOCK_T*D
 
-    if THROUGH:
-        index = (head*segments + part)*tiles + tile
-        tl.store(dw_ptr + index*E*D + e[:, None]*D + d[None, :], dw, mask=(e < E)[:, None] & (d < D)[None, :])
-        if BIAS_Q: tl.store(db_ptr + index*E + e, tl.max(db, 1), mask=e < E)
+    index = head*segments + part
+    tl.store(dw_ptr + index*E*D + e[:, None]*D + d[None, :], dw, mask=(e < E)[:, None] & (d < D)[None, :])
+    if BIAS_Q: tl.store(db_ptr + index*E + e, tl.max(db, 1), mask=e < E)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #5a143dff
 @triton.jit
@@ -461,24 +459,22 @@ def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_pt
                       stride_kb, stride_kh, stride_kt:tl.constexpr, stride_vb, stride_vh, stride_vt:tl.constexpr, stride_ob, stride_oh, stride_ot:tl.constexpr, Hkv, T, length, segments, slots, sequences,
                       GROUP:tl.constexpr, D:tl.constexpr, E:tl.constexpr, DV:tl.constexpr, FORM:tl.constexpr, BLOCK_T:tl.constexpr, BLOCK_E:tl.constexpr, BLOCK_D:tl.constexpr, BLOCK_V:tl.constexpr,
                       CAUSAL:tl.constexpr, BIAS_Q:tl.constexpr, BIAS_K:tl.constexpr, HAS_START:tl.constexpr, HAS_END:tl.constexpr, HAS_LOG:tl.constexpr, HAS_MASK:tl.constexpr, PACKED:tl.constexpr,
-                      THROUGH:tl.constexpr, DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
-    "Second scan, from the last token to the first: dk, dv, and partial sums of dW_k and db_k; one segment of one key-value head. Unless THROUGH the map, the gradient of y in place of dk."
-    tiles = tl.cdiv(DV, BLOCK_V)
-    head, part = (tl.program_id(0)//(tiles*segments)).to(tl.int64), (tl.program_id(0)//tiles % segments).to(tl.int64)
-    tile, b, h = tl.program_id(0) % tiles, head//Hkv, head % Hkv
-    t, e, d, c = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_D), tile*BLOCK_V + tl.arange(0, BLOCK_V)
+                      DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
+    "Second scan, from the last token to the first: dk, dv, and partial sums of dW_k and db_k; one segment of one key-value head."
+    head, part = (tl.program_id(0)//segments).to(tl.int64), (tl.program_id(0) % segments).to(tl.int64)
+    b, h = head//Hkv, head % Hkv
+    t, e, d, c = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     begin, stop, sequence, first, _ = _segment(plan_ptr, part, length, T, sequences, PACKED)
     later, n = t[:, None] <= t[None, :], (stop - begin).to(tl.int32)
     last = begin + (tl.cdiv(n, BLOCK_T) - 1)*BLOCK_T
-    heads = tl.num_programs(0)//(tiles*segments)
     q_ptr += b*stride_qb + last*stride_qt
     k_ptr += b*stride_kb + h*stride_kh + last*stride_kt
     v_ptr += b*stride_vb + h*stride_vh + last*stride_vt
     do_ptr += b*stride_ob + last*stride_ot
     mask_ptr += b*T + last
     rows_ptr += head*GROUP*2*T + last
-    delta_ptr += (tile*heads + head)*GROUP*T + last
-    dk_ptr += ((tile*heads + head)*T + last)*(D if THROUGH else E)
+    delta_ptr += head*GROUP*T + last
+    dk_ptr += (head*T + last)*D
     dv_ptr += (head*T + last)*DV
     slot = head*slots + part + sequence
     m_ptr += head*slots + part + sequence + 1 if CAUSAL else head*sequences + sequence # one for each slot; or for each sequence
@@ -486,7 +482,7 @@ def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_pt
         slot = head*slots + sequence
         if PACKED: slot += tl.load(plan_ptr + sequences + 1 + sequence)
     R_pos, R_neg, z = _empty(BLOCK_E, BLOCK_V)
-    if HAS_START: R_pos, R_neg, z = _load_state(states_ptr + (slot + (1 if CAUSAL else 0))*(2*E*(DV + tiles)), tile, e, c, E, DV)
+    if HAS_START: R_pos, R_neg, z = _load_state(states_ptr + (slot + (1 if CAUSAL else 0))*(2*E*(DV + 1)), 0, e, c, E, DV)
     m = _NOTHING
     if HAS_LOG: m = tl.load(m_ptr)
     dw, db = tl.zeros((BLOCK_E, BLOCK_D), tl.float32), tl.zeros((BLOCK_E, 16), tl.float32)
@@ -513,7 +509,7 @@ def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_pt
                 R_pos, R_neg, z, m = R_pos*keep, R_neg*keep, z*keep, m_prev
 
         if CAUSAL and KEYS_FIRST:
-            for g in range(GROUP if BLOCK_E <= 64 else _unknown(GROUP, T)):
+            for g in range(GROUP):
                 do, delta, q_pos, q_neg = _asking(q_ptr + (h*GROUP + g)*stride_qh, do_ptr + (h*GROUP + g)*stride_oh, wq_ptr, bq_ptr, rows_ptr + g*2*T, delta_ptr + g*T, h*GROUP + g, t, e, d, c, stride_qt, stride_ot, rows, D, E, DV, FORM, BIAS_Q, DOT, WIDE, PRECISION)
                 a, da = _pairs(k_pos, k_neg, q_pos, q_neg, WIDE, PRECISION), _recall(v, one, tl.trans(do), _columns(delta, delta), 0, WIDE, PRECISION) # (keys, queries)
                 if HAS_LOG:
@@ -537,10 +533,8 @@ def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_pt
         if HAS_MASK: dv = tl.where(keys[:, None], dv, 0.)
         tl.store(dv_ptr + t[:, None]*DV + c[None, :], dv, mask=rows[:, None] & (c < DV)[None, :])
 
-        if THROUGH:
-            dx, dw, db = _unmap(x, w, k_pos, k_neg, g_pos, g_neg, tl.where(keys, 1., 0.), dw, db, FORM, BIAS_K, WIDE, PRECISION)
-            tl.store(dk_ptr + t[:, None]*D + d[None, :], dx, mask=rows[:, None] & (d < D)[None, :])
-        else: tl.store(dk_ptr + t[:, None]*E + e[None, :], _features_bwd(k_pos, k_neg, g_pos, g_neg, FORM)*tl.where(keys, 1., 0.)[:, None], mask=rows[:, None] & (e < E)[None, :])
+        dx, dw, db = _unmap(x, w, k_pos, k_neg, g_pos, g_neg, tl.where(keys, 1., 0.), dw, db, FORM, BIAS_K, WIDE, PRECISION)
+        tl.store(dk_ptr + t[:, None]*D + d[None, :], dx, mask=rows[:, None] & (d < D)[None, :])
         q_ptr -= BLOCK_T*stride_qt
         k_ptr -= BLOCK_T*stride_kt
         v_ptr -= BLOCK_T*stride_vt
@@ -548,15 +542,14 @@ def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_pt
         mask_ptr -= BLOCK_T
         rows_ptr -= BLOCK_T
         delta_ptr -= BLOCK_T
-        dk_ptr -= BLOCK_T*(D if THROUGH else E)
+        dk_ptr -= BLOCK_T*D
         dv_ptr -= BLOCK_T*DV
 
     if CAUSAL and HAS_END:
-        if begin == first: _store_state(states_ptr + slot*(2*E*(DV + tiles)), R_pos, R_neg, z, tile, e, c, E, DV)
-    if THROUGH:
-        index = (head*segments + part)*tiles + tile
-        tl.store(dw_ptr + index*E*D + e[:, None]*D + d[None, :], dw, mask=(e < E)[:, None] & (d < D)[None, :])
-        if BIAS_K: tl.store(db_ptr + index*E + e, tl.max(db, 1), mask=e < E)
+        if begin == first: _store_state(states_ptr + slot*(2*E*(DV + 1)), R_pos, R_neg, z, 0, e, c, E, DV)
+    index = head*segments + part
+    tl.store(dw_ptr + index*E*D + e[:, None]*D + d[None, :], dw, mask=(e < E)[:, None] & (d < D)[None, :])
+    if BIAS_K: tl.store(db_ptr + index*E + e, tl.max(db, 1), mask=e < E)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #35deefa7
 def _query_states(q, do, w_q, b_q, rows, delta, M, R, causal, plan, group, c):
@@ -570,59 +563,62 @@ def _query_states(q, do, w_q, b_q, rows, delta, M, R, causal, plan, group, c):
     M = M if causal else None
     _scan(R, M, M, plan, True, not causal)
 
-def _final_gradient(dS, dz, R, F, DV, tiles, plan): # the last slots: the final states' gradient; z's counts in one tile only
-    _fill(R, plan.slots(after=True), dS, dz, tiles, plan)
-    if dS is not None: R[:,:,plan.slots(after=True),F*(DV + 1):] = 0
-
-def _total(x, dtype): return x.sum((0,2,3)).to(dtype) if x.numel() else x
-
-@full_precision
-def _through(dy, x, w, b):
-    "Gradients of x, W and b from that of y = x Wᵀ + b, in plain products."
-    dw = dy.transpose(0,1).flatten(1,2).mT @ x.transpose(0,1).flatten(1,2)
-    return dy @ w, dw, dy.float().sum((0,2)).to(w.dtype) if b is not None else dy.new_empty(0)
+def _final_gradient(dS, dz, R, F, DV, plan): # the last slots: the final states' gradient
+    _fill(R, plan.slots(after=True), dS, dz, 1, plan)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #63647365
-def _backward(do, dS, dz, q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, o, rows, states, M, form, causal, schedule, precision, borders=None):
-    "Launch the backward: gradients of q, k, v, w_q, w_k, b_q, b_k, S, z, m; empty tensors where the input is None."
+def _apart(do, dS, dz, q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, o, rows, form, causal, schedule, precision, borders):
+    "The same from the kernels apart: features in memory, their gradients, and back through the map."
+    (phi_q,_),(phi_k,log_k) = (_map_forward(x, w, b, form, x.dtype, precision) for x,w,b in ((q, w_q, b_q), (k, w_k, b_k)))
+    state = None if S is None else LinearState(S, z, m)
+    if S is not None and log_k is None: log_k = rows.new_zeros(v.shape[:3]) # weights of 1, and none where the mask says so: the maxima that the normaliser is over
+    dphi_q,dphi_k,dv,_,dS,dz,_ = _attention_backward(do, dS, dz, None, phi_q, phi_k, v, log_k, state, mask, o, 1/rows[:,:,0], None, causal,
+        {0:None, -1:'parallel'}.get(schedule, schedule), precision, borders, (True, True, True, False, S is not None, S is not None, False))
+    (dq,dw_q,db_q),(dk,dw_k,db_k) = (_map_backward(x, w, b, g, None, form, precision) for x,w,b,g in ((q, w_q, b_q, dphi_q), (k, w_k, b_k, dphi_k)))
+    return dq.contiguous(), dk.contiguous(), dv, dw_q, dw_k, db_q, db_k, dS, dz
+
+def _scans(do, dS, dz, q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, o, rows, states, M, form, causal, schedule, precision, borders):
+    "Launch the two scans: gradients of q, k, v, w_q, w_k, b_q, b_k, S and z."
     (B,H,Tq,D),(_,Hkv,T,DV) = q.shape,v.shape
     c,G,pad,log = _constants(q, v, w_q, form, precision),H//Hkv,_pad(mask),form=='exp' or S is not None
-    tiles,E,none = _cdiv(DV, c['BLOCK_V']),c['E'],lambda: v.new_empty(0, dtype=torch.float32)
+    E,back,new = c['E'],_backward_config(c),lambda *s: v.new_empty(s, dtype=torch.float32)
     plan = _cut(B*Hkv, T, c, .4 if causal else 0, schedule, v.device, borders)
     ask = plan if causal or borders else _cut(B*Hkv, Tq, c, 0, schedule, v.device)
     use = not causal or plan.segments>plan.sequences or S is not None
     if not states.numel() and (use or log): states,M = _key_states(k, v, w_k, b_k, S, z, m, pad, plan, not causal, log, c)
     states,M = (x if x is not None and x.numel() else None for x in (states, M))
-    new,part,width = lambda *s, dtype=torch.float32: v.new_empty(*s, dtype=dtype),q.dtype if tiles==1 else torch.float32,D if c['THROUGH'] else E
-    dq,dk,dv,delta = new(tiles, B, H, Tq, width, dtype=part),new(tiles, B, Hkv, T, width, dtype=part),torch.empty_like(v, memory_format=torch.contiguous_format),new(tiles, B, H, Tq)
-    sums = [new(B, h, s, tiles, *e) if c['THROUGH'] and b else none() for h,s in ((H,ask.segments), (Hkv,plan.segments)) for e,b in (((E,D),True), ((E,),(b_q if h is H else b_k) is not None))]
+    dq,dk,dv,delta = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, rows[:,:,0]))
+    dw_q,dw_k,db_q,db_k = new(B, H, ask.segments, E, D),new(B, Hkv, plan.segments, E, D),*(None if b is None else new(B, h, n, E) for b,h,n in ((b_q, H, ask.segments), (b_k, Hkv, plan.segments)))
     same = dict(GROUP=G, CAUSAL=causal, BIAS_Q=b_q is not None, BIAS_K=b_k is not None, HAS_LOG=log, HAS_MASK=pad is not None, PACKED=borders is not None)
     maps,strides = (w_q, _or(b_q, v), w_k, _or(b_k, v), _or(pad, v)),(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
-    first,table = c | _config(D, E, DV, q.dtype, 'dq'),_or(plan.table, v)
-    with _on(v): tuned_launch(_fused_dq_kernel, (B*H*ask.segments*tiles,),
-        (q, k, v, o, do, *maps, _or(states, v), _or(M, v), table, rows, delta, dq, *sums[:2], *strides, H, Tq, ask.length, ask.segments, plan.segments+plan.sequences, plan.sequences),
-        dict(HAS_START=use, **same, **_pick(first, _fused_dq_kernel)), VARIED['dq'], v.device)
+    table = _or(plan.table, v)
+    with _on(v): tuned_launch(_fused_dq_kernel, (B*H*ask.segments,),
+        (q, k, v, o, do, *maps, _or(states, v), _or(M, v), table, rows, delta, dq, dw_q, _or(db_q, v), *strides, H, Tq, ask.length, ask.segments, plan.segments+plan.sequences, plan.sequences),
+        dict(HAS_START=use, **same, **_pick(back, _fused_dq_kernel)), VARIED['dq'], v.device)
 
-    R = new(B, Hkv, ask.segments+ask.sequences, 2*E*(DV + tiles))
-    _final_gradient(dS, dz, R, 2*E, DV, tiles, ask)
+    R = new(B, Hkv, ask.segments+ask.sequences, 2*E*(DV + 1))
+    _final_gradient(dS, dz, R, 2*E, DV, ask)
     end = None if M is None else M[...,plan.slots(after=True)] # the largest log weight of each sequence
     if log and causal:
         end = rows[:,::G,1][...,[T-1] if borders is None else plan.table[1:plan.sequences+1]-1]
         M = M.clone(); M[...,plan.slots(after=True)] = end
-    _query_states(q, do, w_q, b_q, rows, delta, M, R, causal, ask, G, first)
-    second = c | _config(D, E, DV, q.dtype, 'dkv')
+    _query_states(q, do, w_q, b_q, rows, delta, M, R, causal, ask, G, c)
     maxima = M if causal else end if end is None else end.contiguous()
-    with _on(v): tuned_launch(_fused_dkv_kernel, (B*Hkv*plan.segments*tiles,),
-        (q, k, v, do, *maps, R, _or(maxima, v), table, rows, delta, dk, dv, *sums[2:], *strides, Hkv, T, plan.length, plan.segments, R.shape[2], plan.sequences),
-        dict(HAS_START=not causal or plan.segments>plan.sequences or dS is not None, HAS_END=S is not None, **same, **_pick(second, _fused_dkv_kernel)), VARIED['dkv'], v.device)
+    with _on(v): tuned_launch(_fused_dkv_kernel, (B*Hkv*plan.segments,),
+        (q, k, v, do, *maps, R, _or(maxima, v), table, rows, delta, dk, dv, dw_k, _or(db_k, v), *strides, Hkv, T, plan.length, plan.segments, R.shape[2], plan.sequences),
+        dict(HAS_START=not causal or plan.segments>plan.sequences or dS is not None, HAS_END=S is not None, **same, **_pick(back, _fused_dkv_kernel)), VARIED['dkv'], v.device)
 
-    dq,dk = (x[0] if tiles==1 else x.sum(0).to(q.dtype) for x in (dq, dk))
-    if c['THROUGH']: dw_q,db_q,dw_k,db_k = (_total(x, w_q.dtype) for x in sums)
-    else: (dq,dw_q,db_q),(dk,dw_k,db_k) = _through(dq, q, w_q, b_q),_through(dk, k, w_k, b_k)
-    if S is None: return dq, dk, dv, dw_q, dw_k, db_q, db_k, none(), none(), none()
-    dS,dz = _split(ask.states(R[:,:,ask.slots(after=False)])*(1 if causal else (m - plan.states(end)).exp()[...,None]), 2*E, DV, tiles)
-    dS,dz = dS.contiguous(),dz.sum(-2)
-    return dq, dk, dv, dw_q, dw_k, db_q, db_k, dS, dz, (S*dS).sum((-2,-1)) + (z*dz).sum(-1)
+    sums = (None if x is None else x.sum((0,2)).to(w_q.dtype) for x in (dw_q, dw_k, db_q, db_k))
+    if S is None: return dq, dk, dv, *sums, None, None
+    dS,dz = _split(ask.states(R[:,:,ask.slots(after=False)])*(1 if causal else (m - plan.states(end)).exp()[...,None]), 2*E, DV, 1)
+    return dq, dk, dv, *sums, dS.contiguous(), dz.sum(-2)
+
+def _backward(do, dS, dz, q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, o, rows, states, M, *how):
+    "Gradients of q, k, v, w_q, w_k, b_q, b_k, S, z, m; empty tensors where the input is None."
+    ins = do, dS, dz, q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, o, rows
+    grads = _scans(*ins, states, M, *how) if _narrow(q, v, w_q) else _apart(*ins, *how)
+    dm = None if S is None else (S*grads[-2]).sum((-2,-1)) + (z*grads[-1]).sum(-1)
+    return tuple(v.new_empty(0, dtype=torch.float32) if g is None else g for g in (*grads, dm))
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #42df6946
 @operation('fused_attention')
@@ -729,7 +725,7 @@ def fused_hedgehog_attention(
     state = (None,)*3 if initial_state is None else tuple(x.float().contiguous() for x in initial_state)
     ins = q, k, v, cast(w_q), cast(w_k), cast(b_q), cast(b_k), *state
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in ins)
-    keep = save and not torch.compiler.is_compiling() # how many states there are depends on the number of tokens: a graph has none among its sizes
+    keep = save and _narrow(q, v, w_q) and not torch.compiler.is_compiling() # how many states there are depends on the number of tokens: a graph has none among its sizes
     o,_,_,_,*after = _fused_op(*ins, mask, cu_seqlens, form, causal, output_final_state, save, keep, {None:0, 'scan':1, 'parallel':-1}.get(schedule, schedule), precision)
     return (o, LinearState(*after)) if output_final_state else o
 
@@ -746,9 +742,10 @@ def fused_usage(
     "What the kernels of the fused attention use on an H100 or H200, found without one."
     q,w = torch.empty(1, 1, 1, head_dim, dtype=dtype),torch.empty(1, num_maps*head_dim, head_dim, dtype=dtype)
     f = dict(o=_fused_fwd_kernel, states=_fused_states_kernel, dq=_fused_dq_kernel, dkv=_fused_dkv_kernel)[kernel]
-    c = _constants(q, q, w, form, 'tf32x3') | _config(head_dim, num_maps*head_dim, head_dim, dtype, kernel.replace('states', 'o')) | config
+    c = _constants(q, q, w, form, 'tf32x3')
+    c = (_backward_config(c) if kernel[0]=='d' else c) | config
     c = dict(GROUP=group, CAUSAL=True, QUERIES=False, EVERY=False, HAS_LOG=form=='exp', SAVE=kernel=='o') | dict.fromkeys(('HAS_BIAS','BIAS_Q','BIAS_K','HAS_START','HAS_END','HAS_MASK','PACKED'), False) | c
     c |= {n:head_dim for n in f.arg_names if n.startswith('stride') and n.endswith('t')} # tokens one behind the other
     args = f, c, {torch.bfloat16:'bf16', torch.float16:'fp16', torch.float32:'fp32'}[dtype], ('m_ptr','states_ptr','rows_ptr','delta_ptr','dw_ptr','db_ptr'), dict(plan_ptr='i32', mask_ptr='i8')
     return dict(kernel=kernel, D=head_dim, E=c['E'], group=group, dtype=args[2], form=form, block_t=c['BLOCK_T'], block_v=c['BLOCK_V'], warps=c['num_warps'], stages=c['num_stages'], **offline_usage(*args),
-                through=c['THROUGH'], **offline_cycles(*args))
+                **offline_cycles(*args))
