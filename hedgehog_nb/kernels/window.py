@@ -16,8 +16,8 @@ from ..linear_attention import EPS, NOTHING, LinearState, operation
 from ..window import WindowState, _check_state, _check_window
 from .feature_map import _INTERPRET, _LOG2E, _dot, _given, _on, offline_cycles, offline_usage, products_dtype
 from . import chunk
-from .chunk import _tile
-from .chunk_backward import _how
+from .chunk import _tile, _two
+from .chunk_backward import _how, _recall
 from .fused import _max, _or, _pick, _scan, _unknown
 from .tuning import tuned_launch
 import triton, triton.language as tl
@@ -78,27 +78,11 @@ def _put(states_ptr, m_ptr, slot, S, z, m, f, d, F:tl.constexpr, D:tl.constexpr)
     tl.store(m_ptr + slot, m)
 
 @triton.jit
-def _spread(x, DOT:tl.constexpr):
-    "A vector as 16 columns, what a product wants at least: x rounded to `DOT`, what rounding lost, and zeros."
-    col, hi = tl.arange(0, 16)[None, :], x.to(DOT).to(tl.float32)
-    return tl.where(col == 0, hi[:, None], tl.where(col == 1, (x - hi)[:, None], 0.))
-
-@triton.jit
 def _times(a, x, DOT:tl.constexpr, PRECISION:tl.constexpr):
     "a x for a vector x."
-    if DOT == tl.bfloat16: y = tl.sum(_dot(a, _spread(x, DOT), tl.zeros((a.shape[0], 16), tl.float32), DOT, PRECISION), 1)
+    if DOT == tl.bfloat16: y = tl.sum(_dot(a, _two(x), tl.zeros((a.shape[0], 16), tl.float32), DOT, PRECISION), 1)
     else: y = tl.sum(a.to(tl.float32)*x[None, :], 1)
     return y
-
-@triton.jit
-def _outer(c, z, g, DOT:tl.constexpr, PRECISION:tl.constexpr):
-    "g + c zᵀ; in bf16 as a product of what rounding takes and what it loses."
-    if DOT == tl.bfloat16:
-        col, hi, top = tl.arange(0, 16)[None, :], c.to(DOT).to(tl.float32)[:, None], z.to(DOT).to(tl.float32)[:, None]
-        left = tl.where(col == 2, c[:, None] - hi, tl.where(col < 2, hi, 0.))
-        g = _dot(left, tl.trans(tl.where(col == 1, z[:, None] - top, top).to(DOT)), g, DOT, PRECISION)
-    else: g += c[:, None]*z[None, :]
-    return g
 
 @triton.jit
 def _join(S, z, m, late, v, log, HAS_LOG:tl.constexpr, DOT:tl.constexpr, PRECISION:tl.constexpr):
@@ -291,7 +275,7 @@ def _forward(q, k, v, phi_q, phi_k, log_q, log_k, log_gamma, mask, past, window,
     o,L,*after = v.new_empty(B, H, T, D),new(B, H, T),*((new(B, Hkv, F, D), new(B, Hkv, F), new(B, Hkv)) if end else (new(0), new(0), new(0)))
     with _on(v): tuned_launch(_window_fwd_kernel, (B*Hkv*plan.segments*triton.cdiv(D, c['BLOCK_D']),),
         (q, k, v, phi_q, phi_k, *extras, _or(states, v), _or(m, v), o, L, *after, *_strides(q, k, v, phi_q, phi_k), Hkv, T, window, plan.length, plan.segments, scale),
-        _pick(dict(HAS_START=states is not None, HAS_END=end, **_widths(window, c), **flags, **c), _window_fwd_kernel), ('num_stages', 'num_warps'), v.device)
+        _pick(dict(HAS_START=states is not None, HAS_END=end, **_widths(window, c), **flags, **c), _window_fwd_kernel), ('num_stages', 'BLOCK_T'), v.device)
     return o, L, *after
 
 # %% ../../kernels/06_window.ipynb #e66dbd45
@@ -366,7 +350,7 @@ def _window_bwd_q_kernel(q_ptr, k_ptr, v_ptr, phi_k_ptr, log_q_ptr, log_k_ptr, g
             a = tl.where(i[:, None] >= t[None, :], pi, 0.)
             if HAS_LOG_K: a *= _rescaled(x[:, None] + log[None, :])
             a = a.to(WIDE)
-            dphi = _outer(-delta, z, _dot(do, tl.trans(S), tl.zeros((BLOCK_T, BLOCK_F), tl.float32), WIDE, PRECISION), WIDE, PRECISION)
+            dphi = _recall(do, -delta, tl.trans(S), z, WIDE, PRECISION)
             if HAS_LOG_K: dphi *= _rescaled(x + m)[:, None]
             dphi = _dot(a, late, dphi, WIDE, PRECISION)
             if not HAS_LOG_K: dphi *= _rescaled(x)[:, None]
@@ -528,7 +512,7 @@ def _backward(do, o, L, q, k, v, phi_q, phi_k, log_q, log_k, log_gamma, mask, pa
     "Launch both backward kernels: gradients of q, k, v, phi_q, phi_k, and of log_q, log_k and log_gamma, None where not given."
     (B,H,T,_),(_,Hkv,_,F),D = q.shape,phi_k.shape,v.shape[-1]
     c,(extras,flags) = _constants(q, k, v, phi_q, phi_k, precision, True),_extras(log_q, log_k, log_gamma, mask, past, k)
-    plan,tiles,do,tuned = _plan(q, k, v, phi_k, c, schedule, True),triton.cdiv(F, c['BLOCK_F']),do.contiguous(),('BLOCK_T', 'num_stages', 'num_warps')
+    plan,tiles,do,tuned = _plan(q, k, v, phi_k, c, schedule, True),triton.cdiv(F, c['BLOCK_F']),do.contiguous(),('num_stages', 'BLOCK_T')
     states,m = _states(v, phi_k, extras, past, window, plan, flags | _constants(q, k, v, phi_q, phi_k, precision))
     dq,dk,dphi_q,dphi_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, phi_q, phi_k))
     dv,dl = v.new_empty(tiles, *v.shape, dtype=v.dtype if tiles==1 else torch.float32),L.new_empty(tiles, B, Hkv, T)
