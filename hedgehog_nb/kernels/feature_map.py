@@ -313,20 +313,23 @@ def _busy(op):
     if name in _NEAR: return 'near', 16 if {'128','4'} & set(mods) else 8 if {'64','2'} & set(mods) else 4 # 16, 8 or 4 bytes a thread
     return _UNITS.get(name, ('alu',2))
 
-def _longest_loop(compiled):
-    "Names of the instructions in the longest loop of a compiled kernel, or in all of it where there is none."
+def _longest_loop(compiled, inner=1):
+    "Names of the instructions in the longest loop of a compiled kernel, or in all of it where there is none; those of the longest loop within it `inner` times."
     lines = _read_binary(compiled, 'nvdisasm', '-c').split('\n')
     labels = {l.strip()[:-1]:i for i,l in enumerate(lines) if l.startswith('.L')}
-    back = [(s, i) for i,l in enumerate(lines) if (m := re.search(r'BRA\S* `\((\.L\w+)\)', l)) and (s := labels.get(m[1], i)) < i-1] # the last line jumps to itself
-    start,end = max(back, key=lambda j: j[1]-j[0], default=(0, len(lines)))
-    return [m[1] for l in lines[start:end+1] if (m := re.match(r'\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)', l))]
+    back = [(s, i) for i,l in enumerate(lines) if (m := re.search(r'BRA\S* (?:!?U?P\w+, )?`\((\.L\w+)\)', l)) and (s := labels.get(m[1], i)) < i-1] # the last line jumps to itself
+    (start,end),*within = sorted(back, key=lambda j: j[0]-j[1]) or [(0, len(lines))]
+    first,last = next(((s, e) for s,e in within if start<s and e<end), (0, -1))
+    names = lambda lines: [m[1] for l in lines if (m := re.match(r'\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)', l))]
+    return names(lines[start:end+1]) + names(lines[first:last+1])*(inner-1)
 
 def offline_cycles(
     *args, # Arguments of `offline_usage`
+    inner:int=1, # How often the longest loop within that loop runs; others are counted once
     **kw
 )->dict: # slots (schedulers), tensor (tensor cores), exps (exponentials), fma, alu, near (memory of the SM, and shuffles)
     "Cycles of an SM for which each of its units is busy, for one token in the longest loop of a kernel."
-    ops,c = _longest_loop(_offline(*args, **kw)),args[1]
+    ops,c = _longest_loop(_offline(*args, **kw), inner),args[1]
     res = dict(slots=len(ops), tensor=0, exps=0, fma=0, alu=0, near=0)
     for unit,cycles in map(_busy, ops): res[unit] += cycles
     return {k:round(v*c['num_warps']/4/c['BLOCK_T'], 1) for k,v in res.items()}

@@ -14,11 +14,11 @@ from torch import Tensor
 from ..attention import full_precision
 from ..linear_attention import EPS, NOTHING, LinearState, operation
 from ..window import WindowState, _check_state, _check_window
-from .feature_map import _INTERPRET, _dot, _given, _on, offline_usage, products_dtype
+from .feature_map import _INTERPRET, _LOG2E, _dot, _given, _on, offline_cycles, offline_usage, products_dtype
 from . import chunk
-from .chunk import _tile
-from .chunk_backward import _how
-from .fused import _or, _pick, _scan, _unknown
+from .chunk import _tile, _two
+from .chunk_backward import _how, _recall
+from .fused import _max, _or, _pick, _scan, _unknown
 from .tuning import tuned_launch
 import triton, triton.language as tl
 
@@ -26,27 +26,36 @@ import triton, triton.language as tl
 _EPS, _NOTHING = tl.constexpr(EPS), tl.constexpr(NOTHING)
 
 @triton.jit
-def _keys(k_ptr, v_ptr, log_ptr, mask_ptr, past_k_ptr, past_v_ptr, past_log_ptr, first, t, f, d, stride_kt, stride_vt, stop, window, F:tl.constexpr, D:tl.constexpr, HAS_LOG:tl.constexpr, HAS_MASK:tl.constexpr, HAS_PAST:tl.constexpr):
-    "Keys, values and log weights of the tokens `first` + t before `stop`; those before token 0 from the state's window, with HAS_PAST. The pointers are those of token 0."
-    real = (first + t >= 0) & (first + t < stop)
+def _exp(x): return tl.exp2(x*_LOG2E) # one instruction, and results below 1e-38 are 0
+
+@triton.jit
+def _long(n): return n + tl.zeros((), tl.int64) # interpreted, n may be a number of Python
+
+@triton.jit
+def _seen(log_ptr, mask_ptr, past_log_ptr, first, t, stop, window, HAS_LOG:tl.constexpr, HAS_MASK:tl.constexpr, HAS_PAST:tl.constexpr):
+    "Which of the tokens `first` + t before `stop` are keys, and their log weights; those before token 0 from the state's window, with HAS_PAST. The pointers are those of token 0."
+    real = (t >= -first) & (t < stop - first)
     if HAS_MASK: real = tl.load(mask_ptr + first + t, mask=real, other=0) != 0
     log = tl.where(real, 0., _NOTHING)
     if HAS_LOG: log = tl.load(log_ptr + first + t, mask=real, other=_NOTHING)
-    k, v = k_ptr + first*stride_kt + (t[:, None]*stride_kt + f[None, :]), v_ptr + first*stride_vt + (t[:, None]*stride_vt + d[None, :])
     if HAS_PAST:
-        past = (first + t < 0) & (first + t >= -window) & (first + t < stop)
+        past = (t < -first) & (t >= -window - first) & (t < stop - first)
         log = tl.where(past, tl.load(past_log_ptr + first + t, mask=past, other=_NOTHING), log)
         real |= past & (log > _NOTHING/2)
-        k = tl.where(past[:, None], past_k_ptr + first*F + (t[:, None]*F + f[None, :]), k)
-        v = tl.where(past[:, None], past_v_ptr + first*D + (t[:, None]*D + d[None, :]), v)
-    return tl.load(k, mask=real[:, None] & (f < F)[None, :], other=0.), tl.load(v, mask=real[:, None] & (d < D)[None, :], other=0.), log
+    return real, log
+
+@triton.jit
+def _rows(ptr, past_ptr, first, t, c, stride_t:tl.constexpr, real, WIDTH:tl.constexpr, HAS_PAST:tl.constexpr):
+    "Tile of the tokens `first` + t, zeros where they are not `real`; those before token 0 from the state's window."
+    at = ptr + _long(first)*stride_t + (t[:, None]*stride_t + c[None, :])
+    if HAS_PAST: at = tl.where((t < -first)[:, None], past_ptr + _long(first)*WIDTH + (t[:, None]*WIDTH + c[None, :]), at)
+    return tl.load(at, mask=real[:, None] & (c < WIDTH)[None, :], other=0.)
 
 # %% ../../kernels/06_window.ipynb #8a9d54a8
 @triton.jit
-def _near(q, k, i, j, keys, window, scale, gamma, BLOCK_T:tl.constexpr, DOT:tl.constexpr, PRECISION:tl.constexpr):
-    "Scores (BLOCK_T, BLOCK_T) of queries at positions i with keys at j, of which `keys` are real."
-    s = _dot(q, tl.trans(k), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), DOT, PRECISION)*scale + gamma
-    ok = (i[:, None] >= j[None, :]) & (i[:, None] - j[None, :] < window) & keys[None, :]
+def _near(q, k, scale, ok, BLOCK_T:tl.constexpr, DOT:tl.constexpr, PRECISION:tl.constexpr):
+    "Scores (BLOCK_T, BLOCK_T) of queries and keys, in bits; NOTHING where not `ok`."
+    s = _dot(q, tl.trans(k), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), DOT, PRECISION)*(scale*_LOG2E)
     return tl.where(ok, s, _NOTHING)
 
 # %% ../../kernels/06_window.ipynb #2790b233
@@ -69,25 +78,39 @@ def _put(states_ptr, m_ptr, slot, S, z, m, f, d, F:tl.constexpr, D:tl.constexpr)
     tl.store(m_ptr + slot, m)
 
 @triton.jit
+def _times(a, x, DOT:tl.constexpr, PRECISION:tl.constexpr):
+    "a x for a vector x."
+    if DOT == tl.bfloat16: y = tl.sum(_dot(a, _two(x), tl.zeros((a.shape[0], 16), tl.float32), DOT, PRECISION), 1)
+    else: y = tl.sum(a.to(tl.float32)*x[None, :], 1)
+    return y
+
+@triton.jit
 def _join(S, z, m, late, v, log, HAS_LOG:tl.constexpr, DOT:tl.constexpr, PRECISION:tl.constexpr):
     "S, z and m after a block of late keys has joined them."
     m_new = tl.maximum(m, tl.max(log, 0))
-    weighted, counted = v, late.to(tl.float32)
+    weighted, w = v, tl.full(log.shape, 1., tl.float32)
     if HAS_LOG:
-        w = tl.exp(log - m_new)
-        weighted, counted = weighted*w[:, None], counted*w[:, None]
-        S, z = S*tl.exp(m - m_new), z*tl.exp(m - m_new)
-    return _dot(tl.trans(late), weighted, S, DOT, PRECISION), z + tl.sum(counted, 0), m_new
+        w = _exp(log - m_new)
+        weighted = weighted*w[:, None]
+        S, z = S*_exp(m - m_new), z*_exp(m - m_new)
+    return _dot(tl.trans(late), weighted, S, DOT, PRECISION), z + _times(tl.trans(late), w, DOT, PRECISION), m_new
+
+@triton.jit
+def _soften(s, c):
+    "Weights exp2(s - c') with c' the larger of c and the row's largest score, exp2(c - c'), and c'."
+    c_new = tl.maximum(c, tl.max(s, 1))
+    top = tl.where(c_new > _NOTHING/2, c_new, 0.) # rows that have seen nothing yet
+    return tl.exp2(s - top[:, None]), tl.exp2(c - top), c_new
 
 @triton.jit(do_not_specialize=["T", "window", "length", "segments"])
 def _window_fwd_kernel(q_ptr, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, log_q_ptr, log_k_ptr, gamma_ptr, mask_ptr, past_k_ptr, past_v_ptr, past_phi_ptr, past_log_ptr, states_ptr, m_ptr, o_ptr, L_ptr, S_ptr, z_ptr, m_end_ptr,
-                       stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_fb, stride_fh, stride_ft, stride_gb, stride_gh, stride_gt,
+                       stride_qb, stride_qh, stride_qt:tl.constexpr, stride_kb, stride_kh, stride_kt:tl.constexpr, stride_vb, stride_vh, stride_vt:tl.constexpr, stride_fb, stride_fh, stride_ft:tl.constexpr, stride_gb, stride_gh, stride_gt:tl.constexpr,
                        Hkv, T, window, length, segments, scale, GROUP:tl.constexpr, C:tl.constexpr, F:tl.constexpr, D:tl.constexpr, BLOCK_T:tl.constexpr, BLOCK_C:tl.constexpr, BLOCK_F:tl.constexpr, BLOCK_D:tl.constexpr,
-                       HAS_LOG_Q:tl.constexpr, HAS_LOG_K:tl.constexpr, HAS_GAMMA:tl.constexpr, HAS_MASK:tl.constexpr, HAS_PAST:tl.constexpr, HAS_START:tl.constexpr, HAS_END:tl.constexpr, DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
-    "`BLOCK_D` columns of the outputs (B, H, T, D) of one segment for all query heads of a key-value head, and L (B, H, T). Strides f and g are those of phi_q and phi_k."
+                       NEAR:tl.constexpr, SHORT:tl.constexpr, HAS_LOG_Q:tl.constexpr, HAS_LOG_K:tl.constexpr, HAS_GAMMA:tl.constexpr, HAS_MASK:tl.constexpr, HAS_PAST:tl.constexpr, HAS_START:tl.constexpr, HAS_END:tl.constexpr, DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
+    "`BLOCK_D` columns of the outputs (B, H, T, D) of one segment for all query heads of a key-value head, and L (B, H, T). Strides f and g are those of phi_q and phi_k. NEAR: is there a window?"
     tiles = tl.cdiv(D, BLOCK_D)
     head = (tl.program_id(0)//(tiles*segments)).to(tl.int64) # batch*Hkv + kv head
-    segment = (tl.program_id(0)//tiles % segments).to(tl.int64)
+    segment = tl.program_id(0)//tiles % segments
     begin = segment*length
     stop = tl.minimum(begin + length, T)
     batch, kv = head//Hkv, head % Hkv
@@ -106,36 +129,50 @@ def _window_fwd_kernel(q_ptr, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, log_q_ptr, log
     S, z, m = _start(states_ptr, m_ptr, head*segments + segment, f, d, F, D, BLOCK_F, BLOCK_D, HAS_START)
 
     for start in range(begin, stop, BLOCK_T):
-        rows = t < stop - start
-        late, v, log = _keys(phi_k_ptr, v_ptr, log_k_ptr, mask_ptr, past_phi_ptr, past_v_ptr, past_log_ptr, start - window, t, f, d, stride_gt, stride_vt, T - window, window, F, D, HAS_LOG_K, HAS_MASK, HAS_PAST)
-        old = (t[:, None] >= t[None, :]) & (log > _NOTHING/2)[None, :]
-        m_row = tl.maximum(m, tl.max(tl.where(old, log[None, :], _NOTHING), 1))
+        rows, first, i = t < stop - start, start - window, t + tl.minimum(start, 0) # i is t, but masks made of it are not kept in registers
+        real, log = _seen(log_k_ptr, mask_ptr, past_log_ptr, first, t, T, window, HAS_LOG_K, HAS_MASK, HAS_PAST)
+        late = _rows(phi_k_ptr, past_phi_ptr, first, t, f, stride_gt, real & rows, F, HAS_PAST)
+        v = _rows(v_ptr, past_v_ptr, first, t, d, stride_vt, real, D, HAS_PAST)
+        if NEAR: k = _rows(k_ptr, past_k_ptr, first, t, e, stride_kt, real, C, HAS_PAST)
+        log = tl.where(rows, log, _NOTHING)
+        if HAS_LOG_K or HAS_MASK: m_row = tl.maximum(m, tl.associative_scan(log, 0, _max))
+        else: m_row = tl.where(t >= -first, 0., _NOTHING)
+
         for g in range(GROUP):
             row = (head*GROUP + g)*T + start # of the query's first token in (B, H, T)
-            phi = _tile(phi_q_ptr + g*stride_fh + start*stride_ft, t, f, stride_ft, rows, F)
-            a = _dot(phi, tl.trans(late), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), DOT, PRECISION)
+            old = i[:, None] >= t[None, :]
+            phi = _tile(phi_q_ptr + g*stride_fh + _long(start)*stride_ft, t, f, stride_ft, rows, F)
+            den = _times(phi, z, WIDE, PRECISION)
             o = _dot(phi, S, tl.zeros((BLOCK_T, BLOCK_D), tl.float32), WIDE, PRECISION)
-            den = tl.sum(phi.to(tl.float32)*z[None, :], 1)
+            a = _dot(phi, tl.trans(late), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), DOT, PRECISION)
             if HAS_LOG_K:
-                a *= tl.exp(tl.where(old, log[None, :] - m_row[:, None], 0.))
-                fade = tl.exp(m - m_row)
+                a *= _exp(tl.where(old, log[None, :] - m_row[:, None], 0.))
+                fade = _exp(m - m_row)
                 o, den = o*fade[:, None], den*fade
-            a = tl.where(old, a, 0.)
-            o, den, c = _dot(a, v, o, WIDE, PRECISION), den + tl.sum(a, 1), m_row
+            a, c, gamma = tl.where(old, a, 0.), m_row, 0.
             if HAS_LOG_Q: c = tl.where(m_row > _NOTHING/2, m_row + tl.load(log_q_ptr + row + t, mask=rows, other=0.), _NOTHING)
-
-            gamma = 0.
             if HAS_GAMMA: gamma = tl.load(gamma_ptr + kv*GROUP + g)
-            q = _tile(q_ptr + g*stride_qh + start*stride_qt, t, e, stride_qt, rows, C)
-            for first in range(tl.maximum(start - window + 1, -window if HAS_PAST else 0), tl.where(window > 0, tl.minimum(start + BLOCK_T, T), start - window), BLOCK_T):
-                k, v_near, real = _keys(k_ptr, v_ptr, log_k_ptr, mask_ptr, past_k_ptr, past_v_ptr, past_log_ptr, first, t, e, d, stride_kt, stride_vt, T, window, C, D, False, HAS_MASK, HAS_PAST)
-                s = _near(q, k, start + t, first + t, real > _NOTHING/2, window, scale, gamma, BLOCK_T, DOT, PRECISION)
-                c_new = tl.maximum(c, tl.max(s, 1))
-                p = tl.where(s > _NOTHING/2, tl.exp(s - c_new[:, None]), 0.)
-                fade = tl.exp(c - c_new)
-                o, den, c = _dot(p, v_near, o*fade[:, None], WIDE, PRECISION), den*fade + tl.sum(p, 1), c_new
-            tl.store(o_ptr + row*D + t[:, None]*D + d[None, :], o/tl.maximum(den, _EPS)[:, None], mask=rows[:, None] & (d < D)[None, :])
-            if tl.program_id(0) % tiles == 0: tl.store(L_ptr + row + t, tl.where(den > 0, c + tl.log(tl.maximum(den, _EPS)), -_NOTHING), mask=rows)
+            c = tl.maximum((c - gamma)*_LOG2E, _NOTHING)
+
+            if NEAR:
+                q = _tile(q_ptr + g*stride_qh + _long(start)*stride_qt, t, e, stride_qt, rows, C)
+                young = (i if HAS_PAST else tl.maximum(i, -1 - first))[:, None] < t[None, :]
+                if SHORT: young &= (i + window)[:, None] >= t[None, :]
+                if HAS_MASK or HAS_PAST: young &= real[None, :]
+                p, fade, c = _soften(_near(q, k, scale, young, BLOCK_T, DOT, PRECISION), c)
+                a, o, den = a*fade[:, None] + p, o*fade[:, None], den*fade
+            o, den = _dot(a, v, o, WIDE, PRECISION), den + tl.sum(a, 1)
+            if NEAR:
+                for at in range(first + BLOCK_T if HAS_PAST else tl.maximum(first + BLOCK_T, 0), tl.minimum(start + BLOCK_T, T), BLOCK_T):
+                    keys, _ = _seen(log_k_ptr, mask_ptr, past_log_ptr, at, t, T, window, False, HAS_MASK, HAS_PAST)
+                    k_at, v_at = _rows(k_ptr, past_k_ptr, at, t, e, stride_kt, keys, C, HAS_PAST), _rows(v_ptr, past_v_ptr, at, t, d, stride_vt, keys, D, HAS_PAST)
+                    ok = (i + (start - at))[:, None] >= t[None, :]
+                    if HAS_MASK or HAS_PAST: ok &= keys[None, :]
+                    p, fade, c = _soften(_near(q, k_at, scale, ok, BLOCK_T, DOT, PRECISION), c)
+                    o, den = _dot(p, v_at, o*fade[:, None], WIDE, PRECISION), den*fade + tl.sum(p, 1)
+            inv = 1/tl.maximum(den, _EPS)
+            tl.store(o_ptr + row*D + t[:, None]*D + d[None, :], o*inv[:, None], mask=rows[:, None] & (d < D)[None, :])
+            if tl.program_id(0) % tiles == 0: tl.store(L_ptr + row + t, tl.where(den > 0, c/_LOG2E + gamma + tl.log(tl.maximum(den, _EPS)), -_NOTHING), mask=rows)
         S, z, m = _join(S, z, m, late, v, log, HAS_LOG_K, DOT, PRECISION)
 
     if HAS_END:
@@ -152,8 +189,8 @@ def _config(F, D, C, dtype, backward=False):
     BLOCK_F,BLOCK_D,BLOCK_C = p2(F),p2(D),p2(C)
     if backward: BLOCK_F = max(16, min(BLOCK_F, (4096 if wide else 8192)//BLOCK_D))
     else: BLOCK_D = max(16, min(64, BLOCK_D, 8192//BLOCK_F))
-    BLOCK_T = 16 if wide else max(16, min(32, 4096//max(BLOCK_F, BLOCK_D, BLOCK_C)))
-    return dict(BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, BLOCK_F=BLOCK_F, BLOCK_D=BLOCK_D, num_warps=8, num_stages=1 if wide or backward else 2)
+    BLOCK_T = 16 if wide else 32 if dtype==torch.float16 and max(F, 2*D, 2*C)>256 else 64 # 64 rows are what 4 warps multiply at once
+    return dict(BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, BLOCK_F=BLOCK_F, BLOCK_D=BLOCK_D, num_warps=4, num_stages=1)
 
 def _constants(q, k, v, phi_q, phi_k, precision, backward=False):
     "Compile-time arguments that all kernels share."
@@ -172,17 +209,18 @@ def _extras(log_q, log_k, log_gamma, mask, past, k):
     before = tuple(map(c, past[:4], (k.dtype,)*3 + (torch.float32,))) if past else (k,)*4
     return (*map(c, (log_q, log_k, log_gamma)), c(pad, torch.int8), *before),dict(HAS_LOG_Q=log_q is not None, HAS_LOG_K=log_k is not None, HAS_GAMMA=log_gamma is not None, HAS_MASK=mask is not None, HAS_PAST=bool(past))
 
+def _widths(window, c): return dict(NEAR=window>0, SHORT=window<c['BLOCK_T']-1)
 def _strides(*xs): return [s for x in xs for s in x.stride()[:3]]
 
 # %% ../../kernels/06_window.ipynb #w5d6e7f8
 @triton.jit(do_not_specialize=["T", "window", "length", "segments"])
-def _window_states_kernel(v_ptr, phi_k_ptr, log_k_ptr, mask_ptr, past_v_ptr, past_phi_ptr, past_log_ptr, states_ptr, m_ptr, stride_vb, stride_vh, stride_vt, stride_gb, stride_gh, stride_gt,
+def _window_states_kernel(v_ptr, phi_k_ptr, log_k_ptr, mask_ptr, past_v_ptr, past_phi_ptr, past_log_ptr, states_ptr, m_ptr, stride_vb, stride_vh, stride_vt:tl.constexpr, stride_gb, stride_gh, stride_gt:tl.constexpr,
                           Hkv, T, window, length, segments, F:tl.constexpr, D:tl.constexpr, BLOCK_T:tl.constexpr, BLOCK_F:tl.constexpr, BLOCK_D:tl.constexpr,
                           HAS_LOG_K:tl.constexpr, HAS_MASK:tl.constexpr, HAS_PAST:tl.constexpr, DOT:tl.constexpr, PRECISION:tl.constexpr):
     "What each of the first `segments` segments adds to `BLOCK_D` columns of the state, and its largest log weight, into the slot after it."
     tiles = tl.cdiv(D, BLOCK_D)
     head = (tl.program_id(0)//(tiles*segments)).to(tl.int64)
-    segment = (tl.program_id(0)//tiles % segments).to(tl.int64)
+    segment = tl.program_id(0)//tiles % segments
     batch, kv, stop = head//Hkv, head % Hkv, (segment + 1)*length
     t, f, d = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_F), tl.program_id(0) % tiles*BLOCK_D + tl.arange(0, BLOCK_D)
     phi_k_ptr += batch*stride_gb + kv*stride_gh
@@ -194,7 +232,9 @@ def _window_states_kernel(v_ptr, phi_k_ptr, log_k_ptr, mask_ptr, past_v_ptr, pas
     past_log_ptr += (head + 1)*window
     S, z, m = _start(states_ptr, m_ptr, 0, f, d, F, D, BLOCK_F, BLOCK_D, False)
     for start in range(segment*length, stop, BLOCK_T):
-        late, v, log = _keys(phi_k_ptr, v_ptr, log_k_ptr, mask_ptr, past_phi_ptr, past_v_ptr, past_log_ptr, start - window, t, f, d, stride_gt, stride_vt, stop - window, window, F, D, HAS_LOG_K, HAS_MASK, HAS_PAST)
+        first = start - window
+        real, log = _seen(log_k_ptr, mask_ptr, past_log_ptr, first, t, stop - window, window, HAS_LOG_K, HAS_MASK, HAS_PAST)
+        late, v = _rows(phi_k_ptr, past_phi_ptr, first, t, f, stride_gt, real, F, HAS_PAST), _rows(v_ptr, past_v_ptr, first, t, d, stride_vt, real, D, HAS_PAST)
         S, z, m = _join(S, z, m, late, v, log, HAS_LOG_K, DOT, PRECISION)
     _put(states_ptr, m_ptr, head*(segments + 1) + segment + 1, S, z, m, f, d, F, D)
 
@@ -235,22 +275,22 @@ def _forward(q, k, v, phi_q, phi_k, log_q, log_k, log_gamma, mask, past, window,
     o,L,*after = v.new_empty(B, H, T, D),new(B, H, T),*((new(B, Hkv, F, D), new(B, Hkv, F), new(B, Hkv)) if end else (new(0), new(0), new(0)))
     with _on(v): tuned_launch(_window_fwd_kernel, (B*Hkv*plan.segments*triton.cdiv(D, c['BLOCK_D']),),
         (q, k, v, phi_q, phi_k, *extras, _or(states, v), _or(m, v), o, L, *after, *_strides(q, k, v, phi_q, phi_k), Hkv, T, window, plan.length, plan.segments, scale),
-        _pick(dict(HAS_START=states is not None, HAS_END=end, **flags, **c), _window_fwd_kernel), ('num_stages', 'num_warps'), v.device)
+        _pick(dict(HAS_START=states is not None, HAS_END=end, **_widths(window, c), **flags, **c), _window_fwd_kernel), ('num_stages', 'BLOCK_T'), v.device)
     return o, L, *after
 
 # %% ../../kernels/06_window.ipynb #e66dbd45
 @triton.jit
-def _rescaled(x): return tl.exp(tl.minimum(x, 80.)) # exponents here are bounded by -log φ(q)·φ(k); the least finite features must not make inf
+def _rescaled(x): return _exp(tl.minimum(x, 80.)) # exponents here are bounded by -log φ(q)·φ(k); the least finite features must not make inf
 
 @triton.jit(do_not_specialize=["T", "window", "length", "segments"])
 def _window_bwd_q_kernel(q_ptr, k_ptr, v_ptr, phi_k_ptr, log_q_ptr, log_k_ptr, gamma_ptr, mask_ptr, past_k_ptr, past_v_ptr, past_phi_ptr, past_log_ptr, states_ptr, m_ptr, o_ptr, do_ptr, L_ptr, delta_ptr, dq_ptr, dg_ptr, dphi_ptr,
-                         stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_gb, stride_gh, stride_gt,
+                         stride_qb, stride_qh, stride_qt:tl.constexpr, stride_kb, stride_kh, stride_kt:tl.constexpr, stride_vb, stride_vh, stride_vt:tl.constexpr, stride_gb, stride_gh, stride_gt:tl.constexpr,
                          Hkv, T, window, length, segments, scale, GROUP:tl.constexpr, C:tl.constexpr, F:tl.constexpr, D:tl.constexpr, BLOCK_T:tl.constexpr, BLOCK_C:tl.constexpr, BLOCK_F:tl.constexpr, BLOCK_D:tl.constexpr,
-                         HAS_LOG_Q:tl.constexpr, HAS_LOG_K:tl.constexpr, HAS_GAMMA:tl.constexpr, HAS_MASK:tl.constexpr, HAS_PAST:tl.constexpr, HAS_START:tl.constexpr, DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
+                         NEAR:tl.constexpr, SHORT:tl.constexpr, HAS_LOG_Q:tl.constexpr, HAS_LOG_K:tl.constexpr, HAS_GAMMA:tl.constexpr, HAS_MASK:tl.constexpr, HAS_PAST:tl.constexpr, HAS_START:tl.constexpr, DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
     "Gradients of `BLOCK_F` features of phi_q, of q, and of log_gamma row by row (B, H, T), in one segment for all query heads of a key-value head; and δ."
     tiles = tl.cdiv(F, BLOCK_F)
     head = (tl.program_id(0)//(tiles*segments)).to(tl.int64)
-    segment = (tl.program_id(0)//tiles % segments).to(tl.int64)
+    segment = tl.program_id(0)//tiles % segments
     begin = segment*length
     stop = tl.minimum(begin + length, T)
     batch, kv, tile = head//Hkv, head % Hkv, tl.program_id(0) % tiles
@@ -266,11 +306,15 @@ def _window_bwd_q_kernel(q_ptr, k_ptr, v_ptr, phi_k_ptr, log_q_ptr, log_k_ptr, g
     past_phi_ptr += (head + 1)*window*F
     past_log_ptr += (head + 1)*window
     S, z, m = _start(states_ptr, m_ptr, head*segments + segment, f, d, F, D, BLOCK_F, BLOCK_D, HAS_START)
+    mine = t < tl.where(tile == 0, BLOCK_T, 0) # the first tile of features does the band
 
     for start in range(begin, stop, BLOCK_T):
-        rows = t < stop - start
-        late, v, log = _keys(phi_k_ptr, v_ptr, log_k_ptr, mask_ptr, past_phi_ptr, past_v_ptr, past_log_ptr, start - window, t, f, d, stride_gt, stride_vt, T - window, window, F, D, HAS_LOG_K, HAS_MASK, HAS_PAST)
-        old = (t[:, None] >= t[None, :]) & (log > _NOTHING/2)[None, :]
+        rows, first, i = t < stop - start, start - window, t + tl.minimum(start, 0)
+        real, log = _seen(log_k_ptr, mask_ptr, past_log_ptr, first, t, T, window, HAS_LOG_K, HAS_MASK, HAS_PAST)
+        late = _rows(phi_k_ptr, past_phi_ptr, first, t, f, stride_gt, real & rows, F, HAS_PAST)
+        v = _rows(v_ptr, past_v_ptr, first, t, d, stride_vt, real, D, HAS_PAST)
+        if NEAR: k = _rows(k_ptr, past_k_ptr, first, t, e, stride_kt, real & mine, C, HAS_PAST)
+        log = tl.where(rows, log, _NOTHING)
         for g in range(GROUP):
             row = (head*GROUP + g)*T + start
             do = _tile(do_ptr + row*D, t, d, D, rows, D)
@@ -278,69 +322,127 @@ def _window_bwd_q_kernel(q_ptr, k_ptr, v_ptr, phi_k_ptr, log_q_ptr, log_k_ptr, g
             L = tl.load(L_ptr + row + t, mask=rows, other=-_NOTHING)
             x = -L # log of the query's factor
             if HAS_LOG_Q: x += tl.load(log_q_ptr + row + t, mask=rows, other=0.)
-            a = _dot(do, tl.trans(v), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), DOT, PRECISION) - delta[:, None]
-            a = tl.where(old, _rescaled(x[:, None] + log[None, :])*a, 0.)
-            dphi = _dot(do, tl.trans(S), tl.zeros((BLOCK_T, BLOCK_F), tl.float32), WIDE, PRECISION) - delta[:, None]*z[None, :]
-            dphi = _dot(a, late, dphi*_rescaled(x + m)[:, None], WIDE, PRECISION)
-            tl.store(dphi_ptr + row*F + t[:, None]*F + f[None, :], dphi, mask=rows[:, None] & (f < F)[None, :])
-
+            pi = _dot(do, tl.trans(v), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), DOT, PRECISION) - delta[:, None]
             if tile == 0:
-                if HAS_GAMMA: L -= tl.load(gamma_ptr + kv*GROUP + g)
-                q = _tile(q_ptr + g*stride_qh + start*stride_qt, t, e, stride_qt, rows, C)
                 dq, dg = tl.zeros((BLOCK_T, BLOCK_C), tl.float32), tl.zeros((BLOCK_T,), tl.float32)
-                for first in range(tl.maximum(start - window + 1, -window if HAS_PAST else 0), tl.where(window > 0, tl.minimum(start + BLOCK_T, T), start - window), BLOCK_T):
-                    k, v_near, real = _keys(k_ptr, v_ptr, log_k_ptr, mask_ptr, past_k_ptr, past_v_ptr, past_log_ptr, first, t, e, d, stride_kt, stride_vt, T, window, C, D, False, HAS_MASK, HAS_PAST)
-                    s = _near(q, k, start + t, first + t, real > _NOTHING/2, window, scale, 0., BLOCK_T, DOT, PRECISION)
-                    p = tl.where(s > _NOTHING/2, tl.exp(s - L[:, None]), 0.)
-                    p *= _dot(do, tl.trans(v_near), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), DOT, PRECISION) - delta[:, None]
-                    dq, dg = _dot(p, k, dq, WIDE, PRECISION), dg + tl.sum(p, 1)
-                tl.store(dg_ptr + row + t, dg, mask=rows)
+                if NEAR:
+                    if HAS_GAMMA: L -= tl.load(gamma_ptr + kv*GROUP + g)
+                    L *= _LOG2E
+                    q = _tile(q_ptr + g*stride_qh + _long(start)*stride_qt, t, e, stride_qt, rows, C)
+                    young = (i if HAS_PAST else tl.maximum(i, -1 - first))[:, None] < t[None, :]
+                    if SHORT: young &= (i + window)[:, None] >= t[None, :]
+                    if HAS_MASK or HAS_PAST: young &= real[None, :]
+                    p = tl.exp2(_near(q, k, scale, young, BLOCK_T, DOT, PRECISION) - L[:, None])*pi
+                    dq = _dot(p, k, dq, WIDE, PRECISION)
+                    if HAS_LOG_Q or HAS_GAMMA: dg += tl.sum(p, 1)
+                    for at in range(first + BLOCK_T if HAS_PAST else tl.maximum(first + BLOCK_T, 0), tl.minimum(start + BLOCK_T, T), BLOCK_T):
+                        keys, _ = _seen(log_k_ptr, mask_ptr, past_log_ptr, at, t, T, window, False, HAS_MASK, HAS_PAST)
+                        k_at, v_at = _rows(k_ptr, past_k_ptr, at, t, e, stride_kt, keys, C, HAS_PAST), _rows(v_ptr, past_v_ptr, at, t, d, stride_vt, keys, D, HAS_PAST)
+                        ok = (i + (start - at))[:, None] >= t[None, :]
+                        if HAS_MASK or HAS_PAST: ok &= keys[None, :]
+                        p = tl.exp2(_near(q, k_at, scale, ok, BLOCK_T, DOT, PRECISION) - L[:, None])
+                        p *= _dot(do, tl.trans(v_at), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), DOT, PRECISION) - delta[:, None]
+                        dq = _dot(p, k_at, dq, WIDE, PRECISION)
+                        if HAS_LOG_Q or HAS_GAMMA: dg += tl.sum(p, 1)
+                if HAS_LOG_Q or HAS_GAMMA: tl.store(dg_ptr + row + t, dg, mask=rows)
                 tl.store(delta_ptr + row + t, delta, mask=rows)
                 tl.store(dq_ptr + row*C + t[:, None]*C + e[None, :], dq*scale, mask=rows[:, None] & (e < C)[None, :])
+            a = tl.where(i[:, None] >= t[None, :], pi, 0.)
+            if HAS_LOG_K: a *= _rescaled(x[:, None] + log[None, :])
+            a = a.to(WIDE)
+            dphi = _recall(do, -delta, tl.trans(S), z, WIDE, PRECISION)
+            if HAS_LOG_K: dphi *= _rescaled(x + m)[:, None]
+            dphi = _dot(a, late, dphi, WIDE, PRECISION)
+            if not HAS_LOG_K: dphi *= _rescaled(x)[:, None]
+            tl.store(dphi_ptr + row*F + t[:, None]*F + f[None, :], dphi, mask=rows[:, None] & (f < F)[None, :])
         S, z, m = _join(S, z, m, late, v, log, HAS_LOG_K, DOT, PRECISION)
 
 # %% ../../kernels/06_window.ipynb #dd063230
 @triton.jit
-def _early(phi_q_ptr, do_ptr, L_ptr, delta_ptr, log_q_ptr, row, t, f, d, stride_ft, seen, F:tl.constexpr, D:tl.constexpr, HAS_LOG_Q:tl.constexpr):
-    "Features of queries, their gradients, logs of their factors, and δ."
-    x = -tl.load(L_ptr + row + t, mask=seen, other=-_NOTHING)
+def _early(phi_q_ptr, do_ptr, L_ptr, delta_ptr, log_q_ptr, row, t, f, d, stride_ft:tl.constexpr, seen, F:tl.constexpr, D:tl.constexpr, HAS_LOG_Q:tl.constexpr):
+    "Features of queries, their gradients, L, logs of their factors, and δ."
+    L = tl.load(L_ptr + row + t, mask=seen, other=-_NOTHING)
+    x = -L
     if HAS_LOG_Q: x += tl.load(log_q_ptr + row + t, mask=seen, other=0.)
-    return _tile(phi_q_ptr, t, f, stride_ft, seen, F), _tile(do_ptr + row*D, t, d, D, seen, D), x, tl.load(delta_ptr + row + t, mask=seen, other=0.)
+    return _tile(phi_q_ptr, t, f, stride_ft, seen, F), _tile(do_ptr + row*D, t, d, D, seen, D), L, x, tl.load(delta_ptr + row + t, mask=seen, other=0.)
 
 @triton.jit
-def _join_back(R, r, rho, phi_q, do, x, delta, WIDE:tl.constexpr, PRECISION:tl.constexpr):
+def _join_back(R, r, rho, phi_q, do, x, delta, RELATIVE:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
     "R, r and ρ after a block of early queries has joined them."
-    rho_new = tl.maximum(rho, tl.max(x, 0))
-    y = tl.where(x > _NOTHING/2, tl.exp(x - rho_new), 0.)
-    R = _dot(tl.trans(phi_q*y[:, None]), do, R*tl.exp(rho - rho_new), WIDE, PRECISION)
-    return R, r*tl.exp(rho - rho_new) + tl.sum(phi_q.to(tl.float32)*(y*delta)[:, None], 0), rho_new
+    if RELATIVE:
+        rho_new = tl.maximum(rho, tl.max(x, 0))
+        y, keep = tl.where(x > _NOTHING/2, _exp(x - rho_new), 0.), _exp(rho - rho_new)
+        R, r, rho = R*keep, r*keep, rho_new
+    else: y = _rescaled(x)
+    phi_q = tl.trans(phi_q)
+    return _dot(phi_q, do*y[:, None], R, WIDE, PRECISION), r + _times(phi_q, delta*y, WIDE, PRECISION), rho
 
 @triton.jit(do_not_specialize=["T", "window", "length", "segments"])
-def _window_costates_kernel(phi_q_ptr, do_ptr, L_ptr, delta_ptr, log_q_ptr, states_ptr, m_ptr, stride_fb, stride_fh, stride_ft, Hkv, T, window, length, segments,
+def _window_costates_kernel(phi_q_ptr, do_ptr, L_ptr, delta_ptr, log_q_ptr, states_ptr, m_ptr, stride_fb, stride_fh, stride_ft:tl.constexpr, Hkv, T, window, length, segments,
                             GROUP:tl.constexpr, F:tl.constexpr, D:tl.constexpr, BLOCK_T:tl.constexpr, BLOCK_F:tl.constexpr, BLOCK_D:tl.constexpr, HAS_LOG_Q:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
     "What each of the last `segments` segments adds to `BLOCK_F` rows of the state that runs backward, and its largest factor, into the slot of the segment before it."
     tiles = tl.cdiv(F, BLOCK_F)
     head = (tl.program_id(0)//(tiles*segments)).to(tl.int64)
-    segment = (tl.program_id(0)//tiles % segments).to(tl.int64) + 1
+    segment = tl.program_id(0)//tiles % segments + 1
     t, f, d = tl.arange(0, BLOCK_T), tl.program_id(0) % tiles*BLOCK_F + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_D)
     phi_q_ptr += head//Hkv*stride_fb + head % Hkv*GROUP*stride_fh
     R, r, rho = _start(states_ptr, m_ptr, 0, f, d, F, D, BLOCK_F, BLOCK_D, False)
     for first in range(segment*length + window, tl.minimum((segment + 1)*length + window, T), BLOCK_T):
         for g in range(GROUP):
-            phi_q, do, x, delta = _early(phi_q_ptr + g*stride_fh + first*stride_ft, do_ptr, L_ptr, delta_ptr, log_q_ptr, (head*GROUP + g)*T + first, t, f, d, stride_ft, t < T - first, F, D, HAS_LOG_Q)
-            R, r, rho = _join_back(R, r, rho, phi_q, do, x, delta, WIDE, PRECISION)
+            phi_q, do, L, x, delta = _early(phi_q_ptr + g*stride_fh + _long(first)*stride_ft, do_ptr, L_ptr, delta_ptr, log_q_ptr, (head*GROUP + g)*T + first, t, f, d, stride_ft, t < T - first, F, D, HAS_LOG_Q)
+            R, r, rho = _join_back(R, r, rho, phi_q, do, x, delta, True, WIDE, PRECISION)
     _put(states_ptr, m_ptr, head*(segments + 1) + segments + 1 - segment, R, r, rho, f, d, F, D)
 
 # %% ../../kernels/06_window.ipynb #8d6f9a72
+@triton.jit
+def _dv_old(dv, phi_k, R, w, HAS_LOG:tl.constexpr, DOT:tl.constexpr, PRECISION:tl.constexpr):
+    "dv, transposed, after what early queries give to it through R."
+    R, phi_k = tl.trans(R.to(DOT)), tl.trans(phi_k)
+    if HAS_LOG: dv += _dot(R, phi_k, tl.zeros(dv.shape, tl.float32), DOT, PRECISION)*w[None, :]
+    else: dv = _dot(R, phi_k, dv, DOT, PRECISION)
+    return dv
+
+@triton.jit
+def _dphi_old(v, R, r, w, HAS_LOG:tl.constexpr, DOT:tl.constexpr, PRECISION:tl.constexpr):
+    "The gradient of phi_k, transposed, through R and r."
+    dphi = _dot(R, tl.trans(v), tl.zeros((R.shape[0], v.shape[0]), tl.float32), DOT, PRECISION) - r[:, None]
+    return dphi*w[None, :] if HAS_LOG else dphi
+
+@triton.jit
+def _meet(dv, dk, k, v, phi_k, real, log, phi_q, do, L, x, delta, q_ptr, gamma_ptr, t, j, e, mine, window, scale, tile, stride_qt:tl.constexpr, C:tl.constexpr, BLOCK_T:tl.constexpr,
+          NEAR:tl.constexpr, SHORT:tl.constexpr, HAS_LOG_K:tl.constexpr, HAS_GAMMA:tl.constexpr, HAS_MASK:tl.constexpr, DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
+    "A block of keys meets the queries `window` tokens later, which see its older keys through features and its younger ones through softmax: dv and dk, transposed, and what these queries' features are weighted with."
+    old = j[:, None] >= t[None, :]
+    u = _dot(phi_q, tl.trans(phi_k), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), DOT, PRECISION)
+    if HAS_LOG_K: u *= tl.where(old & real[None, :], _rescaled(x[:, None] + log[None, :]), 0.)
+    else: u *= tl.where(old, _rescaled(x)[:, None], 0.)
+    if NEAR:
+        q, p = _tile(q_ptr, t, e, stride_qt, mine, C), tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
+        if tile == 0:
+            if HAS_GAMMA: L -= tl.load(gamma_ptr)
+            young = j[:, None] < t[None, :]
+            if SHORT: young &= (j + window)[:, None] >= t[None, :]
+            if HAS_MASK: young &= real[None, :]
+            p = tl.exp2(_near(q, k, scale, young, BLOCK_T, DOT, PRECISION) - (L*_LOG2E)[:, None])
+            u += p
+    dv = _dot(tl.trans(do), u, dv, WIDE, PRECISION)
+
+    a = _dot(do, tl.trans(v), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), DOT, PRECISION) - delta[:, None]
+    if NEAR:
+        if tile == 0: dk = _dot(tl.trans(q), p*a, dk, WIDE, PRECISION)
+    if HAS_LOG_K: a *= tl.where(old & real[None, :], _rescaled(x[:, None] + log[None, :]), 0.)
+    else: a *= tl.where(old, _rescaled(x)[:, None], 0.)
+    return dv, dk, a.to(WIDE)
+
 @triton.jit(do_not_specialize=["T", "window", "length", "segments"])
 def _window_bwd_k_kernel(q_ptr, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, log_q_ptr, log_k_ptr, gamma_ptr, mask_ptr, states_ptr, m_ptr, do_ptr, L_ptr, delta_ptr, dk_ptr, dv_ptr, dphi_ptr, dl_ptr,
-                         stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_fb, stride_fh, stride_ft, stride_gb, stride_gh, stride_gt,
+                         stride_qb, stride_qh, stride_qt:tl.constexpr, stride_kb, stride_kh, stride_kt:tl.constexpr, stride_vb, stride_vh, stride_vt:tl.constexpr, stride_fb, stride_fh, stride_ft:tl.constexpr, stride_gb, stride_gh, stride_gt:tl.constexpr,
                          Hkv, T, window, length, segments, scale, GROUP:tl.constexpr, C:tl.constexpr, F:tl.constexpr, D:tl.constexpr, BLOCK_T:tl.constexpr, BLOCK_C:tl.constexpr, BLOCK_F:tl.constexpr, BLOCK_D:tl.constexpr,
-                         HAS_LOG_Q:tl.constexpr, HAS_LOG_K:tl.constexpr, HAS_GAMMA:tl.constexpr, HAS_MASK:tl.constexpr, HAS_START:tl.constexpr, DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
+                         NEAR:tl.constexpr, SHORT:tl.constexpr, HAS_LOG_Q:tl.constexpr, HAS_LOG_K:tl.constexpr, HAS_GAMMA:tl.constexpr, HAS_MASK:tl.constexpr, HAS_START:tl.constexpr, DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
     "Gradients of `BLOCK_F` features of phi_k, their part (tiles, B, Hkv, T, D) of that of v and (tiles, B, Hkv, T) of log_k, and that of k, in one segment of a key-value head."
     tiles = tl.cdiv(F, BLOCK_F)
     head = (tl.program_id(0)//(tiles*segments)).to(tl.int64)
-    segment = (tl.program_id(0)//tiles % segments).to(tl.int64)
+    segment = tl.program_id(0)//tiles % segments
     begin = segment*length
     batch, kv, tile = head//Hkv, head % Hkv, tl.program_id(0) % tiles
     blocks, group = tl.cdiv(tl.minimum(length, T - begin), BLOCK_T), _unknown(GROUP, T)
@@ -350,52 +452,58 @@ def _window_bwd_k_kernel(q_ptr, k_ptr, v_ptr, phi_q_ptr, phi_k_ptr, log_q_ptr, l
     k_ptr += batch*stride_kb + kv*stride_kh
     phi_k_ptr += batch*stride_gb + kv*stride_gh
     v_ptr += batch*stride_vb + kv*stride_vh
+    gamma_ptr += kv*GROUP
     log_k_ptr += head*T
     mask_ptr += batch*T
     part = tile*(tl.num_programs(0)//(tiles*segments)).to(tl.int64) + head
     R, r, rho = _start(states_ptr, m_ptr, (head + 1)*segments - 1 - segment, f, d, F, D, BLOCK_F, BLOCK_D, HAS_START)
+    if HAS_START and not HAS_LOG_K: R, r = R*_rescaled(rho), r*_rescaled(rho)
+    mine = t < tl.where(tile == 0, BLOCK_T, 0)
 
     for n in range(blocks):
         start = begin + (blocks - 1 - n)*BLOCK_T
-        rows = t < T - start
-        phi_k, v, log = _keys(phi_k_ptr, v_ptr, log_k_ptr, mask_ptr, phi_k_ptr, v_ptr, log_k_ptr, start, t, f, d, stride_gt, stride_vt, T, window, F, D, HAS_LOG_K, HAS_MASK, False)
-        real = log > _NOTHING/2
-        dv = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        rows, late, j = t < T - start, start + window, t + tl.minimum(start, 0)
+        real, log = _seen(log_k_ptr, mask_ptr, log_k_ptr, start, t, T, window, HAS_LOG_K, HAS_MASK, False)
+        phi_k, v = _rows(phi_k_ptr, phi_k_ptr, start, t, f, stride_gt, real, F, False), _rows(v_ptr, v_ptr, start, t, d, stride_vt, real, D, False)
+        k, w = v, log
+        if NEAR: k = _rows(k_ptr, k_ptr, start, t, e, stride_kt, real & mine, C, False)
+        if HAS_LOG_K: w = tl.where(real, _rescaled(log + rho), 0.)
+        dv, dk = tl.zeros((BLOCK_D, BLOCK_T), tl.float32), tl.zeros((BLOCK_C, BLOCK_T), tl.float32) # transposed: weights are right operands
+        if GROUP > 1:
+            dv, dphi = _dv_old(dv, phi_k, R, w, HAS_LOG_K, WIDE, PRECISION), _dphi_old(v, R, r, w, HAS_LOG_K, WIDE, PRECISION)
+            for g in range(group):
+                phi_q, do, L, x, delta = _early(phi_q_ptr + g*stride_fh + _long(late)*stride_ft, do_ptr, L_ptr, delta_ptr, log_q_ptr, (head*GROUP + g)*T + late, t, f, d, stride_ft, t < T - late, F, D, HAS_LOG_Q)
+                dv, dk, a = _meet(dv, dk, k, v, phi_k, real, log, phi_q, do, L, x, delta, q_ptr + g*stride_qh + _long(late)*stride_qt, gamma_ptr + g, t, j, e, mine & (t < T - late), window, scale, tile, stride_qt, C, BLOCK_T, NEAR, SHORT, HAS_LOG_K, HAS_GAMMA, HAS_MASK, DOT, WIDE, PRECISION)
+                dphi = _dot(tl.trans(phi_q), a, dphi, WIDE, PRECISION)
+                R, r, rho = _join_back(R, r, rho, phi_q, do, x, delta, HAS_LOG_K, WIDE, PRECISION)
+        else:
+            phi_q, do, L, x, delta = _early(phi_q_ptr + _long(late)*stride_ft, do_ptr, L_ptr, delta_ptr, log_q_ptr, head*T + late, t, f, d, stride_ft, t < T - late, F, D, HAS_LOG_Q)
+            dv, dk, a = _meet(dv, dk, k, v, phi_k, real, log, phi_q, do, L, x, delta, q_ptr + _long(late)*stride_qt, gamma_ptr, t, j, e, mine & (t < T - late), window, scale, tile, stride_qt, C, BLOCK_T, NEAR, SHORT, HAS_LOG_K, HAS_GAMMA, HAS_MASK, DOT, WIDE, PRECISION)
 
-        if tile == 0:
-            k = _tile(k_ptr + start*stride_kt, t, e, stride_kt, rows, C)
-            dk = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-            for first in range(start, tl.minimum(start + tl.where(window > 0, window - 1 + BLOCK_T, 0), T), BLOCK_T):
-                seen = t < T - first
-                for g in range(group):
-                    row = (head*GROUP + g)*T + first
-                    q = _tile(q_ptr + g*stride_qh + first*stride_qt, t, e, stride_qt, seen, C)
-                    do = _tile(do_ptr + row*D, t, d, D, seen, D)
-                    L, delta = tl.load(L_ptr + row + t, mask=seen, other=-_NOTHING), tl.load(delta_ptr + row + t, mask=seen, other=0.)
-                    if HAS_GAMMA: L -= tl.load(gamma_ptr + kv*GROUP + g)
-                    s = _near(q, k, first + t, start + t, real, window, scale, 0., BLOCK_T, DOT, PRECISION)
-                    p = tl.where(s > _NOTHING/2, tl.exp(s - L[:, None]), 0.)
-                    dv = _dot(tl.trans(p), do, dv, WIDE, PRECISION)
-                    p *= _dot(do, tl.trans(v), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), DOT, PRECISION) - delta[:, None]
-                    dk = _dot(tl.trans(p), q, dk, WIDE, PRECISION)
-            tl.store(dk_ptr + (head*T + start)*C + t[:, None]*C + e[None, :], dk*scale, mask=rows[:, None] & (e < C)[None, :])
+        if NEAR:
+            if tile == 0:
+                for first in range(start, tl.minimum(late, T), BLOCK_T):
+                    seen, ok = t < tl.minimum(late, T) - first, (j + (first - start))[:, None] >= t[None, :]
+                    if HAS_MASK: ok &= real[None, :]
+                    for g in range(group):
+                        row = (head*GROUP + g)*T + first
+                        q, do_at = _tile(q_ptr + g*stride_qh + _long(first)*stride_qt, t, e, stride_qt, seen, C), _tile(do_ptr + row*D, t, d, D, seen, D)
+                        L_at, delta_at = tl.load(L_ptr + row + t, mask=seen, other=-_NOTHING), tl.load(delta_ptr + row + t, mask=seen, other=0.)
+                        if HAS_GAMMA: L_at -= tl.load(gamma_ptr + g)
+                        p = tl.exp2(_near(q, k, scale, ok, BLOCK_T, DOT, PRECISION) - (L_at*_LOG2E)[:, None])
+                        dv = _dot(tl.trans(do_at), p, dv, WIDE, PRECISION)
+                        p *= _dot(do_at, tl.trans(v), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), DOT, PRECISION) - delta_at[:, None]
+                        dk = _dot(tl.trans(q), p, dk, WIDE, PRECISION)
+        tl.store(dk_ptr + (head*T + start)*C + t[:, None]*C + e[None, :], tl.trans((dk*scale).to(dk_ptr.dtype.element_ty)), mask=(rows & mine)[:, None] & (e < C)[None, :])
+        if GROUP == 1: dv = _dv_old(dv, phi_k, R, w, HAS_LOG_K, WIDE, PRECISION)
+        tl.store(dv_ptr + (part*T + start)*D + t[:, None]*D + d[None, :], tl.trans(dv.to(dv_ptr.dtype.element_ty)), mask=rows[:, None] & (d < D)[None, :])
 
-        w = tl.where(real, _rescaled(log + rho), 0.)[:, None]
-        dphi = (_dot(v, tl.trans(R), tl.zeros((BLOCK_T, BLOCK_F), tl.float32), WIDE, PRECISION) - r[None, :])*w
-        dv += _dot(phi_k, R, tl.zeros((BLOCK_T, BLOCK_D), tl.float32), WIDE, PRECISION)*w
-        for g in range(group):
-            first = start + window
-            phi_q, do, x, delta = _early(phi_q_ptr + g*stride_fh + first*stride_ft, do_ptr, L_ptr, delta_ptr, log_q_ptr, (head*GROUP + g)*T + first, t, f, d, stride_ft, t < T - first, F, D, HAS_LOG_Q)
-            old = (t[:, None] >= t[None, :]) & real[None, :]
-            a = tl.where(old, _rescaled(x[:, None] + log[None, :]), 0.)
-            u = _dot(phi_q, tl.trans(phi_k), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), DOT, PRECISION)
-            dv = _dot(tl.trans(a*u), do, dv, WIDE, PRECISION)
-            a *= _dot(do, tl.trans(v), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), DOT, PRECISION) - delta[:, None]
-            dphi = _dot(tl.trans(a), phi_q, dphi, WIDE, PRECISION)
-            R, r, rho = _join_back(R, r, rho, phi_q, do, x, delta, WIDE, PRECISION)
-        tl.store(dphi_ptr + (head*T + start)*F + t[:, None]*F + f[None, :], dphi, mask=rows[:, None] & (f < F)[None, :])
-        tl.store(dv_ptr + (part*T + start)*D + t[:, None]*D + d[None, :], dv, mask=rows[:, None] & (d < D)[None, :])
-        if HAS_LOG_K: tl.store(dl_ptr + part*T + start + t, tl.sum(dphi*phi_k.to(tl.float32), 1), mask=rows)
+        if GROUP == 1:
+            dphi = _dot(tl.trans(phi_q), a, _dphi_old(v, R, r, w, HAS_LOG_K, WIDE, PRECISION), WIDE, PRECISION)
+            R, r, rho = _join_back(R, r, rho, phi_q, do, x, delta, HAS_LOG_K, WIDE, PRECISION)
+        if HAS_MASK: dphi = tl.where(real[None, :], dphi, 0.)
+        tl.store(dphi_ptr + (head*T + start)*F + t[:, None]*F + f[None, :], tl.trans(dphi.to(dphi_ptr.dtype.element_ty)), mask=rows[:, None] & (f < F)[None, :])
+        if HAS_LOG_K: tl.store(dl_ptr + part*T + start + t, tl.sum(dphi*tl.trans(phi_k).to(tl.float32), 0), mask=rows)
 
 # %% ../../kernels/06_window.ipynb #c8a26ed2
 def _total(x, dtype): return (x[0] if len(x)==1 else x.sum(0)).to(dtype) # the parts of all tiles
@@ -404,19 +512,19 @@ def _backward(do, o, L, q, k, v, phi_q, phi_k, log_q, log_k, log_gamma, mask, pa
     "Launch both backward kernels: gradients of q, k, v, phi_q, phi_k, and of log_q, log_k and log_gamma, None where not given."
     (B,H,T,_),(_,Hkv,_,F),D = q.shape,phi_k.shape,v.shape[-1]
     c,(extras,flags) = _constants(q, k, v, phi_q, phi_k, precision, True),_extras(log_q, log_k, log_gamma, mask, past, k)
-    plan,tiles,do,tuned = _plan(q, k, v, phi_k, c, schedule, True),triton.cdiv(F, c['BLOCK_F']),do.contiguous(),('BLOCK_T', 'num_stages', 'num_warps')
+    plan,tiles,do,tuned = _plan(q, k, v, phi_k, c, schedule, True),triton.cdiv(F, c['BLOCK_F']),do.contiguous(),('num_stages', 'BLOCK_T')
     states,m = _states(v, phi_k, extras, past, window, plan, flags | _constants(q, k, v, phi_q, phi_k, precision))
     dq,dk,dphi_q,dphi_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, phi_q, phi_k))
     dv,dl = v.new_empty(tiles, *v.shape, dtype=v.dtype if tiles==1 else torch.float32),L.new_empty(tiles, B, Hkv, T)
     dg,delta,sizes = torch.empty_like(L),torch.empty_like(L),(Hkv, T, window, plan.length, plan.segments, scale)
     with _on(v): tuned_launch(_window_bwd_q_kernel, (B*Hkv*plan.segments*tiles,),
         (q, k, v, phi_k, *extras, _or(states, v), _or(m, v), o, do, L, delta, dq, dg, dphi_q, *_strides(q, k, v, phi_k), *sizes),
-        _pick(dict(HAS_START=states is not None, **flags, **c), _window_bwd_q_kernel), tuned, v.device)
+        _pick(dict(HAS_START=states is not None, **_widths(window, c), **flags, **c), _window_bwd_q_kernel), tuned, v.device)
 
     R,rho = (v, v) if plan.segments==1 else _summed(_window_costates_kernel, (phi_q, do, L, delta, extras[0]), (*_strides(phi_q), Hkv, T, window), plan, tiles, (), (B, Hkv, F, D), flags | c)
     with _on(v): tuned_launch(_window_bwd_k_kernel, (B*Hkv*plan.segments*tiles,),
         (q, k, v, phi_q, phi_k, *extras[:4], R, rho, do, L, delta, dk, dv, dphi_k, dl, *_strides(q, k, v, phi_q, phi_k), *sizes),
-        _pick(dict(HAS_START=plan.segments>1, **flags, **c), _window_bwd_k_kernel), tuned, v.device)
+        _pick(dict(HAS_START=plan.segments>1, **_widths(window, c), **flags, **c), _window_bwd_k_kernel), tuned, v.device)
     small = (None if x is None else f(x.dtype) for x,f in ((log_q, lambda dt: (-dg).to(dt)), (log_k, lambda dt: _total(dl, dt)), (log_gamma, lambda dt: dg.sum((0,2)).to(dt))))
     return dq, dk, _total(dv, v.dtype), dphi_q, dphi_k, *small
 
@@ -525,14 +633,16 @@ def window_usage(
     kernel:str='forward', # "forward", "backward q" (walks ahead), "backward k" (walks back), "states" or "costates" (what a segment adds)
     group:int=1, # Query heads per key-value head
     logs:bool=False, # With log weights of queries and keys, and log_gamma?
+    window:int=64, # Keys seen through softmax
     **config, # Block sizes, `num_warps` or `num_stages` in place of the chosen ones, and flags
-)->dict: # What `offline_usage` returns, and the configuration
+)->dict: # What `offline_usage` and `offline_cycles` return, of a group's heads one counted, and the configuration
     "What the kernels of window attention use on an H100 or H200, found without one."
     f = {'forward':_window_fwd_kernel, 'states':_window_states_kernel, 'backward q':_window_bwd_q_kernel, 'costates':_window_costates_kernel, 'backward k':_window_bwd_k_kernel}[kernel]
     e = lambda h, d: torch.empty(1, h, 1, d, dtype=dtype, device='meta')
     c = _constants(e(group, head_dim), e(1, head_dim), e(1, head_dim), e(group, feature_dim), e(1, feature_dim), 'tf32x3', kernel not in ('forward','states'))
     c = c | dict(HAS_LOG_Q=logs, HAS_LOG_K=logs, HAS_GAMMA=logs, HAS_MASK=False, HAS_PAST=False, HAS_START=False, HAS_END=False) | config
+    c |= _widths(window, c) | {n:feature_dim if n[-2] in 'fg' else head_dim for n in f.arg_names if n.startswith('stride') and n.endswith('t')} # tokens one behind the other
     short = {torch.bfloat16:'bf16', torch.float16:'fp16', torch.float32:'fp32'}[dtype]
     fp32 = 'log_q_ptr','log_k_ptr','gamma_ptr','past_log_ptr','states_ptr','m_ptr','L_ptr','delta_ptr','dg_ptr','dl_ptr','S_ptr','z_ptr','m_end_ptr',*(('dv_ptr',) if feature_dim>c['BLOCK_F'] else ())
-    use = offline_usage(f, c, short, fp32, dict(mask_ptr='i8'))
-    return dict(kernel=kernel, F=feature_dim, D=head_dim, dtype=short, group=group, logs=logs, block_t=c['BLOCK_T'], block_f=c['BLOCK_F'], block_d=c['BLOCK_D'], warps=c['num_warps'], **use)
+    args,turns = (f, c, short, fp32, dict(mask_ptr='i8')),triton.cdiv(window, c['BLOCK_T'])
+    return dict(kernel=kernel, F=feature_dim, D=head_dim, dtype=short, group=group, logs=logs, window=window, block_t=c['BLOCK_T'], block_f=c['BLOCK_F'], block_d=c['BLOCK_D'], warps=c['num_warps'], **offline_usage(*args), **offline_cycles(*args, inner=max(1, turns) if group==1 else 1))
