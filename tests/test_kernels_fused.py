@@ -116,7 +116,7 @@ def test_everything_at_once(form, heads, causal):
 @pytest.mark.parametrize('form,causal,kw', [('exp', True, dict(schedule=2)), ('exp', True, dict(cu=[0,7,8,20])), ('softmax_halves', True, dict()), ('softmax_joint', False, dict(schedule=2)), ('exp', False, dict())], ids=str)
 def test_everything_at_once_apart(form, causal, kw):
     "A map of more outputs than the fused backward takes, by its width or by that of the values; the forward is fused in bf16."
-    for wide in (dict(E=72), dict(DV=70), dict(E=72, dtype=torch.bfloat16)):
+    for wide in (dict(E=72), dict(DV=70), *[dict(E=72, dtype=torch.bfloat16)]*(form!='exp')): # a loss of S exp(m) is no measure in bf16
         x = inputs(1 if 'cu' in kw else 2, 4, 2, 20, 8, **wide)
         if 'cu' in kw: check(x, form, causal, final=True, **kw)
         else: check(x, form, causal, **kw, **extras(x))
