@@ -26,7 +26,7 @@ def inside(
 )->dict: # w_q, w_k, b_q, b_k and form for `fused_hedgehog_attention`, or None
     "What the fused kernel needs of a map that it can hold; None for all others."
     res = held(feature_map)
-    return None if res is None or _too_wide(q.shape[-1], feature_map.feature_dim//2, v.shape[-1], q.dtype) else res
+    return None if res is None or _too_wide(q.shape[-1], feature_map.feature_dim//2, v.shape[-1]) else res
 
 # %% ../../kernels/08_dispatch.ipynb #5e0276f6
 def _decodes(q, k, v, feature_map, causal, state, cu_seqlens):

@@ -17,8 +17,8 @@ from ..hedgehog import FORMS
 from ..linear_attention import NOTHING, LinearState, operation, _check_cu_seqlens
 from .feature_map import _INTERPRET, _cdiv, _dot, _features, _features_bwd, _on, offline_cycles, offline_usage
 from .feature_map import _backward as _map_backward, _forward as _map_forward
-from .chunk import _forward as _attention_forward, _EPS, _NOTHING, _cummax_within, _last_slot, _plan, _segment, _segments, _tile
-from .chunk_backward import _backward as _attention_backward, _borders
+from .chunk import _forward as _attention_forward, _count, _weigh, _EPS, _NOTHING, _cummax_within, _last_slot, _plan, _segment, _segments, _tile
+from .chunk_backward import _backward as _attention_backward, _borders, _recall
 from .tuning import neighbours, tuned_launch
 import triton, triton.language as tl
 
@@ -51,29 +51,9 @@ def _add(S_pos, S_neg, pos, neg, u, DOT:tl.constexpr, PRECISION:tl.constexpr):
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #9f68bdea
 @triton.jit
-def _columns(pos, neg):
-    "Two vectors as 16 columns, 8 equal ones each: what a product wants at least."
-    return tl.where(tl.arange(0, 16)[None, :] < 8, pos[:, None], neg[:, None])
-
-@triton.jit
-def _vectors(z):
-    "`_columns` undone."
-    col = tl.arange(0, 16)[None, :]
-    return tl.sum(tl.where(col == 0, z, 0.), 1), tl.sum(tl.where(col == 8, z, 0.), 1)
-
-@triton.jit
-def _count(z, pos, neg, c, DOT:tl.constexpr, PRECISION:tl.constexpr):
-    "z + φᵀc, each half in its columns."
-    none = tl.zeros(c.shape, tl.float32)
-    z = _dot(tl.trans(pos), _columns(c, none), z, DOT, PRECISION)
-    return _dot(tl.trans(neg), _columns(none, c), z, DOT, PRECISION)
-
-# %% ../../kernels/04_fused_hedgehog.ipynb #5153709c
-@triton.jit
-def _two(z, HALF:tl.constexpr, DOT:tl.constexpr):
-    "A half of z as the operand of a product: a column of z rounded to `DOT`, one of what rounding lost, the others zero."
-    col, hi = tl.arange(0, 16)[None, :] - 8*HALF, z.to(DOT).to(tl.float32)
-    return tl.where(col == 0, hi, tl.where(col == 1, z - hi, 0.))
+def _counts(z_pos, z_neg, pos, neg, c, DOT:tl.constexpr, PRECISION:tl.constexpr):
+    "z + φᵀc for each half."
+    return _count(z_pos, pos, c, DOT, PRECISION), _count(z_neg, neg, c, DOT, PRECISION)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #71e2feb4
 @triton.jit
@@ -81,23 +61,22 @@ def _max(a, b): return tl.maximum(a, b)
 
 @triton.jit
 def _empty(BLOCK_E:tl.constexpr, BLOCK_V:tl.constexpr):
-    S, z = tl.zeros((BLOCK_V, BLOCK_E), tl.float32), tl.zeros((BLOCK_E, 16), tl.float32)
-    return S, S, z
+    S, z = tl.zeros((BLOCK_V, BLOCK_E), tl.float32), tl.zeros((BLOCK_E,), tl.float32)
+    return S, S, z, z
 
 @triton.jit
 def _load_state(ptr, tile, e, d, E:tl.constexpr, D:tl.constexpr):
-    "Both halves of S, transposed (BLOCK_V, BLOCK_E), and this tile's z."
+    "Both halves of S, transposed (BLOCK_V, BLOCK_E), and of this tile's z."
     at, inside = e[None, :]*D + d[:, None], (e < E)[None, :] & (d < D)[:, None]
     z = ptr + 2*E*(D + tile) + e
     return (tl.load(ptr + at, mask=inside, other=0.), tl.load(ptr + E*D + at, mask=inside, other=0.),
-            _columns(tl.load(z, mask=e < E, other=0.), tl.load(z + E, mask=e < E, other=0.)))
+            tl.load(z, mask=e < E, other=0.), tl.load(z + E, mask=e < E, other=0.))
 
 @triton.jit
-def _store_state(ptr, S_pos, S_neg, z, tile, e, d, E:tl.constexpr, D:tl.constexpr):
+def _store_state(ptr, S_pos, S_neg, z_pos, z_neg, tile, e, d, E:tl.constexpr, D:tl.constexpr):
     at, inside = e[None, :]*D + d[:, None], (e < E)[None, :] & (d < D)[:, None]
     tl.store(ptr + at, S_pos, mask=inside)
     tl.store(ptr + E*D + at, S_neg, mask=inside)
-    z_pos, z_neg = _vectors(z)
     ptr += 2*E*(D + tile) + e
     tl.store(ptr, z_pos, mask=e < E)
     tl.store(ptr + E, z_neg, mask=e < E)
@@ -129,15 +108,15 @@ def _fused_fwd_kernel(q_ptr, k_ptr, v_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_
     mask_ptr += b*T + begin
     rows_ptr += b*Hkv*GROUP*2*T + begin
     slot = head*slots + (part + sequence if CAUSAL else _last_slot(plan_ptr, sequence, slots, sequences, PACKED))
-    S_pos, S_neg, z = _empty(BLOCK_E, BLOCK_V)
+    S_pos, S_neg, z_pos, z_neg = _empty(BLOCK_E, BLOCK_V)
     m = _NOTHING
     if HAS_START:
-        S_pos, S_neg, z = _load_state(states_ptr + slot*(2*E*(DV + tiles)), tile, e, c, E, DV)
+        S_pos, S_neg, z_pos, z_neg = _load_state(states_ptr + slot*(2*E*(DV + tiles)), tile, e, c, E, DV)
         if HAS_LOG: m = tl.load(m_ptr + slot)
 
     for start in range(0, n, BLOCK_T):
         rows = t < n - start
-        sum_pos, sum_neg = _two(z, 0, WIDE), _two(z, 1, WIDE)
+        old_pos, old_neg = z_pos, z_neg
         if CAUSAL:
             keys = rows
             if HAS_MASK: keys = tl.load(mask_ptr + start + t, mask=rows, other=0) != 0
@@ -149,13 +128,12 @@ def _fused_fwd_kernel(q_ptr, k_ptr, v_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_
                 l = tl.where(keys, l if FORM == "exp" else 0., _NOTHING)
                 m_t, m_end = tl.maximum(m, tl.associative_scan(l, 0, _max)), tl.maximum(m, tl.max(l, 0))
                 fade, keep, weight = tl.exp(m - m_t), tl.exp(m - m_end), tl.where(keys, tl.exp(l - m_end), 0.)
-                u, z, m = v*weight[:, None], z*keep, m_end
-            z = _count(z, k_pos, k_neg, weight, DOT, PRECISION)
+                u, z_pos, z_neg, m = v*weight[:, None], z_pos*keep, z_neg*keep, m_end
+            z_pos, z_neg = _counts(z_pos, z_neg, k_pos, k_neg, weight, DOT, PRECISION)
 
         for g in range(GROUP if BLOCK_E <= 64 else _unknown(GROUP, T)):
             x, w, y, q_pos, q_neg, l_q = _mapped(q_ptr + (h*GROUP + g)*stride_qh, wq_ptr, bq_ptr, h*GROUP + g, t, e, d, stride_qt, rows, D, E, FORM, BIAS_Q, DOT, PRECISION)
-            den = _dot(q_pos, sum_pos, tl.zeros((BLOCK_T, 16), tl.float32), WIDE, PRECISION)
-            den = tl.sum(_dot(q_neg, sum_neg, den, WIDE, PRECISION), 1)
+            den = _weigh(q_pos, old_pos, DOT, WIDE, PRECISION) + _weigh(q_neg, old_neg, DOT, WIDE, PRECISION)
             o = _pairs(q_pos, q_neg, S_pos, S_neg, WIDE, PRECISION)
             if CAUSAL:
                 a = _pairs(q_pos, q_neg, k_pos, k_neg, DOT, PRECISION)
@@ -181,7 +159,7 @@ def _fused_fwd_kernel(q_ptr, k_ptr, v_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_
 
     if HAS_END:
         if stop == end:
-            _store_state(states_ptr + (slot + 1)*(2*E*(DV + tiles)), S_pos, S_neg, z, tile, e, c, E, DV)
+            _store_state(states_ptr + (slot + 1)*(2*E*(DV + tiles)), S_pos, S_neg, z_pos, z_neg, tile, e, c, E, DV)
             if HAS_LOG and tile == 0: tl.store(m_ptr + slot + 1, m)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #9a4d3e27
@@ -203,7 +181,7 @@ def _fused_states_kernel(x_ptr, u_ptr, w_ptr, b_ptr, mask_ptr, rows_ptr, delta_p
     rows_ptr += head*GROUP*2*T + begin
     delta_ptr += (tile*(tl.num_programs(0)//(tiles*segments)) + head)*GROUP*T + begin
     slot = head*slots + part + sequence + (0 if QUERIES else 1)
-    S_pos, S_neg, z = _empty(BLOCK_E, BLOCK_V)
+    S_pos, S_neg, z_pos, z_neg = _empty(BLOCK_E, BLOCK_V)
     m = _NOTHING
     if QUERIES and HAS_LOG: m = tl.load(m_ptr + slot)
 
@@ -222,13 +200,13 @@ def _fused_states_kernel(x_ptr, u_ptr, w_ptr, b_ptr, mask_ptr, rows_ptr, delta_p
                 l = tl.where(rows, l if FORM == "exp" else 0., _NOTHING)
                 m_end = tl.maximum(m, tl.max(l, 0))
                 keep, weight, m = tl.exp(m - m_end), tl.where(rows, tl.exp(l - m_end), 0.), m_end
-                u, S_pos, S_neg, z = u*weight[:, None], S_pos*keep, S_neg*keep, z*keep
-            z = _count(z, pos, neg, weight, DOT, PRECISION)
+                u, S_pos, S_neg, z_pos, z_neg = u*weight[:, None], S_pos*keep, S_neg*keep, z_pos*keep, z_neg*keep
+            z_pos, z_neg = _counts(z_pos, z_neg, pos, neg, weight, DOT, PRECISION)
             S_pos, S_neg = _add(S_pos, S_neg, pos, neg, u, DOT, PRECISION)
         x_ptr += BLOCK_T*stride_xt
         u_ptr += BLOCK_T*stride_ut
 
-    _store_state(states_ptr + slot*(2*E*(DV + tiles)), S_pos, S_neg, z, tile, e, c, E, DV)
+    _store_state(states_ptr + slot*(2*E*(DV + tiles)), S_pos, S_neg, z_pos, z_neg, tile, e, c, E, DV)
     if HAS_LOG and not QUERIES and tile == 0: tl.store(m_ptr + slot, m)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #f39bcb44
@@ -366,18 +344,6 @@ def _forward(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, form, causal, final, sa
     S,z = _split(plan.states(states[:,:,plan.slots(after=True)]), 2*c['E'], DV, tiles)
     return o, rows, *kept, S.clone(), z[...,0,:].clone(), plan.states(M[...,plan.slots(after=True)]).clone() if log else z.new_zeros(z.shape[:2])
 
-# %% ../../kernels/04_fused_hedgehog.ipynb #fb382f92
-@triton.jit
-def _recall(u, c, S, z, HALF:tl.constexpr, DOT:tl.constexpr, PRECISION:tl.constexpr):
-    "u S + c zᵀ, what a half of a state gives to rows u, c; z in its columns."
-    g = _dot(u, S, tl.zeros((u.shape[0], S.shape[1]), tl.float32), DOT, PRECISION)
-    if DOT == tl.bfloat16:
-        col, hi, top = tl.arange(0, 16)[None, :] - 8*HALF, c.to(DOT).to(tl.float32)[:, None], z.to(DOT).to(tl.float32)
-        left, right = tl.where(col == 2, c[:, None] - hi, tl.where((col == 0) | (col == 1), hi, 0.)), tl.where(col == 1, z - top, top)
-        g = _dot(left, tl.trans(right.to(DOT)), g, DOT, PRECISION)
-    else: g += c[:, None]*_vectors(z)[HALF][None, :]
-    return g
-
 # %% ../../kernels/04_fused_hedgehog.ipynb #c4111ca6
 @triton.jit
 def _unmap(x, w, pos, neg, g_pos, g_neg, factor, dw, db, FORM:tl.constexpr, HAS_BIAS:tl.constexpr, DOT:tl.constexpr, PRECISION:tl.constexpr):
@@ -411,10 +377,10 @@ def _fused_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr,
     delta_ptr += head*T + begin
     rows_ptr += head*2*T + begin
     slot = head//GROUP*slots + (part + sequence if CAUSAL else _last_slot(plan_ptr, sequence, slots, sequences, PACKED))
-    S_pos, S_neg, z = _empty(BLOCK_E, BLOCK_V)
+    S_pos, S_neg, z_pos, z_neg = _empty(BLOCK_E, BLOCK_V)
     m = _NOTHING
     if HAS_START:
-        S_pos, S_neg, z = _load_state(states_ptr + slot*(2*E*(DV + 1)), 0, e, c, E, DV)
+        S_pos, S_neg, z_pos, z_neg = _load_state(states_ptr + slot*(2*E*(DV + 1)), 0, e, c, E, DV)
         if HAS_LOG: m = tl.load(m_ptr + slot)
     dw, db = tl.zeros((BLOCK_E, BLOCK_D), tl.float32), tl.zeros((BLOCK_E, 16), tl.float32)
 
@@ -440,11 +406,11 @@ def _fused_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr,
                 da *= tl.exp(tl.where(seen, l[None, :] - m_t[:, None], 0.))
                 u, m = v*weight[:, None], m_end
             da = tl.where(seen, da, 0.).to(WIDE)
-        g_pos, g_neg = _recall(do, -delta, S_pos, z, 0, WIDE, PRECISION), _recall(do, -delta, S_neg, z, 1, WIDE, PRECISION)
+        g_pos, g_neg = _recall(do, -delta, S_pos, z_pos, WIDE, PRECISION), _recall(do, -delta, S_neg, z_neg, WIDE, PRECISION)
         if CAUSAL:
-            if HAS_LOG: g_pos, g_neg, S_pos, S_neg, z = g_pos*fade[:, None], g_neg*fade[:, None], S_pos*keep, S_neg*keep, z*keep
+            if HAS_LOG: g_pos, g_neg, S_pos, S_neg, z_pos, z_neg = g_pos*fade[:, None], g_neg*fade[:, None], S_pos*keep, S_neg*keep, z_pos*keep, z_neg*keep
             g_pos, g_neg = _dot(da, k_pos, g_pos, WIDE, PRECISION), _dot(da, k_neg, g_neg, WIDE, PRECISION)
-            z = _count(z, k_pos, k_neg, weight, DOT, PRECISION)
+            z_pos, z_neg = _counts(z_pos, z_neg, k_pos, k_neg, weight, DOT, PRECISION)
             S_pos, S_neg = _add(S_pos, S_neg, k_pos, k_neg, u, DOT, PRECISION)
         x, w, y, q_pos, q_neg, l_q = _mapped(q_ptr, wq_ptr, bq_ptr, h, t, e, d, stride_qt, rows, D, E, FORM, BIAS_Q, DOT, PRECISION, w_q)
         dx, dw, db = _unmap(x, w, q_pos, q_neg, g_pos, g_neg, inv, dw, db, FORM, BIAS_Q, WIDE, PRECISION)
@@ -495,8 +461,8 @@ def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_pt
     if not CAUSAL:
         slot = head*slots + sequence
         if PACKED: slot += tl.load(plan_ptr + sequences + 1 + sequence)
-    R_pos, R_neg, z = _empty(BLOCK_E, BLOCK_V)
-    if HAS_START: R_pos, R_neg, z = _load_state(states_ptr + (slot + (1 if CAUSAL else 0))*(2*E*(DV + 1)), 0, e, c, E, DV)
+    R_pos, R_neg, z_pos, z_neg = _empty(BLOCK_E, BLOCK_V)
+    if HAS_START: R_pos, R_neg, z_pos, z_neg = _load_state(states_ptr + (slot + (1 if CAUSAL else 0))*(2*E*(DV + 1)), 0, e, c, E, DV)
     m = _NOTHING
     if HAS_LOG: m = tl.load(m_ptr)
     dw, db = tl.zeros((BLOCK_E, BLOCK_D), tl.float32), tl.zeros((BLOCK_E, 16), tl.float32)
@@ -510,7 +476,7 @@ def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_pt
         v = _tile(v_ptr, t, c, stride_vt, keys, DV)
         if KEYS_FIRST: x, w, y, k_pos, k_neg, l = _mapped(k_ptr, wk_ptr, bk_ptr, h, t, e, d, stride_kt, keys, D, E, FORM, BIAS_K, DOT, PRECISION)
         one, old_pos, old_neg = tl.full((BLOCK_T,), 1., tl.float32), R_pos, R_neg
-        g_pos, g_neg = _recall(v, one, R_pos, z, 0, WIDE, PRECISION), _recall(v, one, R_neg, z, 1, WIDE, PRECISION)
+        g_pos, g_neg = _recall(v, one, R_pos, z_pos, WIDE, PRECISION), _recall(v, one, R_neg, z_neg, WIDE, PRECISION)
         if KEYS_FIRST: dv = _pairs(k_pos, k_neg, R_pos, R_neg, WIDE, PRECISION)
         if HAS_LOG:
             l = tl.where(keys, l if FORM == "exp" else 0., _NOTHING)
@@ -520,12 +486,12 @@ def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_pt
                 m_prev = tl.load(m_ptr - 1)
                 if left > 0: m_prev = tl.load(rows_ptr + T - 1)
                 keep = tl.exp(m_prev - m)
-                R_pos, R_neg, z, m = R_pos*keep, R_neg*keep, z*keep, m_prev
+                R_pos, R_neg, z_pos, z_neg, m = R_pos*keep, R_neg*keep, z_pos*keep, z_neg*keep, m_prev
 
         if CAUSAL and KEYS_FIRST:
             for g in range(GROUP):
                 do, delta, q_pos, q_neg = _asking(q_ptr + (h*GROUP + g)*stride_qh, do_ptr + (h*GROUP + g)*stride_oh, wq_ptr, bq_ptr, rows_ptr + g*2*T, delta_ptr + g*T, h*GROUP + g, t, e, d, c, stride_qt, stride_ot, rows, D, E, DV, FORM, BIAS_Q, DOT, WIDE, PRECISION)
-                a, da = _pairs(k_pos, k_neg, q_pos, q_neg, WIDE, PRECISION), _recall(v, one, tl.trans(do), _columns(delta, delta), 0, WIDE, PRECISION) # (keys, queries)
+                a, da = _pairs(k_pos, k_neg, q_pos, q_neg, WIDE, PRECISION), _recall(v, one, tl.trans(do), delta, WIDE, PRECISION) # (keys, queries)
                 if HAS_LOG:
                     m_t = tl.load(rows_ptr + (g*2 + 1)*T + t, mask=rows, other=-_NOTHING)
                     fade = tl.exp(tl.where(later, l[:, None] - m_t[None, :], 0.))
@@ -533,13 +499,13 @@ def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_pt
                 dv, da = _dot(tl.where(later, a, 0.), do, dv, WIDE, PRECISION), tl.where(later, da, 0.)
                 g_pos, g_neg = _dot(da, q_pos, g_pos, WIDE, PRECISION), _dot(da, q_neg, g_neg, WIDE, PRECISION)
                 if HAS_LOG: do, delta = do*tl.exp(m - m_t)[:, None], delta*tl.exp(m - m_t)
-                z = _count(z, q_pos, q_neg, delta, WIDE, PRECISION)
+                z_pos, z_neg = _counts(z_pos, z_neg, q_pos, q_neg, delta, WIDE, PRECISION)
                 R_pos, R_neg = _add(R_pos, R_neg, q_pos, q_neg, do, WIDE, PRECISION)
         elif CAUSAL:
             do, delta, q_pos, q_neg = _asking(q_ptr + h*stride_qh, do_ptr + h*stride_oh, wq_ptr, bq_ptr, rows_ptr, delta_ptr, h, t, e, d, c, stride_qt, stride_ot, rows, D, E, DV, FORM, BIAS_Q, DOT, WIDE, PRECISION)
-            da = tl.where(later, _recall(v, one, tl.trans(do), _columns(delta, delta), 0, WIDE, PRECISION), 0.)
+            da = tl.where(later, _recall(v, one, tl.trans(do), delta, WIDE, PRECISION), 0.)
             g_pos, g_neg = _dot(da, q_pos, g_pos, WIDE, PRECISION), _dot(da, q_neg, g_neg, WIDE, PRECISION)
-            z = _count(z, q_pos, q_neg, delta, WIDE, PRECISION)
+            z_pos, z_neg = _counts(z_pos, z_neg, q_pos, q_neg, delta, WIDE, PRECISION)
             R_pos, R_neg = _add(R_pos, R_neg, q_pos, q_neg, do, WIDE, PRECISION)
             x, w, y, k_pos, k_neg, l = _mapped(k_ptr, wk_ptr, bk_ptr, h, t, e, d, stride_kt, keys, D, E, FORM, BIAS_K, DOT, PRECISION)
             a = tl.where(later, _pairs(k_pos, k_neg, q_pos, q_neg, WIDE, PRECISION), 0.).to(WIDE)
@@ -560,7 +526,7 @@ def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_pt
         dv_ptr -= BLOCK_T*DV
 
     if CAUSAL and HAS_END:
-        if begin == first: _store_state(states_ptr + slot*(2*E*(DV + 1)), R_pos, R_neg, z, 0, e, c, E, DV)
+        if begin == first: _store_state(states_ptr + slot*(2*E*(DV + 1)), R_pos, R_neg, z_pos, z_neg, 0, e, c, E, DV)
     index = head*segments + part
     tl.store(dw_ptr + index*E*D + e[:, None]*D + d[None, :], dw, mask=(e < E)[:, None] & (d < D)[None, :])
     if BIAS_K: tl.store(db_ptr + index*E + e, tl.max(db, 1), mask=e < E)
@@ -677,7 +643,7 @@ def _gradient(ctx, do, _rows, _states, _M, dS, dz, _m):
 _fused_op.register_autograd(_gradient, setup_context=_save)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #0e78848a
-def _too_wide(D, E, DV, dtype):
+def _too_wide(D, E, DV):
     "Why the kernel does not take `D` channels of q and k, `E` outputs of the map and `DV` channels of v; None where it does."
     if not 1<=E<=256: return f"the kernel takes maps with 1 to 256 outputs; given E={E}"
     if D>256 or DV>256: return f"the kernel takes up to 256 channels of q, k and v; given {D} and {DV}"
@@ -697,7 +663,7 @@ def _check(q, k, v, w_q, w_k, b_q, b_k, form, causal, mask, state, cu_seqlens, s
     check_qkv(q, k, v, mask)
     _check_maps(q, k, w_q, w_k, b_q, b_k, form)
     (B,Hkv,T,DV),D,F = v.shape,q.shape[3],2*w_q.shape[1]
-    if why := _too_wide(D, F//2, DV, q.dtype): raise ValueError(why)
+    if why := _too_wide(D, F//2, DV): raise ValueError(why)
     if (causal or cu_seqlens is not None) and q.shape[2]!=T: raise ValueError(f"{'causal linear attention' if causal else 'cu_seqlens'} needs as many queries as keys; given {q.shape[2]} and {T}")
     N = B if cu_seqlens is None else len(cu_seqlens)-1
     if not q.dtype==k.dtype==v.dtype or q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
