@@ -71,7 +71,7 @@ def test_neighbours():
 
 class Kernel:
     "Stands for a kernel: keeps what it was started with."
-    __name__ = 'kernel'
+    __name__,arg_names = 'kernel',['x_ptr','stride_xb','stride_xt','T']
     def __init__(self): self.runs = []
     def __getitem__(self, grid): return lambda *args, **constants: self.runs.append((grid, args, constants))
 
@@ -80,7 +80,7 @@ CONSTANTS = dict(BLOCK_T=32, num_warps=4, num_stages=2, F=64)
 def on_a_gpu(monkeypatch, tmp_path, capturing=False):
     "Pretend: a device, no interpreter, and a timer by which one stage is fastest."
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path)); monkeypatch.delenv('HEDGEHOG_TUNE', raising=False)
-    monkeypatch.setattr(tuning, '_gpu', lambda i: f'GPU {i}'); monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: capturing)
+    monkeypatch.setattr(tuning, '_machine', lambda i: [f'GPU {i}', '3.6.0', '13.4']); monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: capturing)
     monkeypatch.setattr(tuning.triton.knobs.runtime, 'interpret', False)
     k = Kernel()
     def bench(f, **_):
@@ -89,27 +89,47 @@ def on_a_gpu(monkeypatch, tmp_path, capturing=False):
     monkeypatch.setattr(tuning.triton.testing, 'do_bench', bench)
     return k
 
-def start(k, device='cuda:0', **change): tuned_launch(k, (3,), ('x',), CONSTANTS | change, ('num_warps', 'num_stages'), torch.device(device))
+ARGS = 'x',4096,64,1000
+
+def start(k, device='cuda:0', grid=(3,), args=ARGS, **change): tuned_launch(k, grid, args, CONSTANTS | change, ('num_warps', 'num_stages'), torch.device(device))
 
 def test_a_launch_is_tuned_on_a_gpu_only(monkeypatch, tmp_path):
     k = on_a_gpu(monkeypatch, tmp_path)
-    start(k, 'cpu'); assert k.runs.pop()==((3,), ('x',), CONSTANTS) and not tuning.CHOSEN
-    start(k); assert k.runs.pop()==((3,), ('x',), CONSTANTS | dict(num_stages=1))
-    start(k, F=128); start(k, 'cuda:1'); assert len(tuning.CHOSEN)==3 # other shapes, another device
+    start(k, 'cpu'); assert k.runs.pop()==((3,), ARGS, CONSTANTS) and not tuning.CHOSEN
+    start(k); assert k.runs.pop()==((3,), ARGS, CONSTANTS | dict(num_stages=1))
+    start(k, F=128); start(k, 'cuda:1'); assert len(tuning.CHOSEN)==3 # other channels, another device
     key = json.loads(next(iter(tuning.CHOSEN)))
-    assert key[:3]==['GPU 0', tuning.triton.__version__, 'kernel'] and 'F=64' in key
+    assert key[:4]==['GPU 0', '3.6.0', '13.4', 'kernel'] and 'F=64' in key
     assert set(json.loads((tmp_path/'hedgehog_nb'/'tuning.json').read_text()))==set(tuning.CHOSEN)
+
+@pytest.mark.parametrize('change,chosen', [(dict(args=('x',4096,64,1024)), 1), (dict(args=('x',8192,64,513)), 1), (dict(grid=(4,)), 1), # the same class
+    (dict(args=('x',4096,64,1025)), 2), (dict(args=('x',4096,64,8192)), 2), (dict(grid=(5,)), 2), (dict(grid=(2048,)), 2), (dict(args=('x',4096,1024,1000)), 2)], ids=str)
+def test_the_shape_of_a_launch_is_in_the_key(monkeypatch, tmp_path, change, chosen):
+    "Tokens and programs up to a factor of two, and the stride between tokens: a short test does not choose for a long run."
+    k = on_a_gpu(monkeypatch, tmp_path)
+    start(k); start(k, **change)
+    assert len(tuning.CHOSEN)==chosen
+
+def test_every_tuned_kernel_says_its_tokens_and_strides():
+    from hedgehog_nb.kernels import chunk, chunk_backward, fused, window
+    kernels = [getattr(m, n) for m,names in {chunk:['_chunk_fwd_kernel'], chunk_backward:['_dq_kernel','_dkv_kernel'], window:['_window_fwd_kernel','_window_bwd_q_kernel','_window_bwd_k_kernel'],
+               fused:['_fused_fwd_kernel','_fused_states_kernel','_fused_dq_kernel','_fused_dkv_kernel']}.items() for n in names]
+    for k in kernels:
+        T,strides = tuning._places(k)
+        assert k.arg_names[T]=='T' and 2<=len(strides)<=5 and all(k.arg_names[i].startswith('stride_') for i in strides), k.__name__
 
 @pytest.mark.parametrize('how', ['variable', 'interpreter'])
 def test_it_can_be_turned_off(monkeypatch, tmp_path, how):
     k = on_a_gpu(monkeypatch, tmp_path)
     if how=='variable': monkeypatch.setenv('HEDGEHOG_TUNE', '0')
     else: monkeypatch.setattr(tuning.triton.knobs.runtime, 'interpret', True)
-    start(k); assert k.runs==[((3,), ('x',), CONSTANTS)] and not tuning.CHOSEN and not (tmp_path/'hedgehog_nb').exists()
+    start(k); assert k.runs==[((3,), ARGS, CONSTANTS)] and not tuning.CHOSEN and not (tmp_path/'hedgehog_nb').exists()
 
 def test_nothing_is_timed_while_a_graph_is_recorded(monkeypatch, tmp_path):
     k = on_a_gpu(monkeypatch, tmp_path, capturing=True)
+    record = lambda on: monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: on)
     start(k); assert k.runs.pop()[2]==CONSTANTS and not tuning.CHOSEN
-    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False); start(k)
-    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True); start(k)
-    assert [r[2]['num_stages'] for r in k.runs]==[1, 1] # what was chosen before holds
+    record(False); start(k)
+    record(True); start(k)
+    tuning.CHOSEN.clear(); start(k) # as in the next process: the file knows
+    assert [r[2]['num_stages'] for r in k.runs]==[1, 1, 1]

@@ -58,35 +58,44 @@ def _time(candidate, timer):
 def choose(
     key:str, # What the choice depends on
     candidates:list, # Dicts; the first is the default
-    timer, # Candidate -> milliseconds
+    timer, # Candidate -> milliseconds; None: nothing can be timed now
     path=None, # The file; `tuning_file()` if None
 )->dict: # One of `candidates`
-    "The fastest candidate: remembered, on file, or timed now, each once."
+    "The fastest candidate: remembered, on file, or timed now, each once. Without a timer the default, which is not remembered."
     path = tuning_file() if path is None else path
-    if key in CHOSEN: return CHOSEN[key]
-    res = _read(path).get(key)
+    res = CHOSEN.get(key)
+    if res is None: res = _read(path).get(key)
     if res not in candidates:
+        if timer is None: return candidates[0]
         times = [_time(c, timer) for c in candidates]
         res = candidates[times.index(min(times))]
         _write(path, key, res)
     CHOSEN[key] = res
     return res
 
+
 # %% ../../kernels/09_tuning.ipynb #20091a85
 @lru_cache
-def _gpu(index): return torch.cuda.get_device_name(index)
+def _machine(index): return [torch.cuda.get_device_name(index), triton.__version__, triton.knobs.nvidia.ptxas.version]
 
 def _tunes(device): # are kernels timed there?
     return device.type=='cuda' and os.environ.get('HEDGEHOG_TUNE', '1')!='0' and not triton.knobs.runtime.interpret
 
+@lru_cache
+def _places(kernel): # of the number of tokens and of the strides between tokens, among the arguments
+    names = kernel.arg_names
+    return names.index('T'),tuple(i for i,n in enumerate(names) if n.startswith('stride_') and n.endswith('t'))
+
+def _octave(n): return (int(n)-1).bit_length() # 2**k is the first power of two that is not below n
+
 @lru_cache(4096)
-def _key(name, constants, index): # of pairs
-    return json.dumps([_gpu(index), triton.__version__, name, *(f'{k}={v}' for k,v in sorted(constants))])
+def _key(name, constants, index, programs, tokens, strides): # constants as pairs
+    return json.dumps([*_machine(index), name, f'programs=2^{programs}', f'T=2^{tokens}', f'strides={strides}', *(f'{k}={v}' for k,v in sorted(constants))])
 
 def tuned_launch(
     kernel, # A `triton.jit` function that gives the same when it runs again
     grid:tuple, # Programs, the same for all candidates
-    args:tuple, # Its arguments, compile-time ones apart
+    args:tuple, # Its arguments in order, among them `T`, without the compile-time ones that follow
     constants:dict, # Its compile-time arguments, with `num_warps` and `num_stages`
     names:tuple, # What to vary; see `neighbours`
     device:torch.device, # Where the tensors lie
@@ -94,7 +103,9 @@ def tuned_launch(
     "Launch `kernel` with `constants`, changed as is fastest on this GPU; as they are elsewhere, and with HEDGEHOG_TUNE=0 in the environment."
     def run(change): kernel[grid](*args, **constants | change)
     if not _tunes(device): return run({})
-    key = _key(kernel.__name__, tuple(constants.items()), device.index)
-    if key in CHOSEN or torch.cuda.is_current_stream_capturing(): return run(CHOSEN.get(key, {})) # the latter: a CUDA graph is being recorded
+    T,strides = _places(kernel)
+    key = _key(kernel.__name__, tuple(constants.items()), device.index, _octave(grid[0]), _octave(args[T]), tuple(args[i] for i in strides))
+    if key in CHOSEN: return run(CHOSEN[key])
     timer = lambda change: triton.testing.do_bench(lambda: run(change), warmup=5, rep=20, return_mode='median')
-    run(choose(key, neighbours(constants, *names), timer))
+    run(choose(key, neighbours(constants, *names), None if torch.cuda.is_current_stream_capturing() else timer))
+
