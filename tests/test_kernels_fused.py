@@ -4,7 +4,7 @@ from hypothesis import given, settings, strategies as st
 from hedgehog_nb.feature_maps import per_head
 from hedgehog_nb.hedgehog import FORMS, Hedgehog, hedgehog_features
 from hedgehog_nb.linear_attention import LinearState, bidirectional_linear_attention, chunk_linear_attention, linear_attention
-from interpreter import DEVICE, HERE, kernel, python, run_under_interpreter
+from interpreter import DEVICE, HERE, kernel, other_masks, python, run_under_interpreter
 
 TOL = {torch.float32:1e-5, torch.float16:4e-3, torch.bfloat16:3e-2} # of the largest reference value; the interpreter cuts bf16 where a GPU rounds
 NAMES = 'q','k','v','w_q','w_k','b_q','b_k','S','z','m'
@@ -222,6 +222,18 @@ def test_causal_and_padding():
     close(o[:,:,9:40], ref, 1e-5); close(s.S, after.S, 1e-5); assert not o[:,:,:9].any() # these queries see no key
     grads = torch.autograd.grad(o.square().sum(), leaves)
     assert all(torch.isfinite(g).all() for g in grads) and not grads[1][:,:,:9].any() and not grads[2][:,:,40:].any()
+
+@kernel
+@pytest.mark.parametrize('causal,wide', [(True, {}), (False, {}), (True, dict(DV=70)), (True, dict(E=72))], ids=str) # in one kernel, and in kernels apart
+def test_masks_of_any_dtype(causal, wide):
+    x = inputs(**wide)
+    real = extras(x)['mask']
+    def run(mask):
+        leaves = [a.clone().requires_grad_() for a in x]
+        o,s = fused_hedgehog_attention(*leaves, causal=causal, mask=mask, output_final_state=True, schedule=2)
+        return [o, *s, *torch.autograd.grad(o.sin().sum() + s.S.sin().sum(), leaves)]
+    want = run(real)
+    for mask in other_masks(real): assert all(map(torch.equal, want, run(mask))), (mask.dtype, mask.unique())
 
 @kernel
 @pytest.mark.parametrize('causal', [True, False])

@@ -265,7 +265,7 @@ def _cut(heads, T, c, again, schedule, device, borders=None):
 
 def _pick(c, kernel): return {k:x for k,x in c.items() if k in kernel.arg_names or k.startswith('num_')}
 def _or(x, other): return other if x is None else x # a pointer that is never followed where None
-def _pad(mask): return None if mask is None else mask.to(torch.int8).contiguous()
+def _pad(mask): return None if mask is None else mask.bool().to(torch.int8).contiguous()
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #9c392b0c
 def _fill(states, slots, S, z, tiles, plan): # a state for each sequence into slots, or nothing
