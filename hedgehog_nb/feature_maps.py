@@ -379,7 +379,7 @@ class Flowformer(Attention):
     def feature_dim(self): return self.head_dim
     def _attend(self, q, k, v, causal, mask):
         k,v = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1])
-        real = torch.ones_like(k[:,:1,:,:1]) if mask is None else mask[:,None,:,None].to(k.dtype)   # (B, 1, T, 1)
+        real = torch.ones_like(k[:,:1,:,:1]) if mask is None else mask.bool()[:,None,:,None].to(k.dtype) # (B, 1, T, 1)
         q,k = q.sigmoid()*real, k.sigmoid()*real                                                  # (B, H, T, D)
         upto = (lambda x: x.cumsum(2)) if causal else (lambda x: x.sum(2, keepdim=True))
         n = upto(real).clamp_min(1)
@@ -408,7 +408,7 @@ class Linformer(Attention):
     def _attend(self, q, k, v, causal, mask):
         T = k.shape[2]
         if T>self.max_len: raise ValueError(f"this Linformer mixes up to {self.max_len} tokens; given {T}: make it with a larger max_len")
-        if mask is not None: k,v = (x*mask[:,None,:,None] for x in (k,v))
+        if mask is not None: k,v = (x*mask.bool()[:,None,:,None] for x in (k,v))
         e,f = (x[...,:T].to(k.dtype) for x in (self.e, self.f))
         return softmax_attention(q, e@k, f@v, causal=False, scale=self.scale)
 

@@ -13,6 +13,10 @@ DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 def python(*args, **env): return subprocess.run([sys.executable, *args], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=900)
 
+def other_masks(real):
+    "The mask `real` in other dtypes: whatever is not zero is True."
+    return [real.to(dt)*x for dt,x in ((torch.int64, 1), (torch.int64, 256), (torch.int64, -1), (torch.uint8, 2), (torch.uint8, 255), (torch.float32, .5), (torch.float32, 256.), (torch.bfloat16, -1))]
+
 def kernel(f):
     "A test that runs kernels: collected only where this process can."
     f.__test__ = HERE

@@ -3,7 +3,7 @@ import pytest, torch
 from hypothesis import Phase, given, settings, strategies as st
 from hedgehog_nb import linear_attention as attention
 from hedgehog_nb.linear_attention import HAS_TRITON, LinearState, bidirectional_linear_attention, recurrent_linear_attention, _suits_triton
-from interpreter import DEVICE, HERE, kernel, python, run_under_interpreter
+from interpreter import DEVICE, HERE, kernel, other_masks, python, run_under_interpreter
 from test_kernels_chunk import extras, inputs, rand
 
 TOL = {torch.float32:2e-5, torch.float16:4e-3, torch.bfloat16:4e-2} # of the largest reference value; the interpreter cuts bf16 where a GPU rounds
@@ -313,3 +313,14 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
 """
     res = python('-c', code, TRITON_INTERPRET='0', TRITON_DEFAULT_FP_FUSION='1', TRITON_CACHE_DIR=str(tmp_path))
     assert res.returncode==0, res.stderr
+
+@kernel
+@pytest.mark.parametrize('causal', [True, False])
+def test_masks_of_any_dtype(causal):
+    (q,k,v),kw = inputs(1, 2, 1),extras(1, 1, state=False)
+    def run(mask):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v, kw['log_k'])]
+        o,s = triton_linear_attention(*leaves, causal=causal, mask=mask, output_final_state=True, schedule=2)
+        return [o, *s, *torch.autograd.grad(o.sin().sum() + s.S.sin().sum(), leaves)]
+    want = run(kw['mask'])
+    for mask in other_masks(kw['mask']): assert all(map(torch.equal, want, run(mask))), (mask.dtype, mask.unique())

@@ -4,7 +4,7 @@ from hypothesis import given, settings, strategies as st
 from hedgehog_nb.feature_maps import make_feature_map
 from hedgehog_nb.hedgehog import FORMS
 from hedgehog_nb.linear_attention import LinearState, recurrent_linear_attention
-from interpreter import DEVICE, HERE, kernel, python, run_under_interpreter
+from interpreter import DEVICE, HERE, kernel, other_masks, python, run_under_interpreter
 
 TOL = {torch.float32:1e-5, torch.float16:2e-3, torch.bfloat16:2e-2} # of the largest reference value; the interpreter cuts bf16 where a GPU rounds
 
@@ -217,3 +217,13 @@ assert 'atom.global.gpu.acq_rel' not in whole
 """
     res = python('-c', code, TRITON_INTERPRET='0', TRITON_DEFAULT_FP_FUSION='1', TRITON_CACHE_DIR=str(tmp_path))
     assert res.returncode==0, res.stderr
+
+@kernel
+def test_masks_of_any_dtype():
+    (q,k,v),state = inputs(2, T=1),before(2, 1, 8, 8)
+    step = lambda mask: decode_step(q, k, v, state, mask=mask, inplace=False)
+    real = torch.tensor([[True], [False]], device=DEVICE)
+    o,s = step(real)
+    for mask in other_masks(real):
+        o2,s2 = step(mask)
+        assert torch.equal(o, o2) and all(map(torch.equal, s, s2)), (mask.dtype, mask.unique())

@@ -5,7 +5,7 @@ from hedgehog_nb.feature_maps import make_attention, make_feature_map
 from hedgehog_nb.hedgehog import FORMS
 from hedgehog_nb.linear_attention import LinearState
 from hedgehog_nb.window import WindowState, chunk_window_attention, joint_features, naive_window_attention, window_decode_step
-from interpreter import DEVICE, HERE, kernel, python, run_under_interpreter
+from interpreter import DEVICE, HERE, kernel, other_masks, python, run_under_interpreter
 
 TOL = {torch.float32:1e-5, torch.float16:4e-3, torch.bfloat16:4e-2} # of the largest reference value; the interpreter cuts bf16 where a GPU rounds
 NAMES = 'q','k','v','phi_q','phi_k'
@@ -320,3 +320,14 @@ def test_the_module_on_the_kernel(kw):
             s = slice(i, i+n); i += n
             o,state = a.attend(q[:,:,s], k[:,:,s], v[:,:,s], initial_state=state, output_final_state=True, implementation='triton'); os.append(o)
     torch.testing.assert_close(torch.cat(os, 2), want, atol=1e-4, rtol=1e-4)
+
+@kernel
+def test_masks_of_any_dtype():
+    a = inputs(masked=True)
+    want = run(triton_window_attention, a, 5)
+    after = lambda mask: triton_window_attention(**a | dict(mask=mask), window=5, output_final_state=True)[1]
+    state = after(a['mask'])
+    for mask in other_masks(a['mask']):
+        got = run(triton_window_attention, a | dict(mask=mask), 5)
+        assert all(torch.equal(got[n], want[n]) for n in want), (mask.dtype, mask.unique())
+        assert all(torch.equal(x, y) for x,y in zip(after(mask), state) if isinstance(x, torch.Tensor)), (mask.dtype, mask.unique())

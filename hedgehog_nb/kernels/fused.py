@@ -15,7 +15,7 @@ from torch import Tensor
 from ..attention import check_qkv, full_precision
 from ..hedgehog import FORMS
 from ..linear_attention import NOTHING, LinearState, operation, _check_cu_seqlens
-from .feature_map import _INTERPRET, _cdiv, _dot, _features, _features_bwd, _on, offline_cycles, offline_usage
+from .feature_map import _INTERPRET, _cdiv, _dot, _features, _features_bwd, _on, offline_cycles, offline_serialized, offline_usage
 from .feature_map import _backward as _map_backward, _forward as _map_forward
 from .chunk import _forward as _attention_forward, _count, _weigh, _EPS, _NOTHING, _cummax_within, _last_slot, _plan, _segment, _segments, _tile
 from .chunk_backward import _backward as _attention_backward, _borders, _recall
@@ -83,6 +83,11 @@ def _store_state(ptr, S_pos, S_neg, z_pos, z_neg, tile, e, d, E:tl.constexpr, D:
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #69185a64
 @triton.jit
+def _in_shared(w, S, DOT:tl.constexpr, PRECISION:tl.constexpr):
+    "S, with W in shared memory from here on: S + 0 Wᵀ, whose copy of W the products of a loop use too."
+    return _dot(tl.zeros((S.shape[0], w.shape[1]), DOT), tl.trans(w), S, DOT, PRECISION)
+
+@triton.jit
 def _unknown(n:tl.constexpr, T):
     "`n` as a bound that the compiler does not know: it opens no loop of one step, and moves less out of it."
     return tl.where(T > 0, n, 0)
@@ -114,6 +119,10 @@ def _fused_fwd_kernel(q_ptr, k_ptr, v_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_
         S_pos, S_neg, z_pos, z_neg = _load_state(states_ptr + slot*(2*E*(DV + tiles)), tile, e, c, E, DV)
         if HAS_LOG: m = tl.load(m_ptr + slot)
 
+    w_k, w_q = None, None
+    if CAUSAL and (HAS_LOG or GROUP > 1 or BLOCK_E > 64): w_k = _tile(wk_ptr + h*(E*D), e, d, D, e < E, D)
+    if GROUP == 1 and (HAS_LOG or BLOCK_E > 64): w_q = _tile(wq_ptr + h*(E*D), e, d, D, e < E, D)
+    if CAUSAL and GROUP == 1 and HAS_LOG and BLOCK_E <= 64: S_pos, S_neg = _in_shared(w_k, S_pos, DOT, PRECISION), _in_shared(w_q, S_neg, DOT, PRECISION)
     for start in range(0, n, BLOCK_T):
         rows = t < n - start
         old_pos, old_neg = z_pos, z_neg
@@ -121,18 +130,21 @@ def _fused_fwd_kernel(q_ptr, k_ptr, v_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_
             keys = rows
             if HAS_MASK: keys = tl.load(mask_ptr + start + t, mask=rows, other=0) != 0
             v = _tile(v_ptr, t, c, stride_vt, keys, DV)
-            x, w, y, k_pos, k_neg, l = _mapped(k_ptr, wk_ptr, bk_ptr, h, t, e, d, stride_kt, keys, D, E, FORM, BIAS_K, DOT, PRECISION)
-            k_pos, k_neg, seen, weight, u = k_pos.to(DOT), k_neg.to(DOT), past, tl.where(keys, 1., 0.), v
+            x, w, y, k_pos, k_neg, l = _mapped(k_ptr, wk_ptr, bk_ptr, h, t, e, d, stride_kt, keys, D, E, FORM, BIAS_K, DOT, PRECISION, w_k)
+            seen, weight, u, u_pos, u_neg = past, tl.where(keys, 1., 0.), v, k_pos.to(DOT), k_neg.to(DOT)
             if HAS_MASK: seen = past & keys[None, :]
             if HAS_LOG:
                 l = tl.where(keys, l if FORM == "exp" else 0., _NOTHING)
                 m_t, m_end = tl.maximum(m, tl.associative_scan(l, 0, _max)), tl.maximum(m, tl.max(l, 0))
-                fade, keep, weight = tl.exp(m - m_t), tl.exp(m - m_end), tl.where(keys, tl.exp(l - m_end), 0.)
-                u, z_pos, z_neg, m = v*weight[:, None], z_pos*keep, z_neg*keep, m_end
-            z_pos, z_neg = _counts(z_pos, z_neg, k_pos, k_neg, weight, DOT, PRECISION)
+                fade, keep, late = tl.exp(m - m_t), tl.exp(m - m_end), tl.where(keys, tl.exp(l - m_end), 0.)
+                z_pos, z_neg, m = z_pos*keep, z_neg*keep, m_end
+                if BLOCK_E <= 64: u_pos, u_neg = (k_pos*late[:, None]).to(DOT), (k_neg*late[:, None]).to(DOT)
+                else: u, weight = v*late[:, None], late # shared memory holds no second copy of wide features
+            k_pos, k_neg = k_pos.to(DOT), k_neg.to(DOT)
+            z_pos, z_neg = _counts(z_pos, z_neg, u_pos, u_neg, weight, DOT, PRECISION)
 
         for g in range(GROUP if BLOCK_E <= 64 else _unknown(GROUP, T)):
-            x, w, y, q_pos, q_neg, l_q = _mapped(q_ptr + (h*GROUP + g)*stride_qh, wq_ptr, bq_ptr, h*GROUP + g, t, e, d, stride_qt, rows, D, E, FORM, BIAS_Q, DOT, PRECISION)
+            x, w, y, q_pos, q_neg, l_q = _mapped(q_ptr + (h*GROUP + g)*stride_qh, wq_ptr, bq_ptr, h*GROUP + g, t, e, d, stride_qt, rows, D, E, FORM, BIAS_Q, DOT, PRECISION, w_q)
             den = _weigh(q_pos, old_pos, DOT, WIDE, PRECISION) + _weigh(q_neg, old_neg, DOT, WIDE, PRECISION)
             o = _pairs(q_pos, q_neg, S_pos, S_neg, WIDE, PRECISION)
             if CAUSAL:
@@ -151,7 +163,7 @@ def _fused_fwd_kernel(q_ptr, k_ptr, v_ptr, wq_ptr, bq_ptr, wk_ptr, bk_ptr, mask_
 
         if CAUSAL:
             if HAS_LOG: S_pos, S_neg = S_pos*keep, S_neg*keep
-            S_pos, S_neg = _add(S_pos, S_neg, k_pos, k_neg, u, DOT, PRECISION)
+            S_pos, S_neg = _add(S_pos, S_neg, u_pos, u_neg, u, DOT, PRECISION)
         q_ptr += BLOCK_T*stride_qt
         k_ptr += BLOCK_T*stride_kt
         v_ptr += BLOCK_T*stride_vt
@@ -184,24 +196,30 @@ def _fused_states_kernel(x_ptr, u_ptr, w_ptr, b_ptr, mask_ptr, rows_ptr, delta_p
     S_pos, S_neg, z_pos, z_neg = _empty(BLOCK_E, BLOCK_V)
     m = _NOTHING
     if QUERIES and HAS_LOG: m = tl.load(m_ptr + slot)
+    w_x = None
+    if GROUP == 1:
+        w_x = _tile(w_ptr + h*(E*D), e, d, D, e < E, D)
+        S_pos = _in_shared(w_x, S_pos, DOT, PRECISION)
 
     for start in range(0, n, BLOCK_T):
         rows = t < n - start
         if HAS_MASK: rows = tl.load(mask_ptr + start + t, mask=rows, other=0) != 0
         for g in range(GROUP):
             u = _tile(u_ptr + (h*GROUP + g)*stride_uh, t, c, stride_ut, rows, DV)
-            x, w, y, pos, neg, l = _mapped(x_ptr + (h*GROUP + g)*stride_xh, w_ptr, b_ptr, h*GROUP + g, t, e, d, stride_xt, rows, D, E, FORM, HAS_BIAS, DOT, PRECISION)
+            x, w, y, pos, neg, l = _mapped(x_ptr + (h*GROUP + g)*stride_xh, w_ptr, b_ptr, h*GROUP + g, t, e, d, stride_xt, rows, D, E, FORM, HAS_BIAS, DOT, PRECISION, w_x)
             weight = tl.where(rows, 1., 0.)
+            count = weight
             if QUERIES:
                 weight = tl.load(rows_ptr + g*2*T + start + t, mask=rows, other=0.)
                 if HAS_LOG: weight *= tl.exp(m - tl.load(rows_ptr + (g*2 + 1)*T + start + t, mask=rows, other=-_NOTHING))
-                u, weight = u*weight[:, None], -weight*tl.load(delta_ptr + g*T + start + t, mask=rows, other=0.)
+                count = -tl.load(delta_ptr + g*T + start + t, mask=rows, other=0.)
+                pos, neg = pos*weight[:, None], neg*weight[:, None]
             elif HAS_LOG:
                 l = tl.where(rows, l if FORM == "exp" else 0., _NOTHING)
                 m_end = tl.maximum(m, tl.max(l, 0))
                 keep, weight, m = tl.exp(m - m_end), tl.where(rows, tl.exp(l - m_end), 0.), m_end
-                u, S_pos, S_neg, z_pos, z_neg = u*weight[:, None], S_pos*keep, S_neg*keep, z_pos*keep, z_neg*keep
-            z_pos, z_neg = _counts(z_pos, z_neg, pos, neg, weight, DOT, PRECISION)
+                pos, neg, S_pos, S_neg, z_pos, z_neg = pos*weight[:, None], neg*weight[:, None], S_pos*keep, S_neg*keep, z_pos*keep, z_neg*keep
+            z_pos, z_neg = _counts(z_pos, z_neg, pos, neg, count, DOT, PRECISION)
             S_pos, S_neg = _add(S_pos, S_neg, pos, neg, u, DOT, PRECISION)
         x_ptr += BLOCK_T*stride_xt
         u_ptr += BLOCK_T*stride_ut
@@ -265,7 +283,7 @@ def _cut(heads, T, c, again, schedule, device, borders=None):
 
 def _pick(c, kernel): return {k:x for k,x in c.items() if k in kernel.arg_names or k.startswith('num_')}
 def _or(x, other): return other if x is None else x # a pointer that is never followed where None
-def _pad(mask): return None if mask is None else mask.to(torch.int8).contiguous()
+def _pad(mask): return None if mask is None else mask.bool().to(torch.int8).contiguous()
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #9c392b0c
 def _fill(states, slots, S, z, tiles, plan): # a state for each sequence into slots, or nothing
@@ -350,8 +368,8 @@ def _unmap(x, w, pos, neg, g_pos, g_neg, factor, dw, db, FORM:tl.constexpr, HAS_
     "Gradients of a tile x, and of W and b summed on, from those of its features; a common factor of a row's features has no gradient."
     dy = (_features_bwd(pos, neg, g_pos, g_neg, FORM)*factor[:, None]).to(DOT)
     dx = _dot(dy, w, tl.zeros(x.shape, tl.float32), DOT, PRECISION)
-    dw = _dot(tl.trans(dy), x, dw, DOT, PRECISION)
-    if HAS_BIAS: db = _dot(tl.trans(dy), tl.full((x.shape[0], 16), 1., tl.float32), db, DOT, PRECISION)
+    dw = _dot(tl.trans(x), dy, dw, DOT, PRECISION)
+    if HAS_BIAS: db = _dot(tl.full((16, x.shape[0]), 1., tl.float32), dy, db, DOT, PRECISION)
     return dx, dw, db
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #5c8e7af6
@@ -382,7 +400,7 @@ def _fused_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr,
     if HAS_START:
         S_pos, S_neg, z_pos, z_neg = _load_state(states_ptr + slot*(2*E*(DV + 1)), 0, e, c, E, DV)
         if HAS_LOG: m = tl.load(m_ptr + slot)
-    dw, db = tl.zeros((BLOCK_E, BLOCK_D), tl.float32), tl.zeros((BLOCK_E, 16), tl.float32)
+    dw, db = tl.zeros((BLOCK_D, BLOCK_E), tl.float32), tl.zeros((16, BLOCK_E), tl.float32)
 
     w_k, w_q = _tile(wk_ptr + h//GROUP*(E*D), e, d, D, e < E, D), _tile(wq_ptr + h*(E*D), e, d, D, e < E, D)
     for start in range(0, n, BLOCK_T):
@@ -396,22 +414,23 @@ def _fused_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr,
             if HAS_MASK: keys = tl.load(mask_ptr + start + t, mask=rows, other=0) != 0
             v = _tile(v_ptr, t, c, stride_vt, keys, DV)
             x, w, y, k_pos, k_neg, l = _mapped(k_ptr, wk_ptr, bk_ptr, h//GROUP, t, e, d, stride_kt, keys, D, E, FORM, BIAS_K, DOT, PRECISION, w_k)
-            k_pos, k_neg, seen, weight, u = k_pos.to(DOT), k_neg.to(DOT), past, tl.where(keys, 1., 0.), v
+            seen, weight, u_pos, u_neg = past, tl.where(keys, 1., 0.), k_pos.to(DOT), k_neg.to(DOT)
             if HAS_MASK: seen = past & keys[None, :]
             da = _dot(do, tl.trans(v), tl.zeros((BLOCK_T, BLOCK_T), tl.float32), DOT, PRECISION) - delta[:, None]
             if HAS_LOG:
                 l, m_t = tl.where(keys, l if FORM == "exp" else 0., _NOTHING), tl.load(rows_ptr + T + start + t, mask=rows, other=-_NOTHING)
                 m_end = tl.maximum(m, tl.max(l, 0))
-                fade, keep, weight = tl.exp(m - m_t), tl.exp(m - m_end), tl.where(keys, tl.exp(l - m_end), 0.)
+                fade, keep, late = tl.exp(m - m_t), tl.exp(m - m_end), tl.where(keys, tl.exp(l - m_end), 0.)
                 da *= tl.exp(tl.where(seen, l[None, :] - m_t[:, None], 0.))
-                u, m = v*weight[:, None], m_end
+                u_pos, u_neg, m = (k_pos*late[:, None]).to(DOT), (k_neg*late[:, None]).to(DOT), m_end
+            k_pos, k_neg = k_pos.to(DOT), k_neg.to(DOT)
             da = tl.where(seen, da, 0.).to(WIDE)
         g_pos, g_neg = _recall(do, -delta, S_pos, z_pos, WIDE, PRECISION), _recall(do, -delta, S_neg, z_neg, WIDE, PRECISION)
         if CAUSAL:
             if HAS_LOG: g_pos, g_neg, S_pos, S_neg, z_pos, z_neg = g_pos*fade[:, None], g_neg*fade[:, None], S_pos*keep, S_neg*keep, z_pos*keep, z_neg*keep
             g_pos, g_neg = _dot(da, k_pos, g_pos, WIDE, PRECISION), _dot(da, k_neg, g_neg, WIDE, PRECISION)
-            z_pos, z_neg = _counts(z_pos, z_neg, k_pos, k_neg, weight, DOT, PRECISION)
-            S_pos, S_neg = _add(S_pos, S_neg, k_pos, k_neg, u, DOT, PRECISION)
+            z_pos, z_neg = _counts(z_pos, z_neg, u_pos, u_neg, weight, DOT, PRECISION)
+            S_pos, S_neg = _add(S_pos, S_neg, u_pos, u_neg, v, DOT, PRECISION)
         x, w, y, q_pos, q_neg, l_q = _mapped(q_ptr, wq_ptr, bq_ptr, h, t, e, d, stride_qt, rows, D, E, FORM, BIAS_Q, DOT, PRECISION, w_q)
         dx, dw, db = _unmap(x, w, q_pos, q_neg, g_pos, g_neg, inv, dw, db, FORM, BIAS_Q, WIDE, PRECISION)
         tl.store(dq_ptr + t[:, None]*D + d[None, :], dx, mask=rows[:, None] & (d < D)[None, :])
@@ -423,8 +442,8 @@ def _fused_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr,
         dq_ptr += BLOCK_T*D
 
     index = head*segments + part
-    tl.store(dw_ptr + index*E*D + e[:, None]*D + d[None, :], dw, mask=(e < E)[:, None] & (d < D)[None, :])
-    if BIAS_Q: tl.store(db_ptr + index*E + e, tl.max(db, 1), mask=e < E)
+    tl.store(dw_ptr + index*E*D + e[None, :]*D + d[:, None], dw, mask=(e < E)[None, :] & (d < D)[:, None])
+    if BIAS_Q: tl.store(db_ptr + index*E + e, tl.max(db, 0), mask=e < E)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #5a143dff
 @triton.jit
@@ -465,7 +484,7 @@ def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_pt
     if HAS_START: R_pos, R_neg, z_pos, z_neg = _load_state(states_ptr + (slot + (1 if CAUSAL else 0))*(2*E*(DV + 1)), 0, e, c, E, DV)
     m = _NOTHING
     if HAS_LOG: m = tl.load(m_ptr)
-    dw, db = tl.zeros((BLOCK_E, BLOCK_D), tl.float32), tl.zeros((BLOCK_E, 16), tl.float32)
+    dw, db = tl.zeros((BLOCK_D, BLOCK_E), tl.float32), tl.zeros((16, BLOCK_E), tl.float32)
     KEYS_FIRST: tl.constexpr = GROUP > 1 or HAS_LOG or not CAUSAL # of the orders of work, the one that holds less at a time maps them last
 
     for i in range(tl.cdiv(n, BLOCK_T)):
@@ -528,8 +547,8 @@ def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_pt
     if CAUSAL and HAS_END:
         if begin == first: _store_state(states_ptr + slot*(2*E*(DV + 1)), R_pos, R_neg, z_pos, z_neg, 0, e, c, E, DV)
     index = head*segments + part
-    tl.store(dw_ptr + index*E*D + e[:, None]*D + d[None, :], dw, mask=(e < E)[:, None] & (d < D)[None, :])
-    if BIAS_K: tl.store(db_ptr + index*E + e, tl.max(db, 1), mask=e < E)
+    tl.store(dw_ptr + index*E*D + e[None, :]*D + d[:, None], dw, mask=(e < E)[None, :] & (d < D)[:, None])
+    if BIAS_K: tl.store(db_ptr + index*E + e, tl.max(db, 0), mask=e < E)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #35deefa7
 def _query_states(q, do, w_q, b_q, rows, delta, M, R, causal, plan, group, c):
@@ -716,7 +735,7 @@ def fused_usage(
     num_maps:int=1, # Outputs of the map are E = num_maps·D
     group:int=1, # Query heads per key-value head
     **config, # Block sizes, `num_warps` or `num_stages` in place of the chosen ones
-)->dict: # What `offline_usage` and `offline_cycles` return, and the configuration
+)->dict: # What `offline_usage`, `offline_serialized` and `offline_cycles` return, and the configuration
     "What the kernels of the fused attention use on an H100 or H200, found without one."
     q,w = torch.empty(1, 1, 1, head_dim, dtype=dtype),torch.empty(1, num_maps*head_dim, head_dim, dtype=dtype)
     f = dict(o=_fused_fwd_kernel, states=_fused_states_kernel, dq=_fused_dq_kernel, dkv=_fused_dkv_kernel)[kernel]
@@ -726,4 +745,4 @@ def fused_usage(
     c |= {n:head_dim for n in f.arg_names if n.startswith('stride') and n.endswith('t')} # tokens one behind the other
     args = f, c, {torch.bfloat16:'bf16', torch.float16:'fp16', torch.float32:'fp32'}[dtype], ('m_ptr','states_ptr','rows_ptr','delta_ptr','dw_ptr','db_ptr'), dict(plan_ptr='i32', mask_ptr='i8')
     return dict(kernel=kernel, D=head_dim, E=c['E'], group=group, dtype=args[2], form=form, block_t=c['BLOCK_T'], block_v=c['BLOCK_V'], warps=c['num_warps'], stages=c['num_stages'], **offline_usage(*args),
-                **offline_cycles(*args))
+                serialized=offline_serialized(*args), **offline_cycles(*args))
