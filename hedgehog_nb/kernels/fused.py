@@ -528,7 +528,7 @@ def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_pt
             if HAS_MASK: dv = tl.where(keys[:, None], dv, 0.)
             tl.store(dv_ptr + t[:, None]*DV + c[None, :], dv, mask=rows[:, None] & (c < DV)[None, :])
 
-        if CAUSAL: x, w, y, k_pos, k_neg, y_max = _mapped(k_ptr, wk_ptr, bk_ptr, h, t, e, d, stride_kt, keys, D, E, FORM, BIAS_K, DOT, PRECISION, w_k) # again: nothing is kept in registers meanwhile
+        if CAUSAL: x, w, y, k_pos, k_neg, y_max = _mapped(k_ptr, wk_ptr, bk_ptr, h, t, e, d, stride_kt, keys, D, E, FORM, BIAS_K, DOT, PRECISION, w_k) # again, not kept; the store of dv in between stops the compiler from joining the two
         dx, dw, db = _unmap(x, w, k_pos, k_neg, g_pos, g_neg, tl.where(keys, 1., 0.), dw, db, FORM, BIAS_K, WIDE, PRECISION)
         tl.store(dk_ptr + t[:, None]*D + d[None, :], dx, mask=rows[:, None] & (d < D)[None, :])
         q_ptr -= BLOCK_T*stride_qt
