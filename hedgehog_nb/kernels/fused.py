@@ -447,10 +447,11 @@ def _fused_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr,
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #5a143dff
 @triton.jit
-def _asking(q_ptr, do_ptr, w_ptr, b_ptr, rows_ptr, delta_ptr, head, t, e, d, c, stride_qt:tl.constexpr, stride_ot:tl.constexpr, rows, D:tl.constexpr, E:tl.constexpr, DV:tl.constexpr, FORM:tl.constexpr, HAS_BIAS:tl.constexpr, DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr):
+def _asking(q_ptr, do_ptr, w_ptr, b_ptr, rows_ptr, delta_ptr, head, t, e, d, c, stride_qt:tl.constexpr, stride_ot:tl.constexpr, rows, D:tl.constexpr, E:tl.constexpr, DV:tl.constexpr, FORM:tl.constexpr, HAS_BIAS:tl.constexpr,
+            DOT:tl.constexpr, WIDE:tl.constexpr, PRECISION:tl.constexpr, w=None):
     "A tile of queries and what they ask with: do, -δ, and both halves of their features over the normaliser."
     inv, delta = tl.load(rows_ptr + t, mask=rows, other=0.), tl.load(delta_ptr + t, mask=rows, other=0.)
-    x, w, y, pos, neg, l = _mapped(q_ptr, w_ptr, b_ptr, head, t, e, d, stride_qt, rows, D, E, FORM, HAS_BIAS, DOT, PRECISION)
+    x, w, y, pos, neg, l = _mapped(q_ptr, w_ptr, b_ptr, head, t, e, d, stride_qt, rows, D, E, FORM, HAS_BIAS, DOT, PRECISION, w)
     return _tile(do_ptr, t, c, stride_ot, rows, DV), -delta, (pos*inv[:, None]).to(WIDE), (neg*inv[:, None]).to(WIDE)
 
 @triton.jit(do_not_specialize=["T", "length", "segments", "slots", "sequences"])
@@ -485,7 +486,10 @@ def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_pt
     m = _NOTHING
     if HAS_LOG: m = tl.load(m_ptr)
     dw, db = tl.zeros((BLOCK_D, BLOCK_E), tl.float32), tl.zeros((16, BLOCK_E), tl.float32)
-    KEYS_FIRST: tl.constexpr = GROUP > 1 or HAS_LOG or not CAUSAL # of the orders of work, the one that holds less at a time maps them last
+    ALONE: tl.constexpr = CAUSAL and GROUP == 1
+    w_k, w_q = _tile(wk_ptr + h*(E*D), e, d, D, e < E, D), None
+    if ALONE: w_q = _tile(wq_ptr + h*(E*D), e, d, D, e < E, D)
+    one = tl.full((BLOCK_T,), 1., tl.float32)
 
     for i in range(tl.cdiv(n, BLOCK_T)):
         left = tl.cdiv(n, BLOCK_T) - 1 - i
@@ -493,24 +497,43 @@ def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_pt
         keys = rows
         if HAS_MASK: keys = tl.load(mask_ptr + t, mask=rows, other=0) != 0
         v = _tile(v_ptr, t, c, stride_vt, keys, DV)
-        if KEYS_FIRST: x, w, y, k_pos, k_neg, l = _mapped(k_ptr, wk_ptr, bk_ptr, h, t, e, d, stride_kt, keys, D, E, FORM, BIAS_K, DOT, PRECISION)
-        one, old_pos, old_neg = tl.full((BLOCK_T,), 1., tl.float32), R_pos, R_neg
-        g_pos, g_neg = _recall(v, one, R_pos, z_pos, WIDE, PRECISION), _recall(v, one, R_neg, z_neg, WIDE, PRECISION)
-        if KEYS_FIRST: dv = _pairs(k_pos, k_neg, R_pos, R_neg, WIDE, PRECISION)
+        if ALONE: do, delta, q_pos, q_neg = _asking(q_ptr + h*stride_qh, do_ptr + h*stride_oh, wq_ptr, bq_ptr, rows_ptr, delta_ptr, h, t, e, d, c, stride_qt, stride_ot, rows, D, E, DV, FORM, BIAS_Q, DOT, WIDE, PRECISION, w_q)
+        x, w, y, k_pos, k_neg, l = _mapped(k_ptr, wk_ptr, bk_ptr, h, t, e, d, stride_kt, keys, D, E, FORM, BIAS_K, DOT, PRECISION, w_k)
+        dv = _pairs(k_pos, k_neg, R_pos, R_neg, WIDE, PRECISION)
         if HAS_LOG:
             l = tl.where(keys, l if FORM == "exp" else 0., _NOTHING)
             weight = tl.where(keys, tl.exp(l - m), 0.)
-            dv, g_pos, g_neg = dv*weight[:, None], g_pos*weight[:, None], g_neg*weight[:, None]
+            dv *= weight[:, None]
             if CAUSAL:
                 m_prev = tl.load(m_ptr - 1)
                 if left > 0: m_prev = tl.load(rows_ptr + T - 1)
                 keep = tl.exp(m_prev - m)
-                R_pos, R_neg, z_pos, z_neg, m = R_pos*keep, R_neg*keep, z_pos*keep, z_neg*keep, m_prev
+                m = m_prev
 
-        if CAUSAL and KEYS_FIRST:
+        if ALONE: # dv first, then the rest: fewer sums at a time
+            a = _pairs(k_pos, k_neg, q_pos, q_neg, WIDE, PRECISION) # (keys, queries)
+            if HAS_LOG:
+                m_t = tl.load(rows_ptr + T + t, mask=rows, other=-_NOTHING)
+                fade = tl.exp(tl.where(later, l[:, None] - m_t[None, :], 0.))
+                a *= fade
+            dv = _dot(tl.where(later, a, 0.), do, dv, WIDE, PRECISION)
+            if HAS_MASK: dv = tl.where(keys[:, None], dv, 0.)
+            tl.store(dv_ptr + t[:, None]*DV + c[None, :], dv, mask=rows[:, None] & (c < DV)[None, :])
+        g_pos, g_neg = _recall(v, one, R_pos, z_pos, WIDE, PRECISION), _recall(v, one, R_neg, z_neg, WIDE, PRECISION)
+        if HAS_LOG: g_pos, g_neg = g_pos*weight[:, None], g_neg*weight[:, None]
+        if ALONE:
+            da = _recall(v, one, tl.trans(do), delta, WIDE, PRECISION)
+            if HAS_LOG: da *= fade
+            da = tl.where(later, da, 0.)
+            g_pos, g_neg = _dot(da, q_pos, g_pos, WIDE, PRECISION), _dot(da, q_neg, g_neg, WIDE, PRECISION)
+            if HAS_LOG: do, delta, R_pos, R_neg, z_pos, z_neg = do*tl.exp(m - m_t)[:, None], delta*tl.exp(m - m_t), R_pos*keep, R_neg*keep, z_pos*keep, z_neg*keep
+            z_pos, z_neg = _counts(z_pos, z_neg, q_pos, q_neg, delta, WIDE, PRECISION)
+            R_pos, R_neg = _add(R_pos, R_neg, q_pos, q_neg, do, WIDE, PRECISION)
+        elif CAUSAL:
+            if HAS_LOG: R_pos, R_neg, z_pos, z_neg = R_pos*keep, R_neg*keep, z_pos*keep, z_neg*keep
             for g in range(GROUP):
                 do, delta, q_pos, q_neg = _asking(q_ptr + (h*GROUP + g)*stride_qh, do_ptr + (h*GROUP + g)*stride_oh, wq_ptr, bq_ptr, rows_ptr + g*2*T, delta_ptr + g*T, h*GROUP + g, t, e, d, c, stride_qt, stride_ot, rows, D, E, DV, FORM, BIAS_Q, DOT, WIDE, PRECISION)
-                a, da = _pairs(k_pos, k_neg, q_pos, q_neg, WIDE, PRECISION), _recall(v, one, tl.trans(do), delta, WIDE, PRECISION) # (keys, queries)
+                a, da = _pairs(k_pos, k_neg, q_pos, q_neg, WIDE, PRECISION), _recall(v, one, tl.trans(do), delta, WIDE, PRECISION)
                 if HAS_LOG:
                     m_t = tl.load(rows_ptr + (g*2 + 1)*T + t, mask=rows, other=-_NOTHING)
                     fade = tl.exp(tl.where(later, l[:, None] - m_t[None, :], 0.))
@@ -520,18 +543,11 @@ def _fused_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, wq_ptr, bq_ptr, wk_ptr, bk_pt
                 if HAS_LOG: do, delta = do*tl.exp(m - m_t)[:, None], delta*tl.exp(m - m_t)
                 z_pos, z_neg = _counts(z_pos, z_neg, q_pos, q_neg, delta, WIDE, PRECISION)
                 R_pos, R_neg = _add(R_pos, R_neg, q_pos, q_neg, do, WIDE, PRECISION)
-        elif CAUSAL:
-            do, delta, q_pos, q_neg = _asking(q_ptr + h*stride_qh, do_ptr + h*stride_oh, wq_ptr, bq_ptr, rows_ptr, delta_ptr, h, t, e, d, c, stride_qt, stride_ot, rows, D, E, DV, FORM, BIAS_Q, DOT, WIDE, PRECISION)
-            da = tl.where(later, _recall(v, one, tl.trans(do), delta, WIDE, PRECISION), 0.)
-            g_pos, g_neg = _dot(da, q_pos, g_pos, WIDE, PRECISION), _dot(da, q_neg, g_neg, WIDE, PRECISION)
-            z_pos, z_neg = _counts(z_pos, z_neg, q_pos, q_neg, delta, WIDE, PRECISION)
-            R_pos, R_neg = _add(R_pos, R_neg, q_pos, q_neg, do, WIDE, PRECISION)
-            x, w, y, k_pos, k_neg, l = _mapped(k_ptr, wk_ptr, bk_ptr, h, t, e, d, stride_kt, keys, D, E, FORM, BIAS_K, DOT, PRECISION)
-            a = tl.where(later, _pairs(k_pos, k_neg, q_pos, q_neg, WIDE, PRECISION), 0.).to(WIDE)
-            dv = _dot(a, do, _pairs(k_pos, k_neg, old_pos, old_neg, WIDE, PRECISION), WIDE, PRECISION)
-        if HAS_MASK: dv = tl.where(keys[:, None], dv, 0.)
-        tl.store(dv_ptr + t[:, None]*DV + c[None, :], dv, mask=rows[:, None] & (c < DV)[None, :])
+        if not ALONE:
+            if HAS_MASK: dv = tl.where(keys[:, None], dv, 0.)
+            tl.store(dv_ptr + t[:, None]*DV + c[None, :], dv, mask=rows[:, None] & (c < DV)[None, :])
 
+        if CAUSAL: x, w, y, k_pos, k_neg, y_max = _mapped(k_ptr, wk_ptr, bk_ptr, h, t, e, d, stride_kt, keys, D, E, FORM, BIAS_K, DOT, PRECISION, w_k) # again, not kept; the store of dv in between stops the compiler from joining the two
         dx, dw, db = _unmap(x, w, k_pos, k_neg, g_pos, g_neg, tl.where(keys, 1., 0.), dw, db, FORM, BIAS_K, WIDE, PRECISION)
         tl.store(dk_ptr + t[:, None]*D + d[None, :], dx, mask=rows[:, None] & (d < D)[None, :])
         q_ptr -= BLOCK_T*stride_qt
