@@ -12,6 +12,7 @@ import functools, math, re, subprocess, tempfile, torch
 from contextlib import nullcontext
 from typing import Optional
 from torch import Tensor
+from ..attention import autocast_dtype
 from ..hedgehog import FORMS
 from ..linear_attention import operation
 
@@ -107,9 +108,8 @@ def products_dtype(
     *xs:Tensor, # What goes into a kernel
 )->torch.dtype: # What it should be rounded to
     "The dtype of a kernel's products: autocast's where that is on, else the one that holds all of `xs`."
-    dtype,kind = functools.reduce(torch.promote_types, (x.dtype for x in xs)),xs[0].device.type
-    auto = dtype!=torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if auto else dtype
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in xs))
+    return dtype if dtype==torch.float64 else autocast_dtype(xs[0]) or dtype
 
 # %% ../../kernels/01_triton_primer.ipynb #87289df5
 def _forward(x, weight, bias, form, out_dtype, precision):
