@@ -10,6 +10,7 @@ __all__ = ['products_dtype', 'fused_feature_map', 'offline_usage', 'offline_cycl
 # %% ../../kernels/01_triton_primer.ipynb #92416a8b
 import functools, math, re, subprocess, tempfile, torch
 from contextlib import nullcontext
+from importlib.metadata import version
 from typing import Optional
 from torch import Tensor
 from ..attention import autocast_dtype
@@ -20,6 +21,18 @@ try: import triton, triton.language as tl
 except ImportError as e:
     raise ImportError("hedgehog_nb.kernels needs Triton, which exists for Linux: pip install triton. "
                       "Elsewhere the rest of hedgehog_nb works without it, on the PyTorch implementations.") from e
+
+# %% ../../kernels/01_triton_primer.ipynb #5d0e9a47
+def _check_interpreter(
+    triton_version:str, # As in `triton.__version__`
+    numpy_version:str, # As in `numpy.__version__`
+):
+    "Raise `ImportError` where Triton's interpreter fails on this NumPy: before 3.7 it makes numbers of arrays of one element, as NumPy before 2.4 did."
+    before = lambda v, major, minor: tuple(map(int, v.split('.')[:2])) < (major, minor)
+    if before(triton_version, 3, 7) and not before(numpy_version, 2, 4):
+        raise ImportError(f"the interpreter of Triton {triton_version} fails on NumPy {numpy_version}: pip install 'numpy<2.4', or start Python without TRITON_INTERPRET")
+
+if triton.knobs.runtime.interpret: _check_interpreter(triton.__version__, version('numpy'))
 
 # %% ../../kernels/01_triton_primer.ipynb #75c10461
 _INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
