@@ -6,6 +6,8 @@
 #     VENV      where the environment lives                    (.venv)
 #     TORCH     what `pip install` is given for PyTorch, before anything else; options may follow, as in
 #               TORCH='torch==2.13.0 --index-url URL' with the URL that PyTorch's install page shows for CPU, CUDA or ROCm builds
+#     LOWEST    where `make test-lowest` keeps its environment (.venv-lowest; UV_TORCH_BACKEND=cpu takes PyTorch's CPU build)
+#     OLDEST    the interpreter of that environment            (the first of python3.10, python3.11, python3.12 that is here)
 #     WORKERS   how many notebooks or test files run at a time (the cores of this machine, 8 at most)
 
 VENV    ?= .venv
@@ -14,18 +16,21 @@ WORKERS ?= $(shell n=`getconf _NPROCESSORS_ONLN`; [ $$n -gt 8 ] && n=8; echo $$n
 PYTHON  ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
              $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
 
+LOWEST  ?= .venv-lowest
+OLDEST  ?= $(shell for p in python3.10 python3.11 python3.12; do $$p --version >/dev/null 2>&1 && { echo $$p; break; }; done)
+
 BIN   := $(abspath $(VENV))/bin
 PIP   := $(BIN)/python -m pip --disable-pip-version-check install
 FACTS := settings.ini setup.py pyproject.toml
 # One thread a worker; no test reaches the network
 TEST  := PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
-.PHONY: help demo test gpu sync docs readme hooks clean
+.PHONY: help demo test test-lowest gpu sync docs readme hooks clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
 	@echo "make TARGET, where TARGET is one of (the head of the Makefile says what can be overridden):"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.stamp-core  ## Set up, then convert the embedded model: perplexities, a figure, generated text
 	@PATH="$(BIN):$$PATH" hedgehog demo
@@ -38,6 +43,9 @@ test: $(VENV)/.stamp-dev  ## Set up, then test the notebooks, the kernels (in Tr
 	  echo "== notebooks (no Triton on this system: kernels/ is left out)" && $(TEST) nbdev-test nbs --n-workers $(WORKERS) --timing; \
 	fi
 	@echo "== tests" && $(TEST) python -m pytest -q -n $(WORKERS) --dist loadfile tests
+
+test-lowest: $(LOWEST)/.stamp-lowest  ## The same tests, with the lowest versions that settings.ini allows, in an environment of their own
+	@$(MAKE) --no-print-directory test VENV=$(LOWEST)
 
 gpu:  ## On a GPU machine, in ten minutes: the kernels' tests, races, hedgehog bench (the head of tests/gpu.sh says what it needs)
 	@tests/gpu.sh
@@ -79,3 +87,13 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-torch $(FACTS)
 	@echo "== Installing hedgehog_nb, what it needs and what its tests need into $(VENV)"
 	@$(PIP) -q -e '.[dev]'
 	@touch $(VENV)/.stamp-core $@
+
+# Only the direct requirements are lowered: what they need in turn is taken as new as it fits. The stamps are those that `make test` looks at.
+$(LOWEST)/.stamp-lowest: $(FACTS)
+	@[ -n "$(OLDEST)" ] || { echo "No Python 3.10, 3.11 or 3.12 found, and the lowest versions have no builds for later ones: name one with OLDEST=..." >&2; exit 1; }
+	@echo "== Installing the lowest versions of what hedgehog_nb needs into $(LOWEST), with `$(OLDEST) --version`"
+	@$(OLDEST) -m venv --clear $(LOWEST)
+	@$(LOWEST)/bin/python -m pip --disable-pip-version-check install -q uv
+	@$(LOWEST)/bin/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct --all-extras -r pyproject.toml
+	@$(LOWEST)/bin/uv pip install --python $(LOWEST)/bin/python -q --no-deps -e .
+	@touch $(LOWEST)/.stamp-torch $(LOWEST)/.stamp-core $(LOWEST)/.stamp-dev $@

@@ -3,7 +3,8 @@ import math
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
-from hedgehog_nb.attention import (attention_as, capture_attention, check_qkv, fused_softmax_attention, repeat_kv, softmax_attention, softmax_weights, visible)
+from hedgehog_nb.attention import (attention_as, autocast_dtype, capture_attention, check_qkv, full_precision,
+                                   fused_softmax_attention, repeat_kv, softmax_attention, softmax_weights, visible)
 from tiny_models import MODELS, inputs, llama
 
 def qkv(B=2, H=4, Hkv=2, T=9, D=8, Tq=None, Dv=None, dtype=torch.float64):
@@ -128,3 +129,19 @@ def test_attention_as_gives_back_what_it_borrowed():
     with pytest.raises(RuntimeError, match='inside'):
         with attention_as(model, fail): model(**x)
     assert model.config._attn_implementation==before and torch.equal(model(**x).logits, want)
+
+
+# ---- autocast, asked in a way that torch.compile can trace in every version
+
+@pytest.mark.parametrize('enabled', [False, True])
+def test_full_precision_compiles_into_one_graph(enabled):
+    f = full_precision(lambda x: x@x.mT)
+    x = torch.randn(3, 5)
+    with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+        y = torch.compile(f, fullgraph=True, backend='eager')(x)
+        assert autocast_dtype(x) == (torch.bfloat16 if enabled else None)
+    assert y.dtype == torch.float32 and torch.equal(y, x@x.mT)
+
+def test_autocast_dtype_is_none_where_a_device_has_no_autocast():
+    x = torch.zeros(2, 2, device='meta')
+    with torch.autocast('cpu', torch.bfloat16): assert autocast_dtype(x) is None and full_precision(lambda x: x+1)(x).is_meta

@@ -62,7 +62,14 @@ def test_metadata_is_settings_ini(root, metadata):
             want.add((r.name, str(r.specifier), ' and '.join(marks)))
     have = {(r.name, str(r.specifier), str(r.marker or '')) for r in map(Requirement, metadata.get_all('Requires-Dist'))}
     assert have == want
-    assert ('triton', '', 'platform_system == "Linux"') in have
+    assert any(r[0] == 'triton' and r[2] == 'platform_system == "Linux"' for r in have)
+
+def test_every_requirement_has_one_lower_bound(root):
+    ini = configparser.ConfigParser(delimiters=['='], interpolation=None)
+    ini.read(root/'settings.ini')
+    bounds = {}
+    for r in (Requirement(l) for v in ini['DEFAULT'].values() for l in v.split('\n')[1:]): bounds.setdefault(r.name, set()).add(str(r.specifier))
+    assert all(len(b) == 1 and '>=' in min(b) for b in bounds.values()), bounds
 
 def test_metadata_facts(wheel, metadata):
     assert metadata['Name'].replace('-', '_') == 'hedgehog_nb' and metadata['License-Expression'] == 'Apache-2.0'
@@ -160,13 +167,13 @@ def test_nbdev_yml_follows_pyproject(root, tmp_path):
 
 def make(root, *args):
     "Run make as from a fresh shell, whatever this one was started with"
-    return sh('env', *(f'-u{v}' for v in 'MAKEFLAGS MFLAGS MAKELEVEL PYTHON VENV TORCH WORKERS'.split()), 'make', '-C', root, '--no-print-directory', *args)
+    return sh('env', *(f'-u{v}' for v in 'MAKEFLAGS MFLAGS MAKELEVEL PYTHON VENV TORCH WORKERS LOWEST OLDEST'.split()), 'make', '-C', root, '--no-print-directory', *args)
 
 @pytest.mark.skipif(not shutil.which('make'), reason='needs make')
 class TestMakefile:
     def test_help_names_the_commands(self, root):
         rc, out = make(root)
-        assert rc == 0 and all(re.search(rf'^  {t} ', out, re.M) for t in ('demo', 'test', 'gpu', 'sync', 'docs'))
+        assert rc == 0 and all(re.search(rf'^  {t} ', out, re.M) for t in ('demo', 'test', 'test-lowest', 'gpu', 'sync', 'docs'))
 
     def test_fresh_set_up_takes_torch_first(self, root, tmp_path):
         rc, out = make(root, '-n', 'demo', f'VENV={tmp_path}/v')
@@ -174,8 +181,26 @@ class TestMakefile:
         assert rc == 0 and steps == sorted(steps) and '[dev]' not in out
 
     def test_torch_can_be_chosen(self, root, tmp_path):
-        rc, out = make(root, '-n', 'test', f'VENV={tmp_path}/v', 'TORCH=torch==2.6.0 --no-index')
-        assert rc == 0 and 'install torch==2.6.0 --no-index' in out and "-e '.[dev]'" in out
+        rc, out = make(root, '-n', 'test', f'VENV={tmp_path}/v', 'TORCH=torch==2.11.0 --no-index')
+        assert rc == 0 and 'install torch==2.11.0 --no-index' in out and "-e '.[dev]'" in out
+
+    def test_lowest_versions_are_tested_where_they_were_installed(self, root, tmp_path):
+        rc, out = make(root, '-n', 'test-lowest', f'LOWEST={tmp_path}/v', 'OLDEST=python3.10')
+        steps = [out.index(s) for s in (f'python3.10 -m venv --clear {tmp_path}/v', 'install -q uv', '--resolution lowest-direct --all-extras -r pyproject.toml', '-q --no-deps -e .', '-m pytest')]
+        assert rc == 0 and steps == sorted(steps)
+        for s in ('torch', 'core', 'dev', 'lowest'): (tmp_path/f'.stamp-{s}').touch()
+        rc, out = make(root, '-n', 'test-lowest', f'LOWEST={tmp_path}')
+        assert rc == 0 and 'install' not in out and f'PATH="{tmp_path}/bin:' in out
+
+    def test_lowest_needs_an_old_python(self, root, tmp_path):
+        rc, out = make(root, 'test-lowest', f'LOWEST={tmp_path}/v', 'OLDEST=')
+        assert rc != 0 and 'No Python 3.10' in out and not (tmp_path/'v').exists()
+
+    def test_workflows_name_targets(self, root):
+        runs = [s.get('run', '') for f in (root/'.github/workflows').glob('*.yaml') for j in yaml.safe_load(f.read_text())['jobs'].values() for s in j['steps']]
+        named = set(re.findall(r'^make ([\w-]+)', '\n'.join([*runs, (root/'.ci/run').read_text()]), flags=re.M))
+        have = set(re.findall(r'^([\w-]+):', (root/'Makefile').read_text(), flags=re.M))
+        assert {'sync', 'test', 'test-lowest', 'demo', 'docs'} <= named <= have
 
     def test_second_run_sets_nothing_up(self, root, tmp_path):
         for s in ('torch', 'core'): (tmp_path/f'.stamp-{s}').touch()

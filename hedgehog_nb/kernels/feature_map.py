@@ -10,8 +10,10 @@ __all__ = ['products_dtype', 'fused_feature_map', 'offline_usage', 'offline_seri
 # %% ../../kernels/01_triton_primer.ipynb #92416a8b
 import functools, math, re, subprocess, tempfile, torch
 from contextlib import nullcontext
+from importlib.metadata import version
 from typing import Optional
 from torch import Tensor
+from ..attention import autocast_dtype
 from ..hedgehog import FORMS
 from ..linear_attention import operation
 
@@ -19,6 +21,18 @@ try: import triton, triton.language as tl
 except ImportError as e:
     raise ImportError("hedgehog_nb.kernels needs Triton, which exists for Linux: pip install triton. "
                       "Elsewhere the rest of hedgehog_nb works without it, on the PyTorch implementations.") from e
+
+# %% ../../kernels/01_triton_primer.ipynb #5d0e9a47
+def _check_interpreter(
+    triton_version:str, # As in `triton.__version__`
+    numpy_version:str, # As in `numpy.__version__`
+):
+    "Raise `ImportError` where Triton's interpreter fails on this NumPy: before 3.7 it makes numbers of arrays of one element, as NumPy before 2.4 did."
+    before = lambda v, major, minor: tuple(map(int, v.split('.')[:2])) < (major, minor)
+    if before(triton_version, 3, 7) and not before(numpy_version, 2, 4):
+        raise ImportError(f"the interpreter of Triton {triton_version} fails on NumPy {numpy_version}: pip install 'numpy<2.4', or start Python without TRITON_INTERPRET")
+
+if triton.knobs.runtime.interpret: _check_interpreter(triton.__version__, version('numpy'))
 
 # %% ../../kernels/01_triton_primer.ipynb #75c10461
 _INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
@@ -107,9 +121,8 @@ def products_dtype(
     *xs:Tensor, # What goes into a kernel
 )->torch.dtype: # What it should be rounded to
     "The dtype of a kernel's products: autocast's where that is on, else the one that holds all of `xs`."
-    dtype,kind = functools.reduce(torch.promote_types, (x.dtype for x in xs)),xs[0].device.type
-    auto = dtype!=torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if auto else dtype
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in xs))
+    return dtype if dtype==torch.float64 else autocast_dtype(xs[0]) or dtype
 
 # %% ../../kernels/01_triton_primer.ipynb #87289df5
 def _forward(x, weight, bias, form, out_dtype, precision):
