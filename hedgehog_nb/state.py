@@ -9,7 +9,7 @@ __all__ = ['RecurrentLayer', 'recurrent_layer', 'use_recurrent_cache', 'cache_by
            'benchmark_models', 'models_table']
 
 # %% ../nbs/09_generation.ipynb #b0070e27
-import gc, json, statistics, time, torch
+import gc, json, math, statistics, time, torch
 from functools import partial
 from pathlib import Path
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, EncoderDecoderCache, StaticLayer
@@ -265,6 +265,8 @@ def models_table(
     "Tokens per second of each variant, and the megabytes that it remembers."
     got = {(r['B'], r['T'], r['variant'], r['metric']): r['value'] for r in rows if r['experiment']==f'{phase}-model'}
     variants = list(dict.fromkeys(v for *_,v,_ in got))
-    say = lambda metric, per, *k: f"{got[(*k, metric)]/per:,.{0 if per==1 else 1}f}" if (*k, metric) in got else '–'
+    def say(metric, per, *k): # three digits, or all before the point
+        x = got.get((*k, metric), math.nan)/per
+        return '–' if math.isnan(x) else f'{x:,.0f}' if x>=100 else f'{x:.3g}'
     cells = [[B, T, *(say('tokens_per_s', 1, B, T, v) for v in variants), *(say('bytes', 1e6, B, T, v) for v in variants if not v.endswith('-compiled'))] for B,T in dict.fromkeys(k[:2] for k in got)]
     return Table(['batch','context', *(f'{v}, tokens/s' for v in variants), *(f'{v}, MB' for v in variants if not v.endswith('-compiled'))], cells)
