@@ -112,7 +112,7 @@ def costs(a, parts):
         rows += [dict(same, metric='tokens_per_s', value=x, phase=p) for p,x in fast.items()]
         ppl = [f"{r['value']:.4g}" for r in got if r['metric']=='ppl' and r['stage'] in ('teacher','swapped','distilled','finetuned')]
         cells.append([part, state, f'{s:.0f} s', f'{mem/1e9:.2f} GB' if mem else '–', *(f'{fast[p]:,.0f}' if p in fast else '–' for p in ('distill','finetune')), ' → '.join(ppl) or '–'])
-    return rows, Table(['part','state','wall time','peak memory','distil, tokens/s','finetune, tokens/s','perplexity: softmax → swapped → distilled → finetuned'], cells)
+    return rows, Table(['part','state','wall time','peak GPU memory','distil, tokens/s','finetune, tokens/s','perplexity: softmax → swapped → distilled → finetuned'], cells)
 
 def main(argv=None):
     a = options(argv)
