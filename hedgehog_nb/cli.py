@@ -176,7 +176,8 @@ def convert(
     j,name = Journal(test, batch_size, on_event, work and work/'measured.json', map=feature_map, seed=seed),'window' if (map_kwargs or {}).get('branch')=='window' else feature_map
     def keep(file): return dict(accumulate=accumulate, checkpoint=work and work/file, save_every=save_every)
     def tune(m, variant, file, merge=True):
-        return finetune(m, train, finetune_steps, batch_size, finetune_lr, seed=seed, on_step=watch(j, m, 'finetune', variant, finetune_steps, train), lora=lora, merge=merge, **keep(file))
+        on_step = watch(j, m, 'finetune', variant, finetune_steps, train)
+        return finetune(m, train, finetune_steps, batch_size, finetune_lr, seed=seed, on_step=on_step, lora=lora, merge=merge, **keep(file))
     with mixed_precision(model.device, autocast):
         if teacher: j.evaluate(model, 'softmax-zero-shot', 'teacher')
         if baseline and finetune_steps: tune(deepcopy(model), 'softmax', 'baseline.safetensors')
@@ -597,7 +598,7 @@ EvalOpt = Annotated[Optional[int], _opt('--eval-tokens', panel='Measuring', meta
 DtypeOpt = Annotated[Optional[str], _opt('--dtype', panel='Machine', metavar='NAME', help="[cyan]float32[/], [cyan]bfloat16[/] or [cyan]float16[/]; as saved if not given.")]
 AutocastOpt = Annotated[Optional[str], _opt('--autocast', panel='Machine', metavar='NAME', help="Mixed precision: weights and states in float32, the model's products in [cyan]bfloat16[/] or [cyan]float16[/].")]
 DeviceOpt = Annotated[Optional[str], _opt('--device', panel='Machine', metavar='NAME', help="[cyan]cpu[/], [cyan]cuda[/], [cyan]cuda:1[/], [cyan]mps[/]; the first GPU, or the CPU, if not given.")]
-BaseOpt = Annotated[Optional[str], _opt('--base', metavar='MODEL', help="For a folder written with [cyan]--save trained[/]: the original model; where it was then if not given.")]
+BaseOpt = Annotated[Optional[str], _opt('--base', metavar='MODEL', help="For a folder of [cyan]--save trained[/]: the original model; where it was if not given.")]
 SeedOpt = Annotated[int, _opt('--seed', panel='Machine', metavar='N', help="Same seed, same result.")]
 JsonOpt = Annotated[bool, _opt('--json', panel='Machine', help="Print one JSON object on stdout, all else on stderr.")]
 DebugOpt = Annotated[bool, _opt('--debug', panel='Machine', help="Show warnings, and the traceback of an error.")]
@@ -734,7 +735,8 @@ def _check(objective, record, save, all_weights, **lrs):
     if objective not in OBJECTIVES: raise ValueError(f"--objective is one of {', '.join(OBJECTIVES)}; given {objective!r}")
     if record and record.suffix!='.json': raise ValueError(f"--record writes JSON; give it a name that ends in .json, not {record.name!r}")
     if save not in ('model','trained'): raise ValueError(f"--save is model or trained; given {save!r}")
-    if save=='trained' and all_weights: raise ValueError("--save trained keeps maps and adapters, and this run would train all weights: say --lora-rank 8, or --finetune-tokens 0")
+    if save=='trained' and all_weights:
+        raise ValueError("--save trained keeps maps and adapters, and this run would train all weights: say --lora-rank 8, or --finetune-tokens 0")
     for n,x in lrs.items():
         if not 0<x<math.inf: raise ValueError(f"--{n.replace('_','-')} must be above 0; given {x:g}")
 
@@ -774,7 +776,7 @@ def linearize_command(ctx:typer.Context,
     data:DataOpt,
     out:Annotated[Path, _opt('--out', '-o', metavar='DIR', help="Folder to write: the model, figures, results.")],
     config:ConfigOpt=None,
-    save:Annotated[str, _opt('--save', metavar='NAME', help="What is saved: the whole [cyan]model[/], or what was [cyan]trained[/], maps and adapters, in a few MB; such a folder is used beside the original, see [cyan]--base[/] of the other commands.")]='model',
+    save:Annotated[str, _opt('--save', metavar='NAME', help="The whole [cyan]model[/], or what was [cyan]trained[/], maps and adapters: a few MB, used beside the original.")]='model',
     overwrite:Annotated[bool, _opt('--overwrite', help="Replace what --out and --record name, if it is there.")]=False,
     restart:Annotated[bool, _opt('--restart', help="Throw away what an earlier run for --out has left unfinished, in place of going on with it.")]=False,
     eval_data:Annotated[Optional[List[str]], _opt('--eval-data', metavar='DATA', help="Text to measure on, all of it; the test split of --data if not given.")]=None,

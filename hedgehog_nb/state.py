@@ -217,11 +217,16 @@ def _measure(phase, model, *case):
     return dict(tokens_per_s=tokens/s, ms=s*1e3/(case[2] if phase=='decode' else 1), bytes=cache_bytes(cache), **peak)
 
 # %% ../nbs/09_generation.ipynb #gpud0010
+def _cases(models, batches, contexts, compiled):
+    "(phase, variant, batch, context, under `torch.compile`?) in the order in which they are measured."
+    plain = [(phase, v, B, T, False) for phase in ('decode','prefill') for B in batches for T in contexts for v in models]
+    return plain + [('decode', v, B, T, True) for B,T in compiled for v in models]
+
 def _resumed(out, device):
     "(rows, seconds) that a file of results keeps already. Raises `ValueError` where they are another machine's."
     if not Path(out).exists(): return [], 0.
-    run = json.loads(Path(out).read_text())
-    if run['device']!=device_name(device): raise ValueError(f"{out} keeps measurements of {run['device']}, and this is {device_name(device)}; name another file")
+    run,here = json.loads(Path(out).read_text()),device_name(device)
+    if run['device']!=here: raise ValueError(f"{out} keeps measurements of {run['device']}, and this is {here}; name another file")
     return run['rows'], run['wall_s']
 
 def benchmark_models(
@@ -230,18 +235,17 @@ def benchmark_models(
     name:str, # What the results call the model
     batches=(1,16,64), # Sequences at once
     contexts=tuple(2**i for i in range(9, 16)), # Tokens before those that are written
-    steps:int=16, # Tokens to write
+    steps:int=8, # Tokens to write
     compiled=((1,8192), (64,8192)), # (batch, context) whose decoding is measured once more, last, under `torch.compile`
     most:int=2**19, # Tokens of a prefill, all sequences together
     minutes:float=9., # Begin no measurement after so many
     on_case=None, # Called with (case in words, {metric: value}, or why there is none)
     command:str=None, # For the record; that of this process if None
 )->list: # Rows of the file
-    "Speed of prefill and decoding, and bytes remembered, of whole models. What fails or does not fit is told to `on_case`, and the next case begins."
+    "Speed of prefill and decoding, and bytes remembered, of whole models. What fails is told to `on_case`, and the next case begins."
     start,commit,device = time.perf_counter(),code_version(),next(iter(models.values())).device
     (rows,before),tell = _resumed(out, device),on_case or (lambda *a: None)
-    cases = [(phase, v, B, T, False) for B in batches for T in contexts for phase in ('decode','prefill') for v in models] + [('decode', v, B, T, True) for B,T in compiled for v in models]
-    for phase,v,B,T,comp in cases:
+    for phase,v,B,T,comp in _cases(models, batches, contexts, compiled):
         key = dict(experiment=f'{phase}-model', variant=v+'-compiled'*comp, B=B, T=T)
         if any(key.items()<=r.items() for r in rows): continue
         said = f"{phase} {key['variant']} B={B} T={T}"
@@ -249,11 +253,11 @@ def benchmark_models(
         if phase=='prefill' and B*T>most: tell(said, f"more than {most:,} tokens at once"); continue
         try: got = _measure(phase, models[v], B, T, steps, comp)
         except Exception as e: got = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}"
-        gc.collect()
-        if device.type=='cuda': torch.cuda.empty_cache()
+        if device.type=='cuda': gc.collect(); torch.cuda.empty_cache()
         tell(said, got)
         if isinstance(got, str): continue
-        rows += [dict(key, model=name, data='random', metric=m, value=x, unit='B' if m=='peak_bytes' else '', tokens=B*(T if phase=='prefill' else steps), dtype=str(models[v].dtype)[6:]) for m,x in got.items()]
+        same = dict(key, model=name, data='random', tokens=B*(T if phase=='prefill' else steps), dtype=str(models[v].dtype)[6:])
+        rows += [dict(same, metric=m, value=x, unit='B' if m=='peak_bytes' else '') for m,x in got.items()]
         write_results(out, rows, command, wall_s=before+time.perf_counter()-start, device=device, commit=commit)
     return rows
 
@@ -268,5 +272,7 @@ def models_table(
     def say(metric, per, *k): # three digits, or all before the point
         x = got.get((*k, metric), math.nan)/per
         return '–' if math.isnan(x) else f'{x:,.0f}' if x>=100 else f'{x:.3g}'
-    cells = [[B, T, *(say('tokens_per_s', 1, B, T, v) for v in variants), *(say('bytes', 1e6, B, T, v) for v in variants if not v.endswith('-compiled'))] for B,T in dict.fromkeys(k[:2] for k in got)]
-    return Table(['batch','context', *(f'{v}, tokens/s' for v in variants), *(f'{v}, MB' for v in variants if not v.endswith('-compiled'))], cells)
+    plain = [v for v in variants if not v.endswith('-compiled')] # compiled ones remember as much
+    numbers = lambda *at: [say('tokens_per_s', 1, *at, v) for v in variants]+[say('bytes', 1e6, *at, v) for v in plain]
+    cells = [[*at, *numbers(*at)] for at in dict.fromkeys(k[:2] for k in got)]
+    return Table(['batch','context', *(f'{v}, tokens/s' for v in variants), *(f'{v}, MB' for v in plain)], cells)

@@ -383,7 +383,7 @@ def save_trained(
     base:str=None, # Where the original is to be had: a folder or a name on the hub; where `model` was loaded from if None
     overwrite:bool=False, # Replace the folder if it exists?
 )->Path: # The folder
-    "Save the maps and LoRA adapters of a converted model, not the weights of its original. Raises `ValueError` if the folder exists or the model is not converted."
+    "Save maps and LoRA adapters of a converted model, not its original's weights. Raises `ValueError` if the folder exists or it is not converted."
     path,adapted = Path(path),hasattr(model, 'get_base_model')
     inner = model.get_base_model() if adapted else model
     base = str(base or inner.name_or_path)
