@@ -69,7 +69,7 @@ def decode(a):
     from hedgehog_nb.state import benchmark_models
     device,kept = pick_device(a.device),a.work/'decode'/'results.json'
     gpu,name = device.startswith('cuda'),'embedded' if a.model=='embedded' else 'smollm2-135m'
-    softmax = load_model(a.model, 'bfloat16', device)[0]
+    softmax = load_model(a.model, 'float32', device)[0].bfloat16() # some transformers would keep the blocks of a GGUF
     ours,plain = linearize(deepcopy(softmax)),linearize(deepcopy(softmax))
     set_implementation(ours, 'triton' if gpu else None); set_implementation(plain, 'chunked')
     def on_case(case, got):
