@@ -6,8 +6,8 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'DEMO', 'tokens_after', 'steps_for', 'log_spaced', 'is_first', 'Journal', 'read_journal', 'watch',
-           'mixed_precision', 'convert', 'Stopped', 'one_line_errors', 'is_converted', 'check_output', 'whole',
-           'take_up', 'keeping', 'pick_device', 'open_model', 'open_blocks', 'map_plan', 'attention_maps',
+           'mixed_precision', 'convert', 'Stopped', 'one_line_errors', 'is_trained', 'is_converted', 'check_output',
+           'whole', 'take_up', 'keeping', 'pick_device', 'open_model', 'open_blocks', 'map_plan', 'attention_maps',
            'spiky_heads', 'both', 'Camera', 'label', 'human', 'Progress', 'perplexity_table', 'Screen', 'write_story',
            'word_wrap', 'read_config', 'config_defaults', 'main', 'linearize_command', 'evaluate_command',
            'generate_command', 'properties_command', 'bench_command', 'demo_command']
@@ -165,16 +165,19 @@ def convert(
     lora:dict=None, # Finetune adapters and maps only; settings of `peft.LoraConfig`
     work:Path=None, # Folder that keeps what is done; the same call goes on from there
     save_every:int=100, # Steps between two writings of it
+    trained:Path=None, # Folder to write the maps and adapters to, as `save_trained` does
+    base:str=None, # For that folder: where the original is to be had
 )->list: # Rows
     "Swap, distil, finetune, and measure before and after each. Raises what `linearize`, `distill` and `finetune` raise."
     from hedgehog_nb.data import batches
     from hedgehog_nb.linearize import linearize
     import torch
-    from hedgehog_nb.training import distill, finetune
+    from hedgehog_nb.training import distill, finetune, merge_lora, save_trained
     j,name = Journal(test, batch_size, on_event, work and work/'measured.json', map=feature_map, seed=seed),'window' if (map_kwargs or {}).get('branch')=='window' else feature_map
     def keep(file): return dict(accumulate=accumulate, checkpoint=work and work/file, save_every=save_every)
-    def tune(m, variant, file):
-        finetune(m, train, finetune_steps, batch_size, finetune_lr, seed=seed, on_step=watch(j, m, 'finetune', variant, finetune_steps, train), lora=lora, **keep(file))
+    def tune(m, variant, file, merge=True):
+        on_step = watch(j, m, 'finetune', variant, finetune_steps, train)
+        return finetune(m, train, finetune_steps, batch_size, finetune_lr, seed=seed, on_step=on_step, lora=lora, merge=merge, **keep(file))
     with mixed_precision(model.device, autocast):
         if teacher: j.evaluate(model, 'softmax-zero-shot', 'teacher')
         if baseline and finetune_steps: tune(deepcopy(model), 'softmax', 'baseline.safetensors')
@@ -185,7 +188,9 @@ def convert(
             data = batches(train, batch_size, seed, epochs=math.ceil(distill_steps*batch_size/len(train)))
             metric = dict(weights='kl', outputs='output-error').get(objective, 'loss')
             distill(model, data, distill_steps, lr, objective, watch(j, model, 'distill', f'{name}-distilled', distill_steps, train, evals, metric), **keep('distill.safetensors'))
-        if finetune_steps: tune(model, name, 'finetune.safetensors')
+        tuned = tune(model, name, 'finetune.safetensors', merge=False) if finetune_steps else model
+        if trained and is_first(): save_trained(tuned, trained, base, overwrite=True)
+        if tuned is not model: merge_lora(tuned)
     return j.rows
 
 # %% ../nbs/93_cli.ipynb #de37e8d9
@@ -223,10 +228,17 @@ def _explain(e):
     return f"unexpected {type(e).__name__}: {str(e)[:200]} (--debug shows where)"
 
 # %% ../nbs/93_cli.ipynb #97e5ad1a
+def is_trained(
+    path, # A folder
+)->bool: # Did `save_trained` write it?
+    "Does this folder hold what was trained of a converted model, and not the rest?"
+    return (Path(path).expanduser()/'maps.safetensors').is_file()
+
 def is_converted(
     path, # A folder
-)->bool: # Did `save_linearized` write it?
-    "Does this folder hold a converted model?"
+)->bool: # Did `save_linearized` or `save_trained` write it?
+    "Does this folder hold a converted model, or what was trained of it?"
+    if is_trained(path): return True
     try: return 'hedgehog' in json.loads((Path(path).expanduser()/'config.json').read_text())
     except (OSError, ValueError): return False
 
@@ -300,15 +312,27 @@ def pick_device(
     except Exception as e: raise ValueError(f"device {device!r} cannot be used here ({str(e).splitlines()[0][:120]}); use cpu") from None
     return device
 
+def _open_trained(path, base, dtype, device):
+    "(model, tokenizer) of a folder that `save_trained` wrote, and its original."
+    from hedgehog_nb.data import ModelError, load_model
+    from hedgehog_nb.training import TRAINED, load_state, load_trained
+    base = base or load_state(path/TRAINED)['base']
+    try: m,tok = load_model(base, dtype, device)
+    except ModelError as e: raise ModelError(f"{path} holds what was trained of {base}, without the model itself: name that with --base ({e})") from None
+    return load_trained(m, path), tok
+
 def open_model(
     spec, # Folder, converted or not; .gguf file; hub id; or "embedded"
     dtype:str=None, # As saved if None
     device:str=None, # The first GPU, or the CPU, if None
+    base:str=None, # Of a folder that `save_trained` wrote: the original; where it was when that was written if None
 )->tuple: # (model in eval mode, tokenizer)
     "Load a causal language model, converted or not. Raises `ValueError` where `spec` is none."
     from hedgehog_nb.data import load_model, as_dtype
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as language_models
     device = pick_device(device)
+    if is_trained(spec): return _open_trained(Path(spec).expanduser(), base, dtype, device)
+    if base: raise ValueError(f"--base names the original of a folder written with --save trained, which {spec} is not")
     if is_converted(spec):
         from hedgehog_nb.linearize import load_linearized
         from transformers import AutoTokenizer
@@ -574,6 +598,7 @@ EvalOpt = Annotated[Optional[int], _opt('--eval-tokens', panel='Measuring', meta
 DtypeOpt = Annotated[Optional[str], _opt('--dtype', panel='Machine', metavar='NAME', help="[cyan]float32[/], [cyan]bfloat16[/] or [cyan]float16[/]; as saved if not given.")]
 AutocastOpt = Annotated[Optional[str], _opt('--autocast', panel='Machine', metavar='NAME', help="Mixed precision: weights and states in float32, the model's products in [cyan]bfloat16[/] or [cyan]float16[/].")]
 DeviceOpt = Annotated[Optional[str], _opt('--device', panel='Machine', metavar='NAME', help="[cyan]cpu[/], [cyan]cuda[/], [cyan]cuda:1[/], [cyan]mps[/]; the first GPU, or the CPU, if not given.")]
+BaseOpt = Annotated[Optional[str], _opt('--base', metavar='MODEL', help="For a folder of [cyan]--save trained[/]: the original model; where it was if not given.")]
 SeedOpt = Annotated[int, _opt('--seed', panel='Machine', metavar='N', help="Same seed, same result.")]
 JsonOpt = Annotated[bool, _opt('--json', panel='Machine', help="Print one JSON object on stdout, all else on stderr.")]
 DebugOpt = Annotated[bool, _opt('--debug', panel='Machine', help="Show warnings, and the traceback of an error.")]
@@ -704,11 +729,14 @@ def _prepare(model, data, eval_data, text_column, feature_map, layers, kw, seq_l
     test = open_blocks(eval_data or data, 'all' if eval_data else 'test', m, tok, seq_len, eval_tokens, None, text_column)
     return m, tok, train, test, which, extra, [steps_for(t, train, batch_size) if s is None else s for t,s in budgets]
 
-def _check(objective, record, **lrs):
+def _check(objective, record, save, all_weights, **lrs):
     "Settings that would be refused only later."
     from hedgehog_nb.distillation import OBJECTIVES
     if objective not in OBJECTIVES: raise ValueError(f"--objective is one of {', '.join(OBJECTIVES)}; given {objective!r}")
     if record and record.suffix!='.json': raise ValueError(f"--record writes JSON; give it a name that ends in .json, not {record.name!r}")
+    if save not in ('model','trained'): raise ValueError(f"--save is model or trained; given {save!r}")
+    if save=='trained' and all_weights:
+        raise ValueError("--save trained keeps maps and adapters, and this run would train all weights: say --lora-rank 8, or --finetune-tokens 0")
     for n,x in lrs.items():
         if not 0<x<math.inf: raise ValueError(f"--{n.replace('_','-')} must be above 0; given {x:g}")
 
@@ -720,18 +748,19 @@ def _lora(model, rank, targets):
     if odd: raise ValueError(f"--lora-targets {odd[0]}: the model has no such module; the nearest is {difflib.get_close_matches(odd[0], names, 1, 0)[0]}")
     return dict(r=rank, lora_alpha=2*rank, target_modules=targets if targets=='all-linear' else targets.split(','))
 
-ANYTIME = {'out','overwrite','record','experiment','config','restart','save_every','grad_accum','as_json','debug'} # Options that do not shape the result
+ANYTIME = {'out','save','overwrite','record','experiment','config','restart','save_every','grad_accum','as_json','debug'} # Options that do not shape the result
 
 def _settings(ctx): return {p.opts[0]:ctx.params.get(p.name) for p in ctx.command.params if p.name not in ANYTIME}
 
 def _same(a, b): return bool(a) and a.is_file() and b.is_file() and a.read_bytes()==b.read_bytes()
 
-def _save(model, tok, out, work, record, camera, rows, **run):
-    "Model, figures and results as one folder; the results once more in `work`, and as `record` if that is given."
+def _save(model, tok, out, work, trained, record, camera, rows, **run):
+    "Model, or what was `trained` of it, figures and results as one folder; the results once more in `work`, and as `record` if that is given."
     from hedgehog_nb.linearize import save_linearized
     from hedgehog_nb.results import write_results
     with whole(out, work) as d:
-        save_linearized(model, d, tok, card={'data': rows[-1]['data'], 'tokens of training': rows[-1]['tokens'], 'perplexity on held-out text': f"{rows[-1]['value']:.4g}"})
+        if trained: shutil.copytree(trained, d)
+        else: save_linearized(model, d, tok, card={'data': rows[-1]['data'], 'tokens of training': rows[-1]['tokens'], 'perplexity on held-out text': f"{rows[-1]['value']:.4g}"})
         camera.attention(d/'attention.png')
         camera.curve(d/'perplexity.png')
         for f in (work/'results.json', d/'results.json', record):
@@ -747,6 +776,7 @@ def linearize_command(ctx:typer.Context,
     data:DataOpt,
     out:Annotated[Path, _opt('--out', '-o', metavar='DIR', help="Folder to write: the model, figures, results.")],
     config:ConfigOpt=None,
+    save:Annotated[str, _opt('--save', metavar='NAME', help="The whole [cyan]model[/], or what was [cyan]trained[/], maps and adapters: a few MB, used beside the original.")]='model',
     overwrite:Annotated[bool, _opt('--overwrite', help="Replace what --out and --record name, if it is there.")]=False,
     restart:Annotated[bool, _opt('--restart', help="Throw away what an earlier run for --out has left unfinished, in place of going on with it.")]=False,
     eval_data:Annotated[Optional[List[str]], _opt('--eval-data', metavar='DATA', help="Text to measure on, all of it; the test split of --data if not given.")]=None,
@@ -793,7 +823,8 @@ def linearize_command(ctx:typer.Context,
     work = out.with_name(f'.{out.name}-run')
     written = [not restart and _same(p, work/'results.json') for p in (out/'results.json', record)] # by a run that was killed as it ended
     out,record = check_output(out, overwrite or written[0]),check_output(record, overwrite or written[1], '--record', folder=False)
-    _check(objective, record, lr=lr, finetune_lr=finetune_lr)
+    _check(objective, record, save, not lora_rank and (finetune_tokens if finetune_steps is None else finetune_steps), lr=lr, finetune_lr=finetune_lr)
+    trained = work/'trained' if save=='trained' else None
     with keeping(work):
         if is_first() and take_up(work, settings, restart): screen.say(f"going on with what is in [bold]{work}[/]")
         _meet()
@@ -806,10 +837,10 @@ def linearize_command(ctx:typer.Context,
         camera = Camera(test[:1,:24], tok, which[len(which)//2], feature_map)
         with screen.progress:
             rows = convert(m, train, test, feature_map, layers, kw, *steps, batch_size, lr, finetune_lr, objective, evals, baseline=baseline, autocast=autocast, seed=seed,
-                on_event=both(screen.progress, camera), accumulate=grad_accum, lora=lora, work=work, save_every=save_every)
+                on_event=both(screen.progress, camera), accumulate=grad_accum, lora=lora, work=work, save_every=save_every, trained=trained, base=model)
         rows = [dict(experiment=experiment, model=_name(model), data='+'.join(map(_name, data)), **r, seq_len=seq_len, eval_tokens=test.numel()) for r in rows]
         if not is_first(): return
-        _save(m, tok, out, work, record, camera, rows, command=command_line(_typed(ctx)), seed=seed, wall_s=before+time.perf_counter()-start, device=m.device, commit=commit)
+        _save(m, tok, out, work, trained, record, camera, rows, command=command_line(_typed(ctx)), seed=seed, wall_s=before+time.perf_counter()-start, device=m.device, commit=commit)
     result = json.loads((out/'results.json').read_text())
     shutil.rmtree(work)
     screen.out.print(perplexity_table(rows))
@@ -823,13 +854,13 @@ def evaluate_command(
     model:ModelArg,
     data:DataOpt,
     split:Annotated[str, _opt('--split', metavar='NAME', help="[cyan]train[/], [cyan]validation[/], [cyan]test[/] or [cyan]all[/]. A text without splits is cut: first 90%, next 5%, last 5%.")]='test',
-    text_column:ColumnOpt=None, seq_len:LenOpt=512, batch_size:BatchOpt=8, eval_tokens:EvalOpt=None,
+    base:BaseOpt=None, text_column:ColumnOpt=None, seq_len:LenOpt=512, batch_size:BatchOpt=8, eval_tokens:EvalOpt=None,
     dtype:DtypeOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
     "[bold]Measure perplexity[/] of a model, converted or not."
     screen = Screen(as_json)
     with screen.wait(f'loading {model}'):
-        m,tok = open_model(model, dtype, device)
+        m,tok = open_model(model, dtype, device, base)
         test = open_blocks(data, split, m, tok, seq_len, eval_tokens, None, text_column)
     t = time.perf_counter()
     with screen.progress: row = Journal(test, batch_size, screen.progress.bar).evaluate(m, _name(model), 'evaluate')
@@ -846,11 +877,11 @@ def generate_command(
     max_new_tokens:Annotated[int, _opt('--max-new-tokens', '-n', metavar='N', min=1, help="Tokens to add, at most.")]=200,
     temperature:Annotated[float, _opt('--temperature', metavar='X', min=0, help="0: always the likeliest token.")]=.8,
     top_p:Annotated[float, _opt('--top-p', metavar='X', min=0, max=1, help="Sample from the likeliest tokens that have this much of the probability.")]=.95,
-    seed:SeedOpt=0, dtype:DtypeOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
+    base:BaseOpt=None, seed:SeedOpt=0, dtype:DtypeOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
     "[bold]Write[/] with a model, converted or not; the text on stdout as it comes, what it cost on stderr."
     screen = Screen(as_json)
-    with screen.wait(f'loading {model}'): m,tok = open_model(model, dtype, device)
+    with screen.wait(f'loading {model}'): m,tok = open_model(model, dtype, device, base)
     story = write_story(m, tok, sys.stdin.read() if prompt=='-' else prompt, max_new_tokens, temperature, top_p, seed, screen.writer())
     if not as_json: print()
     what,mem = ('recurrent state' if is_converted(model) else 'key-value cache'),story.pop('memory')
@@ -877,7 +908,7 @@ def properties_command(
     by:Annotated[str, _opt('--by', metavar='NAME', help="A row of the table for each map ([cyan]model[/]), for each map and [cyan]layer[/], or for each [cyan]head[/].")]='model',
     out:Annotated[Optional[Path], _opt('--out', '-o', metavar='FILE', help="Draw entropy, rank correlation and divergence against the layer, into a .png, .svg or .pdf.")]=None,
     split:Annotated[str, _opt('--split', metavar='NAME', help="[cyan]train[/], [cyan]validation[/], [cyan]test[/] or [cyan]all[/].")]='test',
-    text_column:ColumnOpt=None, seq_len:LenOpt=256,
+    base:BaseOpt=None, text_column:ColumnOpt=None, seq_len:LenOpt=256,
     tokens:Annotated[int, _opt('--tokens', panel='Measuring', metavar='N', min=2, help="Measure on the first so many tokens.")]=1024,
     every:Annotated[int, _opt('--every', panel='Measuring', metavar='N', min=1, help="Measure each so many-th query.")]=4,
     dtype:DtypeOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
@@ -890,7 +921,7 @@ def properties_command(
     if out and out.suffix not in ('.png','.svg','.pdf'): raise ValueError(f"--out draws a .png, .svg or .pdf; given {out.name!r}")
     screen,fig = Screen(as_json),check_output(out, folder=False)
     with screen.wait(f'loading {model}'):
-        m,tok = open_model(model, dtype, device)
+        m,tok = open_model(model, dtype, device, base)
         ids = open_blocks(data, split, m, tok, seq_len, max(tokens, seq_len), None, text_column)
     with screen.wait(f'measuring {ids.numel():,} tokens'): report = attention_report(m, ids, feature_map=maps or None, every=every)
     rows = report.mean(*keys[by])

@@ -126,6 +126,7 @@ def _student(feature_map, q, k, mask):
 
 def _streamed(of_rows, q, k, feature_map, causal, scale, mask, rows):
     check_qkv(q, k, k, mask)
+    rows = rows or (64 if q.device.type=='cpu' else max(64, 2**25//(q.shape[1]*k.shape[2]))) # a GPU's time goes by launches
     return _StreamedLoss.apply(of_rows, *_student(feature_map, q, k, mask), q.detach(), k.detach(), causal, q.shape[-1]**-0.5 if scale is None else scale, mask, rows)
 
 # %% ../nbs/06_distillation.ipynb #335c51b4
@@ -137,7 +138,7 @@ def weight_loss(
     causal:bool=True, # Query i sees keys up to its own position?
     scale:float=None, # The teacher's factor on q·k; 1/√D if None
     mask:Tensor=None, # (B, T) True at real tokens
-    rows:int=64, # Queries handled at a time; memory is rows × T
+    rows:int=None, # Queries handled at a time, memory is rows × T; if None 64 on a CPU, on a GPU as many as have 2²⁵ weights
 )->Tensor: # () KL from softmax to linear weights in nats, mean over rows and heads
     "`naive_weight_loss`, mean over heads, in memory linear in T: loss and gradient are formed together, block by block."
     return _streamed(_weight_loss_rows, q, k, feature_map, causal, scale, mask, rows)
@@ -186,7 +187,7 @@ def order_loss(
     causal:bool=True, # Query i sees keys up to its own position?
     scale:float=None, # The teacher's factor on q·k; 1/√D if None
     mask:Tensor=None, # (B, T) True at real tokens
-    rows:int=64, # Queries handled at a time; memory is rows × T
+    rows:int=None, # Queries handled at a time, memory is rows × T; if None 64 on a CPU, on a GPU as many as have 2²⁵ weights
 )->Tensor: # () half the variance of log weight − score within a row, mean over rows and heads
     "`naive_order_loss`, mean over heads, in memory linear in T."
     return _streamed(_order_loss_rows, q, k, feature_map, causal, scale, mask, rows)

@@ -147,9 +147,9 @@ def _self_attention(model, calls, takes):
     return own
 
 def _look(model, inputs, fn, mask_fn):
-    "One forward pass with `fn` as the attention. Raises `ValueError` where the model does not run with it."
+    "One forward pass with `fn` as the attention, outside autocast, which rounds. Raises `ValueError` where the model does not run with it."
     try:
-        with attention_as(model, fn, mask_fn): model(**inputs)
+        with attention_as(model, fn, mask_fn), torch.autocast(model.device.type, enabled=False): model(**inputs)
     except (ValueError,torch.OutOfMemoryError): raise
     except Exception as e:
         raise ValueError(f"{type(model).__name__} did not run while its attention was looked at: {type(e).__name__}, {str(e).splitlines()[0]}. "

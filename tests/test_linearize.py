@@ -259,3 +259,9 @@ def test_copies_are_their_own():
     close(logits(twin, **x), logits(model, **x))
     with torch.no_grad(): next(iter(linear_layers(twin).values())).feature_map.w_q.zero_()
     assert not torch.equal(logits(twin, **x), logits(model, **x))
+
+def test_conversion_under_autocast():
+    "What `hedgehog linearize --autocast` does: the look at the model's attention is not rounded, so it is recognised, and the maps stay fp32."
+    model = load_embedded()[0]
+    with torch.autocast('cpu', torch.bfloat16): linearize(model)
+    assert len(linear_layers(model))==5 and all(p.dtype==torch.float32 for m in linear_layers(model).values() for p in m.feature_map.parameters())

@@ -1,0 +1,165 @@
+"What was trained, saved alone; whole models' speed as it is measured; and the models' part of `make gpu` in little, killed and taken up."
+import json, os, signal, subprocess, sys, tarfile
+from types import SimpleNamespace
+import pytest, torch
+from transformers import DynamicCache
+from typer.testing import CliRunner
+import gpu_models
+from hedgehog_nb import state
+from hedgehog_nb.cli import app
+from hedgehog_nb.data import load_embedded
+from hedgehog_nb.linearize import linearize
+from hedgehog_nb.state import ReservedLayer, benchmark_models, models_table
+from hedgehog_nb.training import distill, finetune, load_trained, merge_lora, save_trained
+from tiny_models import MODELS, corpus, llama, tokens, vit
+
+LORA = dict(r=4, target_modules='all-linear')
+
+# what was trained, alone
+
+@torch.no_grad()
+def logits(model, x): return model(input_ids=x, use_cache=False).logits
+
+@pytest.mark.parametrize('name', ['llama','gpt2'])
+def test_maps_and_adapters_make_the_same_model(name, tmp_path):
+    model = linearize(MODELS[name](), layers='0,2', num_maps=2)
+    distill(model, [corpus(4)], 1)
+    tuned = finetune(model, corpus(8), 2, 4, lora=LORA, merge=False)
+    save_trained(tuned, tmp_path/'a', base='somewhere')
+    want = logits(merge_lora(tuned), tokens())
+    back = load_trained(MODELS[name](), tmp_path/'a')
+    assert torch.equal(logits(back, tokens()), want) and not hasattr(back, 'peft_config') and all(p.requires_grad for p in back.parameters())
+    assert sorted(p.name for p in (tmp_path/'a').iterdir())==['adapter_config.json','adapter_model.safetensors','maps.safetensors']
+    assert all(p.stat().st_mode & 0o777==0o644 for p in (tmp_path/'a').iterdir())
+    assert json.loads((tmp_path/'a'/'adapter_config.json').read_text())['base_model_name_or_path']=='somewhere'
+
+def test_maps_alone_and_other_models_than_writers(tmp_path):
+    model = linearize(vit()); x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        next(m for m in model.modules() if hasattr(m, 'w_q')).w_q.add_(.1)
+        save_trained(model, tmp_path/'a')
+        assert torch.equal(load_trained(vit(), tmp_path/'a')(pixel_values=x).logits, model(pixel_values=x).logits)
+    assert [p.name for p in (tmp_path/'a').iterdir()]==['maps.safetensors']
+
+def test_what_does_not_fit_is_named(tmp_path):
+    model = linearize(llama())
+    save_trained(model, tmp_path/'a', base='llama')
+    with pytest.raises(ValueError, match='exists already'): save_trained(model, tmp_path/'a')
+    save_trained(model, tmp_path/'a', overwrite=True)
+    with pytest.raises(ValueError, match='not converted'): save_trained(llama(), tmp_path/'b')
+    with pytest.raises(ValueError, match='not written by save_trained'): load_trained(llama(), tmp_path)
+    with pytest.raises(ValueError, match='another model.*w_q does not fit'): load_trained(llama(head_dim=16), tmp_path/'a')
+
+def hedgehog(*args, code=0):
+    r = CliRunner().invoke(app, [str(a) for a in args], prog_name='hedgehog')
+    assert r.exit_code==code, (r.stdout, r.stderr, r.exception)
+    return r
+
+def test_the_command_line_saves_it_and_reads_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    little = '--data embedded --seq-len 64 --eval-tokens 256'.split()
+    how = '--save trained --lora-rank 4 --batch-size 4 --distill-steps 1 --finetune-steps 2 --finetune-lr 1e-2 --autocast bfloat16'.split()
+    hedgehog('linearize', 'embedded', *little, '--out', 'tales', *how)
+    files = 'maps.safetensors','adapter_model.safetensors','adapter_config.json','results.json','attention.png','perplexity.png'
+    assert sorted(p.name for p in (tmp_path/'tales').iterdir())==sorted(files)
+    want = [r['value'] for r in json.loads((tmp_path/'tales'/'results.json').read_text())['rows'] if r['metric']=='ppl'][-1]
+    for base in ((), ('--base', 'embedded')):
+        got = json.loads(hedgehog('evaluate', 'tales', *little, *base, '--json').stdout)['value']
+        assert abs(got/want-1)<.02 # the command computed in bfloat16
+    assert 'Once' in hedgehog('generate', 'tales', '--prompt', 'Once', '-n', 3).stdout
+    assert 'name that with --base' in hedgehog('evaluate', 'tales', *little, '--base', './none', code=1).stderr
+    assert 'not' in hedgehog('evaluate', 'embedded', *little, '--base', 'embedded', code=1).stderr
+    assert '--lora-rank' in hedgehog('linearize', 'embedded', *little, '--out', 'other', '--save', 'trained', code=1).stderr
+    assert 'model or trained' in hedgehog('linearize', 'embedded', *little, '--out', 'other', '--save', 'all', code=1).stderr
+
+# decoding of whole models
+
+@torch.no_grad()
+def test_reserved_room_gives_the_same_logits():
+    model,x = llama(),tokens(2, 12)
+    cache = DynamicCache(config=model.config); cache.layers = [ReservedLayer(12) for _ in cache.layers]
+    parts = [model(input_ids=p, past_key_values=cache).logits for p in x.split([7,1,1,3], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), logits(model, x), atol=1e-5, rtol=1e-5)
+    assert state.cache_bytes(cache)==3*2*2*2*12*8*4
+    with pytest.raises(ValueError, match='room for 12'): model(input_ids=x[:,:1], past_key_values=cache)
+
+@pytest.mark.parametrize('kw', [None, {}, dict(layers='1'), dict(feature_map='hedgehog-window', window=4)], ids=str)
+@torch.no_grad()
+def test_each_repetition_writes_the_same_tokens(kw):
+    "What a CUDA graph records and replays, run twice: it begins where it began."
+    model,x = llama(),tokens(2, 9)
+    if kw is not None: linearize(model, **kw)
+    cache = state._reserved(model, 9+6)
+    model(input_ids=x[:,:8], past_key_values=cache)
+    back = state._back_to(cache)
+    a = state.greedy(model, x[:,8:], cache, 6); back()
+    b = state.greedy(model, x[:,8:], cache, 6)
+    want = model.generate(x, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)[:,-1:]
+    assert torch.equal(a, b) and torch.equal(a, want)
+
+def test_measurements_are_kept_and_failures_told(tmp_path, monkeypatch):
+    models,out,said = dict(softmax=llama(), hedgehog=linearize(llama())),tmp_path/'d.json',{}
+    measure = state._measure
+    def fails(phase, model, B, *case):
+        if B==2 and phase=='decode': raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 1 GiB')
+        return measure(phase, model, B, *case)
+    monkeypatch.setattr(state, '_measure', fails)
+    args = dict(name='tiny', batches=(1,2), contexts=(8,16), steps=2, compiled=(), on_case=lambda c, got: said.update({c:got}))
+    rows = benchmark_models(models, out, most=16, **args)
+    assert len(said)==16 and said['decode hedgehog B=2 T=8']=='OutOfMemoryError: CUDA out of memory. Tried to allocate 1 GiB'
+    assert said['prefill softmax B=2 T=16']=='more than 16 tokens at once' and said['prefill softmax B=2 T=8']['tokens_per_s']>0
+    kept = json.loads(out.read_text())['rows']
+    assert len(kept)==len(rows)==3*(16-4-2) and {(r['experiment'], r['B'], r['T']) for r in kept}>={('decode-model',1,16),('prefill-model',2,8)}
+    size = {r['variant']:r['value'] for r in kept if r['experiment']=='decode-model' and r['T']==16 and r['metric']=='bytes'}
+    assert size==dict(softmax=3*2*2*16*8*4, hedgehog=3*2*(16*8+16+1)*4) # what a state holds does not depend on the context
+    said.clear(); monkeypatch.setattr(state, '_measure', measure)
+    more = benchmark_models(models, out, most=16, **args)
+    assert {c for c,got in said.items() if isinstance(got, dict)}=={f'decode {v} B=2 T={T}' for v in models for T in (8,16)} and len(more)==3*14
+    assert str(models_table(more)).splitlines()[0].split('  ')[0]=='batch' and '–' not in str(models_table(more))
+    said.clear(); benchmark_models(models, tmp_path/'none.json', minutes=0, **args)
+    assert set(said.values())=={'not begun within 0 minutes'} and not (tmp_path/'none.json').exists()
+    out.write_text(out.read_text().replace('"device": "', '"device": "another '))
+    with pytest.raises(ValueError, match='measurements of another'): benchmark_models(models, out, **args)
+
+# the script
+
+def test_options():
+    a = gpu_models.options(['--out', 'x', '--steps', '2'])
+    assert a.parts=='embedded,smollm2-135m,decode' and a.minutes<9 and a.work.parts[-2:]==('build','gpu-models')
+    with pytest.raises(SystemExit): gpu_models.options(['--out', 'x', '--parts', 'embeded'])
+
+def test_the_last_table(tmp_path):
+    (tmp_path/'embedded').mkdir()
+    row = lambda stage, value, tokens, seconds: dict(stage=stage, metric='ppl', value=value, tokens=tokens, seconds=seconds)
+    got = [row('teacher', 4, 0, 0), row('swapped', 40, 0, 0), row('distilled', 10, 600, 2), row('finetuned', 8, 1000, 6)]
+    (tmp_path/'embedded'/'results.json').write_text(json.dumps(dict(rows=got)))
+    (tmp_path/'embedded.peak').write_text('2000000000')
+    (tmp_path/'decode').mkdir()
+    (tmp_path/'decode'/'results.json').write_text(json.dumps(dict(rows=[dict(metric='peak_bytes', value=5), dict(metric='peak_bytes', value=7*10**9)])))
+    rows,table = gpu_models.costs(SimpleNamespace(work=tmp_path), {'embedded':('done',3.), 'smollm2-135m':('cut off',9.), 'decode':('done',1.)})
+    assert all(x in str(table) for x in ('2.00 GB', '7.00 GB', '300', '100', '4 → 40 → 10 → 8', 'cut off'))
+    want = [('embedded','wall_s',None,3.), ('embedded','peak_bytes',None,2*10**9), ('embedded','tokens_per_s','distill',300.),
+        ('embedded','tokens_per_s','finetune',100.), ('smollm2-135m','wall_s',None,9.), ('decode','wall_s',None,1.), ('decode','peak_bytes',None,7*10**9)]
+    assert [(r['model'], r['metric'], r.get('phase'), r['value']) for r in rows]==want
+
+def test_two_steps_killed_and_taken_up(root, tmp_path):
+    "The whole script on a CPU: killed after distillation, then run to its end, then once more with nothing left to do."
+    out,work = tmp_path/'out',tmp_path/'work'
+    how = '--steps 2 --device cpu --model embedded --data embedded --parts embedded,decode'.split()
+    cmd = [sys.executable, root/'tests'/'gpu_models.py', '--out', out, '--work', work, *how]
+    env = {**os.environ, 'OMP_NUM_THREADS':'1'}
+    with subprocess.Popen([*cmd, '--part', 'embedded'], stderr=subprocess.PIPE, text=True, env=env) as p:
+        assert any('✓ distill' in l for l in p.stderr) # the lines up to that one
+        p.send_signal(signal.SIGKILL)
+    assert p.returncode==-signal.SIGKILL and not list(out.iterdir())
+    r = subprocess.run(cmd, capture_output=True, text=True, env=env)
+    assert r.returncode==0, r.stdout+r.stderr
+    assert 'going on with what is in' in r.stderr and 'decode hedgehog B=1 T=64' in r.stdout and r.stdout.rstrip().splitlines()[-1].startswith(f'in {out}:')
+    files = {p.name:p for p in out.iterdir()}
+    assert set(files)=={'gpu-embedded.json','embedded.tar','gpu-decode.json','gpu-models.json'}
+    with tarfile.open(files['embedded.tar']) as t: names = {n.partition('/')[2] for n in t.getnames()}
+    assert {'maps.safetensors','adapter_model.safetensors'} <= names and 'model.safetensors' not in names
+    before = {n:p.read_bytes() for n,p in files.items() if n!='gpu-models.json'}
+    again = subprocess.run([*cmd[:3], tmp_path/'again', *cmd[4:]], capture_output=True, text=True, env=env)
+    assert again.returncode==0 and '✓' not in again.stderr and 'tokens/s  ' not in again.stdout.split('== decode')[1].split('\n\n')[0]
+    assert all((tmp_path/'again'/n).read_bytes()==b for n,b in before.items() if n.endswith('.json'))
