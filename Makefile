@@ -6,6 +6,8 @@
 #     VENV      where the environment lives                    (.venv)
 #     TORCH     what `pip install` is given for PyTorch, before anything else; options may follow, as in
 #               TORCH='torch==2.13.0 --index-url URL' with the URL that PyTorch's install page shows for CPU, CUDA or ROCm builds
+#     PARTS     which parts `make gpu` runs, as in PARTS="smoke bench" (all; the head of tests/gpu.sh says what they are)
+#     MODELS, DATA   folders that `make gpu-files` cuts into pieces      (none)
 #     WORKERS   how many notebooks or test files run at a time (the cores of this machine, 8 at most)
 
 VENV    ?= .venv
@@ -20,12 +22,12 @@ FACTS := settings.ini setup.py pyproject.toml
 # One thread a worker; no test reaches the network
 TEST  := PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
-.PHONY: help demo test gpu sync docs readme hooks clean
+.PHONY: help demo test gpu gpu-smoke gpu-tests gpu-sanitize gpu-bench gpu-models gpu-files sync docs readme hooks clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
 	@echo "make TARGET, where TARGET is one of (the head of the Makefile says what can be overridden):"
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z].*:.*## / {sub(/:.*/, "", $$1); printf "  %-9s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.stamp-core  ## Set up, then convert the embedded model: perplexities, a figure, generated text
 	@PATH="$(BIN):$$PATH" hedgehog demo
@@ -39,8 +41,14 @@ test: $(VENV)/.stamp-dev  ## Set up, then test the notebooks, the kernels (in Tr
 	fi
 	@echo "== tests" && $(TEST) python -m pytest -q -n $(WORKERS) --dist loadfile tests
 
-gpu:  ## On a GPU machine, in ten minutes: the kernels' tests, races, hedgehog bench (the head of tests/gpu.sh says what it needs)
-	@tests/gpu.sh
+gpu:  ## On a GPU machine: smoke test, kernels' tests, sanitizer, benchmark, models, 9 minutes each (gpu-smoke, gpu-tests, gpu-sanitize, gpu-bench or gpu-models: one)
+	@tests/gpu.sh $(PARTS)
+
+gpu-smoke gpu-tests gpu-sanitize gpu-bench gpu-models: gpu-%:
+	@tests/gpu.sh $*
+
+gpu-files:  ## What a GPU machine without a network lacks, in folders of 45 MB: .gpu/1, .gpu/2, ...
+	@$(PYTHON) tests/gpu_files.py --into .gpu --models $(MODELS) --data $(DATA)
 
 sync: $(VENV)/.stamp-dev  ## Check that modules equal their notebooks and that the notebooks are clean (works on a copy)
 	@PATH="$(BIN):$$PATH" .ci/sync

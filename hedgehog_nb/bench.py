@@ -7,8 +7,8 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/benchmarks.html.md"""
 # %% auto #0
 __all__ = ['CONTENDERS', 'TOLERANCE', 'TURNS', 'CURVES', 'Case', 'floor_bytes', 'flops', 'NotHere', 'contender', 'needs',
            'make_inputs', 'medians', 'median_ms', 'peak_bytes', 'copy_rate', 'matmul_rate', 'WrongResult', 'prepare',
-           'default_cases', 'measurements', 'measure', 'Worker', 'compile_share', 'compile_ahead', 'resumable',
-           'run_benchmark', 'bench_table', 'bench_curves', 'plot_bench']
+           'default_cases', 'measurements', 'measure', 'attempt', 'Worker', 'compile_share', 'compile_ahead',
+           'resumable', 'run_benchmark', 'bench_table', 'bench_curves', 'plot_bench']
 
 # %% ../kernels/07_benchmarks.ipynb #55318018
 import functools, json, multiprocessing, os, signal, statistics, threading, time, torch
@@ -403,7 +403,7 @@ def measure(
     step,_ = prepare(c, name, device)
     return dict(ms=median_ms(step, device), bytes=peak_bytes(step, device))
 
-def _attempt(f, *args):
+def attempt(f, *args):
     "('ok', what `f` gives), or 'absent', 'wrong' or 'failed' with the reason."
     try: return 'ok', f(*args)
     except NotHere as e: return 'absent', str(e)
@@ -424,7 +424,7 @@ def _serve(pipe):
     while True:
         try: f,*args = pipe.recv()
         except EOFError: os._exit(0)
-        pipe.send((*_attempt(f, *args), _healthy()))
+        pipe.send((*attempt(f, *args), _healthy()))
 
 class Worker:
     "A process that calls functions of this module, is killed where it takes too long, and is started anew where it broke."
@@ -477,7 +477,7 @@ def compile_share(
     for j,(c,name) in enumerate(todo):
         if j%n!=i and not name.startswith('fla'): continue
         x = make_inputs(c, device)
-        _attempt(lambda: _step(c, x, CONTENDERS[c.kind][name](c, x))())
+        attempt(lambda: _step(c, x, CONTENDERS[c.kind][name](c, x))())
 
 def compile_ahead(
     todo:list, # Of (case, name)
@@ -496,7 +496,7 @@ def compile_ahead(
         workers[i].start()
         return workers[i](max(1., end-time.time()), compile_share, work, device, i, n)
     try:
-        with ThreadPoolExecutor(n) as pool: return list(pool.map(_attempt, [run]*len(workers), range(len(workers))))
+        with ThreadPoolExecutor(n) as pool: return list(pool.map(attempt, [run]*len(workers), range(len(workers))))
     finally:
         for w in workers: w.stop()
 
@@ -527,7 +527,7 @@ def _by_turns(todo, device, end):
         if i and time.time()>end: return
         got,steps,errors,t = {},{},{},time.time()
         for name in [n for d,n in todo if d==c]:
-            state,value = _attempt(prepare, c, name, device)
+            state,value = attempt(prepare, c, name, device)
             if state=='ok': steps[name] = value[0]
             else: got[name] = state,value,time.time()-t
         a = torch.randn(1024, 1024, dtype=c.dtype)
