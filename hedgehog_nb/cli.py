@@ -936,8 +936,11 @@ def bench_command(ctx:typer.Context,
     old,cases,error,start = resumable(out, device) if resume else {},default_cases(device),None,time.perf_counter()
     if old.get('other') and not overwrite: raise ValueError(f"{out} is of another device, commit or versions; choose another --out, or say --overwrite to measure anew")
     if old.get('rows'): screen.say(f"going on from the {len(old['rows'])} numbers in {out}")
-    left,show = {c:None for c in cases if c not in old.get('cases', ())},_bench_printer(screen)
+    gpu,left,show,missing = device.startswith('cuda'),{c:None for c in cases if c not in old.get('cases', ())},_bench_printer(screen),0
+    if gpu: screen.say("the machine is measured and kernels are compiled first, two minutes at most; then a line for each measurement")
     def on_result(c, said, done, total):
+        nonlocal missing
+        missing = total-done
         left.pop(c, None); show(c, said, done, total)
         if waiting: waiting.update(f"{done} of {total} after {time.perf_counter()-start:.0f} s; nothing is begun after {minutes:g} minutes")
     with screen.wait('measuring the machine') as waiting:
@@ -946,7 +949,8 @@ def bench_command(ctx:typer.Context,
         except Stopped as e: e.note = f"{out} holds what was measured; --resume goes on" if out.exists() else "nothing was written"; raise
     for c in left: screen.out.print(f"[dim]not run: {c}[/]", highlight=False)
     if left: screen.say(f"{len(left)} cases were not begun within {minutes:g} minutes; --resume goes on")
-    if not device.startswith('cuda'): screen.say(f"the {len(default_cases('cuda'))} cases for a GPU were not run: this was a run on {device}")
+    elif missing: screen.say(f"{missing} measurements were not begun within {minutes:g} minutes; --resume goes on")
+    if not gpu: screen.say(f"the {len(default_cases('cuda'))} cases for a GPU were not run: this was a run on {device}")
     screen.say(f"{len(rows)} numbers in [bold]{out}[/]")
     screen.object(out=str(out), cases=len(cases)-len(left), of=len(cases), rows=len(rows))
     if error: raise error
