@@ -13,11 +13,12 @@
 #     models     models converted on the GPU and their decoding                                                            OUT/
 #
 # Needed: Linux, a GPU, Python with torch, triton, transformers, numpy and fastcore. tests needs pytest, pytest-xdist and hypothesis too; bench
-# typer and rich (flash-linear-attention is measured if it is there); models accelerate, datasets, matplotlib, peft and safetensors.
+# typer and rich (flash-linear-attention is measured if it is there); models accelerate, matplotlib, peft and safetensors.
 # A machine without a network: on another one `make gpu-files` makes the folders .gpu/1, .gpu/2, ... of at most 45 MB each:
 #     .gpu/1        wheels (fastcore, flash-linear-attention, fla-core, datasets and its needs, gguf), and ptxas 13.4
 #     .gpu/2 ...    with MODELS='FOLDER ...' or DATA='FOLDER ...': models and texts, cut into pieces
 # Carry what a part needs: .gpu/1 for all parts, the others for models. Wheels are installed beside, not into, Python; pieces are joined in .gpu/files.
+# To go on on a machine that is bare again, carry the files in OUT along.
 #
 # What may be overridden, as in `SECONDS_PART=300 make gpu-tests`:
 #     PYTHON         the interpreter                                          (python3)
@@ -100,7 +101,7 @@ part_bench() {
   run "hedgehog bench" "$(left)" "$PYTHON" -c 'from hedgehog_nb.cli import app; app(prog_name="hedgehog")' bench --resume --overwrite --minutes "$minutes" --out "$OUT/bench-$device.json"
 }
 part_models() {
-  needs models fastcore triton transformers accelerate datasets matplotlib peft safetensors || return
+  needs models fastcore triton transformers accelerate matplotlib peft safetensors || return
   [ -f tests/gpu_models.py ] || { said+=("models: not run, tests/gpu_models.py is missing"); bad=1; return; }
   run models "$(left)" "$PYTHON" tests/gpu_models.py --out "$OUT"
 }

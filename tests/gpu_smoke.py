@@ -5,7 +5,7 @@
 import argparse, os, sys, time
 from gpu_parallel import in_parallel, own_cache, ROOT
 import torch
-from hedgehog_nb.bench import Case, copy_rate, measure, prepare
+from hedgehog_nb.bench import Case, copy_rate, floor_bytes, measure, prepare
 from hedgehog_nb.feature_maps import make_feature_map, per_head
 from hedgehog_nb.hedgehog import FORMS, hedgehog_features
 from hedgehog_nb.linear_attention import LinearState, bidirectional_linear_attention, chunk_linear_attention, linear_attention
@@ -130,7 +130,7 @@ class Record:
     "Rows of results, written as they come."
     def __init__(self, out): self.out,self.rows,self.start = out,[],time.time()
     def add(self, variant, metric, value, **kw):
-        self.rows.append(dict(experiment='gpu-smoke', model='attention', data='random', variant=variant, metric=metric, value=value, **kw))
+        self.rows.append(dict(experiment='gpu-smoke', model='attention', data='random', variant=variant, metric=metric, value=value, ptxas=PTXAS[1], **kw))
         if self.out: write_results(self.out, self.rows, wall_s=time.time()-self.start, device=DEVICE)
 
 def check_all(small, record, seconds):
@@ -154,7 +154,7 @@ def time_all(record, end):
         if time.time()>end: print(f'not timed, no time left: {n} {c}', flush=True); continue
         try: got = measure(c, n, DEVICE)
         except Exception as e: print(f'not timed: {n} {c}: {type(e).__name__}: {e}', flush=True); continue
-        print(f"{n:<18} {c}: {got['ms']:.3f} ms, {got['bytes']/2**20:.0f} MiB", flush=True); record.add(f'{n} {c}', 'ms', got['ms'])
+        print(f"{n:<18} {c}: {got['ms']:.3f} ms, {got['ms']*rate/1e3/floor_bytes(c):.1f}× the byte floor, {got['bytes']/2**20:.0f} MiB", flush=True); record.add(n, 'ms', got['ms'], **c._asdict() | dict(dtype=str(c.dtype)[6:]))
 
 def main(small, out, seconds):
     start,small_or_cpu = time.time(),small or DEVICE=='cpu'
@@ -165,7 +165,7 @@ def main(small, out, seconds):
     print(f"{'BAD' if bad else 'ok '} {bad} of {len(record.rows)} bad, {time.time()-start:.0f} s", flush=True)
     return bad>0
 
-if os.environ.get('TRITON_INTERPRET')!='1': PTXAS = own_cache() # in every process, before Triton compiles
+PTXAS = ('', 'none') if os.environ.get('TRITON_INTERPRET')=='1' else own_cache() # in every process, before Triton compiles
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
