@@ -41,7 +41,7 @@ test: $(VENV)/.stamp-dev  ## Set up, then test the notebooks, the kernels (in Tr
 	fi
 	@echo "== tests" && $(TEST) python -m pytest -q -n $(WORKERS) --dist loadfile tests
 
-gpu:  ## On a GPU machine: smoke test, kernels' tests, sanitizer, benchmark, models, 9 minutes each (gpu-smoke, gpu-tests, gpu-sanitize, gpu-bench or gpu-models: one)
+gpu:  ## On a GPU machine: smoke test, kernels' tests, sanitizer, benchmark, models, 9 minutes each (gpu-smoke, gpu-tests, ... one of them)
 	@tests/gpu.sh $(PARTS)
 
 gpu-smoke gpu-tests gpu-sanitize gpu-bench gpu-models: gpu-%:

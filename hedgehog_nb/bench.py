@@ -80,8 +80,9 @@ def make_inputs(
     c:Case, # The shape
     device, # Where
     seed:int=0, # Of the numbers
-)->dict: # q (B, H, T, D), k, v (B, Hkv, T, D), w_q (H, D, D), w_k (Hkv, D, D), g like q; leaves that need gradients for "train", past_k and past_v (B, Hkv, 64, D) for "decode"
-    "Random inputs in the layout that a layer hands out, and maps near the identity."
+)->dict: # q (B, H, T, D), k, v (B, Hkv, T, D), w_q (H, D, D), w_k (Hkv, D, D), g like q
+    """Random inputs in the layout that a layer hands out, and maps near the identity; leaves that need gradients for "train",
+    also past_k and past_v (B, Hkv, 64, D) for "decode"."""
     g = torch.Generator(device).manual_seed(seed)
     rand = lambda h,T: torch.randn(c.B, T, h, c.D, generator=g, device=device, dtype=torch.float32).to(c.dtype).transpose(1,2)
     T = 1 if c.kind=='decode' else c.T
@@ -209,7 +210,8 @@ def _(c, x):
 
 # %% ../kernels/07_benchmarks.ipynb #a681ed32
 def _past(x, m): # the state after the tokens before
-    return linear_attention(x['q'].new_zeros(x['q'].shape[:2] + x['past_k'].shape[2:]), x['past_k'], x['past_v'], m, output_final_state=True, implementation='chunked')[1]
+    q = x['q'].new_zeros(x['q'].shape[:2] + x['past_k'].shape[2:])
+    return linear_attention(q, x['past_k'], x['past_v'], m, output_final_state=True, implementation='chunked')[1]
 
 @contender('hedgehog-torch', 'decode')
 def _(c, x):
@@ -314,11 +316,13 @@ def _want(c, x):
     "What the first and the last head give in fp64: the output, or the gradients of q, k and v."
     res = []
     for hq,hk in _heads(c):
-        y = {n: t.detach()[hk if n in ('k','v','past_k','past_v') else hq].double() for n,t in x.items() if n[:2]!='w_'} | dict(w_q=x['w_q'][hq[1]], w_k=x['w_k'][hk[1]])
+        y = {n: t.detach()[hk if n in ('k','v','past_k','past_v') else hq].double() for n,t in x.items() if n[:2]!='w_'}
+        y |= dict(w_q=x['w_q'][hq[1]], w_k=x['w_k'][hk[1]])
         small = c._replace(B=1, H=y['q'].shape[1], Hkv=1)
         m = _map(small, y).double()
         if c.kind=='train': leaves = [y[n].requires_grad_() for n in 'qkv']
-        o = linear_attention(y['q'], y['k'], y['v'], m, causal=c.causal, implementation='chunked', initial_state=_past(y, m) if c.kind=='decode' else None)
+        past = _past(y, m) if c.kind=='decode' else None
+        o = linear_attention(y['q'], y['k'], y['v'], m, causal=c.causal, implementation='chunked', initial_state=past)
         res.append(torch.autograd.grad(o, leaves, y['g']) if c.kind=='train' else (o.detach(),))
     return res
 
@@ -367,24 +371,26 @@ def default_cases(
     return list(dict.fromkeys(head + rest + large + small + [Case('decode',b,16,16,T,64,bf) for b in (1,64) for T in (2048,32768)]))
 
 
-TURNS = ('hedgehog','sdpa','sdpa-flash','sdpa-cudnn','hedgehog-kernels'), ('fla-chunk','fla-fused'), (), ('hedgehog-compiled','flex') # all others take the third
+TURNS = ('hedgehog','sdpa','sdpa-flash','sdpa-cudnn','hedgehog-kernels'), ('fla-chunk','fla-fused'), (), ('hedgehog-compiled','flex') # others: the third
 
 def measurements(
     cases:list, # Of `Case`
     names=None, # Contenders; all if None
 )->list: # Of (case, name)
     "What a run on a GPU measures, in its order: a turn over all cases for each of `TURNS`."
-    turn = lambda n: next((i for i,t in enumerate(TURNS) if n in t), 2)
-    todo = [(c, n) for c in cases for n in sorted(CONTENDERS[c.kind], key=lambda n: TURNS[turn(n)].index(n) if TURNS[turn(n)] else 0) if not names or n in names]
-    return sorted(todo, key=lambda x: turn(x[1]))
+    def place(name): # turn, and rank within it
+        i = next((i for i,t in enumerate(TURNS) if name in t), 2)
+        return i, TURNS[i].index(name) if TURNS[i] else 0
+    todo = [(c, n) for c in cases for n in sorted(CONTENDERS[c.kind], key=place) if not names or n in names]
+    return sorted(todo, key=lambda x: place(x[1])[0])
 
 def _case(row): # what a row was measured on
     return Case(row['experiment'].partition('-')[2], *(row[n] for n in ('B','H','Hkv','T','D')), getattr(torch, row['dtype']), row['causal'])
 
 def _row(c, name, metric, value, rates, **kw):
     place = 'bench' if rates['device']=='cuda' else 'cpu'
-    return dict(experiment=f'{place}-{c.kind}', model='attention', data='random', variant=name, metric=metric, value=value, tokens=c.B*(1 if c.kind=='decode' else c.T),
-                B=c.B, H=c.H, Hkv=c.Hkv, T=c.T, D=c.D, dtype=str(c.dtype)[6:], causal=c.causal, **kw)
+    return dict(experiment=f'{place}-{c.kind}', model='attention', data='random', variant=name, metric=metric, value=value,
+                tokens=c.B*(1 if c.kind=='decode' else c.T), B=c.B, H=c.H, Hkv=c.Hkv, T=c.T, D=c.D, dtype=str(c.dtype)[6:], causal=c.causal, **kw)
 
 def _rows(c, name, ms, mem, rates):
     "What a measurement says, as rows of `results/`."
@@ -488,7 +494,8 @@ def compile_ahead(
     "Fill Triton's cache with what our kernels and fla's need for `todo`, in parallel."
     from concurrent.futures import ThreadPoolExecutor
     ours = [x for x in todo if x[1] in ('hedgehog','hedgehog-kernels')]
-    fla = {(n, c.kind, c.H, c.D, c.dtype): (c._replace(B=min(c.B, 2), Hkv=c.H, T=1024), n) for c,n in todo if n.startswith('fla') and find_spec('fla')} # their kernels are compiled by width, not by length
+    short = lambda c: c._replace(B=min(c.B, 2), Hkv=c.H, T=1024) # fla's kernels are compiled by width, not by length
+    fla = {(n, c.kind, c.H, c.D, c.dtype): (short(c), n) for c,n in todo if n.startswith('fla') and find_spec('fla')}
     work,n = [*fla.values(), *ours],processes or min(12, os.cpu_count() or 1)
     workers = [Worker() for _ in range(n if work else 0)]
     def run(i): # within this many seconds, the start included
@@ -519,7 +526,8 @@ def _rates(device, dtype): return dict(device=device.type, copy=copy_rate(device
 
 def _machine_rows(rates, dtype):
     row = dict(experiment='bench-forward' if rates['device']=='cuda' else 'cpu-forward', model='machine', data='random')
-    return [dict(row, variant='copy', metric='bytes_per_s', value=rates['copy'], unit='B/s'), dict(row, variant='matmul', metric='tflops', value=rates['matmul']/1e12, dtype=str(dtype)[6:])]
+    return [dict(row, variant='copy', metric='bytes_per_s', value=rates['copy'], unit='B/s'),
+            dict(row, variant='matmul', metric='tflops', value=rates['matmul']/1e12, dtype=str(dtype)[6:])]
 
 def _by_turns(todo, device, end):
     "Case by case, its contenders by turns with a matrix product: (case, {name: (state, value, seconds)})."
@@ -531,7 +539,8 @@ def _by_turns(todo, device, end):
             if state=='ok': steps[name] = value[0]
             else: got[name] = state,value,time.time()-t
         a = torch.randn(1024, 1024, dtype=c.dtype)
-        times = medians(steps if c.kind=='decode' else {**steps, None: lambda: a@a}, device, errors=errors) if steps else {} # a token's step is no matter of arithmetic
+        if c.kind!='decode' and steps: steps[None] = lambda: a@a # a token's step is no matter of arithmetic
+        times = medians(steps, device, errors=errors)
         rate = {'matmul': 2*len(a)**3/times.pop(None)*1e3} if None in times else {}
         for n,e in errors.items(): got[n] = 'failed',f"{type(e).__name__}: {e}"[:200],time.time()-t
         yield c, {n: ('ok', dict(ms=ms, bytes=None, **rate), 0.) for n,ms in times.items()} | got
@@ -562,7 +571,7 @@ def run_benchmark(
     timeout:float=120., # Seconds for a contender on a case, compiling included, in a process of its own
     isolate:bool=None, # Measure in a process of its own, one contender at a time? On a GPU if None
 )->list: # Rows written
-    "Check and measure every contender on every case. Raises `ValueError` on unknown names, and at the end `WrongResult` naming those of ours that differ from fp64."
+    "Check and measure every contender on every case. Raises `ValueError` on unknown names, at the end `WrongResult` naming those of ours that are wrong."
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     known = dict.fromkeys(n for fs in CONTENDERS.values() for n in fs)
     if bad := [n for n in names or () if n not in known]: raise ValueError(f"contenders are {', '.join(known)}; given {', '.join(bad)}")

@@ -917,12 +917,13 @@ def _bench_printer(screen):
             told.add((n, x))
     return show
 
-@app.command('bench', epilog=_examples('hedgehog bench', 'hedgehog bench --out results/bench-h200.json --minutes 9', 'hedgehog bench --out results/bench-h200.json --resume', 'hedgehog bench --only hedgehog --only sdpa-flash'))
+@app.command('bench', epilog=_examples('hedgehog bench', 'hedgehog bench --out results/bench-h200.json --minutes 9',
+    'hedgehog bench --out results/bench-h200.json --resume', 'hedgehog bench --only hedgehog --only sdpa-flash'))
 @_command
 def bench_command(ctx:typer.Context,
-    out:Annotated[Path, _opt('--out', '-o', metavar='FILE', help="File of results, .json; written after every case, on a GPU after every contender.")]=Path('bench.json'),
+    out:Annotated[Path, _opt('--out', '-o', metavar='FILE', help="File of results, .json; written after every case, on a GPU every contender.")]=Path('bench.json'),
     minutes:Annotated[float, _opt('--minutes', metavar='X', min=0, help="Begin nothing but the first after so many minutes.")]=9.,
-    timeout:Annotated[float, _opt('--timeout', metavar='X', min=1, help="On a GPU, stop a contender that takes so many seconds for a case, compiling included.")]=120.,
+    timeout:Annotated[float, _opt('--timeout', metavar='X', min=1, help="On a GPU, stop a contender that takes so many seconds, compiling included.")]=120.,
     only:Annotated[Optional[List[str]], _opt('--only', metavar='NAME', help="A contender, by the name of its column. May be given several times; all if not given.")]=None,
     resume:Annotated[bool, _opt('--resume', help="Keep what the file holds of this device, commit and versions, and measure the rest.")]=False,
     overwrite:Annotated[bool, _opt('--overwrite', help="Replace the file if it exists; with --resume, if it is of another device, commit or versions.")]=False,
@@ -934,7 +935,8 @@ def bench_command(ctx:typer.Context,
     if out.suffix!='.json': raise ValueError(f"--out is a .json file; given {out.name!r}")
     screen,out,device = Screen(as_json),check_output(out, overwrite or resume, folder=False),pick_device(device)
     old,cases,error,start = resumable(out, device) if resume else {},default_cases(device),None,time.perf_counter()
-    if old.get('other') and not overwrite: raise ValueError(f"{out} is of another device, commit or versions; choose another --out, or say --overwrite to measure anew")
+    if old.get('other') and not overwrite:
+        raise ValueError(f"{out} is of another device, commit or versions; choose another --out, or say --overwrite to measure anew")
     if old.get('rows'): screen.say(f"going on from the {len(old['rows'])} numbers in {out}")
     gpu,left,show,missing = device.startswith('cuda'),{c:None for c in cases if c not in old.get('cases', ())},_bench_printer(screen),0
     if gpu: screen.say("the machine is measured and kernels are compiled first, two minutes at most; then a line for each measurement")

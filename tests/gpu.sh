@@ -31,18 +31,21 @@ cd "$(dirname "$0")/.."
 ALL="smoke tests sanitize bench models"
 PYTHON=${PYTHON:-python3} OUT=${OUT:-results} SECONDS_PART=${SECONDS_PART:-530} FILES=.gpu
 WORKERS=${WORKERS:-$(n=$(getconf _NPROCESSORS_ONLN); [ "$n" -gt 16 ] && n=16; echo "$n")}
-export PYTHONPATH="$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+export PYTHONPATH="$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 unset TRITON_INTERPRET
 
 parts=${*:-$ALL}
 for p in $parts; do case " $ALL " in *" $p "*) ;; *) echo "parts are $ALL; given $p" >&2; exit 2;; esac; done
-"$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || { echo "make gpu needs PyTorch and a GPU that it can use; there is none here. make test runs the kernels in Triton's interpreter." >&2; exit 1; }
+"$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || {
+  echo "make gpu needs PyTorch and a GPU that it can use; there is none here. make test runs the kernels in Triton's interpreter." >&2; exit 1; }
 mkdir -p "$OUT"
 
 # What was carried: wheels go into a folder that Python looks into last, pieces are joined
 if ls $FILES/[0-9]*/*.whl >/dev/null 2>&1; then
   site=$PWD/$FILES/site
-  [ -d "$site" ] || "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" $FILES/[0-9]*/*.whl || echo "the wheels in $FILES could not be installed" >&2
+  [ -d "$site" ] || "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" $FILES/[0-9]*/*.whl ||
+    echo "the wheels in $FILES could not be installed" >&2
   export PYTHONPATH="$PYTHONPATH:$site"
 fi
 if ls $FILES/[0-9]*/pieces.json >/dev/null 2>&1; then "$PYTHON" tests/gpu_files.py --join "$FILES"; fi
@@ -51,7 +54,8 @@ export HEDGEHOG_GPU_FILES=$PWD/$FILES/files
 needs() { # part, packages as MODULE or MODULE:NAME
   local part=$1 lack=() p; shift
   for p in "$@"; do "$PYTHON" -c "import importlib.util as u, sys; sys.exit(u.find_spec('${p%%:*}') is None)" 2>/dev/null || lack+=("${p##*:}"); done
-  [ ${#lack[@]} = 0 ] || { said+=("$part: not run, ${lack[*]} missing: carry .gpu/1 of \`make gpu-files\`, or put the packages on PYTHONPATH"); bad=1; return 1; }
+  [ ${#lack[@]} = 0 ] && return
+  said+=("$part: not run, ${lack[*]} missing: carry .gpu/1 of \`make gpu-files\`, or put the packages on PYTHONPATH"); bad=1; return 1
 }
 device=$("$PYTHON" -c 'import re, torch; print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))')
 said=() bad=0 begun=$SECONDS
@@ -62,7 +66,11 @@ run() { # name, seconds at most, command
   if [ "$most" -lt 5 ]; then said+=("$name: not run, no time left"); bad=1; return 1; fi
   echo "== $name (at most $most s)"
   timeout -s INT -k 15 "$most" "$@"; rc=$?
-  case $rc in 0) said+=("$name: passed, $((SECONDS - t)) s");; 124|137) said+=("$name: cut off after $most s; run it again to go on"); bad=1;; *) said+=("$name: FAILED ($rc), $((SECONDS - t)) s"); bad=1;; esac
+  case $rc in
+    0) said+=("$name: passed, $((SECONDS - t)) s");;
+    124|137) said+=("$name: cut off after $most s; run it again to go on"); bad=1;;
+    *) said+=("$name: FAILED ($rc), $((SECONDS - t)) s"); bad=1;;
+  esac
   return $rc
 }
 
@@ -71,14 +79,16 @@ part_smoke() {
   run smoke 150 "$PYTHON" tests/gpu_smoke.py --out "$OUT/smoke-$device.json"
   local xz other; xz=$(ls $FILES/[0-9]*/ptxas.xz 2>/dev/null | head -n 1)
   [ -n "$xz" ] && [ -z "${TRITON_PTXAS_PATH:-}" ] || return
-  other=$PWD/$FILES/ptxas; [ -x "$other" ] || { "$PYTHON" -c 'import lzma, shutil, sys; shutil.copyfileobj(lzma.open(sys.argv[1]), open(sys.argv[2], "wb"))' "$xz" "$other" && chmod +x "$other"; }
+  other=$PWD/$FILES/ptxas
+  [ -x "$other" ] || { "$PYTHON" -c 'import lzma, sys; open(sys.argv[2], "wb").write(lzma.open(sys.argv[1]).read())' "$xz" "$other" && chmod +x "$other"; }
   run "smoke, the carried ptxas" 150 env TRITON_PTXAS_PATH="$other" "$PYTHON" tests/gpu_smoke.py --out "$OUT/smoke-$device-ptxas.json"
 }
 part_tests() {
   needs tests fastcore triton transformers pytest xdist:pytest-xdist hypothesis || return
   local log="$OUT/tests-$device.jsonl"
   run "every kernel, again and again" 150 env HEDGEHOG_TUNE=0 "$PYTHON" tests/gpu_repeat.py --seconds 120 --done "$OUT/repeat-$device.txt"
-  run "the kernels' tests" "$(left)" env HEDGEHOG_TUNE=0 "$PYTHON" -m pytest -q -p gpu_pytest --gpu-log "$log" -n "$WORKERS" --dist load --maxschedchunk 1 tests/test_kernels*.py
+  run "the kernels' tests" "$(left)" env HEDGEHOG_TUNE=0 "$PYTHON" -m pytest -q -p gpu_pytest --gpu-log "$log" \
+    -n "$WORKERS" --dist load --maxschedchunk 1 tests/test_kernels*.py
   "$PYTHON" tests/gpu_pytest.py "$log" || bad=1
 }
 part_sanitize() {
@@ -89,16 +99,21 @@ part_sanitize() {
   for tool in memcheck racecheck; do
     log="$OUT/sanitize-$tool-$device.log"
     was=$bad
-    run "compute-sanitizer $tool" "$most" env HEDGEHOG_TUNE=0 PYTORCH_NO_CUDA_MEMORY_CACHING=1 bash -o pipefail -c 'compute-sanitizer --tool "$0" --report-api-errors no --error-exitcode 3 --target-processes all "$1" tests/gpu_repeat.py --size few --done "$2.done" 2>&1 | tee -a "$2"' "$tool" "$PYTHON" "$log"
-    if grep -qi 'device not supported' "$log"; then bad=$was; said[${#said[@]}-1]="compute-sanitizer $tool: not run, it says 'Device not supported' here"; rm -f "$log" "$log.done"
+    run "compute-sanitizer $tool" "$most" env HEDGEHOG_TUNE=0 PYTORCH_NO_CUDA_MEMORY_CACHING=1 bash -o pipefail -c '
+      compute-sanitizer --tool "$0" --report-api-errors no --error-exitcode 3 --target-processes all "$1" tests/gpu_repeat.py --size few --done "$2.done" 2>&1 |
+      tee -a "$2"' "$tool" "$PYTHON" "$log"
+    if grep -qi 'device not supported' "$log"; then
+      bad=$was; said[${#said[@]}-1]="compute-sanitizer $tool: not run, it says 'Device not supported' here"; rm -f "$log" "$log.done"
     elif grep -Eq '^=+ +(Invalid|Error:|Uninitialized|Barrier error|.*SUMMARY: [1-9])' "$log"; then bad=1; said+=("compute-sanitizer $tool: FINDINGS in $log"); fi
   done
 }
 part_bench() {
   needs bench fastcore triton transformers typer rich || return
-  "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("fla") is None)' 2>/dev/null || echo "flash-linear-attention is missing and will not be measured: carry .gpu/1 of \`make gpu-files\`"
+  "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("fla") is None)' 2>/dev/null ||
+    echo "flash-linear-attention is missing and will not be measured: carry .gpu/1 of \`make gpu-files\`"
   local minutes; minutes=$("$PYTHON" -c "print(max(.2, ($(left)-30)/60))")
-  run "hedgehog bench" "$(left)" "$PYTHON" -c 'from hedgehog_nb.cli import app; app(prog_name="hedgehog")' bench --resume --overwrite --minutes "$minutes" --out "$OUT/bench-$device.json"
+  run "hedgehog bench" "$(left)" "$PYTHON" -c 'from hedgehog_nb.cli import app; app(prog_name="hedgehog")' \
+    bench --resume --overwrite --minutes "$minutes" --out "$OUT/bench-$device.json"
 }
 part_models() {
   needs models fastcore triton transformers accelerate matplotlib peft safetensors || return

@@ -1,7 +1,7 @@
 """What a GPU machine without a network lacks, in folders small enough to carry one at a time.
 
-    python tests/gpu_files.py --into .gpu --models ~/smollm2-135m --data ~/wikitext-2     here: .gpu/1 wheels and ptxas, .gpu/2 ... pieces of the folders
-    python tests/gpu_files.py --join .gpu                                                 there, again after each part that came: .gpu/files/models/NAME, .gpu/files/data/NAME"""
+    python tests/gpu_files.py --into .gpu --models ~/smollm2-135m --data ~/wikitext-2     here: .gpu/1 wheels and ptxas, .gpu/2 ... pieces
+    python tests/gpu_files.py --join .gpu     there, again after each part that came: .gpu/files/models/NAME, .gpu/files/data/NAME"""
 import argparse, json, lzma, shutil, subprocess, sys, tempfile, zipfile
 from pathlib import Path
 
@@ -13,7 +13,8 @@ PLATFORMS = 'manylinux_2_28_x86_64','manylinux_2_17_x86_64','manylinux2014_x86_6
 def download(into, names, python):
     "Wheels for another Python, without what they need."
     platforms = [x for p in PLATFORMS for x in ('--platform', p)]
-    subprocess.run([sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--only-binary=:all:', '--python-version', python, '--implementation', 'cp', *platforms, '-d', str(into), *names], check=True)
+    pip = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--only-binary=:all:', '--python-version', python, '--implementation', 'cp']
+    subprocess.run([*pip, *platforms, '-d', str(into), *names], check=True)
 
 def first_part(part, python):
     "Wheels, and the assembler, compressed."
@@ -76,11 +77,13 @@ def main(a):
     cut(into, dict(models=a.models, data=a.data))
     for p in sorted(into.glob('[0-9]*'), key=lambda p: int(p.name)):
         size = sum(f.stat().st_size for f in p.rglob('*') if f.is_file())
-        print(f"{p}  {size/1e6:5.1f} MB  {', '.join(sorted(x.name for x in p.iterdir() if x.suffix in ('.whl','.xz'))) or ', '.join(dict.fromkeys(r['file'] for r in json.loads((p/'pieces.json').read_text()))) if any(p.iterdir()) else ''}")
+        table = json.loads((p/'pieces.json').read_text()) if (p/'pieces.json').exists() else []
+        print(f"{p}  {size/1e6:5.1f} MB  {', '.join(dict.fromkeys(r['file'] for r in table) if table else sorted(x.name for x in p.iterdir()))}")
         if size>1.01*MOST: raise SystemExit(f"{p} is larger than {MOST/1e6:.0f} MB")
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument('--into', default='.gpu', metavar='DIR'); p.add_argument('--join', metavar='DIR'); p.add_argument('--python', default='3.12', help='version of Python there')
-    p.add_argument('--models', nargs='*', default=[], metavar='FOLDER'); p.add_argument('--data', nargs='*', default=[], metavar='FOLDER'); p.add_argument('--no-wheels', action='store_true')
+    p.add_argument('--into', default='.gpu', metavar='DIR'); p.add_argument('--join', metavar='DIR'); p.add_argument('--no-wheels', action='store_true')
+    p.add_argument('--python', default='3.12', help='version of Python there')
+    for n in ('--models','--data'): p.add_argument(n, nargs='*', default=[], metavar='FOLDER')
     main(p.parse_args())

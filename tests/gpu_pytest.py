@@ -1,4 +1,5 @@
-"""A pytest plugin for tests on a GPU that may be cut off: the tests of kernels only, the important first, each result written as it comes, and those written are not run again.
+"""A pytest plugin for tests on a GPU that may be cut off: the tests of kernels only, the important first, each result written as it comes,
+and those written are not run again.
 
     python -m pytest -p gpu_pytest --gpu-log results/tests.jsonl -n 16 --dist load --maxschedchunk 1 tests/test_kernels*.py
 
@@ -44,7 +45,8 @@ def pytest_configure(config):
     if not log: return
     if not hasattr(config, 'workerinput'): # workers, also such as replace one that died, leave out what was done when the run began
         rows,now = read(log),sources()
-        os.environ['GPU_PYTEST'] = json.dumps(dict(sources=now, done=[r['test'] for r in rows if r['sources']==now], failed=[r['test'] for r in rows if r['sources']!=now and r['outcome']=='failed']))
+        failed = [r['test'] for r in rows if r['sources']!=now and r['outcome']=='failed']
+        os.environ['GPU_PYTEST'] = json.dumps(dict(done=[r['test'] for r in rows if r['sources']==now], failed=failed))
         config.pluginmanager.register(_Log(log, now))
 
 def pytest_collection_modifyitems(config, items):

@@ -17,12 +17,12 @@ from hedgehog_nb.kernels.window import triton_window_attention
 from hedgehog_nb.linear_attention import LinearState
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
-SIZES = dict(full=(4,16,4,2048,64,64,torch.bfloat16), few=(1,2,1,200,64,64,torch.bfloat16), small=(1,2,1,40,16,7,torch.float32)) # B, H, Hkv, T, D, window, dtype
+SIZES = dict(full=(4,16,4,2048,64,64,torch.bfloat16), few=(1,2,1,200,64,64,torch.bfloat16), small=(1,2,1,40,16,7,torch.float32))
 TIMES = dict(full=20, few=1, small=2)
 
 def cases(size, device):
     "Name -> (function of the leaves, leaves): what is run, and what its gradients are taken of."
-    B,H,Hkv,T,D,w,dtype = SIZES[size]
+    B,H,Hkv,T,D,w,dtype = SIZES[size] # w: the window
     g = torch.Generator().manual_seed(0)
     rand = lambda *s, dtype=dtype: torch.randn(*s, generator=g).to(device, dtype)
     q,k,v,w_q,w_k = rand(B,H,T,D), rand(B,Hkv,T,D), rand(B,Hkv,T,D), rand(H,D,D)/D**.5, rand(Hkv,D,D)/D**.5
@@ -64,7 +64,8 @@ def main(size, seconds, done=None, only=()):
     past = Path(done).read_text().splitlines() if done and Path(done).exists() else []
     names = [n for n in names if n not in past]
     if size=='full': names.sort(key=lambda n: 'fused' not in n) # the slowest to compile first
-    for name,state,value,s in in_parallel(dict(full=repeat, few=few, small=small)[size], names, total=seconds, processes=None if size=='full' and DEVICE=='cuda' else 0):
+    processes = None if size=='full' and DEVICE=='cuda' else 0
+    for name,state,value,s in in_parallel(dict(full=repeat, few=few, small=small)[size], names, total=seconds, processes=processes):
         if state=='ok':
             n,times,differ,finite = value
             text = f"{n} gradients, {times} time{'s'*(times>1)}: {f'runs {differ} DIFFER' if differ else 'the same bits'}{'' if finite else ', NOT FINITE'}"
@@ -79,6 +80,7 @@ if os.environ.get('TRITON_INTERPRET')!='1': own_cache()
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument('--size', choices=SIZES, default='full'); p.add_argument('--done'); p.add_argument('--only', action='append', default=[]); p.add_argument('--seconds', type=float)
+    p.add_argument('--size', choices=SIZES, default='full'); p.add_argument('--done'); p.add_argument('--seconds', type=float)
+    p.add_argument('--only', action='append', default=[], help='name of a kernel, as in the lines')
     a = p.parse_args()
     main(a.size, a.seconds, a.done, a.only)

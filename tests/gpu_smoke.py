@@ -1,4 +1,5 @@
-"""The first thing to run on a GPU, a minute and a half: the kernels that matter most, forward and every gradient, against fp64, again and again for equal bits; then their time, softmax's and a copy's.
+"""The first thing to run on a GPU, a minute and a half: the kernels that matter most, forward and every gradient, against fp64, again and
+again for equal bits; then their time, softmax's and a copy's.
 
     python tests/gpu_smoke.py --out results/smoke.json      on a GPU; once more with TRITON_PTXAS_PATH for another assembler
     python tests/gpu_smoke.py --small                       in Triton's interpreter: TRITON_INTERPRET=1 before it"""
@@ -15,7 +16,8 @@ from hedgehog_nb.window import naive_window_attention
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 TOLERANCE = 4e-2 # of the norm of the fp64 result, in bf16; see `error`
 HEAD = dict(B=8, H=16, Hkv=16, T=8192, D=64, dtype=torch.bfloat16)
-HEADLINE = [(Case(kind, **HEAD), n) for n in ('hedgehog','hedgehog-kernels','sdpa') for kind in ('train','forward')] + [(Case('decode', **HEAD | dict(B=64)), n) for n in ('hedgehog','sdpa')]
+HEADLINE = [(Case(kind, **HEAD), n) for n in ('hedgehog','hedgehog-kernels','sdpa') for kind in ('train','forward')]
+HEADLINE += [(Case('decode', **HEAD | dict(B=64)), n) for n in ('hedgehog','sdpa')]
 
 def cases(small):
     "Name -> what to run; the slowest to compile first."
@@ -124,7 +126,8 @@ def line(state, value, allowed=TOLERANCE):
     if state!='ok': return False, value
     errors,differ,times = value
     good = max(errors.values())<allowed and not differ
-    return good, ' '.join(f'{n} {e:.1e}' for n,e in errors.items()) + (f', {times} times the same bits' if times>1 and not differ else f', {differ} of {times} RUNS DIFFER' if differ else '')
+    bits = f', {differ} of {times} RUNS DIFFER' if differ else f', {times} times the same bits' if times>1 else ''
+    return good, ' '.join(f'{n} {e:.1e}' for n,e in errors.items()) + bits
 
 class Record:
     "Rows of results, written as they come."
@@ -154,7 +157,8 @@ def time_all(record, end):
         if time.time()>end: print(f'not timed, no time left: {n} {c}', flush=True); continue
         try: got = measure(c, n, DEVICE)
         except Exception as e: print(f'not timed: {n} {c}: {type(e).__name__}: {e}', flush=True); continue
-        print(f"{n:<18} {c}: {got['ms']:.3f} ms, {got['ms']*rate/1e3/floor_bytes(c):.1f}× the byte floor, {got['bytes']/2**20:.0f} MiB", flush=True); record.add(n, 'ms', got['ms'], **c._asdict() | dict(dtype=str(c.dtype)[6:]))
+        print(f"{n:<18} {c}: {got['ms']:.3f} ms, {got['ms']*rate/1e3/floor_bytes(c):.1f}× the byte floor, {got['bytes']/2**20:.0f} MiB", flush=True)
+        record.add(n, 'ms', got['ms'], **c._asdict() | dict(dtype=str(c.dtype)[6:]))
 
 def main(small, out, seconds):
     start,small_or_cpu = time.time(),small or DEVICE=='cpu'
@@ -169,6 +173,7 @@ PTXAS = ('', 'none') if os.environ.get('TRITON_INTERPRET')=='1' else own_cache()
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument('--small', action='store_true', help='few tokens, in this process: for the interpreter'); p.add_argument('--out', help='results, .json'); p.add_argument('--seconds', type=float, default=90.)
+    p.add_argument('--small', action='store_true', help='few tokens, in this process: for the interpreter')
+    p.add_argument('--out', help='results, .json'); p.add_argument('--seconds', type=float, default=90.)
     a = p.parse_args()
     sys.exit(main(a.small, a.out, a.seconds))
