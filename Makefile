@@ -8,6 +8,8 @@
 #               TORCH='torch==2.13.0 --index-url URL' with the URL that PyTorch's install page shows for CPU, CUDA or ROCm builds
 #     LOWEST    where `make test-lowest` keeps its environment (.venv-lowest; UV_TORCH_BACKEND=cpu takes PyTorch's CPU build)
 #     OLDEST    the interpreter of that environment            (the first of python3.10, python3.11, python3.12 that is here)
+#     PARTS     which parts `make gpu` runs, as in PARTS="smoke bench" (all; the head of tests/gpu.sh says what they are)
+#     MODELS, DATA   folders that `make gpu-files` cuts into pieces      (none)
 #     WORKERS   how many notebooks or test files run at a time (the cores of this machine, 8 at most)
 
 VENV    ?= .venv
@@ -25,7 +27,7 @@ FACTS := settings.ini setup.py pyproject.toml
 # One thread a worker; no test reaches the network
 TEST  := PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
-.PHONY: help demo test test-lowest gpu sync docs readme hooks clean
+.PHONY: help demo test test-lowest gpu gpu-smoke gpu-tests gpu-sanitize gpu-bench gpu-models gpu-files sync docs readme hooks clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -47,8 +49,14 @@ test: $(VENV)/.stamp-dev  ## Set up, then test the notebooks, the kernels (in Tr
 test-lowest: $(LOWEST)/.stamp-lowest  ## The same tests, with the lowest versions that settings.ini allows, in an environment of their own
 	@$(MAKE) --no-print-directory test VENV=$(LOWEST)
 
-gpu:  ## On a GPU machine, in ten minutes: the kernels' tests, races, hedgehog bench (the head of tests/gpu.sh says what it needs)
-	@tests/gpu.sh
+gpu:  ## On a GPU machine: smoke test, kernels' tests, sanitizer, benchmark, models, 9 minutes each (gpu-smoke, gpu-tests, ... one of them)
+	@tests/gpu.sh $(PARTS)
+
+gpu-smoke gpu-tests gpu-sanitize gpu-bench gpu-models: gpu-%:
+	@tests/gpu.sh $*
+
+gpu-files:  ## What a GPU machine without a network lacks, in folders of 45 MB: .gpu/1, .gpu/2, ...
+	@$(PYTHON) tests/gpu_files.py --into .gpu --models $(MODELS) --data $(DATA)
 
 sync: $(VENV)/.stamp-dev  ## Check that modules equal their notebooks and that the notebooks are clean (works on a copy)
 	@PATH="$(BIN):$$PATH" .ci/sync

@@ -934,34 +934,59 @@ def properties_command(
     screen.object(model=_name(model), data='+'.join(map(_name, data)), tokens=ids.numel(), seq_len=seq_len, rows=[{k:v for k,v in r.items() if not isinstance(v, float) or math.isfinite(v)} for r in rows], **({'older_keys':shares} if shares else {}))
 
 # %% ../nbs/93_cli.ipynb #d7384d6c
-@app.command('bench', epilog=_examples('hedgehog bench', 'hedgehog bench --out results/bench-h200.json --minutes 9', 'hedgehog bench --only hedgehog --only sdpa-flash'))
+def _bench_printer(screen):
+    "Function that shows results of a benchmark as they come: ours and rivals by time, and why one was not measured, each reason once."
+    from rich.markup import escape
+    told = set()
+    def show(c, said, done, total):
+        head = f"[dim]{done:>4}/{total}[/]  {str(c):<46}"
+        if len(said)>1: screen.out.print(head.rstrip(), highlight=False); head = ' '*9
+        for n,x in sorted(said.items(), key=lambda x: (isinstance(x[1], str), x[1])):
+            if not isinstance(x, str): screen.out.print(f"{head} {n:<18} {x:10.4g} ms", highlight=False, soft_wrap=True)
+            elif x.startswith('WRONG'): screen.out.print(f"{head} {n:<18} [bold red]{escape(x)}[/]", highlight=False, soft_wrap=True)
+            elif (n, x) not in told: screen.out.print(f"{head} [dim]{n:<18} not run: {escape(x)}[/]", highlight=False, soft_wrap=True)
+            told.add((n, x))
+    return show
+
+@app.command('bench', epilog=_examples('hedgehog bench', 'hedgehog bench --out results/bench-h200.json --minutes 9',
+    'hedgehog bench --out results/bench-h200.json --resume', 'hedgehog bench --only hedgehog --only sdpa-flash'))
 @_command
 def bench_command(ctx:typer.Context,
-    out:Annotated[Path, _opt('--out', '-o', metavar='FILE', help="File of results, .json; written after every case.")]=Path('bench.json'),
-    minutes:Annotated[float, _opt('--minutes', metavar='X', min=0, help="Begin no case but the first after so many minutes.")]=9.,
+    out:Annotated[Path, _opt('--out', '-o', metavar='FILE', help="File of results, .json; written after every case, on a GPU every contender.")]=Path('bench.json'),
+    minutes:Annotated[float, _opt('--minutes', metavar='X', min=0, help="Begin nothing but the first after so many minutes.")]=9.,
+    timeout:Annotated[float, _opt('--timeout', metavar='X', min=1, help="On a GPU, stop a contender that takes so many seconds, compiling included.")]=120.,
     only:Annotated[Optional[List[str]], _opt('--only', metavar='NAME', help="A contender, by the name of its column. May be given several times; all if not given.")]=None,
-    overwrite:Annotated[bool, _opt('--overwrite', help="Replace the file if it exists.")]=False,
+    resume:Annotated[bool, _opt('--resume', help="Keep what the file holds of this device, commit and versions, and measure the rest.")]=False,
+    overwrite:Annotated[bool, _opt('--overwrite', help="Replace the file if it exists; with --resume, if it is of another device, commit or versions.")]=False,
     device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
     "[bold]Time attention[/]: this library's and its rivals', on this machine, beside the time that the bytes alone would take."
-    from hedgehog_nb.bench import default_cases, run_benchmark
+    from hedgehog_nb.bench import WrongResult, default_cases, resumable, run_benchmark
     from hedgehog_nb.results import command_line
     if out.suffix!='.json': raise ValueError(f"--out is a .json file; given {out.name!r}")
-    screen,out,device = Screen(as_json),check_output(out, overwrite, folder=False),pick_device(device)
-    cases,done = default_cases(device),[]
-    def on_case(c, said):
-        done.append(c)
-        times = {n:ms for n,ms in said.items() if not isinstance(ms, str)}
-        screen.out.print(f"[dim]{len(done):>3}/{len(cases)}[/]  {c}", highlight=False)
-        for n,ms in sorted(times.items(), key=lambda x: x[1]): screen.out.print(f"         {n:<18} {ms:10.4g} ms", highlight=False)
-        for n,why in said.items():
-            if n not in times: screen.out.print(f"         [dim]{n:<18} not run: {why}[/]", highlight=False)
-    with screen.wait('checking every contender, then measuring'): rows = run_benchmark(out, device, cases, only or None, minutes, on_case, command_line(ctx.obj))
-    for c in cases[len(done):]: screen.out.print(f"[dim]not run: {c}[/]", highlight=False)
-    if len(done)<len(cases): screen.say(f"{len(cases)-len(done)} cases were not begun within {minutes:g} minutes")
-    if not device.startswith('cuda'): screen.say(f"the {len(default_cases('cuda'))} cases for a GPU were not run: this was a run on {device}")
+    screen,out,device = Screen(as_json),check_output(out, overwrite or resume, folder=False),pick_device(device)
+    old,cases,error,start = resumable(out, device) if resume else {},default_cases(device),None,time.perf_counter()
+    if old.get('other') and not overwrite:
+        raise ValueError(f"{out} is of another device, commit or versions; choose another --out, or say --overwrite to measure anew")
+    if old.get('rows'): screen.say(f"going on from the {len(old['rows'])} numbers in {out}")
+    gpu,left,show,missing = device.startswith('cuda'),{c:None for c in cases if c not in old.get('cases', ())},_bench_printer(screen),0
+    if gpu: screen.say("the machine is measured and kernels are compiled first, two minutes at most; then a line for each measurement")
+    def on_result(c, said, done, total):
+        nonlocal missing
+        missing = total-done
+        left.pop(c, None); show(c, said, done, total)
+        if waiting: waiting.update(f"{done} of {total} after {time.perf_counter()-start:.0f} s; nothing is begun after {minutes:g} minutes")
+    with screen.wait('measuring the machine') as waiting:
+        try: rows = run_benchmark(out, device, cases, only or None, minutes, on_result, command_line(ctx.obj), resume, timeout)
+        except WrongResult as e: error,rows = e,resumable(out, device)['rows']
+        except Stopped as e: e.note = f"{out} holds what was measured; --resume goes on" if out.exists() else "nothing was written"; raise
+    for c in left: screen.out.print(f"[dim]not run: {c}[/]", highlight=False)
+    if left: screen.say(f"{len(left)} cases were not begun within {minutes:g} minutes; --resume goes on")
+    elif missing: screen.say(f"{missing} measurements were not begun within {minutes:g} minutes; --resume goes on")
+    if not gpu: screen.say(f"the {len(default_cases('cuda'))} cases for a GPU were not run: this was a run on {device}")
     screen.say(f"{len(rows)} numbers in [bold]{out}[/]")
-    screen.object(out=str(out), cases=len(done), of=len(cases), rows=len(rows))
+    screen.object(out=str(out), cases=len(cases)-len(left), of=len(cases), rows=len(rows))
+    if error: raise error
 
 # %% ../nbs/93_cli.ipynb #69b86360
 DEMO = dict(seq_len=256, batch_size=8, distill_steps=100, finetune_steps=120, lr=0.1, finetune_lr=2e-3, map=dict(num_maps=8, bias=True), quick=10,

@@ -1,12 +1,13 @@
 """Every kernel, forward and backward, several times on the same input: each time the same bits. A race between threads or programs shows as a difference.
 
-    python tests/gpu_repeat.py              on a GPU: shapes that fill it, 20 times
-    python tests/gpu_repeat.py --small      a few programs, 2 times: what compute-sanitizer is given, and Triton's interpreter"""
-import argparse, sys
+    python tests/gpu_repeat.py                      on a GPU: shapes that fill it, 20 times, each kernel in a process of its own, side by side
+    python tests/gpu_repeat.py --size few           a few programs of the kernels that matter most, bf16, D=64, once, in one process: for compute-sanitizer
+    python tests/gpu_repeat.py --size small         a few programs of all, 2 times, fp32, D=16: for Triton's interpreter (TRITON_INTERPRET=1)
+    python tests/gpu_repeat.py --done FILE          leave out the kernels that FILE names, and add those that are done"""
+import argparse, os, sys
 from pathlib import Path
+from gpu_parallel import in_parallel, own_cache
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hedgehog_nb.hedgehog import FORMS
 from hedgehog_nb.kernels.chunk_backward import triton_linear_attention
 from hedgehog_nb.kernels.decode import decode_step
@@ -15,10 +16,13 @@ from hedgehog_nb.kernels.fused import fused_hedgehog_attention
 from hedgehog_nb.kernels.window import triton_window_attention
 from hedgehog_nb.linear_attention import LinearState
 
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+SIZES = dict(full=(4,16,4,2048,64,64,torch.bfloat16), few=(1,2,1,200,64,64,torch.bfloat16), small=(1,2,1,40,16,7,torch.float32))
+TIMES = dict(full=20, few=1, small=2)
 
-def cases(small, device):
+def cases(size, device):
     "Name -> (function of the leaves, leaves): what is run, and what its gradients are taken of."
-    B,H,Hkv,T,D,w,dtype = (1,2,1,40,16,7,torch.float32) if small else (4,16,4,2048,64,64,torch.bfloat16)
+    B,H,Hkv,T,D,w,dtype = SIZES[size] # w: the window
     g = torch.Generator().manual_seed(0)
     rand = lambda *s, dtype=dtype: torch.randn(*s, generator=g).to(device, dtype)
     q,k,v,w_q,w_k = rand(B,H,T,D), rand(B,Hkv,T,D), rand(B,Hkv,T,D), rand(H,D,D)/D**.5, rand(Hkv,D,D)/D**.5
@@ -43,18 +47,40 @@ def run(f, leaves):
     o = f(*leaves)
     return [o.detach()] + (list(torch.autograd.grad(o.float().square().sum(), leaves)) if o.requires_grad else [])
 
-def main(small, times):
-    device,bad = 'cuda' if torch.cuda.is_available() else 'cpu',[]
-    for name,(f,leaves) in cases(small, device).items():
-        first = run(f, leaves)
-        differ = [i for i in range(1, times) if not all(map(torch.equal, first, run(f, leaves)))]
-        finite = all(torch.isfinite(x).all() for x in first)
-        print(f"{name:<28} {len(first)-1} gradients, {times} times: {'the same bits' if not differ else f'runs {differ} differ'}{'' if finite else ', NOT FINITE'}", flush=True)
-        if differ or not finite: bad.append(name)
-    if bad: sys.exit(f"not the same each time, or not finite: {', '.join(bad)}")
+def repeat(name, size='full', times=None):
+    "(gradients, runs, which of them differ from the first, is all finite?)"
+    os.environ['HEDGEHOG_TUNE'] = '0'
+    f,leaves = cases(size, DEVICE)[name]
+    times = times or TIMES[size]
+    first = run(f, leaves)
+    differ = [i for i in range(1, times) if not all(map(torch.equal, first, run(f, leaves)))]
+    return len(first)-1, times, differ, all(torch.isfinite(x).all().item() for x in first)
+
+def few(name): return repeat(name, 'few')
+def small(name): return repeat(name, 'small')
+
+def main(size, seconds, done=None, only=()):
+    names,bad = [n for n in cases('small', 'cpu') if not only or n in only],[]
+    past = Path(done).read_text().splitlines() if done and Path(done).exists() else []
+    names = [n for n in names if n not in past]
+    if size=='full': names.sort(key=lambda n: 'fused' not in n) # the slowest to compile first
+    processes = None if size=='full' and DEVICE=='cuda' else 0
+    for name,state,value,s in in_parallel(dict(full=repeat, few=few, small=small)[size], names, total=seconds, processes=processes):
+        if state=='ok':
+            n,times,differ,finite = value
+            text = f"{n} gradients, {times} time{'s'*(times>1)}: {f'runs {differ} DIFFER' if differ else 'the same bits'}{'' if finite else ', NOT FINITE'}"
+        else: text = f'FAILED: {value}'
+        if state!='ok' or differ or not finite: bad.append(name)
+        elif done:
+            with open(done, 'a') as f: f.write(name+'\n')
+        print(f"{name:<28} {text}  [{s:.0f} s]", flush=True)
+    if bad: sys.exit(f"not the same each time, not finite, or not run: {', '.join(bad)}")
+
+if os.environ.get('TRITON_INTERPRET')!='1': own_cache()
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument('--small', action='store_true'); p.add_argument('--times', type=int)
+    p.add_argument('--size', choices=SIZES, default='full'); p.add_argument('--done'); p.add_argument('--seconds', type=float)
+    p.add_argument('--only', action='append', default=[], help='name of a kernel, as in the lines')
     a = p.parse_args()
-    main(a.small, a.times or (2 if a.small else 20))
+    main(a.size, a.seconds, a.done, a.only)

@@ -1,30 +1,234 @@
-"What `make gpu` starts, as far as a machine without a GPU can tell: it refuses with a word of why, and its repeated runs work in Triton's interpreter."
-import shutil, subprocess
+"What `make gpu` starts, as far as a machine without a GPU can tell: its parts with a python that pretends, its scripts in Triton's interpreter, its pytest plugin on tests made up."
+import json, os, re, shutil, subprocess, sys
+from pathlib import Path
 import pytest, torch
 from interpreter import ROOT, python
 
-@pytest.mark.skipif(not shutil.which('bash'), reason='needs bash')
+bash = pytest.mark.skipif(not shutil.which('bash'), reason='needs bash')
+INTERPRET = {} if torch.cuda.is_available() else dict(TRITON_INTERPRET='1')
+PARTS = 'smoke','tests','sanitize','bench','models'
+
+def script(*args, **env):
+    return subprocess.run(['bash', ROOT/'tests'/'gpu.sh', *args], env={k:v for k,v in os.environ.items() if k!='TRITON_INTERPRET'} | {k:str(v) for k,v in env.items()}, capture_output=True, text=True, timeout=120)
+
+FAKE = '''#!/usr/bin/env bash
+echo "$PYTHONPATH|${TRITON_INTERPRET:-}|$*" >> "$CALLS"
+case "$*" in
+  *find_spec*) [[ -z "${LACK:-}" || "$*" != *"('$LACK')"* ]] ;;
+  *re.sub*) echo pretended-gpu ;;
+  *get_device_name*) echo "Pretended GPU" ;;
+  *max*) echo 8.0 ;;
+  *gpu_smoke*) exit ${SMOKE:-0} ;;
+  *bench*--out*) sleep ${NAP:-0} ;;
+esac
+'''
+
+@pytest.fixture
+def fake(tmp_path):
+    "A python that only pretends, and writes its calls down; a compute-sanitizer that starts it."
+    def write(name, text): (tmp_path/'bin').mkdir(exist_ok=True); (tmp_path/'bin'/name).write_text(text); (tmp_path/'bin'/name).chmod(0o755)
+    write('python', FAKE)
+    write('compute-sanitizer', '#!/usr/bin/env bash\necho "========= COMPUTE-SANITIZER $2"\n[ -z "${UNSUPPORTED:-}" ] || { echo "========= Error: Device not supported"; exit 1; }\n[ "$2" != "${FIND:-}" ] || { echo "========= Invalid __global__ write of size 4"; exit 3; }\n')
+    env = dict(PYTHON=tmp_path/'bin'/'python', OUT=tmp_path/'out', CALLS=tmp_path/'calls', WORKERS=3, PATH=f"{tmp_path/'bin'}:{os.environ['PATH']}")
+    return lambda *args, **kw: script(*args, **env | kw), lambda: (tmp_path/'calls').read_text().splitlines()
+
+def said(res): return res.stdout.split('== pretended-gpu')[1].strip().splitlines()[1:]
+
+@bash
 def test_without_a_gpu_it_says_so():
-    res = subprocess.run(['env', 'CUDA_VISIBLE_DEVICES=', 'bash', ROOT/'tests'/'gpu.sh'], capture_output=True, text=True, timeout=120)
+    res = script(CUDA_VISIBLE_DEVICES='')
     assert res.returncode==1 and 'needs PyTorch and a GPU' in res.stderr and not res.stdout
 
-@pytest.mark.skipif(not shutil.which('bash'), reason='needs bash')
-def test_parts_are_timed_and_reported(tmp_path):
-    "The script with a python that only pretends: what fails is named and does not stop the rest."
-    fake = tmp_path/'python'
-    fake.write_text('#!/usr/bin/env bash\ncase "$*" in\n *get_device_name*re.sub*|*re.sub*) echo pretended-gpu;;\n *get_device_name*) echo "Pretended GPU";;\n *gpu_repeat*) exit 7;;\n *pytest*shapes*) echo tested;;\n *bench*) echo "bench $*";;\nesac\nexit 0\n')
-    fake.chmod(0o755)
-    res = subprocess.run(['env', f'PYTHON={fake}', f'OUT={tmp_path}', 'WORKERS=1', 'bash', ROOT/'tests'/'gpu.sh'], capture_output=True, text=True, timeout=120)
-    *_,last = res.stdout.split('== pretended-gpu')
-    said = last.strip().splitlines()[1:]
-    assert res.returncode==1 and f'--out {tmp_path}/bench-pretended-gpu.json' in res.stdout, res.stdout + res.stderr
-    assert [s.partition(':')[0] for s in said if 'sanitizer' not in s]==["the kernels' tests, the first half", 'every kernel, again and again', 'hedgehog bench', "the kernels' tests, the other half"]
-    assert 'FAILED (7)' in said[1] and 'passed' in said[0] and 'passed' in said[-1]
-    res = subprocess.run(['env', f'PYTHON={fake}', f'OUT={tmp_path}', 'SECONDS_ALL=2', 'bash', ROOT/'tests'/'gpu.sh'], capture_output=True, text=True, timeout=120)
-    assert res.returncode==1 and res.stdout.count('not run, no time left')>=4
+@bash
+def test_every_part_runs_and_is_reported(fake):
+    run,calls = fake
+    res = run(PYTHONPATH='/beside')
+    lines = said(res)
+    assert [l.partition(':')[0] for l in lines][:6]==['smoke', 'every kernel, again and again', "the kernels' tests", 'compute-sanitizer memcheck', 'compute-sanitizer racecheck', 'hedgehog bench'] and 'models' in lines[6]
+    assert all('passed' in l for l in lines[:6]), res.stdout
+    paths,interpret = {c.split('|')[0] for c in calls()},{c.split('|')[1] for c in calls()}
+    assert interpret=={''} and all(p.startswith(f'{ROOT}:') and '/beside' in p.split(':') for p in paths)
+    bench = next(c for c in calls() if '--resume' in c)
+    assert '--overwrite --minutes 8.0' in bench and bench.endswith('bench-pretended-gpu.json')
+    tests = next(c for c in calls() if '-m pytest' in c)
+    assert '-p gpu_pytest' in tests and '-n 3 --dist load --maxschedchunk 1' in tests
 
-def test_every_kernel_repeats():
+@bash
+def test_parts_by_name_and_one_that_fails_does_not_stop_the_next(fake):
+    run,calls = fake
+    res = run('smoke', 'bench', SMOKE=7)
+    assert res.returncode==1 and [l.partition(',')[0] for l in said(res)]==['smoke: FAILED (7)', 'hedgehog bench: passed'] and not any('-m pytest' in c for c in calls())
+    assert run('bench').returncode==0
+    res = run('smoke', 'speed')
+    assert res.returncode==2 and res.stderr=='parts are smoke tests sanitize bench models; given speed\n'
+
+@bash
+def test_a_part_has_its_time(fake):
+    run,_ = fake
+    res = run('smoke', 'bench', SECONDS_PART=6, NAP=30)
+    assert res.returncode==1 and 'passed' in said(res)[0] and re.match(r'hedgehog bench: cut off after [56] s; run it again to go on', said(res)[1])
+
+@bash
+@pytest.mark.parametrize('lack,name,part,other', [('xdist','pytest-xdist','tests','smoke'), ('typer','typer','bench','tests'), ('peft','peft','models','bench'), ('fastcore','fastcore','smoke',None)])
+def test_what_is_missing_stops_only_the_parts_that_need_it(fake, lack, name, part, other):
+    run,_ = fake
+    res = run(*filter(None, (part, other)), LACK=lack)
+    assert res.returncode==1 and said(res)[0]==f'{part}: not run, {name} missing: carry .gpu/1 of `make gpu-files`, or put the packages on PYTHONPATH'
+    assert not other or 'passed' in said(res)[1]
+
+@bash
+def test_the_sanitizer(fake, tmp_path):
+    run,_ = fake
+    res = run('sanitize', FIND='racecheck')
+    assert res.returncode==1 and [l.split(',')[0] for l in said(res)][:2]==['compute-sanitizer memcheck: passed', 'compute-sanitizer racecheck: FAILED (3)'] and 'FINDINGS in' in said(res)[2] and 'racecheck' in said(res)[2]
+    res = run('sanitize') # what was found stays found
+    assert res.returncode==1 and 'FINDINGS in' in said(res)[-1]
+    for f in (tmp_path/'out').glob('sanitize*'): f.unlink()
+    res = run('sanitize', UNSUPPORTED=1)
+    assert res.returncode==0 and [l.partition(':')[2] for l in said(res)]==[" not run, it says 'Device not supported' here"]*2
+    (tmp_path/'bin'/'compute-sanitizer').unlink()
+    if not shutil.which('compute-sanitizer'):
+        res = run('sanitize')
+        assert res.returncode==0 and 'compute-sanitizer is not installed' in said(res)[0]
+
+@pytest.mark.skipif(not shutil.which('make'), reason='needs make')
+def test_make_leads_there():
+    make = lambda *a: subprocess.run(['make', '-n', '--no-print-directory', *a], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert make('gpu')=='tests/gpu.sh' and make('gpu', 'PARTS=smoke bench')=='tests/gpu.sh smoke bench' and [make(f'gpu-{p}') for p in PARTS]==[f'tests/gpu.sh {p}' for p in PARTS]
+    assert make('gpu-files', 'PYTHON=py', 'MODELS=a b')=='py tests/gpu_files.py --into .gpu --models a b --data'
+
+# Scripts
+
+def test_every_kernel_repeats(tmp_path):
     pytest.importorskip('triton')
-    res = python('tests/gpu_repeat.py', '--small', **({} if torch.cuda.is_available() else dict(TRITON_INTERPRET='1')))
+    done = tmp_path/'done'
+    res = python('tests/gpu_repeat.py', '--size', 'small', '--done', str(done), **INTERPRET)
     lines = res.stdout.splitlines()
     assert res.returncode==0 and len(lines)>=16 and all('the same bits' in l for l in lines), res.stdout + res.stderr
+    assert len(done.read_text().splitlines())==len(lines)
+    res = python('tests/gpu_repeat.py', '--size', 'small', '--done', str(done), **INTERPRET)
+    assert res.returncode==0 and not res.stdout
+
+def test_the_smoke_test(tmp_path):
+    pytest.importorskip('triton')
+    res = python('tests/gpu_smoke.py', '--small', '--out', str(tmp_path/'s.json'), **INTERPRET)
+    *lines,last = res.stdout.splitlines()
+    assert res.returncode==0 and last.startswith('ok  0 of') and len(lines)>=10 and all(l.startswith('ok ') and 'times the same bits' in l for l in lines), res.stdout + res.stderr
+    rows = json.loads((tmp_path/'s.json').read_text())['rows']
+    assert len(rows)==len(lines) and all(r['metric']=='error' and 0<r['value']<.04 and r['runs_that_differ']==0 for r in rows) and {r['variant'].split()[0] for r in rows}=={'fused','apart','window','decode'}
+
+BROKEN = '''
+import sys; sys.argv[1:] = ['--small']; sys.path.insert(0, 'tests')
+import gpu_smoke as s, torch
+s.cases = (lambda f: lambda small: {n: f(small)[n] | dict(T=8) for n in ('fused D=64 exp', 'window D=64 exp', 'decode D=64 exp')})(s.cases)
+calls = []
+def changes(x, c, mask): calls.append(1); return s.window_reference([y.double() for y in x], c, mask)*(1+len(calls)/1e6)
+def raises(x, c, mask): raise RuntimeError('misaligned address')
+s.RUN |= dict(fused=(lambda x, c, mask: 1.1*s.attention_reference(x, c, mask), s.attention_reference), window=(changes, s.window_reference), decode=(raises, s.decode_reference))
+sys.exit(s.main(True, None, 60))
+'''
+
+def test_the_smoke_test_sees_what_is_wrong():
+    pytest.importorskip('triton')
+    res = python('-c', BROKEN, TRITON_INTERPRET='1')
+    off,differs,broke,last = res.stdout.splitlines()
+    assert res.returncode==1 and off.startswith('BAD fused') and '2 times the same bits' in off and differs.startswith('BAD window') and '1 of 2 RUNS DIFFER' in differs
+    assert broke.startswith('BAD decode') and 'RuntimeError: misaligned address' in broke and last.startswith('BAD 3 of 3')
+
+PARALLEL = '''
+import os, sys, time; sys.path.insert(0, 'tests')
+from gpu_parallel import in_parallel
+def work(x):
+    if x=='dies': os.kill(os.getpid(), 9)
+    if x=='hangs': time.sleep(1000)
+    if x=='raises': raise KeyError(x)
+    return x.upper()
+if __name__=='__main__':
+    for name,state,value,s in in_parallel(work, ['hangs', 'dies', 'raises', 'a', 'b'], seconds=15, processes=2): print(name, state, value, flush=True)
+'''
+
+def test_side_by_side_one_that_breaks_costs_only_itself(tmp_path):
+    (tmp_path/'p.py').write_text(PARALLEL)
+    res = python(str(tmp_path/'p.py'), PYTHONPATH=f"{ROOT}:{ROOT/'tests'}")
+    assert sorted(res.stdout.splitlines())==['a ok A', 'b ok B', 'dies failed its process ended with SIGKILL', 'hangs late stopped after 15 s', "raises failed KeyError: 'raises'"], res.stdout + res.stderr
+
+def test_an_assembler_has_a_cache_of_its_own(tmp_path):
+    pytest.importorskip('triton')
+    fake = tmp_path/'ptxas'
+    fake.write_text('#!/bin/sh\necho "Cuda compilation tools, release 13.4, V13.4.92"\n'); fake.chmod(0o755)
+    code = "import os, sys; sys.path.insert(0, 'tests'); import gpu_parallel as g; print(*g.own_cache(), os.environ['TRITON_CACHE_DIR'])"
+    env = dict(HOME=str(tmp_path), TRITON_PTXAS_PATH=str(fake))
+    res = python('-c', f"import os; os.environ.pop('TRITON_CACHE_DIR', None); {code}", **env)
+    assert res.stdout.split()==[str(fake), '13.4.92', str(tmp_path/'.triton'/'ptxas-13.4.92')], res.stderr
+    assert python('-c', code, TRITON_CACHE_DIR='/mine', **env).stdout.split()[2]=='/mine'
+
+# The pytest plugin
+
+MADE_UP = '''
+import os, pytest
+def kernel(f): f.__test__ = True; return f
+@kernel
+def test_drawn(): pass
+@kernel
+@pytest.mark.parametrize('i', [0, 1])
+def test_dtypes(i): assert not i or os.environ.get('MENDED')
+@kernel
+def test_slow(): assert os.environ.get('KILL')!='1' or os.kill(os.getppid() if os.environ.get('PYTEST_XDIST_WORKER') else os.getpid(), 9)
+@kernel
+def test_shapes(): pass
+def test_compiles_for_hopper(): assert 0
+'''
+
+@pytest.fixture
+def made_up(tmp_path):
+    (tmp_path/'test_made_up.py').write_text(MADE_UP)
+    def run(*args, **env):
+        res = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'gpu_pytest', '-p', 'no:cacheprovider', '--gpu-log', 'log.jsonl', *args, 'test_made_up.py'], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+            env=os.environ | dict(PYTHONPATH=f"{ROOT/'tests'}:{ROOT}", PYTEST_ADDOPTS='') | env)
+        return res, [json.loads(l) for l in (tmp_path/'log.jsonl').read_text().splitlines()]
+    return run
+
+def test_kernels_only_the_important_first_and_none_twice(made_up, tmp_path):
+    res,rows = made_up()
+    assert [r['test'].partition('::')[2] for r in rows]==['test_dtypes[0]', 'test_dtypes[1]', 'test_shapes', 'test_slow', 'test_drawn'], res.stdout
+    assert [r['outcome'] for r in rows]==['passed', 'failed'] + ['passed']*3 and 'AssertionError' in rows[1]['why']
+    res,rows = made_up()
+    assert len(rows)==5 and '6 deselected' in res.stdout
+    res = python('tests/gpu_pytest.py', str(tmp_path/'log.jsonl'))
+    assert res.returncode==1 and res.stdout.splitlines()==['4 passed, 1 failed in all calls so far', '   test_made_up.py::test_dtypes[1]']
+
+def test_a_run_that_is_killed_goes_on(made_up):
+    res,rows = made_up('-n', '1', '--dist', 'load', '--maxschedchunk', '1', KILL='1')
+    assert res.returncode==-9 and 2<=len(rows)<=3
+    res,rows = made_up('-n', '2', '--dist', 'load', '--maxschedchunk', '1')
+    assert len(rows)==5==len({r['test'] for r in rows}), res.stdout
+
+def test_after_a_change_what_failed_comes_first(made_up, tmp_path):
+    made_up()
+    log = tmp_path/'log.jsonl'
+    log.write_text(log.read_text().replace(json.loads(log.read_text().splitlines()[0])['sources'], 'older'))
+    res,rows = made_up(MENDED='1')
+    assert [r['test'].partition('::')[2] for r in rows[5:]]==['test_dtypes[1]', 'test_dtypes[0]', 'test_shapes', 'test_slow', 'test_drawn'] and all(r['outcome']=='passed' for r in rows[5:])
+    assert python('tests/gpu_pytest.py', str(log)).stdout.startswith('5 passed, 0 failed')
+
+# Files to carry
+
+def test_folders_are_cut_and_joined(tmp_path):
+    sys.path.insert(0, str(ROOT/'tests'))
+    from gpu_files import cut, join
+    m,d = tmp_path/'tiny'/'sub',tmp_path/'text'
+    m.mkdir(parents=True); d.mkdir()
+    (m/'weights').write_bytes(os.urandom(2500)); (m.parent/'config').write_bytes(b'{}'); (m/'empty').write_bytes(b''); (d/'a.txt').write_bytes(b'words'*100)
+    n = cut(tmp_path/'parts', dict(models=[m.parent], data=[d]), most=1000)
+    parts = sorted((tmp_path/'parts').iterdir())
+    assert n==len(parts)>=4 and [p.name for p in parts]==[str(i) for i in range(2, 2+n)] and all(sum(f.stat().st_size for f in p.iterdir() if f.suffix!='.json')<=1000 for p in parts)
+    there = tmp_path/'there'
+    for i,p in enumerate(parts): # one comes after the other, and the last is gone when the next comes
+        for old in there.glob('[0-9]*'): shutil.rmtree(old)
+        shutil.copytree(p, there/p.name); left = join(there)
+        assert (sum(left.values())>0)==(i<n-1)
+    for a,b in (('models/tiny/sub/weights', m/'weights'), ('models/tiny/sub/empty', m/'empty'), ('models/tiny/config', m.parent/'config'), ('data/text/a.txt', d/'a.txt')): assert (there/'files'/a).read_bytes()==b.read_bytes()
+    with pytest.raises(SystemExit, match='neither a file nor a folder'): cut(tmp_path/'p', dict(models=[tmp_path/'nope']))
+
+def test_the_scripts_name_no_place_of_ours():
+    for f in (ROOT/'tests').glob('gpu*'): assert not re.search(r'/work|/opt/|/tmp/', f.read_text()), f
