@@ -7,9 +7,10 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/linear_attention.html.md"""
 # %% auto #0
 __all__ = ['NOTHING', 'EPS', 'IN_CACHE', 'IMPLEMENTATIONS', 'HAS_TRITON', 'prepare_keys', 'naive_linear_weights',
            'naive_linear_attention', 'LinearState', 'recurrent_linear_attention', 'chunk_linear_attention',
-           'bidirectional_linear_attention', 'operation', 'linear_attention']
+           'bidirectional_linear_attention', 'can_run', 'operation', 'linear_attention']
 
 # %% ../nbs/02_linear_attention.ipynb #93668b2a
+import os
 from importlib.util import find_spec
 from numbers import Integral
 from typing import NamedTuple
@@ -339,6 +340,14 @@ def bidirectional_linear_attention(
 # %% ../nbs/02_linear_attention.ipynb #5faabdac
 IMPLEMENTATIONS = 'naive','recurrent','chunked','c','triton'
 
+def can_run(
+    implementation:str, # One of `IMPLEMENTATIONS`, or None
+    x:Tensor, # A tensor, for its device
+)->bool: # For "c" a CPU is needed; for "triton" a GPU, or Triton's interpreter, with Triton there
+    "Can tensors that lie where `x` does be given to this implementation?"
+    if implementation=='triton': return HAS_TRITON and (x.is_cuda or os.environ.get('TRITON_INTERPRET')=='1')
+    return implementation!='c' or x.device.type=='cpu'
+
 def _check_cu_seqlens(cu_seqlens, q):
     c = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
     if not (isinstance(c, list) and all(isinstance(x, Integral) for x in c)): raise ValueError(f"cu_seqlens is a list or a one-dimensional tensor of integers; given {cu_seqlens}")
@@ -355,7 +364,7 @@ def _runs_kernels(x): return HAS_TRITON and x.is_cuda # do kernels serve tensors
 def _suits_triton(q, k, v, feature_map=None):
     "Tensors on a GPU, with Triton there, and a map, dtypes and sizes that the kernels take?"
     F = k.shape[-1] if feature_map is None else getattr(feature_map, 'feature_dim', None) or 0 # a plain function does not say
-    return (_runs_kernels(v) and all(x.dtype in (torch.float32, torch.float16, torch.bfloat16) and x.numel()>0 for x in (q, k, v))
+    return (_runs_kernels(v) and all(x.dtype in (torch.float32, torch.float16, torch.bfloat16) for x in (q, k, v))
             and 0<F<=512 and v.shape[-1]<=256 and getattr(feature_map, 'positive', True))
 
 def _trusts_triton(q, k, v, feature_map, *args):

@@ -329,7 +329,7 @@ def trusts(
 def _int(n): return len(range(n)) # a number, where torch.compile with dynamic shapes has a symbol
 
 def _common(q, k, v):
-    return dict(dtype=products_dtype(q, k, v), head_dim=_int(q.shape[-1]), value_dim=_int(v.shape[-1]), group=_int(q.shape[1]//k.shape[1]), single=bool(k.shape[1]==1))
+    return dict(dtype=products_dtype(q, k, v), head_dim=_int(q.shape[-1]), value_dim=_int(v.shape[-1]), group=_int(q.shape[1]//k.shape[1]), single=_int(k.shape[1])==1)
 
 def trusts_attention(
     q:Tensor, k:Tensor, v:Tensor, feature_map, causal:bool, mask, initial_state, output_final_state:bool, cu_seqlens # As for `linear_attention`
@@ -372,12 +372,14 @@ def self_check(
     device=None, # A GPU; the first if None
     cases:list=None, # `Case`s; `default_cases()` if None
     on_row=None, # Called with each row
+    on_start=None, # Called with the device before the first
 )->list: # Rows: kernel, dtype, head_dim, form, verdict, error, allowed, seconds
     "Check kernels now and keep the verdicts. Raises `ValueError` where no kernel can run."
     interpreted = bool(triton.knobs.runtime.interpret)
     if not (torch.cuda.is_available() or interpreted): raise ValueError("the kernels run on a GPU, and PyTorch sees none here; TRITON_INTERPRET=1, set before Python starts, tries them in Triton's interpreter")
     device = torch.device('cuda', torch.cuda.current_device()) if device is None and torch.cuda.is_available() else torch.device(device or 'cpu')
     if not (device.type=='cuda' or interpreted): raise ValueError(f"the kernels run on a GPU; given {device}")
+    if on_start: on_start(device)
     rows = []
     for c in default_cases() if cases is None else cases:
         with LOCK: _keep(c, device, v := check_case(c, device))
