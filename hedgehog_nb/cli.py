@@ -911,12 +911,13 @@ def _self_check(screen, device):
     "Compare every kernel with PyTorch, a line each, and leave with 1 where one is wrong."
     try: from hedgehog_nb.kernels.self_check import ISSUES, default_cases, self_check, surroundings, verdict_file
     except ImportError as e: raise ValueError(str(e)) from None
+    from rich.markup import escape
     n = len(default_cases())
     def on_row(r):
         error = '' if r['error'] is None else f"off by {r['error']:.1e} of {r['allowed']:g} allowed, "
-        screen.out.print(f"{r['kernel']:<12} {r['dtype']:<9} {r['head_dim']:>4} {r['form']:<15} [{'green' if r['verdict']=='good' else 'red'}]{r['verdict']}[/]  [dim]{error}{r['seconds']:.1f} s[/]", highlight=False, soft_wrap=True)
+        screen.out.print(f"{r['kernel']:<12} {r['dtype']:<9} {r['head_dim']:>4} {r['form']:<15} [{'green' if r['verdict']=='good' else 'red'}]{escape(r['verdict'])}[/]  [dim]{error}{r['seconds']:.1f} s[/]", highlight=False, soft_wrap=True)
     def on_start(device):
-        for k,x in surroundings(device).items(): screen.out.print(f"[dim]{k:<12}[/] {x}", highlight=False, soft_wrap=True)
+        for k,x in surroundings(device).items(): screen.out.print(f"[dim]{k:<12}[/] {escape(x)}", highlight=False, soft_wrap=True)
     rows = self_check(device, on_row=on_row, on_start=on_start)
     bad = sum(r['verdict']!='good' for r in rows)
     screen.say(f"{bad} of {n} checks failed: PyTorch takes the place of these kernels. Please report all of the above at {ISSUES}" if bad else f"all {n} checks passed; the verdicts are kept in [bold]{verdict_file()}[/]")
