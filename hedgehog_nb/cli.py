@@ -761,7 +761,6 @@ def linearize_command(ctx:typer.Context,
     window:Annotated[Optional[int], _opt('--window', panel='Conversion', metavar='N', min=0, help="Of [cyan]hedgehog-window[/]: tokens that keep softmax, each query's own included; 64 if not given.")]=None,
     relative:Annotated[Optional[bool], _opt('--relative', panel='Conversion', help="Of [cyan]hedgehog-window[/]: linear weights relative to the largest in the window (LoLCATs).")]=None,
     branch:Annotated[Optional[str], _opt('--branch', panel='Conversion', metavar='NAME', help="Of [cyan]hedgehog-window[/]: [cyan]both[/], or the [cyan]window[/] or the [cyan]linear[/] branch alone, to see what the other does.")]=None,
-    implementation:ImplOpt=None,
     layers:Annotated[str, _opt('--layers', panel='Conversion', metavar='LIST', help="Layers to convert, such as [cyan]0-5,8[/], or [cyan]1-29:2[/] for every other; the rest stays softmax.")]='all',
     softmax_heads:Annotated[Optional[str], _opt('--softmax-heads', panel='Conversion', metavar='LIST', help="Heads of these layers that stay softmax too, such as [cyan]3:0,2;7:4-5[/] for two of layer 3 and two of layer 7, in quotes.")]=None,
     objective:Annotated[str, _opt('--objective', panel='Conversion', metavar='NAME', help="What the maps imitate: attention [cyan]weights[/], [cyan]outputs[/], [cyan]both[/], the [cyan]order[/] of all weights, or [cyan]weights+order[/].")]='weights',
@@ -782,7 +781,7 @@ def linearize_command(ctx:typer.Context,
     evals:Annotated[int, _opt('--evals', panel='Measuring', metavar='N', min=1, help="Evaluations during distillation, each at twice the tokens of the one before.")]=1,
     record:Annotated[Optional[Path], _opt('--record', panel='Measuring', metavar='FILE', help="Also write the results to this JSON file.")]=None,
     experiment:Annotated[str, _opt('--experiment', panel='Measuring', metavar='NAME', help="What the results call this run.")]='linearize',
-    dtype:DtypeOpt='float32', autocast:AutocastOpt=None, device:DeviceOpt=None, seed:SeedOpt=0, as_json:JsonOpt=False, debug:DebugOpt=False,
+    dtype:DtypeOpt='float32', autocast:AutocastOpt=None, implementation:ImplOpt=None, device:DeviceOpt=None, seed:SeedOpt=0, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
     """[bold]Convert a model[/]: swap its attention, distil the maps, finetune, measure after each, save.
 
