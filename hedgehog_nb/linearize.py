@@ -73,7 +73,7 @@ def _implementation(module, q):
     "The implementation that was set, or None, the choice by the input, where it cannot run on this device."
     impl = getattr(module, '_implementation', None)
     if can_run(impl, q): return impl
-    if not torch.compiler.is_compiling(): _warn_once(f"this model is set to implementation={impl!r}, which cannot run on {q.device.type}: it is chosen by the input there, with the same results up to rounding")
+    if not torch.compiler.is_compiling(): _warn_once(f"hedgehog_nb: this model is set to implementation={impl!r}, which cannot run on {q.device.type}: it is chosen by the input there, with the same results up to rounding")
 
 def hedgehog_attention(module, q, k, v, attention_mask=None, scaling=None, dropout=0., **kwargs):
     "The attention function registered with transformers: linear where the module has a `feature_map`, softmax elsewhere."
