@@ -22,7 +22,7 @@ CPU,KIND = torch.device('cpu'),dict(dtype=torch.float32, head_dim=8, value_dim=8
 def fresh(monkeypatch, tmp_path):
     "The CPU taken for a GPU, small checks, and an empty cache folder."
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path)); monkeypatch.delenv('HEDGEHOG_TRITON', raising=False)
-    monkeypatch.setattr(linear, '_runs_kernels', lambda x: True); monkeypatch.setattr(linear, '_suits_c', lambda *a: False); monkeypatch.setattr(sc, 'TOKENS', 21)
+    monkeypatch.setattr(linear, '_runs_kernels', lambda x: True); monkeypatch.setattr(linear, '_suits_c', lambda *a: False); monkeypatch.setattr(sc, 'TOKENS', 17)
     next_process()
     yield
     next_process()
@@ -260,10 +260,10 @@ def test_the_error_looks_at_blocks_of_rows():
 # --- the comparison itself, and kernels made wrong on purpose
 
 CASES = [Case('feature_map', form='exp', bias=True, weights=torch.float32, **KIND), Case('feature_map', form='softmax_halves', weights=torch.float32, stride_q=32, **KIND),
-         Case('chunked', logs=True, mask=True, final=True, **KIND), Case('chunked', causal=False, group=2, **KIND), Case('chunked', packed=True, state=True, final=True, mask=True, **KIND),
-         Case('fused', form='exp', weights=torch.float32, mask=True, state=True, final=True, bias=True, **KIND), Case('fused', form='softmax_joint', weights=torch.float32, packed=True, final=True, stride_q=64, stride_k=32, stride_v=20, group=2, **KIND),
+         Case('chunked', logs=True, mask=True, final=True, single=True, **KIND), Case('chunked', causal=False, group=2, single=True, **KIND), Case('chunked', packed=True, state=True, final=True, mask=True, **KIND),
+         Case('fused', form='exp', weights=torch.float32, mask=True, state=True, final=True, bias=True, single=True, **KIND), Case('fused', form='softmax_joint', weights=torch.float32, packed=True, final=True, stride_q=64, stride_k=32, stride_v=20, group=2, single=True, **KIND),
          Case('decode', form='exp', weights=torch.float32, state=True, final=True, mask=True, **KIND), Case('decode', logs=True, state=True, final=True, single=True, **KIND),
-         Case('window', window=4, logs=True, log_q=True, mask=True, **KIND), Case('window', window=30, state=True, final=True, **KIND)]
+         Case('window', window=4, logs=True, log_q=True, mask=True, single=True, **KIND), Case('window', window=3, state=True, final=True, single=True, **KIND)]
 
 @kernel
 @pytest.mark.parametrize('c', CASES, ids=lambda c: f'{c.family} {sc._describe(c)}')
@@ -297,7 +297,7 @@ def spoil(monkeypatch, module, name, fault):
 @pytest.mark.parametrize('fault', FAULTS, ids=lambda f: f.__name__)
 def test_a_wrong_kernel_is_found_and_pytorch_takes_its_place(monkeypatch, fault):
     calls = spoil(monkeypatch, dispatch, 'fused_hedgehog_attention', fault)
-    (q,k,v),fm = qkv(),make_feature_map('hedgehog', 8, 4, 2)
+    (q,k,v),fm = qkv(H=1, Hkv=1),make_feature_map('hedgehog', 8)
     def both(**kw): # output, and a gradient
         o = attention(q, k, v, fm, **kw)
         return o, torch.autograd.grad(o.square().sum(), fm.w_k)[0]
@@ -313,7 +313,7 @@ def test_a_wrong_kernel_is_found_and_pytorch_takes_its_place(monkeypatch, fault)
 @kernel
 def test_a_right_kernel_serves_the_next_calls(monkeypatch):
     calls = spoil(monkeypatch, dispatch, 'fused_hedgehog_attention', lambda f, *a, **kw: f(*a, **kw))
-    (q,k,v),fm = qkv(),make_feature_map('hedgehog', 8, 4, 2).requires_grad_(False)
+    (q,k,v),fm = qkv(H=1, Hkv=1),make_feature_map('hedgehog', 8).requires_grad_(False)
     with warnings.catch_warnings(): warnings.simplefilter('error'); os = [attention(q, k, v, fm) for _ in range(2)]
     assert len(calls)==4+2 and torch.equal(*os) and torch.allclose(os[0], attention(q, k, v, fm, implementation='chunked'), atol=1e-5)
 
@@ -324,15 +324,15 @@ def test_a_wrong_decode_step_and_a_wrong_window(monkeypatch):
     state = linear.LinearState(torch.rand(1, 2, 16, 8), torch.rand(1, 2, 16), torch.zeros(1, 2))
     with torch.no_grad(), pytest.warns(RuntimeWarning, match='decode kernel'): o = attention(q, k, v, fm, initial_state=state)
     with torch.no_grad(): assert torch.equal(o, attention(q, k, v, fm, initial_state=state, implementation='chunked'))
-    q,k,v = qkv()
-    a = make_attention('hedgehog-window', 8, 4, 2, window=5)
+    q,k,v = qkv(H=1, Hkv=1)
+    a = make_attention('hedgehog-window', 8, window=5)
     with pytest.warns(RuntimeWarning, match='window kernel'): o = a.attend(q, k, v)
     assert torch.equal(o, a.attend(q, k, v, implementation='chunked'))
 
 @kernel
 def test_no_kernel_of_one_family_speaks_for_another(monkeypatch):
     spoil(monkeypatch, dispatch, 'decode_step', nan)
-    q,k,v = qkv(D=4)
+    q,k,v = qkv(D=4, H=1, Hkv=1)
     with warnings.catch_warnings(): warnings.simplefilter('error'); attention(q, k, v)
     assert {c.family:v.ok for (_,c),v in sc.VERDICTS.items()}=={'chunked':True}
 
