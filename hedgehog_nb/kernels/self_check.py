@@ -307,7 +307,7 @@ def _warn(c, device, verdict):
     versions = ', '.join(f'{n} {x}' for n,x in surroundings(device).items() if n not in ('card','source','ptxas_path'))
     warnings.warn(f"hedgehog_nb: the {c.family} kernel failed its self-check on {surroundings(device)['card']} ({versions}): {verdict.why}; for {_describe(c)}. "
         f"PyTorch takes its place: slower, with the right result. Please report this at {ISSUES} with what `hedgehog bench --self-check` prints. "
-        f"(The verdict is kept in {verdict_file().name} of the cache folder; HEDGEHOG_TRITON=0 stops the checks.)", RuntimeWarning, stacklevel=2)
+        f"(HEDGEHOG_TRITON=0 stops the checks{f'; the verdict is kept in {verdict_file().name} of the cache folder' if verdict.keep else ''}.)", RuntimeWarning, stacklevel=2)
 
 # %% ../../kernels/11_self_check.ipynb #self0053
 @torch.compiler.assume_constant_result
