@@ -312,32 +312,37 @@ def pick_device(
     except Exception as e: raise ValueError(f"device {device!r} cannot be used here ({str(e).splitlines()[0][:120]}); use cpu") from None
     return device
 
-def _open_trained(path, base, dtype, device):
+def _open_trained(path, base, dtype, device, implementation):
     "(model, tokenizer) of a folder that `save_trained` wrote, and its original."
     from hedgehog_nb.data import ModelError, load_model
+    from hedgehog_nb.linearize import set_implementation
     from hedgehog_nb.training import TRAINED, load_state, load_trained
     base = base or load_state(path/TRAINED)['base']
     try: m,tok = load_model(base, dtype, device)
     except ModelError as e: raise ModelError(f"{path} holds what was trained of {base}, without the model itself: name that with --base ({e})") from None
-    return load_trained(m, path), tok
+    m = load_trained(m, path)
+    if implementation: set_implementation(m, implementation)
+    return m, tok
 
 def open_model(
     spec, # Folder, converted or not; .gguf file; hub id; or "embedded"
     dtype:str=None, # As saved if None
     device:str=None, # The first GPU, or the CPU, if None
     base:str=None, # Of a folder that `save_trained` wrote: the original; where it was when that was written if None
+    implementation:str=None, # Of a converted model's layers; as saved if None
 )->tuple: # (model in eval mode, tokenizer)
     "Load a causal language model, converted or not. Raises `ValueError` where `spec` is none."
     from hedgehog_nb.data import load_model, as_dtype
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as language_models
     device = pick_device(device)
-    if is_trained(spec): return _open_trained(Path(spec).expanduser(), base, dtype, device)
+    if implementation and not is_converted(spec): raise ValueError(f"--implementation is for converted models, and {spec} is not one")
+    if is_trained(spec): return _open_trained(Path(spec).expanduser(), base, dtype, device, implementation)
     if base: raise ValueError(f"--base names the original of a folder written with --save trained, which {spec} is not")
     if is_converted(spec):
         from hedgehog_nb.linearize import load_linearized
         from transformers import AutoTokenizer
         path = Path(spec).expanduser()
-        return load_linearized(path, **({} if dtype is None else dict(dtype=as_dtype(dtype)))).to(device), AutoTokenizer.from_pretrained(path)
+        return load_linearized(path, implementation=implementation or 'saved', **({} if dtype is None else dict(dtype=as_dtype(dtype)))).to(device), AutoTokenizer.from_pretrained(path)
     model,tok = load_model(spec, dtype, device)
     if type(model).__name__ not in language_models.values():
         raise ValueError(f"{spec} is a {type(model).__name__}, no language model that writes left to right; convert it in Python, with hedgehog_nb.linearize")
@@ -597,6 +602,7 @@ BatchOpt = Annotated[int, _opt('--batch-size', metavar='N', min=1, help="Blocks 
 EvalOpt = Annotated[Optional[int], _opt('--eval-tokens', panel='Measuring', metavar='N', min=2, help="Measure on the first so many tokens of the test split; all of it if not given.")]
 DtypeOpt = Annotated[Optional[str], _opt('--dtype', panel='Machine', metavar='NAME', help="[cyan]float32[/], [cyan]bfloat16[/] or [cyan]float16[/]; as saved if not given.")]
 AutocastOpt = Annotated[Optional[str], _opt('--autocast', panel='Machine', metavar='NAME', help="Mixed precision: weights and states in float32, the model's products in [cyan]bfloat16[/] or [cyan]float16[/].")]
+ImplOpt = Annotated[Optional[str], _opt('--implementation', panel='Machine', metavar='NAME', help="How converted layers compute: [cyan]triton[/] (GPU), [cyan]c[/] (CPU), [cyan]chunked[/], [cyan]recurrent[/] or [cyan]naive[/], kept with a model that is saved. If not given: as it was saved, or by the input.")]
 DeviceOpt = Annotated[Optional[str], _opt('--device', panel='Machine', metavar='NAME', help="[cyan]cpu[/], [cyan]cuda[/], [cyan]cuda:1[/], [cyan]mps[/]; the first GPU, or the CPU, if not given.")]
 BaseOpt = Annotated[Optional[str], _opt('--base', metavar='MODEL', help="For a folder of [cyan]--save trained[/]: the original model; where it was if not given.")]
 SeedOpt = Annotated[int, _opt('--seed', panel='Machine', metavar='N', help="Same seed, same result.")]
@@ -617,7 +623,7 @@ def _quiet(debug):
     os.environ.update(TRANSFORMERS_VERBOSITY='error', TOKENIZERS_PARALLELISM='false', HF_DATASETS_DISABLE_PROGRESS_BARS='1')
     for s in (sys.stdout, sys.stderr): getattr(s, 'reconfigure', lambda **k: None)(errors='replace')
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
+        warnings.simplefilter('ignore'); warnings.filterwarnings('default', 'hedgehog_nb: ')
         from transformers import modeling_gguf_pytorch_utils as gguf
         from transformers.utils import logging
         logging.set_verbosity_error(); logging.disable_progress_bar()
@@ -808,7 +814,7 @@ def linearize_command(ctx:typer.Context,
     evals:Annotated[int, _opt('--evals', panel='Measuring', metavar='N', min=1, help="Evaluations during distillation, each at twice the tokens of the one before.")]=1,
     record:Annotated[Optional[Path], _opt('--record', panel='Measuring', metavar='FILE', help="Also write the results to this JSON file.")]=None,
     experiment:Annotated[str, _opt('--experiment', panel='Measuring', metavar='NAME', help="What the results call this run.")]='linearize',
-    dtype:DtypeOpt='float32', autocast:AutocastOpt=None, device:DeviceOpt=None, seed:SeedOpt=0, as_json:JsonOpt=False, debug:DebugOpt=False,
+    dtype:DtypeOpt='float32', autocast:AutocastOpt=None, implementation:ImplOpt=None, device:DeviceOpt=None, seed:SeedOpt=0, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
     """[bold]Convert a model[/]: swap its attention, distil the maps, finetune, measure after each, save.
 
@@ -818,7 +824,7 @@ def linearize_command(ctx:typer.Context,
 
     Without a GPU expect about a minute for the embedded model, and hours for a hundred million parameters; smaller budgets and [cyan]--eval-tokens[/] make it shorter. Out of memory: [cyan]--grad-accum[/]. Several processes or GPUs share each batch under [cyan]torchrun --nproc_per_node 2 --no-python hedgehog linearize …[/]."""
     from hedgehog_nb.results import command_line, code_version
-    start,commit,screen,kw = time.perf_counter(),code_version(),Screen(as_json),{k:v for k,v in dict(form=form, num_maps=num_maps, bias=bias, window=window, relative=relative, branch=branch, softmax_heads=softmax_heads).items() if v is not None}
+    start,commit,screen,kw = time.perf_counter(),code_version(),Screen(as_json),{k:v for k,v in dict(form=form, num_maps=num_maps, bias=bias, window=window, relative=relative, branch=branch, softmax_heads=softmax_heads, implementation=implementation).items() if v is not None}
     out,settings = out.expanduser(),_settings(ctx)
     work = out.with_name(f'.{out.name}-run')
     written = [not restart and _same(p, work/'results.json') for p in (out/'results.json', record)] # by a run that was killed as it ended
@@ -855,12 +861,12 @@ def evaluate_command(
     data:DataOpt,
     split:Annotated[str, _opt('--split', metavar='NAME', help="[cyan]train[/], [cyan]validation[/], [cyan]test[/] or [cyan]all[/]. A text without splits is cut: first 90%, next 5%, last 5%.")]='test',
     base:BaseOpt=None, text_column:ColumnOpt=None, seq_len:LenOpt=512, batch_size:BatchOpt=8, eval_tokens:EvalOpt=None,
-    dtype:DtypeOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
+    dtype:DtypeOpt=None, implementation:ImplOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
     "[bold]Measure perplexity[/] of a model, converted or not."
     screen = Screen(as_json)
     with screen.wait(f'loading {model}'):
-        m,tok = open_model(model, dtype, device, base)
+        m,tok = open_model(model, dtype, device, base, implementation)
         test = open_blocks(data, split, m, tok, seq_len, eval_tokens, None, text_column)
     t = time.perf_counter()
     with screen.progress: row = Journal(test, batch_size, screen.progress.bar).evaluate(m, _name(model), 'evaluate')
@@ -877,11 +883,11 @@ def generate_command(
     max_new_tokens:Annotated[int, _opt('--max-new-tokens', '-n', metavar='N', min=1, help="Tokens to add, at most.")]=200,
     temperature:Annotated[float, _opt('--temperature', metavar='X', min=0, help="0: always the likeliest token.")]=.8,
     top_p:Annotated[float, _opt('--top-p', metavar='X', min=0, max=1, help="Sample from the likeliest tokens that have this much of the probability.")]=.95,
-    base:BaseOpt=None, seed:SeedOpt=0, dtype:DtypeOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
+    base:BaseOpt=None, seed:SeedOpt=0, dtype:DtypeOpt=None, implementation:ImplOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
     "[bold]Write[/] with a model, converted or not; the text on stdout as it comes, what it cost on stderr."
     screen = Screen(as_json)
-    with screen.wait(f'loading {model}'): m,tok = open_model(model, dtype, device, base)
+    with screen.wait(f'loading {model}'): m,tok = open_model(model, dtype, device, base, implementation)
     story = write_story(m, tok, sys.stdin.read() if prompt=='-' else prompt, max_new_tokens, temperature, top_p, seed, screen.writer())
     if not as_json: print()
     what,mem = ('recurrent state' if is_converted(model) else 'key-value cache'),story.pop('memory')
@@ -933,6 +939,24 @@ def properties_command(
         screen.say(f"against the layer: [bold]{fig}[/]")
     screen.object(model=_name(model), data='+'.join(map(_name, data)), tokens=ids.numel(), seq_len=seq_len, rows=[{k:v for k,v in r.items() if not isinstance(v, float) or math.isfinite(v)} for r in rows], **({'older_keys':shares} if shares else {}))
 
+# %% ../nbs/93_cli.ipynb #c11s3lf2
+def _self_check(screen, device):
+    "Compare every kernel with PyTorch, a line each, and leave with 1 where one is wrong."
+    try: from hedgehog_nb.kernels.self_check import ISSUES, default_cases, self_check, surroundings, verdict_file
+    except ImportError as e: raise ValueError(str(e)) from None
+    from rich.markup import escape
+    n = len(default_cases())
+    def on_row(r):
+        error = '' if r['error'] is None else f"off by {r['error']:.1e} of {r['allowed']:g} allowed, "
+        screen.out.print(f"{r['kernel']:<12} {r['dtype']:<9} {r['head_dim']:>4} {r['form']:<15} [{'green' if r['verdict']=='good' else 'red'}]{escape(r['verdict'])}[/]  [dim]{error}{r['seconds']:.1f} s[/]", highlight=False, soft_wrap=True)
+    def on_start(device):
+        for k,x in surroundings(device).items(): screen.out.print(f"[dim]{k:<12}[/] {escape(x)}", highlight=False, soft_wrap=True)
+    rows = self_check(device, on_row=on_row, on_start=on_start)
+    bad = sum(r['verdict']!='good' for r in rows)
+    screen.say(f"{bad} of {n} checks failed: PyTorch takes the place of these kernels. Please report all of the above at {ISSUES}" if bad else f"all {n} checks passed; the verdicts are kept in [bold]{verdict_file()}[/]")
+    screen.object(rows=rows, failed=bad)
+    raise typer.Exit(int(bad>0))
+
 # %% ../nbs/93_cli.ipynb #d7384d6c
 def _bench_printer(screen):
     "Function that shows results of a benchmark as they come: ours and rivals by time, and why one was not measured, each reason once."
@@ -958,9 +982,11 @@ def bench_command(ctx:typer.Context,
     only:Annotated[Optional[List[str]], _opt('--only', metavar='NAME', help="A contender, by the name of its column. May be given several times; all if not given.")]=None,
     resume:Annotated[bool, _opt('--resume', help="Keep what the file holds of this device, commit and versions, and measure the rest.")]=False,
     overwrite:Annotated[bool, _opt('--overwrite', help="Replace the file if it exists; with --resume, if it is of another device, commit or versions.")]=False,
+    self_check:Annotated[bool, _opt('--self-check', help="Only compare every kernel with PyTorch on this GPU, and keep the verdicts.")]=False,
     device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
     "[bold]Time attention[/]: this library's and its rivals', on this machine, beside the time that the bytes alone would take."
+    if self_check: return _self_check(Screen(as_json), device)
     from hedgehog_nb.bench import WrongResult, default_cases, resumable, run_benchmark
     from hedgehog_nb.results import command_line
     if out.suffix!='.json': raise ValueError(f"--out is a .json file; given {out.name!r}")

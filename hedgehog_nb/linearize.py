@@ -10,8 +10,8 @@ __all__ = ['FULL', 'BEYOND', 'padding_mask', 'hedgehog_attention', 'probe_inputs
            'HedgehogConfig']
 
 # %% ../nbs/08_linearize.ipynb #858b656c
-import inspect, math, os, re, shutil, sys, tempfile
-from functools import partial
+import inspect, math, os, re, shutil, sys, tempfile, warnings
+from functools import lru_cache, partial
 from pathlib import Path
 import torch, transformers
 from torch.nn import functional as F
@@ -25,6 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from .attention import AttentionCall, attention_as, is_causal, fused_softmax_attention, softmax_weights
 from .feature_maps import ATTENTIONS, make_attention
 from .heads import KeptHeads, parse_heads, spell_heads
+from .linear_attention import IMPLEMENTATIONS, can_run
 from .hub import is_hub_name, save_own_way
 
 # %% ../nbs/08_linearize.ipynb #0a8ed362
@@ -65,13 +66,22 @@ def _weights(module, q, k, causal, mask, scaling, window):
     return module.feature_map.weights(q, k, causal, mask).to(q.dtype)
 
 # %% ../nbs/08_linearize.ipynb #e0aacc4a
+@lru_cache
+def _warn_once(text): warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+def _implementation(module, q):
+    "The implementation that was set, or None, the choice by the input, where it cannot run on this device."
+    impl = getattr(module, '_implementation', None)
+    if can_run(impl, q): return impl
+    if not torch.compiler.is_compiling(): _warn_once(f"hedgehog_nb: this model is set to implementation={impl!r}, which cannot run on {q.device.type}: it is chosen by the input there, with the same results up to rounding")
+
 def hedgehog_attention(module, q, k, v, attention_mask=None, scaling=None, dropout=0., **kwargs):
     "The attention function registered with transformers: linear where the module has a `feature_map`, softmax elsewhere."
     causal,mask = _split(module, k, attention_mask, kwargs)
     w = _weights(module, q, k, causal, mask, scaling, kwargs.get('sliding_window')) if kwargs.get('output_attentions') else None
     if not hasattr(module, 'feature_map'):
         return fused_softmax_attention(q, k, v, causal, scaling, mask, kwargs.get('sliding_window'), dropout).transpose(1,2).contiguous(), w
-    past,impl = getattr(module, '_past', None), getattr(module, '_implementation', None)
+    past,impl = getattr(module, '_past', None), _implementation(module, q)
     attend = partial(module.feature_map.attend, q, k, v, causal, mask, offset=0 if past is None else past.length-k.shape[2], **(dict(dropout=dropout) if module.feature_map.kept else {}))
     if past is None or not causal: o = attend(implementation=impl)
     elif impl!='naive': o,past.state = attend(initial_state=past.state, output_final_state=True, implementation=impl)
@@ -189,12 +199,19 @@ def _make(name, call, settings, kept=()):
     if call.causal not in m.directions: raise ValueError(f"{name!r} is {'causal' if True in m.directions else 'bidirectional'} only, and {call.name} is not")
     return m.to(call.q.device, torch.promote_types(call.q.dtype, torch.float32))
 
+def _check_implementation(maps, implementation):
+    "Raise `ValueError` where one of these attentions has no such implementation."
+    for m in maps:
+        have = getattr(m.linear_part()[0], 'implementations', IMPLEMENTATIONS)
+        if implementation not in (None, *have): raise ValueError(f"implementation is one of {', '.join(have)}, or None to choose by the input; given {implementation!r}")
+
 def plan_maps(
     model:PreTrainedModel, # A model not converted yet; it stays as it is
     feature_map:str='hedgehog', # Name of the map (see `FEATURE_MAPS`), or "hedgehog-window"
     layers='all', # Attention layers to convert: "0-5,8", "1-29:2", a list of integers, or "all": those that see everything, where others have a window
     inputs:dict=None, # A small input for the model's forward; tokens or a blank image if None
     softmax_heads=None, # Heads of these layers that stay softmax: "3:0,2;7:4-5", or {layer: heads}
+    implementation:str=None, # As for `linearize`; only checked
     **map_kwargs # Settings of the map
 )->tuple: # (numbers of the layers, {attention module: its map})
     "The maps that would replace softmax, found out by two tiny forward passes. Raises `ValueError` where it cannot be done."
@@ -206,7 +223,9 @@ def plan_maps(
     which = parse_layers(layers, len(calls))
     if layers=='all' and not all(c.window for c in calls): which = [i for i in which if not calls[i].window]
     kept = parse_heads(softmax_heads, [(c.q.shape[1], c.k.shape[1]) for c in calls], which)
-    return which, {calls[i].module: _make(feature_map, calls[i], map_kwargs, kept.get(i, ())) for i in which}
+    maps = {calls[i].module: _make(feature_map, calls[i], map_kwargs, kept.get(i, ())) for i in which}
+    _check_implementation(maps.values(), implementation)
+    return which, maps
 
 # %% ../nbs/08_linearize.ipynb #02218ca8
 @torch.no_grad()
@@ -216,15 +235,17 @@ def linearize(
     layers='all', # Attention layers to convert: "0-5,8", "1-29:2", a list of integers, or "all": those that see everything, where others have a window
     inputs:dict=None, # A small input for the model's forward; tokens or a blank image if None
     softmax_heads=None, # Heads of these layers that stay softmax: "3:0,2;7:4-5", or {layer: heads}
+    implementation:str=None, # Of `linear_attention` in the converted layers: "naive", "recurrent", "chunked", "c" or "triton"; chosen by the input if None
     **map_kwargs # Settings of the map, e.g. form="exp", num_maps=2
 )->PreTrainedModel: # The same model, its attention swapped; train the maps next (`distill`)
     "Swap softmax attention for linear attention. Raises `ValueError` where that cannot be done, and leaves the model as it was."
     from hedgehog_nb.state import use_recurrent_cache
-    which,maps = plan_maps(model, feature_map, layers, inputs, softmax_heads, **map_kwargs)
+    which,maps = plan_maps(model, feature_map, layers, inputs, softmax_heads, implementation, **map_kwargs)
     for module,m in maps.items(): module.feature_map = m
     kept = {i:m.kept for i,m in zip(which, maps.values()) if m.kept}
     model.config.hedgehog = dict(feature_map=feature_map, layers=which, **(dict(softmax_heads=spell_heads(kept)) if kept else {}), **map_kwargs)
     model.set_attn_implementation('hedgehog')
+    set_implementation(model, implementation)
     use_recurrent_cache(model)
     save_own_way(model)
     return model
@@ -232,10 +253,14 @@ def linearize(
 # %% ../nbs/08_linearize.ipynb #f0108919
 def set_implementation(
     model, # A converted model
-    implementation:str=None, # "naive", "recurrent", "chunked", or None to choose by the input
+    implementation:str=None, # One of `IMPLEMENTATIONS`, or None to choose by the input
 ):
-    "Force the implementation of `linear_attention` in every converted layer."
-    for m in linear_layers(model).values(): m._implementation = implementation
+    "Choose the implementation of `linear_attention` in every converted layer; saved with the model. Raises `ValueError` on one that its attention does not have."
+    ms = linear_layers(model).values()
+    _check_implementation([m.feature_map for m in ms], implementation)
+    for m in ms: m._implementation = implementation
+    kept = {k:v for k,v in model.config.hedgehog.items() if k!='implementation'}
+    model.config.hedgehog = kept if implementation is None else kept | dict(implementation=implementation)
 
 # %% ../nbs/08_linearize.ipynb #8ccf0e68
 def save_linearized(
@@ -291,6 +316,7 @@ def load_linearized(
     inputs:dict=None, # As for `linearize`
     auto=None, # An Auto class of transformers that chooses the head, such as `AutoModel`; the head that was saved if None
     config:dict=None, # Settings that replace those of the folder's config.json
+    implementation:str='saved', # As for `linearize`; "saved": what the folder's config.json says
     **kwargs # For `from_pretrained`: dtype, device_map …
 )->PreTrainedModel: # The converted model, as it was saved
     "Load a converted model, bit for bit. Raises `ValueError` where the folder does not hold one."
@@ -305,7 +331,7 @@ def load_linearized(
     if cls.__name__ in cfg['architectures']: transformers.logging.set_verbosity_error() # the maps are unexpected keys to it, and nothing is missing
     try: model = cls.from_pretrained(path, config=own, local_files_only=True, **kwargs)
     finally: transformers.logging.set_verbosity(level)
-    linearize(model, inputs=inputs, **cfg['hedgehog'])
+    linearize(model, inputs=inputs, **cfg['hedgehog'] | ({} if implementation=='saved' else dict(implementation=implementation)))
     names,maps = _saved_names(model),{}
     for f in sorted(path.glob('*.safetensors')):
         with safe_open(f, 'pt') as s: maps.update({names[k]:s.get_tensor(k) for k in s.keys() if k in names})

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .attention import check_qkv, full_precision, repeat_kv, softmax_weights, visible
-from .linear_attention import NOTHING, TRITON_BY_DEFAULT, LinearState, prepare_keys, _away_from_zero, _chunk_sums, _group, _suits_triton
+from .linear_attention import NOTHING, LinearState, prepare_keys, _away_from_zero, _chunk_sums, _group, _suits_triton
 from .feature_maps import Attention, make_feature_map, register_attention
 
 # %% ../nbs/10_window.ipynb #3d013101
@@ -248,13 +248,22 @@ def linear_share(
     o,lin,_ = _window_sums(q, k, k[...,:1], phi_q, phi_k, min(window, q.shape[2]), log_q, log_k, log_gamma, scale, mask, None, chunk_size)
     return lin/_away_from_zero(o[...,-1])
 
+# %% ../nbs/10_window.ipynb #w1n0c4k2
+def _trusts_triton(feature_map, q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, mask, state, final):
+    "Does the kernel take this call, and has it been found right on this GPU?"
+    if not _suits_triton(q, k, v, feature_map) or q.shape[-1]>256 or any(x.stride(-1)!=1 for x in (q, k, v)): return False
+    if torch.is_grad_enabled() and state is not None and any(x.requires_grad for x in (*state[:4], *state.linear)): return False
+    try: from hedgehog_nb.kernels.self_check import trusts_window
+    except ImportError: return False # a Triton that does not import; it says why where it is named
+    return trusts_window(q, k, v, phi_k, window, log_q, log_k, mask, state, final)
+
 # %% ../nbs/10_window.ipynb #9f9f0271
 BRANCHES = 'both','window','linear'
 
 @register_attention('hedgehog-window')
 class WindowAttention(Attention):
     "Softmax over the last `window` keys and a feature map for older ones, under one normaliser (after LoLCATs, arXiv 2410.10254)."
-    learned,stateful,directions = True,True,(True,)
+    learned,stateful,directions,implementations = True,True,(True,),('naive','chunked','triton')
     def __init__(self, head_dim, num_heads=1, num_kv_heads=None, scale=None,
         window:int=64, # Keys seen through softmax, the query's own included
         relative:bool=False, # Linear weights relative to the largest in the window (LoLCATs)?
@@ -284,12 +293,13 @@ class WindowAttention(Attention):
     def attend(self, q, k, v, causal=True, mask=None, initial_state=None, output_final_state=False, implementation=None, offset=None):
         "As `FeatureMap.attend`, with a `WindowState`. Raises `ValueError` on what this attention was not made for."
         self.check(q, k, v, causal, mask)
+        if implementation not in (None, *self.implementations): raise ValueError(f"{type(self).__name__} has the implementations {', '.join(self.implementations)}; given {implementation!r}")
         args,carry = (q, k, v, *self.inputs(q, k, mask, initial_state)),(initial_state, output_final_state)
         if implementation=='naive':
             if any(carry): raise ValueError("the naive form keeps no state: choose another implementation")
             return naive_window_attention(*args, mask)
         if q.shape[2]==1 and all(carry): return window_decode_step(*args[:5], initial_state, *args[6:], mask)
-        if implementation=='triton' or implementation is None and TRITON_BY_DEFAULT and _suits_triton(q, k, v, self.map):
+        if implementation=='triton' or implementation is None and _trusts_triton(self.map, *args, mask, *carry):
             from hedgehog_nb.kernels.window import triton_window_attention
             return triton_window_attention(*args, mask, *carry)
         return chunk_window_attention(*args, mask, *carry)

@@ -249,3 +249,33 @@ def test_overwritten_and_restarted(here):
     assert '--restart' in hedgehog(*args, code=1).stderr
     hedgehog(*args, '--restart'); hedgehog(*args, '--overwrite')
     assert sorted(p.name for p in here.iterdir())==['m']
+
+# Implementations, and the check of the kernels
+
+def test_the_implementation_is_an_option(converted, here):
+    from hedgehog_nb.linearize import load_linearized
+    hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', 'plain', '--implementation', 'chunked', '--distill-steps', 0, '--finetune-steps', 0, *SHORT)
+    assert json.loads((here/'plain'/'config.json').read_text())['hedgehog']['implementation']=='chunked'
+    values = [json.loads(hedgehog('evaluate', 'plain', '--data', 'embedded', *SHORT, *more, '--json').stdout)['value'] for more in ((), ('--implementation', 'naive'))]
+    assert values[0]==pytest.approx(values[1], rel=1e-4)
+    assert hedgehog('generate', 'plain', '--prompt', 'Once', '-n', 3, '--implementation', 'recurrent').stdout
+    assert 'implementation is one of naive' in hedgehog('evaluate', 'plain', '--data', 'embedded', *SHORT, '--implementation', 'cuda', code=1).stderr
+    assert 'for converted models' in hedgehog('generate', 'embedded', '--prompt', 'Once', '--implementation', 'naive', code=1).stderr
+    r = hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', 'other', '--implementation', 'fast', *SHORT, code=1)
+    assert "given 'fast'" in r.stderr and not (here/'other').exists()
+
+@pytest.mark.parametrize('found,code', [(('', .001), 0), (('output is off by 0.3 of its size [x]', .3), 1)], ids=['right', 'wrong'])
+def test_self_check_prints_the_verdicts(monkeypatch, here, found, code):
+    pytest.importorskip('triton')
+    from hedgehog_nb.kernels import self_check as sc
+    monkeypatch.setenv('XDG_CACHE_HOME', str(here/'cache')); monkeypatch.setattr(sc, '_run', lambda c, device: found); monkeypatch.setattr(sc.triton.knobs.runtime, 'interpret', True)
+    r = hedgehog('bench', '--self-check', '--device', 'cpu', code=code)
+    n = len(sc.default_cases())
+    assert all(f in r.stdout for f in (*sc.FAMILIES, 'bfloat16', 'triton', 'driver')) and r.stdout.count(found[0] or 'good')==n and not (here/'bench.json').exists()
+    assert (f'{n} of {n} checks failed' in r.stderr and sc.ISSUES in r.stderr) if code else (f'all {n} checks passed' in r.stderr)
+    rows = json.loads(hedgehog('bench', '--self-check', '--device', 'cpu', '--json', code=code).stdout)
+    assert len(rows['rows'])==n and rows['failed']==(n if code else 0)
+
+def test_self_check_without_a_gpu():
+    pytest.importorskip('triton')
+    if not torch.cuda.is_available(): assert 'PyTorch sees none here' in hedgehog('bench', '--self-check', code=1).stderr

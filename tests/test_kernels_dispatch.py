@@ -112,13 +112,20 @@ def test_autocast_rounds_products_and_keeps_states(name, dtype):
 
 @kernel
 def test_by_default_the_same_way(monkeypatch):
-    "What `implementation=None` takes once the kernels are the default."
+    "What `implementation=None` takes on a GPU, for which the CPU stands, once a kernel has passed its self-check."
     import sys
+    from hedgehog_nb.kernels import self_check
     m = sys.modules['hedgehog_nb.linear_attention']
     seen,(q,k,v),fm = taken(monkeypatch),inputs(),make()
-    attention(q, k, v, fm); assert not seen and not m.TRITON_BY_DEFAULT
-    monkeypatch.setattr(m, 'TRITON_BY_DEFAULT', True); monkeypatch.setattr(m, '_suits_triton', lambda *a: True)
+    monkeypatch.setattr(m, '_runs_kernels', lambda x: False); attention(q, k, v, fm); assert not seen
+    monkeypatch.setattr(m, '_runs_kernels', lambda x: True); monkeypatch.setattr(self_check, 'trusts', lambda *a, **kw: True)
     attention(q, k, v, fm); assert seen==['fused_hedgehog_attention']
+
+@kernel
+@pytest.mark.parametrize('schedule', ['scan', 'parallel', 3])
+def test_the_schedule_is_handed_on(schedule):
+    (q,k,v),fm = inputs(T=130),make()
+    for m in (fm, make('elu')): close(dispatch.triton_attention(q, k, v, m, schedule=schedule), attention(q, k, v, m, implementation='chunked'), TOL[torch.float32])
 
 @kernel
 def test_compiles_into_one_graph():

@@ -265,3 +265,61 @@ def test_conversion_under_autocast():
     model = load_embedded()[0]
     with torch.autocast('cpu', torch.bfloat16): linearize(model)
     assert len(linear_layers(model))==5 and all(p.dtype==torch.float32 for m in linear_layers(model).values() for p in m.feature_map.parameters())
+
+# --- the implementation as a setting
+
+def used(model): return {m._implementation for m in linear_layers(model).values()}
+
+@pytest.mark.parametrize('name', ['llama', 'bert'])
+def test_the_implementation_is_kept_with_the_model(name, tmp_path):
+    model = shake(linearize(MODELS[name]().double(), implementation='recurrent', num_maps=2))
+    x = inputs(model); want = logits(model, **x)
+    assert used(model)=={'recurrent'} and model.config.hedgehog['implementation']=='recurrent'
+    again = load_linearized(save_linearized(model, tmp_path/'m')); close(logits(again, **x), want)
+    assert used(again)=={'recurrent'} and again.config.hedgehog==model.config.hedgehog
+    for impl in ('naive', None): # another at loading, saved again
+        other = load_linearized(tmp_path/'m', implementation=impl); close(logits(other, **x), want)
+        assert used(other)=={impl} and other.config.hedgehog.get('implementation')==impl and ('implementation' in other.config.hedgehog)==(impl is not None)
+        assert used(load_linearized(save_linearized(other, tmp_path/'n', overwrite=True)))=={impl}
+    set_implementation(again, 'chunked'); assert used(load_linearized(save_linearized(again, tmp_path/'o')))=={'chunked'}
+
+def test_auto_classes_take_the_implementation(tmp_path):
+    from transformers import AutoModelForCausalLM
+    save_linearized(linearize(llama(), implementation='recurrent'), tmp_path/'m')
+    load = AutoModelForCausalLM.from_pretrained
+    assert used(load(tmp_path/'m'))=={'recurrent'} and used(load(tmp_path/'m', implementation='chunked'))=={'chunked'}
+
+def test_the_implementation_is_used(monkeypatch):
+    import sys
+    m,seen = sys.modules['hedgehog_nb.linear_attention'],[]
+    f = m._in_torch
+    monkeypatch.setattr(m, '_in_torch', lambda *a: seen.append(a[-2]) or f(*a))
+    model = linearize(llama(), implementation='chunked', layers='0,2'); logits(model, input_ids=tokens())
+    assert seen==['chunked']*2
+
+@pytest.mark.parametrize('feature_map,impl,names', [('hedgehog', 'cuda', 'naive, recurrent, chunked, c, triton'), ('hedgehog', True, 'naive'), ('hedgehog-window', 'c', 'naive, chunked, triton'), ('hedgehog-window', 'recurrent', 'naive, chunked, triton')])
+def test_an_implementation_that_there_is_not(feature_map, impl, names, tmp_path):
+    model = llama()
+    with pytest.raises(ValueError, match=f'implementation is one of {names}.*or None.*given {impl!r}'): linearize(model, feature_map, implementation=impl)
+    assert not linear_layers(model) and not hasattr(model.config, 'hedgehog')
+    linearize(model, feature_map)
+    with pytest.raises(ValueError, match=f'given {impl!r}'): set_implementation(model, impl)
+    save_linearized(model, tmp_path/'m')
+    with pytest.raises(ValueError, match=f'given {impl!r}'): load_linearized(tmp_path/'m', implementation=impl)
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+@pytest.mark.parametrize('feature_map', ['hedgehog', 'hedgehog-window'])
+def test_a_model_saved_for_triton_runs_on_a_cpu(feature_map, tmp_path, monkeypatch):
+    "One warning, the choice by the input, and the setting stays for a GPU."
+    import warnings
+    import sys
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False); sys.modules['hedgehog_nb.linearize']._warn_once.cache_clear()
+    model = linearize(llama(), feature_map); x = inputs(model); want = logits(model, **x)
+    set_implementation(model, 'triton'); save_linearized(model, tmp_path/'m')
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        again = load_linearized(tmp_path/'m'); got = [logits(again, **x) for _ in range(2)]
+        out = again.generate(x['input_ids'], max_new_tokens=3, do_sample=False, pad_token_id=0)
+    said = [str(w.message) for w in said if 'implementation' in str(w.message)]
+    assert len(said)==1 and "implementation='triton', which cannot run on cpu" in said[0]
+    close(got[0], want); close(got[1], want); assert out.shape[1]==x['input_ids'].shape[1]+3 and used(again)=={'triton'}
