@@ -6,14 +6,15 @@
 #     tests/gpu.sh smoke bench  these
 #
 #     smoke      90 s: the kernels that matter most, forward and every gradient, against fp64, 20 times for equal bits; then their time,
-#                softmax's and a copy's. Once more with the assembler in .gpu/*/ptxas.xz, if one was carried     OUT/smoke-DEVICE[-ptxas-VERSION].json
+#                softmax's and a copy's. Once more with the assembler in .gpu/*/ptxas.xz, if one was carried             OUT/smoke-DEVICE[-ptxas].json
+#                Then hedgehog bench --self-check: what a user's first call compares, and its verdicts
 #     tests      every kernel again and again on one input; then the kernels' tests, the important first, side by side      OUT/tests-DEVICE.jsonl
 #     sanitize   compute-sanitizer, memcheck and racecheck, on a few programs in bf16 with 64 channels                      OUT/sanitize-TOOL-DEVICE.log
 #     bench      hedgehog bench: ours and softmax first, then flash-linear-attention, then what compiles for long           OUT/bench-DEVICE.json
 #     models     models converted on the GPU and their decoding                                                            OUT/
 #
-# Needed: Linux, a GPU, Python with torch, triton, transformers, numpy and fastcore. tests needs pytest, pytest-xdist and hypothesis too; bench
-# typer and rich (flash-linear-attention is measured if it is there); models accelerate, matplotlib, peft and safetensors.
+# Needed: Linux, a GPU, Python with torch, triton, transformers, numpy and fastcore. tests needs pytest, pytest-xdist and hypothesis too; bench and
+# the self-check typer and rich (flash-linear-attention is measured if it is there); models accelerate, matplotlib, peft and safetensors.
 # A machine without a network: on another one `make gpu-files` makes the folders .gpu/1, .gpu/2, ... of at most 45 MB each:
 #     .gpu/1        wheels (fastcore, flash-linear-attention, fla-core, datasets and its needs, gguf), and ptxas 13.4
 #     .gpu/2 ...    with MODELS='FOLDER ...' or DATA='FOLDER ...': models and texts, cut into pieces
@@ -29,7 +30,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 ALL="smoke tests sanitize bench models"
-PYTHON=${PYTHON:-python3} OUT=${OUT:-results} SECONDS_PART=${SECONDS_PART:-530} FILES=.gpu
+PYTHON=${PYTHON:-python3} OUT=${OUT:-results} SECONDS_PART=${SECONDS_PART:-530} FILES=.gpu HEDGEHOG='from hedgehog_nb.cli import app; app(prog_name="hedgehog")'
 WORKERS=${WORKERS:-$(n=$(getconf _NPROCESSORS_ONLN); [ "$n" -gt 16 ] && n=16; echo "$n")}
 export PYTHONPATH="$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
@@ -78,10 +79,12 @@ part_smoke() {
   needs smoke fastcore triton transformers || return
   run smoke 150 "$PYTHON" tests/gpu_smoke.py --out "$OUT/smoke-$device.json"
   local xz other; xz=$(ls $FILES/[0-9]*/ptxas.xz 2>/dev/null | head -n 1)
-  [ -n "$xz" ] && [ -z "${TRITON_PTXAS_PATH:-}" ] || return
-  other=$PWD/$FILES/ptxas
-  [ -x "$other" ] || { "$PYTHON" -c 'import lzma, sys; open(sys.argv[2], "wb").write(lzma.open(sys.argv[1]).read())' "$xz" "$other" && chmod +x "$other"; }
-  run "smoke, the carried ptxas" 150 env TRITON_PTXAS_PATH="$other" "$PYTHON" tests/gpu_smoke.py --out "$OUT/smoke-$device-ptxas.json"
+  if [ -n "$xz" ] && [ -z "${TRITON_PTXAS_PATH:-}" ]; then
+    other=$PWD/$FILES/ptxas
+    [ -x "$other" ] || { "$PYTHON" -c 'import lzma, sys; open(sys.argv[2], "wb").write(lzma.open(sys.argv[1]).read())' "$xz" "$other" && chmod +x "$other"; }
+    run "smoke, the carried ptxas" 150 env TRITON_PTXAS_PATH="$other" "$PYTHON" tests/gpu_smoke.py --out "$OUT/smoke-$device-ptxas.json"
+  fi
+  needs self-check typer rich && run "self-check" "$(left)" "$PYTHON" -c "$HEDGEHOG" bench --self-check
 }
 part_tests() {
   needs tests fastcore triton transformers pytest xdist:pytest-xdist hypothesis || return
@@ -112,7 +115,7 @@ part_bench() {
   "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("fla") is None)' 2>/dev/null ||
     echo "flash-linear-attention is missing and will not be measured: carry .gpu/1 of \`make gpu-files\`"
   local minutes; minutes=$("$PYTHON" -c "print(max(.2, ($(left)-30)/60))")
-  run "hedgehog bench" "$(left)" "$PYTHON" -c 'from hedgehog_nb.cli import app; app(prog_name="hedgehog")' \
+  run "hedgehog bench" "$(left)" "$PYTHON" -c "$HEDGEHOG" \
     bench --resume --overwrite --minutes "$minutes" --out "$OUT/bench-$device.json"
 }
 part_models() {

@@ -44,8 +44,8 @@ def test_every_part_runs_and_is_reported(fake):
     run,calls = fake
     res = run(PYTHONPATH='/beside')
     lines = said(res)
-    assert [l.partition(':')[0] for l in lines][:6]==['smoke', 'every kernel, again and again', "the kernels' tests", 'compute-sanitizer memcheck', 'compute-sanitizer racecheck', 'hedgehog bench'] and 'models' in lines[6]
-    assert all('passed' in l for l in lines[:6]), res.stdout
+    assert [l.partition(':')[0] for l in lines][:7]==['smoke', 'self-check', 'every kernel, again and again', "the kernels' tests", 'compute-sanitizer memcheck', 'compute-sanitizer racecheck', 'hedgehog bench'] and 'models' in lines[7]
+    assert all('passed' in l for l in lines[:7]), res.stdout
     paths,interpret = {c.split('|')[0] for c in calls()},{c.split('|')[1] for c in calls()}
     assert interpret=={''} and all(p.startswith(f'{ROOT}:') and '/beside' in p.split(':') for p in paths)
     bench = next(c for c in calls() if '--resume' in c)
@@ -57,7 +57,7 @@ def test_every_part_runs_and_is_reported(fake):
 def test_parts_by_name_and_one_that_fails_does_not_stop_the_next(fake):
     run,calls = fake
     res = run('smoke', 'bench', SMOKE=7)
-    assert res.returncode==1 and [l.partition(',')[0] for l in said(res)]==['smoke: FAILED (7)', 'hedgehog bench: passed'] and not any('-m pytest' in c for c in calls())
+    assert res.returncode==1 and [l.partition(',')[0] for l in said(res)]==['smoke: FAILED (7)', 'self-check: passed', 'hedgehog bench: passed'] and not any('-m pytest' in c for c in calls())
     assert run('bench').returncode==0
     res = run('smoke', 'speed')
     assert res.returncode==2 and res.stderr=='parts are smoke tests sanitize bench models; given speed\n'
@@ -66,7 +66,7 @@ def test_parts_by_name_and_one_that_fails_does_not_stop_the_next(fake):
 def test_a_part_has_its_time(fake):
     run,_ = fake
     res = run('smoke', 'bench', SECONDS_PART=6, NAP=30)
-    assert res.returncode==1 and 'passed' in said(res)[0] and re.match(r'hedgehog bench: cut off after [56] s; run it again to go on', said(res)[1])
+    assert res.returncode==1 and 'passed' in said(res)[0] and re.match(r'hedgehog bench: cut off after [56] s; run it again to go on', said(res)[-1])
 
 @bash
 @pytest.mark.parametrize('lack,name,part,other', [('xdist','pytest-xdist','tests','smoke'), ('typer','typer','bench','tests'), ('peft','peft','models','bench'), ('fastcore','fastcore','smoke',None)])
