@@ -15,7 +15,8 @@ def python(*args, **env): return subprocess.run([sys.executable, *args], cwd=ROO
 
 def other_masks(real):
     "The mask `real` in other dtypes: whatever is not zero is True."
-    return [real.to(dt)*x for dt,x in ((torch.int64, 1), (torch.int64, 256), (torch.int64, -1), (torch.uint8, 2), (torch.uint8, 255), (torch.float32, .5), (torch.float32, 256.), (torch.bfloat16, -1))]
+    i,u,f = torch.int64,torch.uint8,torch.float32
+    return [real.to(dt)*x for dt,x in ((i, 1), (i, 256), (i, -1), (u, 2), (u, 255), (f, .5), (f, 256.), (torch.bfloat16, -1))]
 
 def kernel(f):
     "A test that runs kernels: collected only where this process can."

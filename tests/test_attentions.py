@@ -101,7 +101,8 @@ def test_padding_is_not_there(name, kw, causal, Hkv, G, T, D, left, right, seed)
 def test_masks_of_any_dtype(name, kw, causal):
     m,(q,k,v),real = shaken(name, **kw),qkv(),torch.rand(2, 11)<.7
     o = m.attend(q, k, v, causal, real)
-    for mask in (real*256, real*-1, real.to(torch.uint8)*2, real*.5, real*256.): assert torch.equal(o, m.attend(q, k, v, causal, mask)), (mask.dtype, mask.unique())
+    for mask in (real*256, real*-1, real.to(torch.uint8)*2, real*.5, real*256.):
+        assert torch.equal(o, m.attend(q, k, v, causal, mask)), (mask.dtype, mask.unique())
 
 @every
 @pytest.mark.parametrize('size', [1e-3,1.,1e3])

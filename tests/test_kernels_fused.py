@@ -335,9 +335,12 @@ def test_registers_of_products_in_flight():
         /*0070*/              @!P3 FADD R185, R32, R39 ;
 """
     early = lambda first='NOP ;', second='NOP ;': [at for at,_ in touched_early(sass.format(first=first, second=second))[0]]
-    assert touched_early(sass)[1:]==(2, 2) and not early() and not early('FADD R188, R3, R4 ;', 'STS.128 [R184], R40 ;') # of the product to come; and only an address
-    assert early('FADD R187, R3, R4 ;')==['0030'] and early(second='LDS.128 R188, [R3+0x10] ;')==['0050'] and early(second='@P1 FADD R3, R4, |R39|.reuse ;')==['0050']
-    assert early(second='STS.64 [R3], R30 ;')==[] and early(second='STS.128 [R3], R30 ;')==['0050'] and early(second='SHFL.BFLY PT, R185, R3, 0x1, 0x1f ;')==['0050']
+    assert touched_early(sass)[1:]==(2, 2) and not early()
+    assert not early('FADD R188, R3, R4 ;', 'STS.128 [R184], R40 ;') # an operand of the product to come; and only an address
+    assert early('FADD R187, R3, R4 ;')==['0030']
+    assert early(second='LDS.128 R188, [R3+0x10] ;')==['0050'] and early(second='@P1 FADD R3, R4, |R39|.reuse ;')==['0050']
+    assert early(second='STS.64 [R3], R30 ;')==[] and early(second='STS.128 [R3], R30 ;')==['0050']
+    assert early(second='SHFL.BFLY PT, R185, R3, 0x1, 0x1f ;')==['0050']
 
 def test_compiles_for_hopper(tmp_path):
     pytest.importorskip('triton')
@@ -367,5 +370,6 @@ for kernel in ('o', 'dq', 'dkv'): use(16, form='exp', kernel=kernel, group=2, **
 use(16, form='exp', kernel='states', QUERIES=True, EVERY=True, **on)
 for r in (True, False): fused.offline_usage(fused._fused_scan_kernel, dict(WIDTH=8320, BLOCK=1024, HAS_LOG=True, EVERY=r, PACKED=True, REVERSE=r, num_warps=4, num_stages=1), 'fp32', others=dict(plan_ptr='i32'))
 """
-    res = python('-c', code, TRITON_INTERPRET='0', TRITON_DEFAULT_FP_FUSION='1', TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=os.pathsep.join(('tests', *filter(None, [os.environ.get('PYTHONPATH')]))))
+    path = os.pathsep.join(('tests', *filter(None, [os.environ.get('PYTHONPATH')])))
+    res = python('-c', code, TRITON_INTERPRET='0', TRITON_DEFAULT_FP_FUSION='1', TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=path)
     assert res.returncode==0, res.stderr

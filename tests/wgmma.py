@@ -1,9 +1,11 @@
-"""Does a compiled kernel touch registers that the tensor cores still use? `wgmma` runs on while other instructions do: until WARPGROUP.DEPBAR says that it is done, neither its left operand
-may be written nor its accumulator read or written. Assemblers before CUDA 13.3 have got this wrong (triton-lang/triton #11781)."""
+"""Does a compiled kernel touch registers that the tensor cores still use? `wgmma` runs on while other instructions do: until
+WARPGROUP.DEPBAR says that it is done, its left operand may not be written, nor its accumulator read or written. Assemblers
+before CUDA 13.3 have got this wrong (triton-lang/triton #11781)."""
 import re
 
 _INSTRUCTION = re.compile(r'\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;')
-_NO_RESULT = 'ST','BAR','BRA','EXIT','BSSY','BSYNC','WARP','RED','LDGSTS','LDGDEPBAR','DEPBAR','NOP','R2UR','U','CCTL','MEMBAR','FENCE','ERRBAR','SYNCS','ISETP','FSETP','PLOP','R2P','CALL','RET','BMOV','YIELD','VOTEU'
+_NO_RESULT = 'ST','BAR','BRA','EXIT','BSSY','BSYNC','WARP','RED','LDGSTS','LDGDEPBAR','DEPBAR','NOP','R2UR','U','CCTL',\
+    'MEMBAR','FENCE','ERRBAR','SYNCS','ISETP','FSETP','PLOP','R2P','CALL','RET','BMOV','YIELD','VOTEU'
 
 def _from(name, n): i = int(name.lstrip('R')); return set(range(i, i+n))
 
