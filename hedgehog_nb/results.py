@@ -156,7 +156,8 @@ EXPERIMENTS = {'recall':'associative recall', 'recall-converted':'associative re
     'demo':'the embedded model, converted', 'scratch-wikitext2':'trained from scratch on WikiText-2', 'pretrained-wikitext2':'a pretrained model converted on WikiText-2', 'window-wikitext2':'a pretrained model with a window, without, and with the window alone',
     'samsum':'conversion with LoRA, summaries', 'vit-cifar10':'ViT converted, CIFAR-10', 'lra-listops':'Long Range Arena, ListOps', 'lra-text':'Long Range Arena, Text',
     'lra-image':'Long Range Arena, Image', 'lra-pathfinder':'Long Range Arena, Pathfinder', 'kl-transfer':'maps read on other text and lengths',
-    'bench-forward':'speed of the forward pass', 'bench-train':'speed of forward and backward', 'bench-decode':'speed of decoding',
+    'bench-forward':'speed of the forward pass', 'bench-train':'speed of forward and backward', 'bench-decode':'speed of decoding', 'prefill-model':'speed of a whole model reading', 'decode-model':'speed of a whole model writing', 'gpu-smoke':'the kernels against fp64 on a GPU',
+    'gpu-linearize':'models converted on a GPU', 'gpu-models':'what that cost',
     'cpu-forward':'speed of the forward pass on a CPU', 'cpu-train':'speed of forward and backward on a CPU', 'cpu-decode':'speed of decoding on a CPU', 'cpu-steps':'what each step brings on a CPU', 'cpu-training':'speed of training steps on a CPU', 'kept-heads':'heads that keep softmax', 'distill-memory':'memory of distillation', 'decode-context':'one more token, against the tokens remembered', 'architectures':'which architectures convert, and what they do then', 'kill-resume':'training killed and taken up'}
 
 # %% ../nbs/19_results.ipynb #6b2232ee
@@ -173,7 +174,7 @@ class Table:
         return '\n'.join([line(self.header), line(['---']*len(self.header)), *map(line, self.rows)]) + (f'\n\n{self.caption}' if self.caption else '')
 
 # %% ../nbs/19_results.ipynb #4958f67f
-SETTING = 'state','B','H','T','D','dtype','causal','seq_len','context','layers','form','num_maps','objective','floor','train_data','train_len' # What a row may add that makes it a measurement of its own
+SETTING = 'state','B','H','T','D','dtype','causal','seq_len','context','layers','form','num_maps','objective','floor','train_data','train_len','phase' # What a row may add that makes it a measurement of its own
 
 def _final(rows, key):
     "{key: values, one per seed}: the newest of the rows with the most tokens."
