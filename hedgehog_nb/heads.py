@@ -81,7 +81,7 @@ def _take(x, runs, kept):
 
 def _join(soft, rest, runs):
     "Both kinds of heads (B, ·, T, D) in their order again; in memory as (B, T, H, D), which a model wants next."
-    return torch.cat([(rest,soft)[flag][:,own].transpose(1,2) for flag,_,own in runs], 2).transpose(1,2)
+    return torch.cat([(soft if flag else rest)[:,own].transpose(1,2) for flag,_,own in runs], 2).transpose(1,2)
 
 # %% ../nbs/13_heads.ipynb #13a00023
 class KeptHeads(Attention):
