@@ -31,7 +31,7 @@ def test_unknown(): _unknown_kernel[(1,)](torch.ones(16), BLOCK=16)
 def test_large(): _large_kernel[(1,)](*torch.ones(2, 256, 256, dtype=torch.bfloat16), BLOCK=256, num_warps=8)
 '''
 
-def test_what_compiles_what_does_not_and_what_does_not_fit(tmp_path):
+def test_a_line_for_each_kernel_and_what_is_wrong_with_it(tmp_path):
     (tmp_path/'test_kernels_of_a_page.py').write_text(KERNELS)
     res = python('tests/compile_only.py', str(tmp_path/'test_kernels_of_a_page.py'), '--out', str(tmp_path/'out.json'))
     rows = json.loads((tmp_path/'out.json').read_text())
