@@ -197,15 +197,17 @@ for kernel,exps in ((plain, 1), (looped, 200)):
     res = python(str(tmp_path/'loops.py'), TRITON_INTERPRET='0', TRITON_CACHE_DIR=str(tmp_path))
     assert res.returncode==0, res.stderr
 
-def test_compiles_for_hopper(tmp_path):
+def test_compiles_for_hopper_without_spills(tmp_path):
     pytest.importorskip('triton')
     code = """
 import torch
+import triton
 from hedgehog_nb.kernels.feature_map import feature_map_usage as use
+most = 16 if triton.__version__.startswith('3.6.') else 0
 for form in ('exp', 'softmax_halves', 'softmax_joint'):
     for backward in (False, True):
         u = use(64, torch.bfloat16, form, backward, HAS_BIAS=True)
-        assert u['spilled_bytes']<=16 and u['shared_bytes']<=227*1024 and max(u['slots'], u['near'])<=28, u # memory takes 25; Triton 3.6 spills 16 bytes, later ones none
+        assert u['spilled_bytes']<=most and u['shared_bytes']<=227*1024 and max(u['slots'], u['near'])<=28, u # memory takes 25
 for backward,most in ((False,30), (True,65)): assert use(128, torch.bfloat16, backward=backward)['near']<=most
 assert all(use(128, torch.float32, backward=b)['shared_bytes']<=227*1024 for b in (False, True))
 """

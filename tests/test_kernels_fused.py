@@ -351,7 +351,7 @@ from wgmma import touched_early
 made,compiled = [],feature_map._offline
 def keep(*args, **kw): made.append(compiled(*args, **kw)); return made[-1]
 feature_map._offline = keep
-for kernel,(most,slots,near) in dict(o=(0,25,21), states=(0,10,10.5), dq=(440,35,37.5), dkv=(600,50,50)).items():
+for kernel,(most,slots,near) in dict(o=(0,25,21), states=(0,10,10.5), dq=(440,35,37.5), dkv=(600,48,50)).items():
     u = use(64, kernel=kernel)
     assert u['spilled_bytes']<=most and u['shared_bytes']<=113*1024, u # two programs to an SM
     assert u['slots']<=slots and u['near']<=near and (kernel=='dkv' or not u['serialized']), u
