@@ -6,7 +6,8 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/softmax_attention.html.md"""
 
 # %% auto #0
 __all__ = ['repeat_kv', 'check_qkv', 'autocast_dtype', 'full_precision', 'visible', 'softmax_weights', 'softmax_attention',
-           'fused_softmax_attention', 'AttentionCall', 'is_causal', 'attention_as', 'capture_attention']
+           'fused_softmax_attention', 'AttentionCall', 'is_causal', 'attention_configs', 'set_attention',
+           'attention_as', 'capture_attention']
 
 # %% ../nbs/01_softmax_attention.ipynb #23fa2e80
 from contextlib import contextmanager
@@ -155,6 +156,24 @@ def is_causal(
     c = kwargs.get('is_causal')
     return getattr(module, 'is_causal', True) if c is None else c
 
+def attention_configs(
+    model, # A transformers model
+)->list: # Its config first
+    "Every config in which the parts of `model` look up their attention: some parts, such as T5's encoder and decoder, have a copy of their own."
+    from transformers import PreTrainedModel
+    parts = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m._can_set_attn_implementation()]
+    return list({id(m.config):m.config for m in parts}.values())
+
+def set_attention(
+    model, # A transformers model
+    name:str, # What `AttentionInterface` knows it by
+):
+    "`model.set_attn_implementation`, for copies of the config too, which transformers 5.17 passes over. Raises `ValueError` where the model does not use the interface."
+    model.set_attn_implementation(name)
+    if model.config._attn_implementation!=name:
+        raise ValueError(f"{type(model).__name__} does not call its attention through transformers' attention interface, so it cannot be read or converted")
+    for c in attention_configs(model): c._attn_implementation = name
+
 @contextmanager
 def attention_as(
     model, # A transformers model
@@ -165,12 +184,12 @@ def attention_as(
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
     AttentionInterface.register('hedgehog_borrowed', fn); AttentionMaskInterface.register('hedgehog_borrowed', mask_fn or sdpa_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation('hedgehog_borrowed')
-    if model.config._attn_implementation!='hedgehog_borrowed':
-        raise ValueError(f"{type(model).__name__} does not call its attention through transformers' attention interface, so it cannot be read or converted")
-    try: yield model
-    finally: model.set_attn_implementation(before)
+    before = [(c, c._attn_implementation) for c in attention_configs(model)]
+    try:
+        set_attention(model, 'hedgehog_borrowed')
+        yield model
+    finally:
+        for c,was in before: c._attn_implementation = was
 
 # %% ../nbs/01_softmax_attention.ipynb #867592a4
 @torch.no_grad()

@@ -18,11 +18,10 @@ from torch.nn import functional as F
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.auto import modeling_auto
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from .attention import AttentionCall, attention_as, is_causal, fused_softmax_attention, softmax_weights
+from .attention import AttentionCall, attention_as, is_causal, fused_softmax_attention, set_attention, softmax_weights
 from .feature_maps import ATTENTIONS, make_attention
 from .heads import KeptHeads, parse_heads, spell_heads
 from .linear_attention import IMPLEMENTATIONS, can_run
@@ -151,9 +150,9 @@ def _self_attention(model, calls, takes):
         raise ValueError(f"{type(model).__name__} passes through the same causal attention more than once, and a recurrent state holds one pass")
     seats = DynamicCache(config=model.config).layers if causal else []
     for n,c in causal.items():
-        kind = type(seats[c.module.layer_idx]) if c.module.layer_idx<len(seats) else DynamicLayer
-        if kind not in (DynamicLayer,DynamicSlidingWindowLayer):
-            raise ValueError(f"{n} keeps a {kind.__name__} when it generates, not keys and values of its own, and a recurrent state stands in for those alone")
+        kept = type(seats[c.module.layer_idx]).__name__ if c.module.layer_idx<len(seats) else 'place in no cache'
+        if kept not in ('DynamicLayer','DynamicSlidingWindowLayer'):
+            raise ValueError(f"{n} keeps a {kept} when it generates, not keys and values of its own, and a recurrent state stands in for those alone")
     return own
 
 def _look(model, inputs, fn, mask_fn):
@@ -244,7 +243,7 @@ def linearize(
     for module,m in maps.items(): module.feature_map = m
     kept = {i:m.kept for i,m in zip(which, maps.values()) if m.kept}
     model.config.hedgehog = dict(feature_map=feature_map, layers=which, **(dict(softmax_heads=spell_heads(kept)) if kept else {}), **map_kwargs)
-    model.set_attn_implementation('hedgehog')
+    set_attention(model, 'hedgehog')
     set_implementation(model, implementation)
     use_recurrent_cache(model)
     save_own_way(model)

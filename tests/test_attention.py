@@ -1,6 +1,6 @@
 "Softmax attention, the teacher: against PyTorch's own, against loops, and as seen inside a model."
 import math
-import pytest, torch
+import pytest, torch, transformers
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 from hedgehog_nb.attention import (attention_as, autocast_dtype, capture_attention, check_qkv, full_precision,
@@ -129,6 +129,21 @@ def test_attention_as_gives_back_what_it_borrowed():
     with pytest.raises(RuntimeError, match='inside'):
         with attention_as(model, fail): model(**x)
     assert model.config._attn_implementation==before and torch.equal(model(**x).logits, want)
+
+def test_parts_with_a_config_of_their_own_are_reached_and_given_back():
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=64, d_model=32, num_heads=4, num_layers=1, d_kv=8, d_ff=48)).eval()
+    model.encoder.config._attn_implementation = 'eager' # T5's encoder and decoder have copies of the config
+    x = dict(input_ids=torch.tensor([[1,2,3]]), decoder_input_ids=torch.tensor([[1,2]]))
+    want,seen = model(**x).logits,[]
+    def fn(module, q, k, v, attention_mask, scaling=None, position_bias=None, **kw):
+        seen.append(module)
+        weights = (q@k.mT*scaling + (0 if position_bias is None else position_bias)).softmax(-1)
+        return (weights@v).transpose(1,2), None
+    with attention_as(model, fn), torch.no_grad(): got = model(**x).logits
+    assert len(seen)==3 and seen[0] in set(model.encoder.modules()) # self-attention of both, and the decoder's look at the encoder
+    assert [m.config._attn_implementation for m in (model, model.encoder, model.decoder)]==['sdpa','eager','sdpa']
+    assert torch.equal(model(**x).logits, want)
 
 
 # ---- autocast, asked in a way that torch.compile can trace in every version
