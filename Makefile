@@ -44,7 +44,7 @@ test: $(VENV)/.stamp-dev  ## Set up, then test the notebooks, the kernels (in Tr
 	else \
 	  echo "== notebooks (no Triton on this system: kernels/ is left out)" && $(TEST) nbdev-test nbs --n-workers $(WORKERS) --timing; \
 	fi
-	@echo "== tests" && $(TEST) python -m pytest -q -n $(WORKERS) --dist loadfile tests
+	@echo "== tests" && $(TEST) python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests
 
 test-lowest: $(LOWEST)/.stamp-lowest  ## The same tests, with the lowest versions that settings.ini allows, in an environment of their own
 	@$(MAKE) --no-print-directory test VENV=$(LOWEST)

@@ -11,6 +11,12 @@ settings.register_profile('book', deadline=None, derandomize=True, print_blob=Tr
 settings.load_profile('book')
 
 
+def pytest_collection_modifyitems(items):
+    "Files that start Triton's interpreter come first: they take longest, and the last file keeps one worker only."
+    long = {i.path for i in items if i.name=='test_under_the_interpreter'}
+    items.sort(key=lambda i: i.path not in long)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     if 'torch' in sys.modules: sys.modules['torch'].manual_seed(0)
