@@ -26,6 +26,9 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check install
 FACTS := settings.ini setup.py pyproject.toml
 # One thread a worker; no test reaches the network
 TEST  := PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+NBS   := $(TEST) nbdev-test --n-workers $(WORKERS) --timing
+# The notebooks that take longest go first: one that starts last keeps one worker only
+LONG  := ^(11_training|93_cli)
 
 .PHONY: help demo test test-lowest gpu gpu-smoke gpu-tests gpu-sanitize gpu-bench gpu-models gpu-files sync docs readme hooks clean
 .DEFAULT_GOAL := help
@@ -39,10 +42,10 @@ demo: $(VENV)/.stamp-core  ## Set up, then convert the embedded model: perplexit
 
 test: $(VENV)/.stamp-dev  ## Set up, then test the notebooks, the kernels (in Triton's interpreter) and tests/
 	@if $(BIN)/python -c 'import triton' 2>/dev/null; then \
-	  echo "== notebooks" && $(TEST) nbdev-test --n-workers $(WORKERS) --timing && \
+	  echo "== notebooks" && $(NBS) --file-re '$(LONG)' && $(NBS) --skip-file-re '^[_.]|$(LONG)' && \
 	  echo "== kernels, in Triton's interpreter" && $(TEST) TRITON_INTERPRET=1 nbdev-test kernels --flags triton --n-workers $(WORKERS) --timing; \
 	else \
-	  echo "== notebooks (no Triton on this system: kernels/ is left out)" && $(TEST) nbdev-test nbs --n-workers $(WORKERS) --timing; \
+	  echo "== notebooks (no Triton on this system: kernels/ is left out)" && $(NBS) nbs --file-re '$(LONG)' && $(NBS) nbs --skip-file-re '^[_.]|$(LONG)'; \
 	fi
 	@echo "== tests" && $(TEST) python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests
 
