@@ -400,12 +400,16 @@ def _rows(c, name, ms, mem, rates):
     return [row('ms', ms)] + ([row('bytes', mem)] if mem is not None else []) + ([row('tflops', flops(c)/ms/1e9)] if name.startswith('hedgehog') else [])
 
 # %% ../kernels/07_benchmarks.ipynb #4a862db2
+def _current(device): # timers, streams and counters take the current GPU
+    if torch.device(device).index is not None and torch.device(device).type=='cuda': torch.cuda.set_device(device)
+
 def measure(
     c:Case, # What to compute
     name:str, # A contender
     device, # Where
 )->dict: # ms, and on a GPU bytes
     "Build, check and time one contender on one case. Raises what `prepare` raises."
+    _current(device)
     step,_ = prepare(c, name, device)
     return dict(ms=median_ms(step, device), bytes=peak_bytes(step, device))
 
@@ -478,6 +482,7 @@ def compile_share(
     n:int, # How many there are
 ):
     "Run the `i`th of `n` shares of `todo` once, and of what an autotuner chooses among, a share of that."
+    _current(device)
     os.environ['HEDGEHOG_TUNE'] = '0' # timed by many processes at once, a choice would be by chance
     if torch.device(device).type=='cuda': _share_configs(i, n)
     for j,(c,name) in enumerate(todo):
@@ -516,13 +521,18 @@ def resumable(
     "What a run may go on from. Raises `ValueError` where the file is no file of results."
     nothing = dict(rows=[], wall_s=0., cases={}, other=Path(out).exists())
     if not nothing['other']: return nothing
-    try: run = json.loads(Path(out).read_text(encoding='utf-8')); run['rows'] = [check_row(r) for r in run['rows']]
-    except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{Path(out).name} is no file of results: {type(e).__name__} {e}") from None
+    try:
+        run = json.loads(Path(out).read_text(encoding='utf-8'))
+        run['rows'] = [check_row(r) for r in run['rows']]
+        cases,wall_s = dict.fromkeys(_case(r) for r in run['rows'] if 'B' in r),run['wall_s']+0.
+    except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f"{Path(out).name} is no file of results: {type(e).__name__} {e}") from None
     head = provenance('', device, commit)
     if any(run.get(k)!=head[k] for k in ('commit','device','versions')): return nothing
-    return dict(rows=run['rows'], wall_s=run['wall_s'], cases=dict.fromkeys(_case(r) for r in run['rows'] if 'B' in r), other=False)
+    return dict(rows=run['rows'], wall_s=wall_s, cases=cases, other=False)
 
-def _rates(device, dtype): return dict(device=device.type, copy=copy_rate(device), matmul=matmul_rate(device, dtype))
+def _rates(device, dtype):
+    _current(device)
+    return dict(device=device.type, copy=copy_rate(device), matmul=matmul_rate(device, dtype))
 
 def _machine_rows(rates, dtype):
     row = dict(experiment='bench-forward' if rates['device']=='cuda' else 'cpu-forward', model='machine', data='random')
@@ -567,7 +577,7 @@ def run_benchmark(
     minutes:float=9., # Begin nothing but the first after so many
     on_result=None, # Called with (case, {name: milliseconds or reason}, how many are done, of how many)
     command:str=None, # For the record; that of this process if None
-    resume:bool=False, # Keep what the file holds of this device, commit and versions, and measure the rest?
+    resume:bool=False, # Keep what the file holds of this device, commit and versions, and measure the rest, and what was stopped after less than `timeout`?
     timeout:float=120., # Seconds for a contender on a case, compiling included, in a process of its own
     isolate:bool=None, # Measure in a process of its own, one contender at a time? On a GPU if None
 )->list: # Rows written
@@ -577,18 +587,19 @@ def run_benchmark(
     if bad := [n for n in names or () if n not in known]: raise ValueError(f"contenders are {', '.join(known)}; given {', '.join(bad)}")
     start,commit,isolate = time.time(),code_version(),device.type=='cuda' if isolate is None else isolate
     cases,kept = default_cases(device) if cases is None else cases,resumable(out, device, commit) if resume else dict(rows=[], wall_s=0.)
-    rows,every,end = kept['rows'],measurements(cases, names),start+60*minutes
+    rows = [r for r in kept['rows'] if not (r['metric']=='failed' and r['reason'].startswith('stopped after') and r['value']<.9*timeout)] # more time now
+    every,end = measurements(cases, names),start+60*minutes
     have = {(_case(r), r['variant']) for r in rows if 'B' in r}
     todo,dtype = [x for x in every if x not in have],cases[0].dtype
     write = lambda: write_results(out, rows, command, wall_s=kept['wall_s']+time.time()-start, device=device, commit=commit)
     with Worker() as worker:
-        old = {r['variant']:r['value'] for r in rows if r['model']=='machine'}
-        if old: rates = dict(device=device.type, copy=old['copy'], matmul=old['matmul']*1e12)
+        old = {r['variant']:r['value'] for r in rows if r['model']=='machine' and r['variant'] in ('copy','matmul')}
+        if len(old)==2: rates = dict(device=device.type, copy=old['copy'], matmul=old['matmul']*1e12)
         elif isolate:
             state,rates = worker(180., _rates, device, dtype)
             if state!='ok': raise RuntimeError(f"the machine itself could not be measured: {rates}")
         else: rates = _rates(device, dtype)
-        if not old: rows += _machine_rows(rates, dtype); write()
+        if len(old)<2: rows += _machine_rows(rates, dtype); write()
         if device.type=='cuda' and isolate: compile_ahead(todo, device)
         lost = {n: sum(r['value'] for r in rows if r['metric']=='failed' and r['variant']==n) for n in known}
         done = len(every)-len(todo)

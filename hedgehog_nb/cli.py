@@ -308,7 +308,10 @@ def pick_device(
     "A device that works. Raises `ValueError` if it does not."
     import torch
     if device is None: return 'cuda' if torch.cuda.is_available() else 'cpu'
-    try: torch.empty(1, device=device)
+    try:
+        torch.empty(1, device=device)
+        if torch.device(device).index and torch.device(device).type=='cuda': # the one that is current for kernels, timers and transformers' Trainer too
+            torch.cuda.set_device(device); os.environ.setdefault('ACCELERATE_TORCH_DEVICE', device)
     except Exception as e: raise ValueError(f"device {device!r} cannot be used here ({str(e).splitlines()[0][:120]}); use cpu") from None
     return device
 
@@ -953,7 +956,7 @@ def _self_check(screen, device):
         for k,x in surroundings(device).items(): screen.out.print(f"[dim]{k:<12}[/] {escape(x)}", highlight=False, soft_wrap=True)
     rows = self_check(device, on_row=on_row, on_start=on_start)
     bad = sum(r['verdict']!='good' for r in rows)
-    screen.say(f"{bad} of {n} checks failed: PyTorch takes the place of these kernels. Please report all of the above at {ISSUES}" if bad else f"all {n} checks passed; the verdicts are kept in [bold]{verdict_file()}[/]")
+    screen.say(f"{bad} of {n} checks failed: PyTorch takes the place of these kernels. Please report all of the above at {ISSUES}" if bad else f"all {n} checks passed; " + (f"the verdicts are kept in [bold]{verdict_file()}[/]" if verdict_file().is_file() else f"[bold]{verdict_file()}[/] could not be written, so every process checks again"))
     screen.object(rows=rows, failed=bad)
     raise typer.Exit(int(bad>0))
 
@@ -991,7 +994,11 @@ def bench_command(ctx:typer.Context,
     from hedgehog_nb.results import command_line
     if out.suffix!='.json': raise ValueError(f"--out is a .json file; given {out.name!r}")
     screen,out,device = Screen(as_json),check_output(out, overwrite or resume, folder=False),pick_device(device)
-    old,cases,error,start = resumable(out, device) if resume else {},default_cases(device),None,time.perf_counter()
+    try: old = resumable(out, device) if resume else {}
+    except ValueError:
+        if not overwrite: raise
+        old,resume = {},False
+    cases,error,start = default_cases(device),None,time.perf_counter()
     if old.get('other') and not overwrite:
         raise ValueError(f"{out} is of another device, commit or versions; choose another --out, or say --overwrite to measure anew")
     if old.get('rows'): screen.say(f"going on from the {len(old['rows'])} numbers in {out}")

@@ -270,3 +270,18 @@ def test_the_command_reports_what_is_wrong_and_goes_on(contenders, monkeypatch, 
     out.write_text(out.read_text().replace('"commit": "', '"commit": "other '))
     assert 'is of another device, commit or versions; choose another --out, or say --overwrite' in ' '.join(call('--resume').output.split())
     assert call('--resume', '--overwrite').output.count('WRONG')==2
+    whole = json.loads(out.read_text())
+    for broken in ({**whole, 'wall_s':'long'}, {**whole, 'rows':[r | dict(dtype='flaot32') for r in whole['rows']]}, {n:x for n,x in whole.items() if n!='wall_s'}, []):
+        out.write_text(json.dumps(broken))
+        r = call('--resume'); assert r.exit_code==1 and "b.json is no file of results" in r.output and 'unexpected' not in r.output
+    assert call('--resume', '--overwrite').output.count('WRONG')==2 and len(json.loads(out.read_text())['rows'])==len(whole['rows'])
+
+def test_what_was_stopped_is_measured_again_with_more_time(contenders, monkeypatch, tmp_path):
+    out,asked = tmp_path/'b.json',[]
+    def late(todo, device, end, timeout, lost, worker):
+        for c,n in todo: asked.append(n); yield c, {n: ('failed', f'stopped after {timeout:g} s', timeout)}
+    monkeypatch.setattr(bench, '_one_by_one', late); monkeypatch.setattr(bench, '_rates', lambda device, dtype: dict(device='cpu', copy=1e9, matmul=1e9))
+    monkeypatch.setattr(bench.Worker, '__call__', lambda self, seconds, f, *args: ('ok', f(*args))); monkeypatch.setattr(bench, 'compile_ahead', lambda *a: [])
+    run = lambda timeout: run_benchmark(out, 'cpu', SMALL[:1], ['sdpa'], resume=True, timeout=timeout, isolate=True)
+    for timeout,times in ((5, 1), (5, 1), (4, 1), (50, 2), (50, 2)): run(timeout); assert len(asked)==times and len(rows_of(out))==1
+    assert rows_of(out)[0]['reason']=='stopped after 50 s'

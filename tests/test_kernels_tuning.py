@@ -1,5 +1,5 @@
 """The memory of configurations, with a timer that only pretends: no GPU is needed, and none is asked."""
-import json, os, threading
+import json, os, tempfile, threading
 from pathlib import Path
 import pytest, torch
 pytest.importorskip('triton')
@@ -24,7 +24,7 @@ CANDIDATES = [dict(n=i) for i in range(3)]
 def test_the_fastest_is_chosen_once(tmp_path):
     t,path = Timer(3, 1, 2),tmp_path/'deep'/'t.json'
     assert [choose('k', CANDIDATES, t, path) for _ in range(3)]==[dict(n=1)]*3 and t.asked==[0,1,2]
-    assert json.loads(path.read_text())=={'k': dict(n=1)} and [p.name for p in path.parent.iterdir()]==['t.json']
+    assert json.loads(path.read_text())=={'k': dict(n=1)} and {p.name for p in path.parent.iterdir()}=={'t.json','.t.json.lock'}
 
 def test_the_next_process_reads_the_file_and_times_nothing(tmp_path):
     choose('k', CANDIDATES, Timer(3, 1, 2), tmp_path/'t.json'); tuning.CHOSEN.clear()
@@ -39,8 +39,22 @@ def test_of_equals_the_first_and_what_cannot_run_is_not_chosen(tmp_path):
     assert choose('b', CANDIDATES, Timer(too_much, 5, 4), tmp_path/'t.json')==dict(n=2)
     assert choose('c', CANDIDATES, Timer(*[too_much]*3), tmp_path/'t.json')==dict(n=0)
     with pytest.raises(RuntimeError, match='illegal'): choose('d', CANDIDATES, Timer(RuntimeError('illegal memory access'), 1, 1), tmp_path/'t.json')
+    assert choose('e', CANDIDATES, Timer(3, RuntimeError('PassManager::run failed'), 2), tmp_path/'t.json')==dict(n=2) # a neighbour that does not compile
 
-@pytest.mark.parametrize('text', ['', '{', '[1]', 'null', '{"k": {"n": 7}}', '{"k": 3}', b'\xff\xfe\x00'], ids=str)
+@pytest.mark.parametrize('full', range(3))
+def test_without_room_to_time_in_the_default_is_taken_and_not_kept(tmp_path, full):
+    ms = [3, 1, 2]; ms[full] = torch.OutOfMemoryError('CUDA out of memory')
+    assert choose('k', CANDIDATES, Timer(*ms), tmp_path/'t.json')==dict(n=0) and not tuning.CHOSEN and not (tmp_path/'t.json').exists()
+    assert choose('k', CANDIDATES, Timer(3, 1, 2), tmp_path/'t.json')==dict(n=1)
+
+def test_a_machine_without_an_assembler(monkeypatch):
+    class Nothing:
+        @property
+        def ptxas(self): raise RuntimeError('Cannot find ptxas')
+    monkeypatch.setattr(tuning.triton.knobs, 'nvidia', Nothing())
+    assert tuning.assemblers()==dict(ptxas='', ptxas_path='')
+
+@pytest.mark.parametrize('text', ['', '{', '[1]', 'null', '{"k": {"n": 7}}', '{"k": 3}', '['*100_000, b'\xff\xfe\x00'], ids=str)
 def test_a_file_that_makes_no_sense_is_ignored_and_replaced(tmp_path, text):
     path = tmp_path/'t.json'
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -58,11 +72,15 @@ def test_many_writers_leave_a_whole_file(tmp_path):
     ts = [threading.Thread(target=lambda i=i: [tuning._write(path, f'{i}-{j}', dict(n=j)) for j in range(20)]) for i in range(4)]
     for t in ts: t.start()
     for t in ts: t.join()
-    assert all(v==dict(n=int(k.split('-')[1])) for k,v in json.loads(path.read_text()).items())
+    kept = json.loads(path.read_text())
+    assert len(kept)==80 and all(v==dict(n=int(k.split('-')[1])) for k,v in kept.items())
 
 def test_where_the_file_lies(monkeypatch, tmp_path):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path)); assert tuning.tuning_file()==tmp_path/'hedgehog_nb'/'tuning.json'
     monkeypatch.delenv('XDG_CACHE_HOME'); monkeypatch.setattr(Path, 'home', lambda: tmp_path); assert tuning.tuning_file()==tmp_path/'.cache'/'hedgehog_nb'/'tuning.json'
+    def nowhere(): raise RuntimeError('Could not determine home directory.')
+    monkeypatch.setattr(Path, 'home', nowhere); monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    assert tuning.tuning_file()==tmp_path/f'hedgehog_nb-{os.getuid()}'/'tuning.json'
 
 def test_neighbours():
     c = dict(BLOCK_T=32, num_warps=8, num_stages=3, F=64)

@@ -1,5 +1,5 @@
 "Results are written whole or not at all, say where they come from, and stand beside the paper's numbers."
-import json, os, subprocess, sys
+import json, os, re, subprocess, sys
 from datetime import datetime, timezone
 import pytest
 from hedgehog_nb import results
@@ -80,7 +80,8 @@ def test_commit_of_a_clean_and_of_a_changed_package(tmp_path, monkeypatch):
     pkg.mkdir(parents=True)
     (pkg/'__init__.py').write_text('')
     monkeypatch.setattr(results.hedgehog_nb, '__file__', str(pkg/'__init__.py'))
-    assert code_version() == f'hedgehog_nb {results.hedgehog_nb.__version__}'  # no git at all
+    first = code_version()
+    assert re.fullmatch(rf'hedgehog_nb {results.hedgehog_nb.__version__} [0-9a-f]{{8}}', first)  # no git at all
     _git(tmp_path, 'init', '-q')
     _git(tmp_path, 'commit', '-q', '--allow-empty', '-m', 'another project')
     assert code_version().startswith('hedgehog_nb ')  # the package lies in somebody else's repository
@@ -91,9 +92,10 @@ def test_commit_of_a_clean_and_of_a_changed_package(tmp_path, monkeypatch):
     assert code_version() == _git(pkg.parent, 'rev-parse', '--short=12', 'HEAD')
     (pkg.parent/'results').mkdir()
     (pkg.parent/'results'/'a.json').write_text('{}')
-    assert not code_version().endswith('-dirty')  # results are no code
+    assert '-dirty' not in code_version()  # results are no code
     (pkg/'new.py').write_text('')
-    assert code_version().endswith('-dirty')
+    one = code_version(); (pkg/'new.py').write_text('x = 1')
+    assert re.fullmatch('[0-9a-f]{12}-dirty-[0-9a-f]{8}', one) and one[:12]==code_version()[:12] and one!=code_version()  # two changes are two codes
 
 
 def test_results_are_found_from_any_folder_of_the_checkout(root, monkeypatch, tmp_path):

@@ -131,7 +131,9 @@ def test_no_check_while_a_graph_is_captured(monkeypatch):
     gpu = torch.device('cuda', 0)
     monkeypatch.setattr(sc, 'surroundings', lambda device: dict(card=str(device))); monkeypatch.setattr(sc, 'check_case', lambda c, device: sc._judge(c, device))
     monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
-    assert not trusts(gpu, 'fused', **KIND) and not r and not sc.VERDICTS
+    with pytest.warns(RuntimeWarning, match='Make the same call once before the recording'): assert not trusts(gpu, 'fused', **KIND)
+    with warnings.catch_warnings(): warnings.simplefilter('error'); assert not trusts(gpu, 'fused', **KIND) # said once
+    assert not r and not sc.VERDICTS
     monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False); assert trusts(gpu, 'fused', **KIND) and len(r)==1
     monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True); assert trusts(gpu, 'fused', **KIND) # known in this process
     next_process(); assert trusts(gpu, 'fused', **KIND) and len(r)==1                                          # and on file
@@ -270,6 +272,13 @@ CASES = [Case('feature_map', form='exp', bias=True, weights=torch.float32, **KIN
 def test_right_kernels_pass(c):
     v = sc.check_case(c, CPU)
     assert v.ok and v.error<1e-4, v
+
+@kernel
+def test_the_caller_s_default_dtype_changes_nothing(monkeypatch):
+    monkeypatch.setattr(sc, 'TOKENS', 20)
+    try: torch.set_default_dtype(torch.bfloat16); v = sc.check_case(Case('fused', form='softmax_halves', feature_dim=64, **{n:x for n,x in KIND.items() if n!='feature_dim'}), CPU)
+    finally: kept = torch.get_default_dtype(); torch.set_default_dtype(torch.float32)
+    assert v.ok and kept==torch.bfloat16, v
 
 class Tenth(torch.autograd.Function):
     "The same values; gradients of some rows a tenth too large."

@@ -24,8 +24,9 @@ from ..linear_attention import LinearState, operation
 FLAGS = ('-march=native','-fopenmp'),('-march=native',),() # The first that the compiler takes
 
 def cache_folder()->Path: # May not exist
-    "`hedgehog_nb` in `XDG_CACHE_HOME`, or in `~/.cache`."
-    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'hedgehog_nb'
+    "`hedgehog_nb` in `XDG_CACHE_HOME`, or in `~/.cache`; a user without a home has one among the temporary files."
+    try: return Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'hedgehog_nb'
+    except RuntimeError: return Path(tempfile.gettempdir())/f'hedgehog_nb-{os.getuid()}'
 
 def _compiler():
     "The C compiler: what CC names, or the first of cc, gcc and clang that is there; None without one."

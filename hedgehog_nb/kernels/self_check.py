@@ -26,7 +26,7 @@ from ..window import WindowState, chunk_window_attention
 from . import dispatch, feature_map as maps, window as windows
 from .cpu import cache_folder
 from .feature_map import products_dtype
-from .tuning import _read, _write
+from .tuning import _read, _write, assemblers
 
 # %% ../../kernels/11_self_check.ipynb #self0012
 FAMILIES = 'feature_map','chunked','fused','decode','window'
@@ -185,12 +185,15 @@ def _schedules(c, device):
 
 @contextmanager
 def _plain():
-    "Without the tuner and without deterministic mode, which hold for all threads."
+    "Without the tuner, without deterministic mode, and with fp32 as the default, all of which hold for all threads."
     tune,strict,warn = os.environ.get('HEDGEHOG_TUNE'),torch.are_deterministic_algorithms_enabled(),torch.is_deterministic_algorithms_warn_only_enabled()
+    dtype = torch.get_default_dtype()
     os.environ['HEDGEHOG_TUNE'] = '0'
+    torch.set_default_dtype(torch.float32)
     torch.use_deterministic_algorithms(False)
     try: yield
     finally:
+        torch.set_default_dtype(dtype)
         torch.use_deterministic_algorithms(strict, warn_only=warn)
         if tune is None: del os.environ['HEDGEHOG_TUNE']
         else: os.environ['HEDGEHOG_TUNE'] = tune
@@ -239,11 +242,6 @@ def _driver():
     try: return re.search(r'\d+\.\d+(\.\d+)?', Path('/proc/driver/nvidia/version').read_text())[0]
     except (OSError, TypeError): return f'CUDA {torch._C._cuda_getDriverVersion()}' if hasattr(torch._C, '_cuda_getDriverVersion') else 'none'
 
-def _ptxas():
-    "Versions and paths of the assemblers: there may be one for the newest GPUs beside the other."
-    tools = list(filter(None, (getattr(triton.knobs.nvidia, n, None) for n in ('ptxas','ptxas_blackwell'))))
-    return dict(ptxas=' and '.join(t.version for t in tools), ptxas_path=' and '.join(t.path for t in tools))
-
 @lru_cache
 def _source():
     "A hash of the kernels' source."
@@ -257,7 +255,7 @@ def surroundings(
 )->dict: # card, driver, torch, triton, ptxas, ptxas_path, hedgehog_nb, source
     "What a verdict depends on beside the call."
     card,driver = (torch.cuda.get_device_name(device),_driver()) if device.type=='cuda' else ("Triton's interpreter",'none')
-    return dict(card=card, driver=driver, torch=torch.__version__, triton=triton.__version__, **_ptxas(), hedgehog_nb=hedgehog_nb.__version__, source=_source())
+    return dict(card=card, driver=driver, torch=torch.__version__, triton=triton.__version__, **assemblers(), hedgehog_nb=hedgehog_nb.__version__, source=_source())
 
 # %% ../../kernels/11_self_check.ipynb #self0045
 VERDICTS = {} # Device and case -> `Verdict`, in this process
@@ -300,6 +298,13 @@ def _describe(c):
     odd = {n:x for n,x in c._asdict().items() if x!=Case._field_defaults.get(n) and n not in ('family','dtype','weights') and not n.startswith('stride')}
     return ', '.join([str(c.dtype).split('.')[1], *(n if x is True else f'{n}={x}' for n,x in odd.items())])
 
+def _warn_unchecked(c, device):
+    "Once: what a CUDA graph has recorded, it keeps."
+    if device.type!='cuda' or not torch.cuda.is_current_stream_capturing() or 'graph' in WARNED: return
+    WARNED.add('graph')
+    warnings.warn(f"hedgehog_nb: a CUDA graph is recorded before the {c.family} kernel had its self-check, so it keeps PyTorch's slower way. "
+        "Make the same call once before the recording.", RuntimeWarning, stacklevel=2)
+
 def _warn(c, device, verdict):
     "Once for each family."
     if c.family in WARNED: return
@@ -322,7 +327,8 @@ def trusts(
     if how!='check': return how=='1'
     c = Case(family, **kind)
     verdict = _verdict(c, device)
-    if verdict is not None and not verdict.ok: _warn(c, device, verdict)
+    if verdict is None: _warn_unchecked(c, device)
+    elif not verdict.ok: _warn(c, device, verdict)
     return verdict is not None and verdict.ok
 
 # %% ../../kernels/11_self_check.ipynb #self0055
