@@ -9,7 +9,7 @@ __all__ = ['TRAINED', 'teacher_pass', 'world', 'in_pieces', 'save_state', 'load_
            'step_rows', 'add_lora', 'merge_lora', 'finetune', 'save_trained', 'load_trained']
 
 # %% ../nbs/11_training.ipynb #11a00003
-import inspect, json, math, os, shutil, tempfile, time
+import inspect, json, math, os, re, shutil, tempfile, time, warnings
 from itertools import islice
 from pathlib import Path
 import torch, transformers
@@ -367,7 +367,9 @@ def finetune(
         args = dict(output_dir=d, max_steps=steps, per_device_train_batch_size=max(1, batch_size//(accumulate*n)), gradient_accumulation_steps=accumulate, learning_rate=lr,
             warmup_steps=int(warmup*steps), lr_scheduler_type='cosine', weight_decay=0., seed=seed, logging_steps=1, logging_nan_inf_filter=False, save_strategy='no', report_to='none',
             disable_tqdm=True, use_cpu=model.device.type=='cpu', dataloader_pin_memory=False)
-        trainer = _Trainer(run, batch_size, tuned, transformers.TrainingArguments(**{**args, **training_args}), train_dataset=data, data_collator=collator or transformers.default_data_collator)
+        args = transformers.TrainingArguments(**{**args, **training_args})
+        if args.n_gpu>1: args._n_gpu = 1 # one process, one GPU: more of them are torchrun's, not DataParallel's
+        trainer = _Trainer(run, batch_size, tuned, args, train_dataset=data, data_collator=collator or transformers.default_data_collator)
         try: trainer.go()
         except BaseException:
             if lora: _without(tuned.unload())
@@ -390,15 +392,45 @@ def save_trained(
     if not linear_layers(inner): raise ValueError("this model is not converted, so it has no maps to save")
     if path.exists() and not overwrite: raise ValueError(f"{path} exists already; choose another folder, or say overwrite")
     shutil.rmtree(path, ignore_errors=True)
+    original = _sample(inner)
     if adapted:
         model.active_peft_config.base_model_name_or_path = base
         model.save_pretrained(path, save_embedding_layers=False)
         (path/'README.md').unlink(missing_ok=True) # a form that nobody has filled in
-    save_state(path/TRAINED, maps=_maps(inner), hedgehog=inner.config.hedgehog, base=base)
+    save_state(path/TRAINED, maps=_maps(inner), hedgehog=inner.config.hedgehog, base=base, original=original, adapted=adapted)
     for f in path.iterdir(): f.chmod(0o644) # safetensors writes for its owner alone
     return path
 
 def _maps(model): return {n:t for n,t in model.state_dict().items() if '.feature_map.' in n}
+
+def _sample(model):
+    "{name and shape: 16 of its numbers} of the weights that the original has, in a model converted or not, with adapters or without."
+    ps = {n.replace('.base_layer.', '.').replace('.original_module.', '.'):p for n,p in model.named_parameters() if not re.search(r'\.(feature_map|lora_\w+|modules_to_save)\.', n)}
+    return {f'{n} {tuple(p.shape)}': p.detach().flatten()[torch.linspace(0, p.numel()-1, 16, dtype=torch.float64).long()].float().cpu() for n,p in ps.items()}
+
+def _check_original(model, kept, path):
+    "Raise `ValueError` where `model` is not the one whose sample was kept. Rounding to bf16 is no difference."
+    own,what = _sample(model),f"{path} was trained on another model" + (f", {kept['base']}" if kept['base'] else '')
+    odd = sorted(own.keys()^kept['original'].keys())
+    if odd: raise ValueError(f"{what}: {odd[0]} is in one of the two only")
+    a,b = (torch.cat([x[n] for n in sorted(own)]) for x in (own, kept['original']))
+    if (apart := ((a-b).norm()/b.norm()).item())>.02: raise ValueError(f"{what}: the weights differ by {apart:.0%} of their size")
+
+def _add_adapters(model, path):
+    "The model with the adapters of a folder merged. Raises `ValueError` where they are damaged, incomplete, or no safetensors."
+    from peft import PeftModel, get_peft_model_state_dict
+    file = path/'adapter_model.safetensors'
+    lacking = [f.name for f in (file, path/'adapter_config.json') if not f.is_file()]
+    if lacking: raise ValueError(f"{path} lacks {' and '.join(lacking)} of its adapters")
+    try:
+        with safe_open(file, 'pt') as f: there = set(f.keys())
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore') # keys are compared below
+            tuned = PeftModel.from_pretrained(model, path, use_safetensors=True)
+    except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as e: raise ValueError(f"the adapters in {path} cannot be read: {type(e).__name__}, {str(e).splitlines()[0]}") from None
+    odd = sorted(there^get_peft_model_state_dict(tuned).keys())
+    if odd: _without(tuned.unload()); raise ValueError(f"{file} and adapter_config.json do not fit: {odd[0]} is in one of the two only")
+    return merge_lora(tuned)
 
 # %% ../nbs/11_training.ipynb #11e00004
 @torch.no_grad()
@@ -407,15 +439,15 @@ def load_trained(
     path, # Folder written by `save_trained`
     inputs:dict=None, # As for `linearize`
 )->PreTrainedModel: # The converted model as it was trained, adapters merged
-    "Convert `model` and give it trained maps and adapters. Raises `ValueError` where the folder holds none, or those of another model."
+    "Convert `model` and give it trained maps and adapters. Raises `ValueError` where the folder holds none, or not all, or those of another model."
     path = Path(path)
     if not (path/TRAINED).is_file(): raise ValueError(f"{path} was not written by save_trained: there is no {TRAINED} in it")
-    kept = load_state(path/TRAINED)
+    try: kept = load_state(path/TRAINED)
+    except ValueError: raise ValueError(f"{path/TRAINED} is damaged, or not of save_trained") from None
+    if 'original' not in kept: raise ValueError(f"{path} is of an earlier version, which did not say what its original is; save it anew")
+    _check_original(model, kept, path)
     own = _maps(linearize(model, inputs=inputs, **kept['hedgehog']))
     odd = sorted(own.keys()^kept['maps'].keys()) or [n for n,t in own.items() if t.shape!=kept['maps'][n].shape]
     if odd: raise ValueError(f"{path} holds the maps of another model, {kept['base']}: {odd[0]} does not fit")
     for n,t in own.items(): t.copy_(kept['maps'][n])
-    if (path/'adapter_config.json').is_file():
-        from peft import PeftModel
-        model = merge_lora(PeftModel.from_pretrained(model, path))
-    return model.eval()
+    return (_add_adapters(model, path) if kept['adapted'] else model).eval()

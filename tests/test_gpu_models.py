@@ -1,7 +1,9 @@
 "What was trained, saved alone; whole models' speed as it is measured; and the models' part of `make gpu` in little, killed and taken up."
-import json, os, signal, subprocess, sys, tarfile
+import json, os, shutil, signal, subprocess, sys, tarfile
+from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
+from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 from typer.testing import CliRunner
 import gpu_models
@@ -45,10 +47,36 @@ def test_what_does_not_fit_is_named(tmp_path):
     model = linearize(llama())
     save_trained(model, tmp_path/'a', base='llama')
     with pytest.raises(ValueError, match='exists already'): save_trained(model, tmp_path/'a')
-    save_trained(model, tmp_path/'a', overwrite=True)
+    save_trained(model, tmp_path/'a', base='llama', overwrite=True)
     with pytest.raises(ValueError, match='not converted'): save_trained(llama(), tmp_path/'b')
     with pytest.raises(ValueError, match='not written by save_trained'): load_trained(llama(), tmp_path)
-    with pytest.raises(ValueError, match='another model.*w_q does not fit'): load_trained(llama(head_dim=16), tmp_path/'a')
+    for other in (llama(head_dim=16), llama(layers=4)):
+        with pytest.raises(ValueError, match='another model, llama: .* is in one of the two only'): load_trained(other, tmp_path/'a')
+
+def test_the_original_is_known_again(tmp_path):
+    original = llama()
+    tuned = finetune(linearize(llama()), corpus(8), 1, 4, lora=LORA, merge=False)
+    save_trained(tuned, tmp_path/'a', base='llama')
+    load_trained(llama().bfloat16(), tmp_path/'a')
+    with torch.no_grad(): original.model.layers[1].mlp.up_proj.weight.add_(torch.randn(original.model.layers[1].mlp.up_proj.weight.shape))
+    with pytest.raises(ValueError, match='another model, llama: the weights differ by [0-9]+% of their size'): load_trained(original, tmp_path/'a')
+    assert not hasattr(original.config, 'hedgehog') # refused before it is changed
+
+def cut(f): f.write_bytes(f.read_bytes()[:-9])
+def renamed(f): w = load_file(f); save_file({n.replace('layers.0', 'layers.9'):x for n,x in w.items()}, f, {'format':'pt'})
+def halved(f): w = load_file(f); save_file(dict([*w.items()][::2]), f, {'format':'pt'})
+def pickled(f): torch.save(load_file(f), f.with_suffix('.bin')); f.unlink()
+
+@pytest.mark.parametrize('file,change,message', [('adapter_config.json', Path.unlink, 'lacks adapter_config.json'), ('adapter_model.safetensors', Path.unlink, 'lacks adapter_model.safetensors'),
+    ('adapter_model.safetensors', pickled, 'lacks adapter_model.safetensors'), ('adapter_model.safetensors', cut, 'adapters in .* cannot be read'), ('adapter_model.safetensors', renamed, 'do not fit: .*layers'),
+    ('adapter_model.safetensors', halved, 'do not fit'), ('adapter_config.json', cut, 'adapters in .* cannot be read'), ('maps.safetensors', cut, 'maps.safetensors is damaged')], ids=lambda x: getattr(x, '__name__', None))
+def test_damaged_folders_are_refused(trained, tmp_path, file, change, message):
+    shutil.copytree(trained, tmp_path/'a'); change(tmp_path/'a'/file)
+    with pytest.raises(ValueError, match=message): load_trained(llama(), tmp_path/'a')
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    return save_trained(finetune(linearize(llama()), corpus(8), 1, 4, lora=LORA, merge=False), tmp_path_factory.mktemp('trained')/'a', base='llama')
 
 def hedgehog(*args, code=0):
     r = CliRunner().invoke(app, [str(a) for a in args], prog_name='hedgehog')
