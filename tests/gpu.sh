@@ -11,7 +11,8 @@
 #     tests      every kernel again and again on one input; then the kernels' tests, the important first, side by side      OUT/tests-DEVICE.jsonl
 #     sanitize   compute-sanitizer, memcheck and racecheck, on a few programs in bf16 with 64 channels                      OUT/sanitize-TOOL-DEVICE.log
 #     bench      hedgehog bench: ours and softmax first, then flash-linear-attention, then what compiles for long           OUT/bench-DEVICE.json
-#     models     models converted on the GPU and their decoding                                                            OUT/
+#     models     models converted on the GPU and their decoding: the embedded one, and smollm2-135m-instruct from .gpu/files/models
+#                or HEDGEHOG_MODELS, on texts from .gpu/files/data or HEDGEHOG_DATA. It goes on from build/gpu-models                OUT/
 #
 # Needed: Linux, a GPU, Python with torch, triton, transformers, numpy and fastcore. tests needs pytest, pytest-xdist and hypothesis too; bench and
 # the self-check typer and rich (flash-linear-attention is measured if it is there); models accelerate, matplotlib, peft and safetensors.
@@ -19,7 +20,7 @@
 #     .gpu/1        wheels (fastcore, flash-linear-attention, fla-core, datasets and its needs, gguf), and ptxas 13.4
 #     .gpu/2 ...    with MODELS='FOLDER ...' or DATA='FOLDER ...': models and texts, cut into pieces
 # Carry what a part needs: .gpu/1 for all parts, the others for models. Wheels are installed beside, not into, Python; pieces are joined in .gpu/files.
-# To go on on a machine that is bare again, carry the files in OUT along.
+# To go on on a machine that is bare again, carry the files in OUT along, and for models build/gpu-models.
 #
 # What may be overridden, as in `SECONDS_PART=300 make gpu-tests`:
 #     PYTHON         the interpreter                                          (python3)
@@ -36,17 +37,23 @@ export PYTHONPATH="$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 unset TRITON_INTERPRET
 
+if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then sed -n '2,/^set /{/^#/s/^#\( \|$\)//p}' "$0"; exit; fi
 parts=${*:-$ALL}
+[ -n "${parts// /}" ] || { echo "parts are $ALL; given none" >&2; exit 2; }
+case $SECONDS_PART in ''|*[!0-9]*) echo "SECONDS_PART is a whole number of seconds; given $SECONDS_PART" >&2; exit 2;; esac
 for p in $parts; do case " $ALL " in *" $p "*) ;; *) echo "parts are $ALL; given $p" >&2; exit 2;; esac; done
-"$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || {
-  echo "make gpu needs PyTorch and a GPU that it can use; there is none here. make test runs the kernels in Triton's interpreter." >&2; exit 1; }
-mkdir -p "$OUT"
+"$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+  echo "make gpu needs a Python with PyTorch and a GPU that it can use; $PYTHON finds none here. make test runs the kernels in Triton's interpreter." >&2; exit 1; }
+mkdir -p "$OUT" && [ -w "$OUT" ] || { echo "OUT is the folder of results; $OUT cannot be written" >&2; exit 1; }
 
 # What was carried: wheels go into a folder that Python looks into last, pieces are joined
 if ls $FILES/[0-9]*/*.whl >/dev/null 2>&1; then
   site=$PWD/$FILES/site
-  [ -d "$site" ] || "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" $FILES/[0-9]*/*.whl ||
-    echo "the wheels in $FILES could not be installed" >&2
+  if [ ! -f "$site/.whole" ]; then # a run that was killed leaves a part
+    rm -rf "$site"
+    if "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" $FILES/[0-9]*/*.whl; then touch "$site/.whole"
+    else echo "the wheels in $FILES could not be installed with $PYTHON -m pip; what they hold will be missing below" >&2; fi
+  fi
   export PYTHONPATH="$PYTHONPATH:$site"
 fi
 if ls $FILES/[0-9]*/pieces.json >/dev/null 2>&1; then "$PYTHON" tests/gpu_files.py --join "$FILES"; fi
@@ -97,11 +104,13 @@ part_tests() {
 part_sanitize() {
   needs sanitize fastcore triton transformers || return
   command -v compute-sanitizer >/dev/null || { said+=("sanitize: not run, compute-sanitizer is not installed (it comes with the CUDA toolkit)"); return; }
+  local now; now=$("$PYTHON" -c 'import gpu_pytest; print(gpu_pytest.sources())')
   local tool log was most=$(( (SECONDS_PART - 10) / 2 ))
   HEDGEHOG_TUNE=0 "$PYTHON" tests/gpu_repeat.py --size few >/dev/null 2>&1 # compiled before, since that is slow under the tool
   for tool in memcheck racecheck; do
     log="$OUT/sanitize-$tool-$device.log"
     was=$bad
+    [ "$(head -n 1 "$log" 2>/dev/null)" = "sources $now" ] || { rm -f "$log.done"; echo "sources $now" > "$log"; } # another library's findings are not this one's
     run "compute-sanitizer $tool" "$most" env HEDGEHOG_TUNE=0 PYTORCH_NO_CUDA_MEMORY_CACHING=1 bash -o pipefail -c '
       compute-sanitizer --tool "$0" --report-api-errors no --error-exitcode 3 --target-processes all "$1" tests/gpu_repeat.py --size few --done "$2.done" 2>&1 |
       tee -a "$2"' "$tool" "$PYTHON" "$log"

@@ -37,7 +37,7 @@ def said(res): return res.stdout.split('== pretended-gpu')[1].strip().splitlines
 @bash
 def test_without_a_gpu_it_says_so():
     res = script(CUDA_VISIBLE_DEVICES='')
-    assert res.returncode==1 and 'needs PyTorch and a GPU' in res.stderr and not res.stdout
+    assert res.returncode==1 and 'needs a Python with PyTorch and a GPU' in res.stderr and 'python3 finds none' in res.stderr and not res.stdout
 
 @bash
 def test_every_part_runs_and_is_reported(fake):
@@ -108,6 +108,10 @@ def test_every_kernel_repeats(tmp_path):
     assert len(done.read_text().splitlines())==len(lines)
     res = python('tests/gpu_repeat.py', '--size', 'small', '--done', str(done), **INTERPRET)
     assert res.returncode==0 and not res.stdout
+    done.write_text(done.read_text().replace(done.read_text()[:16], '0'*16)) # as if the library had been another
+    res = python('tests/gpu_repeat.py', '--size', 'small', '--done', str(done), '--only', 'map', **INTERPRET)
+    assert res.returncode==0 and res.stdout.startswith('map') and len(done.read_text().splitlines())==len(lines)+1
+    assert 'given nosuch' in python('tests/gpu_repeat.py', '--size', 'small', '--only', 'nosuch', **INTERPRET).stderr
 
 def test_the_smoke_test(tmp_path):
     pytest.importorskip('triton')
@@ -229,6 +233,33 @@ def test_folders_are_cut_and_joined(tmp_path):
         assert (sum(left.values())>0)==(i<n-1)
     for a,b in (('models/tiny/sub/weights', m/'weights'), ('models/tiny/sub/empty', m/'empty'), ('models/tiny/config', m.parent/'config'), ('data/text/a.txt', d/'a.txt')): assert (there/'files'/a).read_bytes()==b.read_bytes()
     with pytest.raises(SystemExit, match='neither a file nor a folder'): cut(tmp_path/'p', dict(models=[tmp_path/'nope']))
+
+def test_what_is_joined_is_what_was_cut(tmp_path):
+    sys.path.insert(0, str(ROOT/'tests'))
+    from gpu_files import cut, join
+    there,m,path = tmp_path/'there',tmp_path/'m',tmp_path/'there'/'files'/'models'/'m'/'w'
+    def carried(data):
+        m.mkdir(exist_ok=True); (m/'w').write_bytes(data); shutil.rmtree(tmp_path/'parts', ignore_errors=True)
+        for old in there.glob('[0-9]*'): shutil.rmtree(old)
+        cut(tmp_path/'parts', dict(models=[m]), most=1000); shutil.copytree(tmp_path/'parts', there, dirs_exist_ok=True)
+    one,two = os.urandom(2500),os.urandom(2500)
+    carried(one); shutil.move(there/'3', tmp_path/'3')
+    assert join(there)=={'models/m/w': 1000} and not path.exists() # a file with a hole is not there
+    shutil.move(tmp_path/'3', there/'3'); assert join(there)=={'models/m/w': 0} and path.read_bytes()==one
+    carried(two); assert join(there)=={'models/m/w': 0} and path.read_bytes()==two # another one of that name
+    path.unlink(); join(there); assert path.read_bytes()==two
+    (there/'files.json').write_text('{'); join(there); assert path.read_bytes()==two
+    (there/'4'/'0000').unlink(); (there/'files.json').unlink()
+    with pytest.raises(SystemExit, match='4/0000 is missing: carry .*4 again'): join(there)
+
+def test_making_parts_keeps_what_is_not_its_own(tmp_path):
+    make = lambda *args: python('tests/gpu_files.py', '--into', str(tmp_path/'p'), '--no-wheels', *map(str, args))
+    (tmp_path/'p'/'2024-photos').mkdir(parents=True); (tmp_path/'p'/'1').mkdir(); (tmp_path/'p'/'1'/'pieces.json').write_text('[]')
+    res = make('--models', tmp_path/'nope'); assert res.returncode and 'neither a file nor a folder' in res.stderr and (tmp_path/'p'/'1'/'pieces.json').exists()
+    assert make().returncode==0 and {p.name for p in (tmp_path/'p').iterdir()}=={'1','2024-photos'}
+    (tmp_path/'p'/'7').mkdir(); (tmp_path/'p'/'7'/'letter.txt').write_text('x')
+    res = make(); assert res.returncode and '7 is no part that was made here' in res.stderr and (tmp_path/'p'/'7'/'letter.txt').exists()
+    res = python('tests/gpu_files.py', '--join', str(tmp_path/'none')); assert res.returncode and 'no folder of parts' in res.stderr
 
 def test_the_scripts_name_no_place_of_ours():
     for f in (ROOT/'tests').glob('gpu*'): assert not re.search(r'/work|/opt/|/tmp/', f.read_text()), f
