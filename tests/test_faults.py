@@ -203,6 +203,7 @@ def test_disk_full_in_training(monkeypatch):
     ('a.yaml', '[1,2]', ['option: value']), ('a.yaml', 'lr: [', ['a.yaml']), ('a.txt', 'lr = 1', ['.toml or .yaml']), ('a.toml', 'config = "b"', ["'config'",'no option'])], ids=lambda x: x if isinstance(x,str) else '')
 def test_bad_config(here, name, text, words):
     (here/name).write_text(text)
+    if name=='a.toml' and sys.version_info<(3, 11): words = ['TOML is read by Python 3.11', 'YAML']
     says(linearize('embedded', '--config', name), *words)
 
 def test_missing_config(): says(linearize('embedded', '--config', 'no.toml'), 'no.toml', 'No such file')

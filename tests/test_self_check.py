@@ -313,7 +313,7 @@ def test_a_wrong_kernel_is_found_and_pytorch_takes_its_place(monkeypatch, fault)
     with pytest.warns(RuntimeWarning, match=f'fused kernel failed its self-check .*{FAULTS[fault]}') as said: got = both()
     used = len(calls)
     for a,b in zip(got, both(implementation='chunked')): assert torch.equal(a, b)
-    with warnings.catch_warnings(): warnings.simplefilter('error'); both() # silent, and not checked again
+    with warnings.catch_warnings(): warnings.simplefilter('error', RuntimeWarning); both() # silent, and not checked again
     assert len(said)==1 and len(calls)==used>0
     next_process()
     with pytest.warns(RuntimeWarning, match=FAULTS[fault]): both()
@@ -323,7 +323,7 @@ def test_a_wrong_kernel_is_found_and_pytorch_takes_its_place(monkeypatch, fault)
 def test_a_right_kernel_serves_the_next_calls(monkeypatch):
     calls = spoil(monkeypatch, dispatch, 'fused_hedgehog_attention', lambda f, *a, **kw: f(*a, **kw))
     (q,k,v),fm = qkv(H=1, Hkv=1),make_feature_map('hedgehog', 8).requires_grad_(False)
-    with warnings.catch_warnings(): warnings.simplefilter('error'); os = [attention(q, k, v, fm) for _ in range(2)]
+    with warnings.catch_warnings(): warnings.simplefilter('error', RuntimeWarning); os = [attention(q, k, v, fm) for _ in range(2)]
     assert len(calls)==4+2 and torch.equal(*os) and torch.allclose(os[0], attention(q, k, v, fm, implementation='chunked'), atol=1e-5)
 
 @kernel
@@ -342,7 +342,7 @@ def test_a_wrong_decode_step_and_a_wrong_window(monkeypatch):
 def test_no_kernel_of_one_family_speaks_for_another(monkeypatch):
     spoil(monkeypatch, dispatch, 'decode_step', nan)
     q,k,v = qkv(D=4, H=1, Hkv=1)
-    with warnings.catch_warnings(): warnings.simplefilter('error'); attention(q, k, v)
+    with warnings.catch_warnings(): warnings.simplefilter('error', RuntimeWarning); attention(q, k, v)
     assert {c.family:v.ok for (_,c),v in sc.VERDICTS.items()}=={'chunked':True}
 
 @kernel

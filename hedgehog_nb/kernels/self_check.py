@@ -191,7 +191,10 @@ def _plain():
     os.environ['HEDGEHOG_TUNE'] = '0'
     torch.set_default_dtype(torch.float32)
     torch.use_deterministic_algorithms(False)
-    try: yield
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore') # such as those of compilers: no fault of the kernel, even where the caller makes them errors
+            yield
     finally:
         torch.set_default_dtype(dtype)
         torch.use_deterministic_algorithms(strict, warn_only=warn)
