@@ -105,9 +105,15 @@ def test_every_kernel_repeats(tmp_path):
     res = python('tests/gpu_repeat.py', '--size', 'small', '--done', str(done), **INTERPRET)
     lines = res.stdout.splitlines()
     assert res.returncode==0 and len(lines)>=16 and all('the same bits' in l for l in lines), res.stdout + res.stderr
-    assert len(done.read_text().splitlines())==len(lines)
+    head,*names = done.read_text().splitlines()
+    assert head.startswith('sources ') and len(names)==len(lines)
     res = python('tests/gpu_repeat.py', '--size', 'small', '--done', str(done), **INTERPRET)
     assert res.returncode==0 and not res.stdout
+    done.write_text('\n'.join(['sources other', *names])) # what was done with other sources counts no more
+    res = python('tests/gpu_repeat.py', '--size', 'small', '--only', 'map', '--done', str(done), **INTERPRET)
+    assert res.returncode==0 and res.stdout.startswith('map ') and done.read_text()==f'{head}\nmap\n'
+    res = python('tests/gpu_repeat.py', '--size', 'small', '--only', 'nosuch', **INTERPRET)
+    assert res.returncode==1 and res.stderr.startswith('there is no kernel nosuch; there are map, ')
 
 def test_the_smoke_test(tmp_path):
     pytest.importorskip('triton')
@@ -161,6 +167,9 @@ def test_an_assembler_has_a_cache_of_its_own(tmp_path):
     res = python('-c', f"import os; os.environ.pop('TRITON_CACHE_DIR', None); {code}", **env)
     assert res.stdout.split()==[str(fake), '13.4.92', str(tmp_path/'.triton'/'ptxas-13.4.92')], res.stderr
     assert python('-c', code, TRITON_CACHE_DIR='/mine', **env).stdout.split()[2]=='/mine'
+    nobody = "import os, pwd; os.environ.pop('HOME'); pwd.getpwuid = lambda uid: {}[uid]; os.environ.pop('TRITON_CACHE_DIR', None)"
+    res = python('-c', f'{nobody}; {code}', **env, TMPDIR=str(tmp_path))
+    assert res.stdout.split()[2:]==[str(tmp_path/'.triton'/'ptxas-13.4.92')], res.stderr
 
 # The pytest plugin
 
@@ -196,6 +205,9 @@ def test_kernels_only_the_important_first_and_none_twice(made_up, tmp_path):
     assert len(rows)==5 and '6 deselected' in res.stdout
     res = python('tests/gpu_pytest.py', str(tmp_path/'log.jsonl'))
     assert res.returncode==1 and res.stdout.splitlines()==['4 passed, 1 failed in all calls so far', '   test_made_up.py::test_dtypes[1]']
+    for args,why in (((), 'given 0 logs'), (('nosuch.jsonl',), 'there is no log nosuch.jsonl')):
+        res = python('tests/gpu_pytest.py', *args)
+        assert res.returncode==1 and res.stderr==f'gpu_pytest.py LOG tells how the tests went; {why}\n'
 
 def test_a_run_that_is_killed_goes_on(made_up):
     res,rows = made_up('-n', '1', '--dist', 'load', '--maxschedchunk', '1', KILL='1')
