@@ -3,7 +3,7 @@
     python tests/gpu_repeat.py                      on a GPU: shapes that fill it, 20 times, each kernel in a process of its own, side by side
     python tests/gpu_repeat.py --size few           a few programs of the kernels that matter most, bf16, D=64, once, in one process: for compute-sanitizer
     python tests/gpu_repeat.py --size small         a few programs of all, 2 times, fp32, D=16: for Triton's interpreter (TRITON_INTERPRET=1)
-    python tests/gpu_repeat.py --done FILE          leave out the kernels that FILE names, and add those that are done; FILE begins anew when the sources change"""
+    python tests/gpu_repeat.py --done FILE          leave out the kernels that FILE names, and add those that are done; anew when the sources change"""
 import argparse, os, sys
 from pathlib import Path
 from gpu_parallel import in_parallel, own_cache
