@@ -44,9 +44,12 @@ case "${1-}" in -h|--help) sed -n '2,/^set /{s/^# \{0,1\}//p}' tests/gpu.sh; exi
 for p in "$@"; do [[ -n $p && $p != *[[:space:]]* && " $ALL " = *" $p "* ]] || stop 2 "parts are $ALL; given ${p:-an empty name}"; done
 for n in SECONDS_PART WORKERS; do [[ ${!n} =~ ^[1-9][0-9]{0,8}$ ]] || stop 2 "$n is a whole number, 1 at least; given ${!n}"; done
 command -v "$PYTHON" >/dev/null || stop 1 "there is no interpreter $PYTHON: name one with PYTHON=..."
-why=$("$PYTHON" -c 'import torch' 2>&1) || stop 1 "make gpu needs PyTorch and a GPU that it can use; $PYTHON cannot import torch: ${why##*$'\n'}"
-"$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null ||
-  stop 1 "make gpu needs PyTorch and a GPU that it can use; there is none here. make test runs the kernels in Triton's interpreter."
+why=$("$PYTHON" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 3)' 2>&1)
+case $? in
+  0) ;;
+  3) stop 1 "make gpu needs PyTorch and a GPU that it can use; there is none here. make test runs the kernels in Triton's interpreter.";;
+  *) stop 1 "make gpu needs PyTorch and a GPU that it can use; $PYTHON cannot import torch: ${why##*$'\n'}";;
+esac
 mkdir -p "$OUT" && [ -w "$OUT" ] || stop 1 "$OUT cannot be written: name another folder with OUT=..."
 
 # What was carried: wheels go into a folder that Python looks into last, pieces are joined
