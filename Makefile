@@ -9,7 +9,7 @@
 #     LOWEST    where `make test-lowest` keeps its environment (.venv-lowest; UV_TORCH_BACKEND=cpu takes PyTorch's CPU build)
 #     OLDEST    the interpreter of that environment            (the first of python3.10, python3.11, python3.12 that is here)
 #     PARTS     which parts `make gpu` runs, as in PARTS="smoke bench" (all; the head of tests/gpu.sh says what they are)
-#     MODELS, DATA   folders that `make gpu-files` cuts into pieces      (none)
+#     MODELS, DATA   folders that `make gpu-files` cuts into pieces, a path with spaces in quotes of its own: MODELS="'a b' c"   (none)
 #     WORKERS   how many notebooks or test files run at a time (the cores of this machine, 8 at most)
 
 VENV    ?= .venv

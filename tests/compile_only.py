@@ -1,6 +1,8 @@
 """Compile everything that the kernels' tests launch, for a GPU that need not be there: nothing runs, no value is looked at.
 
-    python tests/compile_only.py [--capability 90] [-n 2] [pytest's arguments]
+    python tests/compile_only.py [--capability 90] [--out FILE.json] [-n 2] [pytest's arguments: files, -k, ...]
+
+-n says how many processes compile side by side (1, in this one); without files it takes tests/test_kernels*.py.
 
 Every variant must compile and fit the shared memory of a program; the last lines say how many there were and which spill most.
 It is a pytest plugin as well, which is how the processes of -n load it. On a GPU machine the same call fills Triton's cache for the tests."""
@@ -9,7 +11,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT,LIMIT = Path(__file__).resolve().parents[1],227*1024 # bytes of shared memory that a program may have on Hopper
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = {80:163, 86:99, 87:163, 89:99, 120:99} # KiB of shared memory that a program may have, by capability; 227 on Hopper and where nothing is said
 
 def stand_in(capability):
     "Let Triton compile for `capability` and launch nothing; let the library take tensors of a CPU for those of a GPU."
@@ -54,10 +57,13 @@ def pytest_configure(config):
     stand_in(int(os.environ['COMPILE_ONLY_FOR']))
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument('--capability', type=int, default=90, help="80 for A100, 90 for H100 and H200")
+    p = argparse.ArgumentParser(usage="%(prog)s [--capability 90] [--out FILE.json] [-n 2] [pytest's arguments]", description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--capability', type=int, default=90, help="80 for A100, 89 for L4 and RTX 40, 90 for H100 and H200")
     p.add_argument('--out', type=Path, help="a .json file for the variants")
     a,rest = p.parse_known_args()
+    if a.out and not a.out.absolute().parent.is_dir(): p.error(f"--out {a.out}: there is no folder {a.out.parent}")
+    limit = SHARED.get(a.capability, 227)*1024
     files = [x for x in rest if x.endswith('.py') or '.py::' in x]
     rest = rest if files else rest + sorted(map(str, (ROOT/'tests').glob('test_kernels*.py')))
     with tempfile.TemporaryDirectory() as d:
@@ -72,10 +78,10 @@ def main():
     for r in good: by.setdefault(r['kernel'], []).append(r)
     print(f"\n{'kernel':<30}{'variants':>9}{'spilling':>9}{'most spilled':>13}{'most shared':>12}")
     for n,rs in sorted(by.items()): print(f"{n:<30}{len(rs):>9}{sum(r['spilled']>0 for r in rs):>9}{max(r['spilled'] for r in rs):>13,}{max(r['shared'] for r in rs):>12,}")
-    wide = [r for r in good if r['shared']>LIMIT]
+    wide = [r for r in good if r['shared']>limit]
     for r in bad: print(f"FAILED {r['kernel']}: {r['error']}")
-    for r in wide: print(f"TOO LARGE {r['kernel']}: {r['shared']:,} bytes of shared memory, {LIMIT:,} at most")
-    print(f"{len(good)} variants compiled for sm_{a.capability}, {len(bad)} failed, {len(wide)} over {LIMIT:,} bytes of shared memory; the most is {max((r['shared'] for r in good), default=0):,}")
+    for r in wide: print(f"TOO LARGE {r['kernel']}: {r['shared']:,} bytes of shared memory, {limit:,} at most")
+    print(f"{len(good)} variants compiled for sm_{a.capability}, {len(bad)} failed, {len(wide)} over {limit:,} bytes of shared memory; the most is {max((r['shared'] for r in good), default=0):,}")
     sys.exit(bool(bad or wide or not good))
 
 if __name__=='__main__': main()

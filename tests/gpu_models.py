@@ -31,12 +31,12 @@ LITTLE = '--seq-len 64 --batch-size 2 --lr 1e-2 --finetune-lr 1e-3 --eval-tokens
 
 def options(argv=None):
     files = os.environ.get('HEDGEHOG_GPU_FILES', '.') # where tests/gpu.sh puts what was carried
-    models,data = (os.environ.get(f'HEDGEHOG_{n}', f'{files}/{n.lower()}') for n in ('MODELS','DATA'))
+    models,data = (os.environ.get(f'HEDGEHOG_{n}') or f'{files}/{n.lower()}' for n in ('MODELS','DATA'))
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--out', type=Path, required=True, help='folder for results')
     p.add_argument('--work', type=Path, default=ROOT/'build'/'gpu-models', help='folder that keeps what is done')
-    p.add_argument('--model', default=f'{models}/smollm2-135m-instruct', help="SmolLM2-135M, a folder or .gguf file; 'embedded' to try the script without it")
-    p.add_argument('--data', default=f'{data}/wikitext-2', help="WikiText-2, a folder; or 'embedded'")
+    p.add_argument('--model', default=f'{models}/smollm2-135m-instruct', help="SmolLM2-135M, a folder (of HEDGEHOG_MODELS) or .gguf file; or 'embedded'")
+    p.add_argument('--data', default=f'{data}/wikitext-2', help="WikiText-2, a folder (of HEDGEHOG_DATA); or 'embedded'")
     p.add_argument('--parts', default=','.join(PARTS), help='which parts, with commas between')
     p.add_argument('--minutes', type=float, default=8.6, help='for all parts together')
     p.add_argument('--steps', type=int, help='so many steps and tokens in place of the budgets, on short texts')
@@ -129,7 +129,9 @@ def main(argv=None):
     for part in a.parts.split(','):
         left = min(PARTS[part], 60*a.minutes-(time.time()-start)-25) if not a.steps else 3600
         lacks = [x for x in dict(embedded=(), decode=(a.model,)).get(part, (a.model, a.data)) if x!='embedded' and not Path(x).exists()]
-        if lacks: done[part] = f'not run: there is no {lacks[0]}',0.
+        if lacks:
+            half = Path(lacks[0]).with_name(Path(lacks[0]).name+'.part').exists()
+            done[part] = f"not run: {lacks[0]} is not complete, carry the other parts" if half else f'not run: there is no {lacks[0]}',0.
         elif left<5: done[part] = 'not run: no time left',0.
         else:
             print(f'== {part} (at most {left:.0f} s)', flush=True)

@@ -1,5 +1,5 @@
 "What the scripts for a GPU share: a compiler's own cache, and work in processes side by side, where one that hangs or breaks costs only itself."
-import os, re, subprocess, sys, threading, time
+import os, re, subprocess, sys, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -14,8 +14,8 @@ def ptxas():
 
 def own_cache():
     "Let Triton keep what it compiles apart for each assembler, unless TRITON_CACHE_DIR names a folder; (path, version) of the assembler."
-    path,version = ptxas()
-    os.environ.setdefault('TRITON_CACHE_DIR', str(Path.home()/'.triton'/f'ptxas-{version}'))
+    (path,version),home = ptxas(),os.path.expanduser('~') # '~' where there is none
+    os.environ.setdefault('TRITON_CACHE_DIR', os.path.join(home if os.path.isabs(home) else tempfile.gettempdir(), '.triton', f'ptxas-{version}'))
     return path, version
 
 def in_parallel(

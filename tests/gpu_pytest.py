@@ -68,6 +68,8 @@ class _Log:
 
 if __name__=='__main__':
     import sys
+    if len(sys.argv)!=2 or not Path(sys.argv[1]).is_file():
+        sys.exit(f"gpu_pytest.py LOG tells how the tests went; {f'there is no log {sys.argv[1]}' if len(sys.argv)==2 else f'given {len(sys.argv)-1} logs'}")
     passed,failed = summary(sys.argv[1])
     print(f"{passed} passed, {len(failed)} failed in all calls so far")
     for t in failed: print('  ', t)

