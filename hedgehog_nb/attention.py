@@ -168,7 +168,7 @@ def set_attention(
     model, # A transformers model
     name:str, # What `AttentionInterface` knows it by
 ):
-    "`model.set_attn_implementation`, for copies of the config too, which transformers 5.17 passes over. Raises `ValueError` where the model does not use the interface."
+    "`model.set_attn_implementation`, for copies of the config too, which transformers 5.17 passes over. Raises `ValueError` without the interface."
     model.set_attn_implementation(name)
     if model.config._attn_implementation!=name:
         raise ValueError(f"{type(model).__name__} does not call its attention through transformers' attention interface, so it cannot be read or converted")

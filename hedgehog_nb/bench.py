@@ -525,7 +525,8 @@ def resumable(
         run = json.loads(Path(out).read_text(encoding='utf-8'))
         run['rows'] = [check_row(r) for r in run['rows']]
         cases,wall_s = dict.fromkeys(_case(r) for r in run['rows'] if 'B' in r),run['wall_s']+0.
-    except (ValueError, KeyError, TypeError, AttributeError) as e: raise ValueError(f"{Path(out).name} is no file of results: {type(e).__name__} {e}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{Path(out).name} is no file of results: {type(e).__name__} {e}") from None
     head = provenance('', device, commit)
     if any(run.get(k)!=head[k] for k in ('commit','device','versions')): return nothing
     return dict(rows=run['rows'], wall_s=wall_s, cases=cases, other=False)

@@ -956,7 +956,10 @@ def _self_check(screen, device):
         for k,x in surroundings(device).items(): screen.out.print(f"[dim]{k:<12}[/] {escape(x)}", highlight=False, soft_wrap=True)
     rows = self_check(device, on_row=on_row, on_start=on_start)
     bad = sum(r['verdict']!='good' for r in rows)
-    screen.say(f"{bad} of {n} checks failed: PyTorch takes the place of these kernels. Please report all of the above at {ISSUES}" if bad else f"all {n} checks passed; " + (f"the verdicts are kept in [bold]{verdict_file()}[/]" if verdict_file().is_file() else f"[bold]{verdict_file()}[/] could not be written, so every process checks again"))
+    file = f"[bold]{verdict_file()}[/]"
+    kept = f"the verdicts are kept in {file}" if verdict_file().is_file() else f"{file} could not be written, so every process checks again"
+    if bad: screen.say(f"{bad} of {n} checks failed: PyTorch takes the place of these kernels. Please report all of the above at {ISSUES}")
+    else: screen.say(f"all {n} checks passed; {kept}")
     screen.object(rows=rows, failed=bad)
     raise typer.Exit(int(bad>0))
 

@@ -405,8 +405,10 @@ def _maps(model): return {n:t for n,t in model.state_dict().items() if '.feature
 
 def _sample(model):
     "{name and shape: 16 of its numbers} of the weights that the original has, in a model converted or not, with adapters or without."
-    ps = {n.replace('.base_layer.', '.').replace('.original_module.', '.'):p for n,p in model.named_parameters() if not re.search(r'\.(feature_map|lora_\w+|modules_to_save)\.', n)}
-    return {f'{n} {tuple(p.shape)}': p.detach().flatten()[torch.linspace(0, p.numel()-1, 16, dtype=torch.float64).long()].float().cpu() for n,p in ps.items()}
+    ours = re.compile(r'\.(feature_map|lora_\w+|modules_to_save)\.')
+    ps = {n.replace('.base_layer.', '.').replace('.original_module.', '.'):p for n,p in model.named_parameters() if not ours.search(n)}
+    def some(p): return p.detach().flatten()[torch.linspace(0, p.numel()-1, 16, dtype=torch.float64).long()].float().cpu()
+    return {f'{n} {tuple(p.shape)}': some(p) for n,p in ps.items()}
 
 def _check_original(model, kept, path):
     "Raise `ValueError` where `model` is not the one whose sample was kept. Rounding to bf16 is no difference."
@@ -427,8 +429,9 @@ def _add_adapters(model, path):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore') # keys are compared below
             tuned = PeftModel.from_pretrained(model, path, use_safetensors=True)
-    except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as e: raise ValueError(f"the adapters in {path} cannot be read: {type(e).__name__}, {str(e).splitlines()[0]}") from None
-    odd = sorted(there^get_peft_model_state_dict(tuned).keys())
+    except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as e:
+        raise ValueError(f"the adapters in {path} cannot be read: {type(e).__name__}, {str(e).splitlines()[0]}") from None
+    odd = sorted(there^get_peft_model_state_dict(tuned, save_embedding_layers=False).keys()) # as they were saved; 'auto' would ask the hub
     if odd: _without(tuned.unload()); raise ValueError(f"{file} and adapter_config.json do not fit: {odd[0]} is in one of the two only")
     return merge_lora(tuned)
 

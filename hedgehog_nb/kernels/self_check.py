@@ -10,7 +10,7 @@ __all__ = ['FAMILIES', 'TOKENS', 'RUNS', 'ALLOWED', 'VERDICTS', 'WARNED', 'LOCK'
            'self_check']
 
 # %% ../../kernels/11_self_check.ipynb #self0005
-import hashlib, json, os, re, threading, time, torch, triton, warnings
+import json, os, re, threading, time, torch, triton, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
@@ -22,6 +22,7 @@ import hedgehog_nb
 from ..feature_maps import make_feature_map, per_head
 from ..hedgehog import FORMS, hedgehog_features, held
 from ..linear_attention import LinearState, linear_attention
+from ..results import source_hash
 from ..window import WindowState, chunk_window_attention
 from . import dispatch, feature_map as maps, window as windows
 from .cpu import cache_folder
@@ -246,19 +247,13 @@ def _driver():
     except (OSError, TypeError): return f'CUDA {torch._C._cuda_getDriverVersion()}' if hasattr(torch._C, '_cuda_getDriverVersion') else 'none'
 
 @lru_cache
-def _source():
-    "A hash of the kernels' source."
-    res = hashlib.sha256()
-    for f in sorted(Path(dispatch.__file__).parent.glob('*.py')): res.update(f.read_bytes())
-    return res.hexdigest()[:16]
-
-@lru_cache
 def surroundings(
     device:torch.device, # A GPU, or the CPU for Triton's interpreter
 )->dict: # card, driver, torch, triton, ptxas, ptxas_path, hedgehog_nb, source
     "What a verdict depends on beside the call."
     card,driver = (torch.cuda.get_device_name(device),_driver()) if device.type=='cuda' else ("Triton's interpreter",'none')
-    return dict(card=card, driver=driver, torch=torch.__version__, triton=triton.__version__, **assemblers(), hedgehog_nb=hedgehog_nb.__version__, source=_source())
+    return dict(card=card, driver=driver, torch=torch.__version__, triton=triton.__version__, **assemblers(), hedgehog_nb=hedgehog_nb.__version__,
+        source=source_hash(Path(dispatch.__file__).parent))
 
 # %% ../../kernels/11_self_check.ipynb #self0045
 VERDICTS = {} # Device and case -> `Verdict`, in this process
