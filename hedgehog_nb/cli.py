@@ -319,8 +319,8 @@ def _open_trained(path, base, dtype, device, implementation):
     "(model, tokenizer) of a folder that `save_trained` wrote, and its original."
     from hedgehog_nb.data import ModelError, load_model
     from hedgehog_nb.linearize import set_implementation
-    from hedgehog_nb.training import TRAINED, load_state, load_trained
-    base = base or load_state(path/TRAINED)['base']
+    from hedgehog_nb.training import load_trained, read_trained
+    base = base or read_trained(path)['base']
     try: m,tok = load_model(base, dtype, device)
     except ModelError as e: raise ModelError(f"{path} holds what was trained of {base}, without the model itself: name that with --base ({e})") from None
     m = load_trained(m, path)

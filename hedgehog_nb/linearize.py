@@ -16,7 +16,7 @@ from pathlib import Path
 import torch, transformers
 from torch.nn import functional as F
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask
@@ -310,6 +310,27 @@ def _class_of(cfg, auto, path):
     found = found if isinstance(found, tuple) else (found,)
     return cls if cls in found else found[0]
 
+def _tensors(path, names):
+    "{name in the model: tensor} of the weights in a folder that have one of these `names`. Raises `ValueError` on a file that cannot be read."
+    found = {}
+    for f in sorted(path.glob('*.safetensors')):
+        try:
+            with safe_open(f, 'pt') as s: found.update({names[k]:s.get_tensor(k) for k in s.keys() if k in names})
+        except SafetensorError as e: raise ValueError(f"{f} is cut off, or no safetensors file ({e})") from None
+    return found
+
+def _original(cls, path, cfg, config, ignore_mismatched_sizes=False, **kwargs):
+    "The softmax model of a folder. Raises `ValueError` where weights are missing, or of other shapes."
+    level,saved = transformers.logging.get_verbosity(),cls.__name__ in cfg['architectures']
+    if saved: transformers.logging.set_verbosity_error() # the maps are unexpected keys to it
+    try: model,info = cls.from_pretrained(path, config=config, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    finally: transformers.logging.set_verbosity(level)
+    shapes = [] if ignore_mismatched_sizes else sorted(info['mismatched_keys'])
+    odd = [f"{n} is {tuple(there)} in its weights, {tuple(here)} by its config.json" for n,there,here in shapes]
+    odd += [f"{n} is missing from its weights" for n in sorted(info['missing_keys']) if saved]
+    if odd: raise ValueError(f"{path} does not fit together: {odd[0]}")
+    return model
+
 def load_linearized(
     path, # Folder written by `save_linearized` or `save_pretrained`, or its name on the hub
     inputs:dict=None, # As for `linearize`
@@ -318,26 +339,28 @@ def load_linearized(
     implementation:str='saved', # As for `linearize`; "saved": what the folder's config.json says
     **kwargs # For `from_pretrained`: dtype, device_map …
 )->PreTrainedModel: # The converted model, as it was saved
-    "Load a converted model, bit for bit. Raises `ValueError` where the folder does not hold one."
+    "Load a converted model, bit for bit. Raises `ValueError` where the folder does not hold one, whole and of one piece."
     hub = {k:kwargs.pop(k) for k in ('revision','token','cache_dir','force_download','local_files_only') if k in kwargs}
     path = _folder(path, **hub)
     if not (path/'config.json').is_file(): raise ValueError(f"{path} holds no model: there is no config.json in it")
     cfg = {**PreTrainedConfig.get_config_dict(path, local_files_only=True)[0], **(config or {})}
     if 'hedgehog' not in cfg: raise ValueError(f"{path} holds a model that was not converted; load it with transformers, then call linearize")
+    if not isinstance(cfg['hedgehog'], dict):
+        raise ValueError(f"{path/'config.json'}: hedgehog is the settings of the conversion, as {{\"feature_map\": \"elu\"}}; given {cfg['hedgehog']!r}")
+    _tensors(path, {}) # can all files be read?
     cls = _class_of(cfg, auto, path)
     own = cls.config_class.from_dict({k:v for k,v in cfg.items() if k not in ('model_type','base_model_type','attn_implementation')})
-    level = transformers.logging.get_verbosity()
-    if cls.__name__ in cfg['architectures']: transformers.logging.set_verbosity_error() # the maps are unexpected keys to it, and nothing is missing
-    try: model = cls.from_pretrained(path, config=own, local_files_only=True, **kwargs)
-    finally: transformers.logging.set_verbosity(level)
+    model = _original(cls, path, cfg, own, **kwargs)
     linearize(model, inputs=inputs, **cfg['hedgehog'] | ({} if implementation=='saved' else dict(implementation=implementation)))
-    names,maps = _saved_names(model),{}
-    for f in sorted(path.glob('*.safetensors')):
-        with safe_open(f, 'pt') as s: maps.update({names[k]:s.get_tensor(k) for k in s.keys() if k in names})
+    names,made = _saved_names(model),model.state_dict()
+    maps = _tensors(path, names)
     lacks = sorted(set(names.values())-maps.keys())
     if lacks: raise ValueError(f"{path} lacks weights of its feature maps: {', '.join(lacks[:3])} …")
-    model.load_state_dict(maps, strict=False, assign=True) # in the precision they were saved in
-    for m in linear_layers(model).values(): m.feature_map.to(model.device).requires_grad_()
+    odd = [f"{n} is {tuple(t.shape)} in its weights, {tuple(made[n].shape)} by its config.json" for n,t in maps.items() if t.shape!=made[n].shape]
+    if odd: raise ValueError(f"{path} does not fit together: {odd[0]}")
+    maps = {n:t.to(made[n].device) for n,t in maps.items()} # each layer's where its queries are, in the precision they were saved in
+    model.load_state_dict(maps, strict=False, assign=True)
+    for m in linear_layers(model).values(): m.feature_map.requires_grad_()
     return model.eval()
 
 # %% ../nbs/08_linearize.ipynb #08ca4d03

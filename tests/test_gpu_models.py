@@ -12,7 +12,7 @@ from hedgehog_nb.cli import app
 from hedgehog_nb.data import load_embedded
 from hedgehog_nb.linearize import linearize
 from hedgehog_nb.state import ReservedLayer, benchmark_models, models_table
-from hedgehog_nb.training import distill, finetune, load_trained, merge_lora, save_trained
+from hedgehog_nb.training import distill, finetune, load_state, load_trained, merge_lora, save_state, save_trained
 from tiny_models import MODELS, corpus, llama, tokens, vit
 
 LORA = dict(r=4, target_modules='all-linear')
@@ -53,23 +53,63 @@ def test_what_does_not_fit_is_named(tmp_path):
     for other in (llama(head_dim=16), llama(layers=4)):
         with pytest.raises(ValueError, match='another model, llama: .* is in one of the two only'): load_trained(other, tmp_path/'a')
 
-def test_the_original_is_known_again(tmp_path):
-    original = llama()
-    tuned = finetune(linearize(llama()), corpus(8), 1, 4, lora=LORA, merge=False)
-    save_trained(tuned, tmp_path/'a', base='llama')
-    load_trained(llama().bfloat16(), tmp_path/'a')
-    with torch.no_grad(): original.model.layers[1].mlp.up_proj.weight.add_(torch.randn(original.model.layers[1].mlp.up_proj.weight.shape))
-    with pytest.raises(ValueError, match='another model, llama: the weights differ by [0-9]+% of their size'): load_trained(original, tmp_path/'a')
-    assert not hasattr(original.config, 'hedgehog') # refused before it is changed
+def in_bits(model, bits):
+    "As GGUF rounds: matrices only, in blocks of 32 that have a scale of their own."
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim()<2 or p.numel()%32: continue
+            b = p.view(-1, 32); s = b.abs().amax(1, keepdim=True)/(2**(bits-1)-1)
+            b.copy_((b/s).round()*s)
+    return model
+
+def other_layer(model):
+    torch.nn.init.normal_(model.model.layers[1].mlp.up_proj.weight)
+    return model
+
+COPIES = dict(bfloat16=lambda m: m.bfloat16(), half=lambda m: m.half(), back=lambda m: m.bfloat16().float(), q8=lambda m: in_bits(m, 8))
+
+@pytest.mark.parametrize('copy', COPIES)
+def test_copies_in_other_precisions_are_the_original(trained, copy, recwarn):
+    load_trained(COPIES[copy](llama()), trained)
+    assert not [w for w in recwarn if 'in more bits' in str(w.message)]
+
+@pytest.mark.parametrize('bits', [5,4,3])
+def test_coarse_copies_are_warned_of(trained, bits):
+    with pytest.warns(UserWarning, match='trained on llama in more bits, or in another state: .* differs by [0-9]+%'): load_trained(in_bits(llama(), bits), trained)
+
+@pytest.mark.parametrize('make', [lambda: llama(seed=1), lambda: other_layer(llama())], ids=['seed','layer'])
+def test_another_original_is_refused_before_it_is_changed(trained, make):
+    with pytest.raises(ValueError, match=r'another model, llama: .*weight differs by [0-9]+% of its size'): load_trained(other := make(), trained)
+    assert not hasattr(other.config, 'hedgehog')
+
+@pytest.mark.parametrize('more', [dict(modules_to_save=['lm_head']), dict(bias='all'), dict(use_dora=True)], ids=lambda m: next(iter(m)))
+def test_what_peft_trains_beside_adapters_is_not_compared(more, tmp_path):
+    make = MODELS['gpt2' if 'bias' in more else 'llama']
+    lora = dict(r=4, target_modules=['c_attn'] if 'bias' in more else 'all-linear', **more)
+    tuned = finetune(linearize(make()), corpus(8), 2, 4, lr=.1, lora=lora, merge=False)
+    save_trained(tuned, tmp_path/'a', base='it')
+    want,base = logits(merge_lora(tuned), tokens()),make()
+    if 'modules_to_save' in more: torch.nn.init.normal_(base.lm_head.weight) # a new head, as a classifier's is at each load
+    torch.testing.assert_close(logits(load_trained(base, tmp_path/'a'), tokens()), want)
+
+def test_a_model_that_was_finetuned_whole_needs_its_own_weights(tmp_path):
+    model = finetune(linearize(llama()), corpus(8), 4, 4, lr=.3)
+    save_trained(model, tmp_path/'a', base='llama')
+    with pytest.raises(ValueError, match='another model'): load_trained(llama(), tmp_path/'a')
+    base = llama(); base.load_state_dict(model.state_dict(), strict=False)
+    assert torch.equal(logits(load_trained(base, tmp_path/'a'), tokens()), logits(model, tokens()))
 
 def cut(f): f.write_bytes(f.read_bytes()[:-9])
 def renamed(f): w = load_file(f); save_file({n.replace('layers.0', 'layers.9'):x for n,x in w.items()}, f, {'format':'pt'})
 def halved(f): w = load_file(f); save_file(dict([*w.items()][::2]), f, {'format':'pt'})
 def pickled(f): torch.save(load_file(f), f.with_suffix('.bin')); f.unlink()
+def no_base(f): save_state(f, **{k:v for k,v in load_state(f).items() if k!='base'})
+def earlier(f): save_state(f, **{k:v for k,v in load_state(f).items() if k!='original'})
 
 @pytest.mark.parametrize('file,change,message', [('adapter_config.json', Path.unlink, 'lacks adapter_config.json'), ('adapter_model.safetensors', Path.unlink, 'lacks adapter_model.safetensors'),
     ('adapter_model.safetensors', pickled, 'lacks adapter_model.safetensors'), ('adapter_model.safetensors', cut, 'adapters in .* cannot be read'), ('adapter_model.safetensors', renamed, 'do not fit: .*layers'),
-    ('adapter_model.safetensors', halved, 'do not fit'), ('adapter_config.json', cut, 'adapters in .* cannot be read'), ('maps.safetensors', cut, 'maps.safetensors is damaged')], ids=lambda x: getattr(x, '__name__', None))
+    ('adapter_model.safetensors', halved, 'do not fit'), ('adapter_config.json', cut, 'adapters in .* cannot be read'), ('maps.safetensors', cut, 'maps.safetensors is damaged'),
+    ('maps.safetensors', no_base, 'maps.safetensors is damaged'), ('maps.safetensors', earlier, 'of an earlier version')], ids=lambda x: getattr(x, '__name__', None))
 def test_damaged_folders_are_refused(trained, tmp_path, file, change, message):
     shutil.copytree(trained, tmp_path/'a'); change(tmp_path/'a'/file)
     with pytest.raises(ValueError, match=message): load_trained(llama(), tmp_path/'a')

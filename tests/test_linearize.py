@@ -254,6 +254,44 @@ def test_folders_that_hold_no_converted_model(tmp_path):
     save_file({k:v for k,v in w.items() if 'layers.1.self_attn.feature_map' not in k}, path/'model.safetensors', metadata={'format':'pt'})
     with pytest.raises(ValueError, match=r'lacks.*layers\.1\.'): load_linearized(path)
 
+def config(path, **new):
+    import json
+    f = path/'config.json'; f.write_text(json.dumps({**json.loads(f.read_text()), **new}))
+
+def weights(path, keep):
+    from safetensors.torch import load_file, save_file
+    f = path/'model.safetensors'
+    save_file({k:v for k,v in load_file(f).items() if keep(k)}, f, metadata={'format':'pt'})
+
+def cut(path): f = path/'model.safetensors'; f.write_bytes(f.read_bytes()[:-40])
+
+TAMPERED = dict(
+    null=(lambda p: config(p, hedgehog=None), r'config\.json: hedgehog is the settings of the conversion.*given None'),
+    a_list=(lambda p: config(p, hedgehog=[1]), r'config\.json: hedgehog is the settings'),
+    num_maps=(lambda p: config(p, hedgehog=dict(feature_map='hedgehog', num_maps=3)),
+        r'does not fit together: .*feature_map\.w_k is \(2, 8, 8\) in its weights, \(2, 24, 8\) by its config\.json'),
+    cut=(cut, r'model\.safetensors is cut off'),
+    more_layers=(lambda p: config(p, num_hidden_layers=4), r'does not fit together: model\.layers\.3\..* is missing from its weights'),
+    fewer_weights=(lambda p: weights(p, lambda k: 'layers.1.self_attn.q_proj' not in k), r'layers\.1\.self_attn\.q_proj\.weight is missing'),
+    wider=(lambda p: config(p, vocab_size=70), r'lm_head\.weight is \(61, 32\) in its weights, \(70, 32\) by'))
+
+@pytest.mark.parametrize('case', TAMPERED)
+def test_folders_that_do_not_fit_together(case, tmp_path):
+    path = save_linearized(linearize(llama()), tmp_path/'m')
+    change,match = TAMPERED[case]
+    change(path)
+    with pytest.raises(ValueError, match=match) as e: load_linearized(path)
+    assert str(path) in str(e.value)
+
+def test_each_map_stays_on_the_device_of_its_layer(tmp_path, monkeypatch):
+    "A stand-in for a model over several devices: the second layer's map is made on another one than the model's first weight."
+    import sys
+    m = sys.modules['hedgehog_nb.linearize']; make = m._make
+    save_linearized(shake(linearize(llama())), tmp_path/'m')
+    monkeypatch.setattr(m, '_make', lambda name, call, *a: make(name, call, *a).to('meta' if call.name.split('.')[2]=='1' else 'cpu'))
+    maps = [l.feature_map for l in linear_layers(load_linearized(tmp_path/'m')).values()]
+    assert [{p.device.type for p in f.parameters()} for f in maps]==[{'cpu'},{'meta'},{'cpu'}] and all(p.requires_grad for f in maps for p in f.parameters())
+
 def test_copies_are_their_own():
     model = shake(linearize(llama())); twin = copy.deepcopy(model); x = inputs(model)
     close(logits(twin, **x), logits(model, **x))
