@@ -86,7 +86,10 @@ def main(size, seconds, done=None, only=()):
         print(f"{name:<28} {text}  [{s:.0f} s]", flush=True)
     if bad: sys.exit(f"not the same each time, not finite, or not run: {', '.join(bad)}")
 
-if os.environ.get('TRITON_INTERPRET')!='1': own_cache()
+if os.environ.get('TRITON_INTERPRET')=='1':
+    from hedgehog_nb.docs import quick_interpreter
+    quick_interpreter()
+else: own_cache()
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -169,7 +169,11 @@ def main(small, out, seconds):
     print(f"{'BAD' if bad else 'ok '} {bad} of {len(record.rows)} bad, {time.time()-start:.0f} s", flush=True)
     return bad>0
 
-PTXAS = ('', 'none') if os.environ.get('TRITON_INTERPRET')=='1' else own_cache() # in every process, before Triton compiles
+if os.environ.get('TRITON_INTERPRET')=='1':
+    from hedgehog_nb.docs import quick_interpreter
+    quick_interpreter()
+    PTXAS = '', 'none'
+else: PTXAS = own_cache() # in every process, before Triton compiles
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -4,7 +4,7 @@ The interpreter must be chosen before Triton is imported and holds for the whole
 its file again in a process of its own, and the other tests of the suite keep theirs as it is."""
 import os, subprocess, sys
 from pathlib import Path
-import numpy as np, pytest, torch
+import pytest, torch
 
 os.environ.setdefault('HEDGEHOG_TUNE', '0') # each shape would be compiled several times
 ROOT = Path(__file__).parents[1]
@@ -18,31 +18,9 @@ def other_masks(real):
     i,u,f = torch.int64,torch.uint8,torch.float32
     return [real.to(dt)*x for dt,x in ((i, 1), (i, 256), (i, -1), (u, 2), (u, 255), (f, .5), (f, 256.), (torch.bfloat16, -1))]
 
-def quicken():
-    """Take out half the time and more of Triton's interpreter; what it computes stays the same.
-
-    It patches `triton.language` at every call of a jitted function, helpers and `tl.sum` included, and undoes that after a launch: within
-    a launch, once for each module is enough. And it does integer sums twice, in 64 bits for a check of overflow that it then leaves out:
-    here NumPy does both, the sum and the check."""
-    from triton.language.semantic import TritonSemantic
-    from triton.runtime import interpreter
-    patch,launch,patched = interpreter._patch_lang,interpreter.GridExecutor.__call__,set()
-    def once(fn):
-        if (module := id(fn.__globals__)) in patched: return
-        patched.add(module)
-        return patch(fn)
-    def launched(*args, **kwargs):
-        patched.clear()
-        return launch(*args, **kwargs)
-    def sanitize(self, lhs, rhs, op):
-        if lhs.type.scalar.int_bitwidth>=64: return
-        a,b = (x.handle.data.astype(np.int64) for x in (lhs, rhs))
-        res,range = {'add':np.add, 'sub':np.subtract, 'mul':np.multiply}[op.__name__](a, b),np.iinfo(lhs.handle.data.dtype)
-        assert range.min<=res.min() and res.max()<=range.max, f"{op.__name__} overflows {lhs.type.scalar}"
-    interpreter._patch_lang,interpreter.GridExecutor.__call__ = once,launched
-    TritonSemantic.binary_op_sanitize_overflow_impl = sanitize
-
-if HERE and DEVICE=='cpu': quicken()
+if HERE and DEVICE=='cpu':
+    from hedgehog_nb.docs import quick_interpreter
+    quick_interpreter()
 
 def kernel(f):
     "A test that runs kernels: collected only where this process can."

@@ -328,7 +328,7 @@ def _busy(op):
 
 def _longest_loop(compiled, inner=1):
     "Names of the instructions in the longest loop of a compiled kernel, or in all of it where there is none; those of the longest loop within it `inner` times."
-    lines = _read_binary(compiled, 'nvdisasm', '-c').split('\n')
+    lines = _read_binary(compiled, 'nvdisasm', '-c', '-ndf').split('\n')
     labels = {l.strip()[:-1]:i for i,l in enumerate(lines) if l.startswith('.L')}
     back = [(s, i) for i,l in enumerate(lines) if (m := re.search(r'BRA\S* (?:!?U?P\w+, )?`\((\.L\w+)\)', l)) and (s := labels.get(m[1], i)) < i-1] # the last line jumps to itself
     (start,end),*within = sorted(back, key=lambda j: j[0]-j[1]) or [(0, len(lines))]
@@ -342,7 +342,7 @@ def offline_serialized(
 )->bool: # For each `wgmma` of its own, though Triton asked for fewer waits?
     "Does the assembler let a kernel wait for each product of the tensor cores (`wgmma`), as it does where registers are short? Then `offline_cycles` promises too much."
     res = _offline(*args, **kw)
-    return len(re.findall(r'HGMMA.*gsb', _read_binary(res, 'nvdisasm', '-c')))>res.asm['ptx'].count('wgmma.commit_group')
+    return len(re.findall(r'HGMMA.*gsb', _read_binary(res, 'nvdisasm', '-c', '-ndf')))>res.asm['ptx'].count('wgmma.commit_group')
 
 def offline_cycles(
     *args, # Arguments of `offline_usage`
