@@ -23,7 +23,7 @@ OLDEST  ?= $(shell for p in python3.10 python3.11 python3.12; do $$p --version >
 
 BIN   := $(abspath $(VENV))/bin
 # Bytecode is written as it is needed, not for all of 15,000 files at once
-PIP   := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
+PIP   := PIP_NO_COMPILE=1 $(BIN)/python -m pip --disable-pip-version-check install
 FACTS := settings.ini setup.py pyproject.toml
 # One thread a worker; no test reaches the network
 TEST  := PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1

@@ -1,7 +1,7 @@
 """Kill a training run with SIGKILL at moments drawn at random, start it again until it is done, and compare its weights with those of a run that nobody killed.
 
     python tests/kill_resume.py --trials 50 --record results/kill-resume-stories260k.json"""
-import argparse, os, random, signal, sys, tempfile, time
+import argparse, os, random, signal, sys, tempfile, time, traceback
 from pathlib import Path
 import torch, transformers
 from hedgehog_nb.data import load_model, load_texts, token_blocks
@@ -27,6 +27,7 @@ def child(folder):
     if pid: return pid
     code = 1
     try: train(folder); code = 0
+    except BaseException: traceback.print_exc()
     finally: os._exit(code)
 
 def ended(pid, seconds=None):
