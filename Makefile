@@ -22,7 +22,7 @@ LOWEST  ?= .venv-lowest
 OLDEST  ?= $(shell for p in python3.10 python3.11 python3.12; do $$p --version >/dev/null 2>&1 && { echo $$p; break; }; done)
 
 BIN   := $(abspath $(VENV))/bin
-# Bytecode is written as it is needed, not for all of 15,000 files at once
+# Bytecode is written as it is needed, not for every installed file at once
 PIP   := PIP_NO_COMPILE=1 $(BIN)/python -m pip --disable-pip-version-check install
 FACTS := settings.ini setup.py pyproject.toml
 # One thread a worker; no test reaches the network

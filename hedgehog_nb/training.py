@@ -421,7 +421,7 @@ def _check_original(model, kept, path):
     apart = {n:((own[n]-x).norm()/x.norm().clamp_min(1e-3)).nan_to_num(0).item() for n,x in there.items()}
     n = max(apart, key=apart.get)
     what = f"{n.split()[0]} differs by {apart[n]:.0%} of its size"
-    if apart[n]>.7: raise ValueError(f"{path} was trained on another model{name}: {what}") # weights at random differ by 140%, copies in 3 bits by 20% or so
+    if apart[n]>.7: raise ValueError(f"{path} was trained on another model{name}: {what}") # weights at random differ by 140%, a copy in 3 bits by a third
     if apart[n]>.02: warnings.warn(f"{path} was trained on {kept['base'] or 'a model'} in more bits, or in another state: {what}", stacklevel=3)
 
 def _add_adapters(model, path):

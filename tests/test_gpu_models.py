@@ -58,7 +58,7 @@ def in_bits(model, bits):
     with torch.no_grad():
         for p in model.parameters():
             if p.dim()<2 or p.numel()%32: continue
-            b = p.view(-1, 32); s = b.abs().amax(1, keepdim=True)/(2**(bits-1)-1)
+            b = p.view(-1, 32); s = b.abs().amax(1, keepdim=True).clamp_min(1e-9)/(2**(bits-1)-1)
             b.copy_((b/s).round()*s)
     return model
 
