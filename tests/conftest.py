@@ -12,9 +12,10 @@ settings.load_profile('book')
 
 
 def pytest_collection_modifyitems(items):
-    "Files that start Triton's interpreter come first: they take longest, and the last file keeps one worker only."
-    long = {i.path for i in items if i.name=='test_under_the_interpreter'}
-    items.sort(key=lambda i: i.path not in long)
+    "The files that take longest come first, since the last one keeps one worker only: those that start Triton's interpreter, then those that start other processes."
+    interpreted = {i.path for i in items if i.name=='test_under_the_interpreter'}
+    starting = {p for p in {i.path for i in items} if 'subprocess' in p.read_text(encoding='utf-8')}
+    items.sort(key=lambda i: (i.path not in interpreted, i.path not in starting))
 
 
 @pytest.fixture(autouse=True)

@@ -38,6 +38,7 @@ class Call(torch.nn.Module):
 
 @every
 def test_gradients_are_those_of_differences(name, kw, causal):
+    if name=='linformer': kw = dict(rank=4, max_len=8) | kw # 5 tokens read 5 of the 256 rows of its projections
     call,(q,k,v) = Call(shaken(name, 3, 2, 1, **kw), causal), qkv(1, 2, 1, 5, 3, 2)
     names,params = zip(*call.named_parameters()) if list(call.parameters()) else ((),())
     f = lambda q,k,v,*ps: torch.func.functional_call(call, dict(zip(names, ps)), (q,k,v))

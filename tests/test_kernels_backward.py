@@ -308,8 +308,7 @@ for kernel,limits in dict(dq=(64,25.5,25.2,15), dk=(0,16.6,14.5,15.5), dv=(200,2
 for kernel,limits in dict(dq=(400,41,23,25), dk=(560,50,23,28), dv=(280,25,15,24)).items(): check(128, 64, kernel, *limits, dtype=torch.float16)
 check(128, 64, 'dk', 64, 164, 134, 91, 1, dtype=torch.float32)
 check(128, 64, 'dkv', 1024, 59, 46.3, 26.5, log_k=True, packed=True, HAS_MASK=True, HAS_END=True, group=4)
-for dtype in (torch.bfloat16, torch.float16, torch.float32):
-    for kernel in ('dq','dk','dv','costates'): assert use(512, 256, dtype, kernel)['shared_bytes']<=227*1024
+for kernel,dtype in (('dq',torch.float32), ('dk',torch.float16), ('dv',torch.float16)): assert use(512, 256, dtype, kernel)['shared_bytes']<=227*1024 # the largest
 """
     res = python('-c', code, TRITON_INTERPRET='0', TRITON_DEFAULT_FP_FUSION='1', TRITON_CACHE_DIR=str(tmp_path))
     assert res.returncode==0, res.stderr

@@ -365,7 +365,7 @@ assert use(128, form='exp')['shared_bytes']<=227*1024
 u = use(64, form='exp', kernel='dkv')
 assert u['spilled_bytes']<=1056 and u['near']<=64 and u['shared_bytes']<=113*1024, u
 for c in made:
-    found,products,left = touched_early(feature_map._read_binary(c, 'nvdisasm', '-c'))
+    found,products,left = touched_early(feature_map._read_binary(c, 'nvdisasm', '-c', '-ndf'))
     assert products and not found, (c.name, found)
 on = dict.fromkeys(('BIAS_Q','BIAS_K','HAS_BIAS','HAS_START','HAS_END','HAS_MASK','PACKED','HAS_LOG'), True)
 for kernel in ('o', 'dq', 'dkv'): use(16, form='exp', kernel=kernel, group=2, **on), use(16, form='exp', kernel=kernel, CAUSAL=False, **on)

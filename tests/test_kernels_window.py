@@ -298,9 +298,9 @@ for kernel,(most,slots,near) in {'forward':(296,30,32), 'backward q':(296,33,39)
     u = use(128, 64, kernel=kernel)
     assert u['spilled_bytes']<=most and u['slots']<=slots and u['near']<=near and 2*(u['shared_bytes'] + 1024)<=SM and u['registers']*u['warps']*32*2<=65536, u # two programs at a time
     assert use(128, 64, kernel=kernel, window=0)['near']<=.7*near
-    u = use(128, 64, kernel=kernel, logs=True, HAS_MASK=True)
-    assert u['spilled_bytes']<=2*most + 64 and u['near']<=1.75*near, u
-for kernel,near in {'forward':52, 'backward q':62, 'backward k':128}.items(): assert use(128, 64, kernel=kernel, group=4, logs=True, HAS_START=True, HAS_MASK=True)['near']<=near
+for kernel,(most,near) in {'forward':(656,52), 'backward q':(720,62), 'backward k':(1760,128)}.items():
+    u = use(128, 64, kernel=kernel, group=4, logs=True, HAS_START=True, HAS_MASK=True)
+    assert u['spilled_bytes']<=most and u['near']<=near, u
 for kernel,near in {'forward':50, 'backward q':65, 'backward k':180}.items(): assert use(256, 128, kernel=kernel)['near']<=near
 for kernel in ('states', 'costates'): assert use(128, 64, kernel=kernel, logs=True)['near']<=11
 for kernel,dtype in {'forward':torch.float16, 'backward q':torch.bfloat16}.items(): assert use(512, 256, dtype, kernel=kernel, group=4, logs=True, HAS_MASK=True, HAS_START=True, HAS_END=True, HAS_PAST=True)['shared_bytes']<=SM # the largest

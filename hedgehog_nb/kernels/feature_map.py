@@ -297,8 +297,12 @@ def _offline(kernel, constants, dtype, fp32=(), others={}, capability=90):
 
 def _read_binary(compiled, tool, *args):
     "What one of Triton's packaged tools says of a compiled kernel."
+    return _read_cubin(compiled.asm['cubin'], tool, *args)
+
+@functools.lru_cache(8)
+def _read_cubin(cubin, tool, *args):
     with tempfile.NamedTemporaryFile(suffix='.cubin') as f:
-        f.write(compiled.asm['cubin']); f.flush()
+        f.write(cubin); f.flush()
         return subprocess.run([getattr(triton.knobs.nvidia, tool).path, *args, f.name], capture_output=True, text=True, check=True).stdout
 
 def offline_usage(
