@@ -24,6 +24,8 @@ OLDEST  ?= $(shell for p in python3.10 python3.11 python3.12; do $$p --version >
 BIN   := $(abspath $(VENV))/bin
 # Bytecode is written as it is needed, not for every installed file at once
 PIP   := PIP_NO_COMPILE=1 $(BIN)/python -m pip --disable-pip-version-check install
+# uv takes a quarter of pip's time and leaves the PyTorch that is there; what it cannot install, pip does
+REST   = $(PIP) -q uv && $(BIN)/uv pip install -q --python $(BIN)/python -e $(1) || { echo "uv could not install it, pip tries now" >&2; $(PIP) -q -e $(1); }
 FACTS := settings.ini setup.py pyproject.toml
 # One thread a worker; no test reaches the network
 TEST  := PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
@@ -92,12 +94,12 @@ $(VENV)/.stamp-torch:
 
 $(VENV)/.stamp-core: $(VENV)/.stamp-torch $(FACTS)
 	@echo "== Installing hedgehog_nb and what it needs into $(VENV)"
-	@$(PIP) -q -e .
+	@$(call REST,.)
 	@touch $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-torch $(FACTS)
 	@echo "== Installing hedgehog_nb, what it needs and what its tests need into $(VENV)"
-	@$(PIP) -q -e '.[dev]'
+	@$(call REST,'.[dev]')
 	@touch $(VENV)/.stamp-core $@
 
 # Only the direct requirements are lowered: what they need in turn is taken as new as it fits. The stamps are those that `make test` looks at.

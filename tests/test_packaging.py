@@ -184,6 +184,16 @@ class TestMakefile:
         rc, out = make(root, '-n', 'test', f'VENV={tmp_path}/v', 'TORCH=torch==2.11.0 --no-index')
         assert rc == 0 and 'install torch==2.11.0 --no-index' in out and "-e '.[dev]'" in out
 
+    def test_what_uv_cannot_install_pip_does(self, root, tmp_path):
+        (tmp_path/'bin').mkdir(); (tmp_path/'.stamp-torch').touch()
+        for name,code in dict(python='echo pip "$@"', uv='echo uv "$@"; exit $UV_ENDS', hedgehog='echo it runs').items():
+            (tmp_path/'bin'/name).write_text(f'#!/bin/sh\n{code}\n'); (tmp_path/'bin'/name).chmod(0o755)
+        for ends in '01':
+            (tmp_path/'.stamp-core').unlink(missing_ok=True)
+            rc, out = make(root, 'demo', f'VENV={tmp_path}', f'UV_ENDS={ends}')
+            assert rc == 0 and f'uv pip install -q --python {tmp_path}/bin/python -e .\n' in out and 'it runs' in out
+            assert ('pip tries now' in out) == bool(re.search(r'^pip .* -q -e \.$', out, re.M)) == (ends == '1')
+
     def test_lowest_versions_are_tested_where_they_were_installed(self, root, tmp_path):
         rc, out = make(root, '-n', 'test-lowest', f'LOWEST={tmp_path}/v', 'OLDEST=python3.10')
         steps = [out.index(s) for s in (f'python3.10 -m venv --clear {tmp_path}/v', 'install -q uv', '--resolution lowest-direct --all-extras -r pyproject.toml', '-q --no-deps -e .', '-m pytest')]
