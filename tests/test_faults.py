@@ -223,10 +223,12 @@ def test_unexpected_error_is_one_line_unless_debug(monkeypatch):
     r = CliRunner().invoke(app, ['generate','embedded','--prompt','x','--debug'])
     assert isinstance(r.exception, RuntimeError)
 
+LONGER = 'linearize embedded --data embedded --seq-len 64 --eval-tokens 128 --num-maps 2 --evals 3 --save-every 3'.split()
+
 def start(root, *args):
     "The command in a process of its own"
     code = 'from hedgehog_nb.cli import app; app(prog_name="hedgehog")'
-    return subprocess.Popen([sys.executable, '-c', code, *'linearize embedded --data embedded --seq-len 64 --eval-tokens 128 --num-maps 2 --evals 3 --save-every 3'.split(), *args], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    return subprocess.Popen([sys.executable, '-c', code, *LONGER, *args], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, 'PYTHONPATH':str(root), 'OMP_NUM_THREADS':'1'})
 
 def until(p, what, seconds):
@@ -260,9 +262,9 @@ def test_killed_runs_end_as_if_they_had_not_been(here, root):
         p.kill(); p.communicate()
         assert p.returncode==-signal.SIGKILL
     assert left()==['.killed-run']
-    p = start(root, '--out', 'killed', *steps); _,err = p.communicate()
-    assert p.returncode==0 and 'going on with what is in .killed-run' in err, err
-    p = start(root, '--out', 'alive', *steps); assert p.wait()==0
+    r = CliRunner().invoke(app, [*LONGER, '--out', 'killed', *steps])
+    assert r.exit_code==0 and 'going on with what is in .killed-run' in r.stderr, r.stderr
+    assert CliRunner().invoke(app, [*LONGER, '--out', 'alive', *steps]).exit_code==0
     assert left()==['alive','killed'] and Path('alive/model.safetensors').read_bytes()==Path('killed/model.safetensors').read_bytes()
     a,b = (json.loads((Path(d)/'results.json').read_text())['rows'] for d in ('alive','killed'))
     assert [{k:v for k,v in r.items() if k!='seconds'} for r in a]==[{k:v for k,v in r.items() if k!='seconds'} for r in b]

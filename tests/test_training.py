@@ -2,10 +2,13 @@
 import json, math, os, socket, subprocess, sys
 import pytest, torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
+from hedgehog_nb.cli import app
 from hedgehog_nb.distillation import naive_weight_loss
 from hedgehog_nb.linearize import linear_layers, linearize
 from hedgehog_nb.training import Run, distill, finetune, in_pieces, load_state, perplexity, save_state, step_rows, teacher_pass
 from tiny_models import MODELS, VOCAB, corpus, inputs, llama, vit
+from two_processes import train
 
 CAUSAL = 'llama','gpt2'
 
@@ -133,14 +136,14 @@ def test_finetuning_in_pieces(name):
 @pytest.fixture(scope='module')
 def in_processes(root, tmp_path_factory):
     "{number of processes: folder} after the same short training; two are stopped in between once, and started again"
-    def run(folder, *how, stopped=False):
-        p = subprocess.run([*how, str(root/'tests'/'two_processes.py'), str(folder), *['--stop']*stopped], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH':os.pathsep.join(sys.path), 'OMP_NUM_THREADS':'1'})
+    def run(folder, stopped=False):
+        p = subprocess.run([*torchrun, str(root/'tests'/'two_processes.py'), str(folder), *['--stop']*stopped], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH':os.pathsep.join(sys.path), 'OMP_NUM_THREADS':'1'})
         assert (p.returncode!=0)==stopped, p.stderr
     d = {n:tmp_path_factory.mktemp(f'p{n}') for n in (1,2)}
     torchrun = sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', str(free_port())
-    run(d[1], sys.executable)
-    run(d[2], *torchrun, stopped=True); assert not (d[2]/'done').exists() and (d[2]/'distill').exists()
-    run(d[2], *torchrun)
+    train(d[1])
+    run(d[2], stopped=True); assert not (d[2]/'done').exists() and (d[2]/'distill').exists()
+    run(d[2])
     return d
 
 def free_port():
@@ -157,12 +160,13 @@ def test_two_processes_make_the_same_steps(in_processes):
 def test_the_command_in_two_processes(root, tmp_path):
     "The same rows as in one, up to rounding; said and written once."
     (tmp_path/'hedgehog.py').write_text("from hedgehog_nb.cli import app\napp(prog_name='hedgehog')\n")
-    def run(out, *how):
-        p = subprocess.run([*how, 'hedgehog.py', *f'linearize embedded --data embedded --out {out} --seq-len 64 --batch-size 4 --eval-tokens 128 --distill-steps 3 --finetune-steps 3 --finetune-lr 1e-3 --lr 0.1 --save-every 2 --json'.split()],
-            capture_output=True, text=True, cwd=tmp_path, env={**os.environ, 'PYTHONPATH':os.pathsep.join([str(root), *sys.path]), 'OMP_NUM_THREADS':'1'})
-        assert p.returncode==0, p.stderr
-        return json.loads(p.stdout), p.stderr
-    (one,_),(two,said) = run('a', sys.executable), run('b', sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', str(free_port()))
+    args = 'linearize embedded --data embedded --seq-len 64 --batch-size 4 --eval-tokens 128 --distill-steps 3 --finetune-steps 3 --finetune-lr 1e-3 --lr 0.1 --save-every 2 --json --out'.split()
+    r = CliRunner().invoke(app, [*args, str(tmp_path/'a')])
+    assert r.exit_code==0, r.stderr
+    p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', str(free_port()), 'hedgehog.py', *args, 'b'],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, 'PYTHONPATH':os.pathsep.join([str(root), *sys.path]), 'OMP_NUM_THREADS':'1'})
+    assert p.returncode==0, p.stderr
+    one,two,said = json.loads(r.stdout),json.loads(p.stdout),p.stderr
     names = lambda r: [(x['variant'], x['stage'], x['metric'], x['tokens']) for x in r['rows']]
     assert names(one)==names(two) and [x['value'] for x in two['rows']]==pytest.approx([x['value'] for x in one['rows']], rel=1e-4)
     assert said.count('swapped in')==2 and sorted(p.name for p in tmp_path.iterdir())==['a','b','hedgehog.py']  # a line, and a row of the table
