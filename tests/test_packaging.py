@@ -283,6 +283,27 @@ class TestSync:
         rc, out = sync(proj)
         assert rc == 1 and 'M nbs/90_docs.ipynb' in out
 
+    def test_nowhere_to_copy_to(self, proj):
+        before = sorted(proj.rglob('*'))
+        rc, out = sh('.ci/sync', cwd=proj, PATH=PATH, TMPDIR=str(proj/'nowhere'))
+        assert rc == 1 and 'nowhere' in out and sorted(proj.rglob('*')) == before
+
+    def test_in_a_hook_of_a_worktree(self, proj):
+        "Git says there which repository its commands are of; ours is the copy"
+        who = '-c', 'user.name=x', '-c', 'user.email=x@localhost'
+        ok('git', 'add', '-A', cwd=proj); ok('git', *who, 'commit', '-qm', 'one', cwd=proj)
+        hook = proj/'.git/hooks/pre-commit'
+        hook.write_text('#!/bin/sh\nexec .ci/sync\n'); hook.chmod(0o755)
+        ok('git', 'worktree', 'add', '-q', proj/'w', cwd=proj)
+        (proj/'w/notes.txt').write_text('x'); ok('git', 'add', '-A', cwd=proj/'w')
+        out = ok('git', *who, 'commit', '-m', 'two', cwd=proj/'w', PATH=PATH)
+        assert 'In sync' in out and ok('git', 'log', '--format=%s', cwd=proj/'w').split() == ['two', 'one']
+
+    def test_without_nbdev(self, proj):
+        for tool in ('git', 'bash', 'sh', 'dirname', 'mktemp', 'mkdir', 'cp', 'rm', 'grep', 'sed'): (proj/'bin').mkdir(exist_ok=True); (proj/'bin'/tool).symlink_to(shutil.which(tool))
+        rc, out = sh('.ci/sync', cwd=proj, PATH=str(proj/'bin'))
+        assert rc == 1 and 'could not be exported' in out
+
     def test_without_git(self, proj):
         shutil.rmtree(proj/'.git')
         rc, out = sh('.ci/sync', cwd=proj, PATH=PATH, GIT_CEILING_DIRECTORIES=str(proj.parent))
