@@ -70,7 +70,7 @@ def write_readme(
 def quick_interpreter(
     cells=None, # What `nbdev-test` hands to its `test_setup`
 ):
-    "Let Triton's interpreter patch `triton.language` once a launch and check sums of integers quickly. Does nothing where kernels are not interpreted."
+    "Let Triton's interpreter patch `triton.language` once a launch and check sums of integers quickly, masked lanes too. Does nothing where kernels are not interpreted."
     if os.environ.get('TRITON_INTERPRET')!='1' or not find_spec('triton'): return
     import numpy as np
     from triton.language.semantic import TritonSemantic
@@ -81,10 +81,11 @@ def quick_interpreter(
         patched.add(module)
         return patch(fn)
     def launched(*args, **kwargs):
-        patched.clear()
-        return launch(*args, **kwargs)
+        before = patched.copy(); patched.clear()
+        try: return launch(*args, **kwargs)
+        finally: patched.clear(); patched.update(before) # what was patched for this launch no longer is
     def check_overflow(self, lhs, rhs, op):
-        if lhs.type.scalar.int_bitwidth>=64: return
+        if lhs.type.scalar.int_bitwidth in (1, 64): return
         a,b = (x.handle.data.astype(np.int64) for x in (lhs, rhs))
         res,ends = dict(add=np.add, sub=np.subtract, mul=np.multiply)[op.__name__](a, b),np.iinfo(lhs.handle.data.dtype)
         assert ends.min<=res.min() and res.max()<=ends.max, f"{op.__name__} overflows {lhs.type.scalar}"

@@ -6,11 +6,13 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/linearize.html.md"""
 
 # %% auto #0
 __all__ = ['FULL', 'BEYOND', 'padding_mask', 'hedgehog_attention', 'probe_inputs', 'parse_layers', 'linear_layers',
-           'probe_attention', 'plan_maps', 'linearize', 'set_implementation', 'save_linearized', 'load_linearized',
-           'HedgehogConfig']
+           'probe_attention', 'plan_maps', 'linearize', 'set_implementation', 'new_folder', 'save_linearized',
+           'load_linearized', 'HedgehogConfig']
 
 # %% ../nbs/08_linearize.ipynb #858b656c
-import inspect, math, os, re, shutil, sys, tempfile, warnings
+import inspect, json, math, os, re, shutil, sys, tempfile, warnings
+from contextlib import contextmanager
+from copy import deepcopy
 from functools import lru_cache, partial
 from pathlib import Path
 import torch, transformers
@@ -262,6 +264,24 @@ def set_implementation(
     model.config.hedgehog = kept if implementation is None else kept | dict(implementation=implementation)
 
 # %% ../nbs/08_linearize.ipynb #8ccf0e68
+@contextmanager
+def new_folder(
+    path, # Folder to write
+    overwrite:bool=False, # Replace the folder if it exists?
+): # In the block, a folder beside it
+    "A folder that becomes `path` when the block ends, whole; until then, and where the block fails, what was there stays. Raises `ValueError` if the folder exists."
+    path = Path(path)
+    if path.exists() and not path.is_dir(): raise ValueError(f"{path} is a file; choose another name for the folder")
+    if path.exists() and not overwrite: raise ValueError(f"{path} exists already; choose another folder, or say overwrite")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = Path(tempfile.mkdtemp(prefix=f'.{path.name}-', dir=path.parent))
+    try:
+        yield tmp
+        for f in (tmp, *tmp.iterdir()): f.chmod(0o755 if f.is_dir() else 0o644) # temporary folders and safetensors are for their owner alone
+        if path.exists(): shutil.rmtree(path)
+        os.replace(tmp, path)
+    finally: shutil.rmtree(tmp, ignore_errors=True)
+
 def save_linearized(
     model:PreTrainedModel, # A converted model
     path, # Folder to write
@@ -272,17 +292,10 @@ def save_linearized(
     "Save a converted model as safetensors with its settings and a model card. Raises `ValueError` if the folder exists or the model is not converted."
     path = Path(path)
     if not linear_layers(model): raise ValueError("this model is not converted: use model.save_pretrained")
-    if path.exists() and not overwrite: raise ValueError(f"{path} exists already; choose another folder, or say overwrite")
-    if card: model.config.hedgehog_card = {**getattr(model.config, 'hedgehog_card', {}), **card}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(prefix=f'.{path.name}-', dir=path.parent))
-    try:
-        model.save_pretrained(tmp)
-        if tokenizer is not None: tokenizer.save_pretrained(tmp)
-        for f in (tmp, *tmp.iterdir()): f.chmod(0o755 if f.is_dir() else 0o644) # temporary folders and safetensors are for their owner alone
-        if path.exists(): shutil.rmtree(path)
-        os.replace(tmp, path)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+    with new_folder(path, overwrite) as new:
+        if card: model.config.hedgehog_card = {**getattr(model.config, 'hedgehog_card', {}), **card}
+        model.save_pretrained(new)
+        if tokenizer is not None: tokenizer.save_pretrained(new)
     return path
 
 # %% ../nbs/08_linearize.ipynb #266ee64f
@@ -295,13 +308,14 @@ def _saved_names(model):
 
 def _folder(path, **kwargs):
     "A folder, or that of a model of the hub."
-    if not is_hub_name(path): return Path(path)
+    if not is_hub_name(path): return Path(path).expanduser()
     try: return Path(snapshot_download(str(path), **kwargs))
     except (OSError,ValueError) as e: raise ValueError(f"{path} is no folder, and no model of the hub that can be reached: {str(e).splitlines()[0]}") from None
 
 def _class_of(cfg, auto, path):
     "The model class that a config names, or the one that `auto` takes in its place."
-    name = (cfg.get('architectures') or [None])[0]
+    names = cfg.get('architectures')
+    name = names[0] if isinstance(names, list) and names else names
     cls = getattr(transformers, str(name), None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)): raise ValueError(f"{path} holds a {name}, which is no model class of transformers {transformers.__version__}")
     if auto is None: return cls
@@ -310,24 +324,45 @@ def _class_of(cfg, auto, path):
     found = found if isinstance(found, tuple) else (found,)
     return cls if cls in found else found[0]
 
-def _tensors(path, names):
-    "{name in the model: tensor} of the weights in a folder that have one of these `names`. Raises `ValueError` on a file that cannot be read."
+def _weight_files(path, variant=None):
+    "{name in the file: file} of the weights that transformers reads in a folder. Raises `ValueError` where a file is missing, or cannot be read."
+    whole,index = (path/'.'.join(filter(None, (name, variant, end))) for name,end in (('model', 'safetensors'), ('model.safetensors.index', 'json')))
+    if whole.is_file(): files = [whole]
+    elif index.is_file():
+        try: files = [path/f for f in sorted(set(json.loads(index.read_text())['weight_map'].values()))]
+        except (ValueError,LookupError,TypeError,AttributeError) as e: raise ValueError(f"{index} does not say in which files the weights are ({type(e).__name__}: {e})") from None
+    else: raise ValueError(f"{path} holds no weights: there is no {whole.name} in it, and no {index.name}")
     found = {}
-    for f in sorted(path.glob('*.safetensors')):
+    for f in files:
+        if not f.is_file(): raise ValueError(f"{path} lacks {f.name}, a part of its weights")
         try:
-            with safe_open(f, 'pt') as s: found.update({names[k]:s.get_tensor(k) for k in s.keys() if k in names})
+            with safe_open(f, 'pt') as s: found.update(dict.fromkeys(s.keys(), f))
         except SafetensorError as e: raise ValueError(f"{f} is cut off, or no safetensors file ({e})") from None
     return found
 
+def _tensors(files, names):
+    "{name in the model: tensor} of the weights that have one of these `names`."
+    found = {}
+    for f in sorted({files[k] for k in names if k in files}):
+        with safe_open(f, 'pt') as s: found.update({names[k]:s.get_tensor(k) for k in s.keys() if k in names})
+    return found
+
+def _body(cls, config):
+    "Names of the weights that a model has below its head, found out without making any."
+    with torch.device('meta'): names = cls(deepcopy(config)).state_dict()
+    return {n.removeprefix(cls.base_model_prefix+'.') for n in names}
+
 def _original(cls, path, cfg, config, ignore_mismatched_sizes=False, **kwargs):
     "The softmax model of a folder. Raises `ValueError` where weights are missing, or of other shapes."
-    level,saved = transformers.logging.get_verbosity(),cls.__name__ in cfg['architectures']
+    level,saved = transformers.logging.get_verbosity(),cls is _class_of(cfg, None, path)
     if saved: transformers.logging.set_verbosity_error() # the maps are unexpected keys to it
     try: model,info = cls.from_pretrained(path, config=config, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    except (LookupError,AttributeError,AssertionError,ArithmeticError) as e: raise ValueError(f"{path/'config.json'} describes no {cls.__name__}: {type(e).__name__}, {e}") from e
     finally: transformers.logging.set_verbosity(level)
     shapes = [] if ignore_mismatched_sizes else sorted(info['mismatched_keys'])
     odd = [f"{n} is {tuple(there)} in its weights, {tuple(here)} by its config.json" for n,there,here in shapes]
-    odd += [f"{n} is missing from its weights" for n in sorted(info['missing_keys']) if saved]
+    was = () if saved or not info['missing_keys'] else _body(_class_of(cfg, None, path), config) # a new head is missing rightly
+    odd += [f"{n} is missing from its weights" for n in sorted(info['missing_keys']) if saved or n.removeprefix(cls.base_model_prefix+'.') in was]
     if odd: raise ValueError(f"{path} does not fit together: {odd[0]}")
     return model
 
@@ -343,19 +378,24 @@ def load_linearized(
     hub = {k:kwargs.pop(k) for k in ('revision','token','cache_dir','force_download','local_files_only') if k in kwargs}
     path = _folder(path, **hub)
     if not (path/'config.json').is_file(): raise ValueError(f"{path} holds no model: there is no config.json in it")
-    cfg = {**PreTrainedConfig.get_config_dict(path, local_files_only=True)[0], **(config or {})}
+    try: cfg = {**PreTrainedConfig.get_config_dict(path, local_files_only=True)[0], **(config or {})}
+    except (OSError,ValueError,TypeError) as e: raise ValueError(f"{path/'config.json'} is no config of transformers: {e}") from e
     if 'hedgehog' not in cfg: raise ValueError(f"{path} holds a model that was not converted; load it with transformers, then call linearize")
     if not isinstance(cfg['hedgehog'], dict):
         raise ValueError(f"{path/'config.json'}: hedgehog is the settings of the conversion, as {{\"feature_map\": \"elu\"}}; given {cfg['hedgehog']!r}")
-    _tensors(path, {}) # can all files be read?
+    files = _weight_files(path, kwargs.get('variant'))
     cls = _class_of(cfg, auto, path)
-    own = cls.config_class.from_dict({k:v for k,v in cfg.items() if k not in ('model_type','base_model_type','attn_implementation')})
+    try: own = cls.config_class.from_dict({k:v for k,v in cfg.items() if k not in ('model_type','base_model_type','attn_implementation')})
+    except Exception as e: raise ValueError(f"{path/'config.json'} is no config of {cls.__name__}: {e}") from e
     model = _original(cls, path, cfg, own, **kwargs)
-    linearize(model, inputs=inputs, **cfg['hedgehog'] | ({} if implementation=='saved' else dict(implementation=implementation)))
+    try: linearize(model, inputs=inputs, **cfg['hedgehog'] | ({} if implementation=='saved' else dict(implementation=implementation)))
+    except (TypeError,ValueError) as e: raise ValueError(f"{path/'config.json'} says hedgehog: {cfg['hedgehog']}. {e}") from e
     names,made = _saved_names(model),model.state_dict()
-    maps = _tensors(path, names)
+    more = sorted(k for k in files if '.feature_map.' in k and k not in names)
+    if more and not config: raise ValueError(f"{path} does not fit together: {more[0]} is in its weights, and in no map of its config.json")
+    maps = _tensors(files, names)
     lacks = sorted(set(names.values())-maps.keys())
-    if lacks: raise ValueError(f"{path} lacks weights of its feature maps: {', '.join(lacks[:3])} …")
+    if lacks: raise ValueError(f"{path} lacks weights of its feature maps: {', '.join(lacks[:3])}{' …'*(len(lacks)>3)}")
     odd = [f"{n} is {tuple(t.shape)} in its weights, {tuple(made[n].shape)} by its config.json" for n,t in maps.items() if t.shape!=made[n].shape]
     if odd: raise ValueError(f"{path} does not fit together: {odd[0]}")
     maps = {n:t.to(made[n].device) for n,t in maps.items()} # each layer's where its queries are, in the precision they were saved in

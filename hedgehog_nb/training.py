@@ -10,6 +10,7 @@ __all__ = ['TRAINED', 'teacher_pass', 'world', 'in_pieces', 'save_state', 'load_
 
 # %% ../nbs/11_training.ipynb #11a00003
 import inspect, json, math, os, re, shutil, tempfile, time, warnings
+from copy import deepcopy
 from itertools import islice
 from pathlib import Path
 import torch, transformers
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from .attention import attention_as, fused_softmax_attention
 from .data import batches as batches_of
-from .linearize import _split, linear_layers, linearize, padding_mask
+from .linearize import _split, linear_layers, linearize, new_folder, padding_mask, plan_maps
 from .distillation import OBJECTIVES, layer_loss
 
 # %% ../nbs/11_training.ipynb #93e298aa
@@ -390,25 +391,31 @@ def save_trained(
     inner = model.get_base_model() if adapted else model
     base = str(base or inner.name_or_path)
     if not linear_layers(inner): raise ValueError("this model is not converted, so it has no maps to save")
-    if path.exists() and not overwrite: raise ValueError(f"{path} exists already; choose another folder, or say overwrite")
-    shutil.rmtree(path, ignore_errors=True)
-    original = _sample(inner)
-    if adapted:
-        model.active_peft_config.base_model_name_or_path = base
-        model.save_pretrained(path, save_embedding_layers=False)
-        (path/'README.md').unlink(missing_ok=True) # a form that nobody has filled in
-    save_state(path/TRAINED, maps=_maps(inner), hedgehog=inner.config.hedgehog, base=base, original=original, adapted=adapted)
-    for f in path.iterdir(): f.chmod(0o644) # safetensors writes for its owner alone
+    with new_folder(path, overwrite) as new:
+        original = _sample(inner, _rewritten(model) if adapted else False)
+        if adapted:
+            model.active_peft_config.base_model_name_or_path = base
+            model.save_pretrained(new, save_embedding_layers=False)
+            (new/'README.md').unlink(missing_ok=True) # a form that nobody has filled in
+        heads = _heads({n:m.feature_map for n,m in linear_layers(inner).items()})
+        save_state(new/TRAINED, maps=_maps(inner), hedgehog=inner.config.hedgehog, base=base, original=original, adapted=adapted, heads=heads)
     return path
+
+def _heads(maps): return {n:[m.num_heads, m.num_kv_heads, m.head_dim] for n,m in maps.items()}
+
+def _rewritten(tuned):
+    "Do its adapters start from a part of the weights that they adapt, as PiSSA's do?"
+    return any(str(c.init_lora_weights).startswith(('pissa','olora','corda','loftq')) for c in tuned.peft_config.values())
 
 def _maps(model): return {n:t for n,t in model.state_dict().items() if '.feature_map.' in n}
 
-def _sample(model):
-    "{name and shape: 16 of its numbers} of the weights that the original has, converted or not, adapted or not; nan where peft trains them in place."
-    ours,peft = re.compile(r'\.(feature_map|lora_\w+|modules_to_save)\.'),re.compile(r'\.(base_layer|original_module)\.')
+def _sample(model, rewritten=False):
+    "{name and shape: 16 of its numbers} of the weights that the original has, converted or not, adapted or not; nan where peft trains them in place or has `rewritten` them."
+    ours,peft = re.compile(r'\.(feature_map|lora_\w+|modules_to_save|trainable_tokens_\w+)\.'),re.compile(r'\.(token_adapter\.)?(base_layer|original_module)\.')
     adapted = any('.lora_' in n for n,_ in model.named_parameters())
     def some(n, p):
-        known = p.numel() and not (adapted and (p.requires_grad or '.original_module.' in n)) # a new head is at random in each load
+        if p.is_meta: raise ValueError(f"{n} is on the meta device: load the model without offloading, this reads its weights")
+        known = p.numel() and not (adapted and (p.requires_grad or '.original_module.' in n or rewritten and '.base_layer.' in n)) # a new head is at random in each load
         return p.detach().flatten()[torch.linspace(0, p.numel()-1, 16, dtype=torch.float64).long()].float().cpu() if known else torch.full((16,), math.nan)
     return {f"{peft.sub('.', n)} {tuple(p.shape)}": some(n, p) for n,p in model.named_parameters() if not ours.search(n)}
 
@@ -417,7 +424,9 @@ def _check_original(model, kept, path):
     own,there = _sample(model),kept['original']
     name = f", {kept['base']}" if kept['base'] else ''
     odd = sorted(own.keys()^there.keys())
-    if odd: raise ValueError(f"{path} was trained on another model{name}: {odd[0]} is in one of the two only")
+    if odd: raise ValueError(f"{path} was trained on another model{name}: {odd[0]} is in {'the one given' if odd[0] in own else 'that one'} only")
+    odd = [n.split()[0] for n,x in there.items() if x.isfinite().all() and not own[n].isfinite().all()]
+    if odd: raise ValueError(f"{odd[0]} of the model is not finite, and was when {path} was saved")
     apart = {n:((own[n]-x).norm()/x.norm().clamp_min(1e-3)).nan_to_num(0).item() for n,x in there.items()}
     n = max(apart, key=apart.get)
     what = f"{n.split()[0]} differs by {apart[n]:.0%} of its size"
@@ -425,21 +434,31 @@ def _check_original(model, kept, path):
     if apart[n]>.02: warnings.warn(f"{path} was trained on {kept['base'] or 'a model'} in more bits, or in another state: {what}", stacklevel=3)
 
 def _add_adapters(model, path):
-    "The model with the adapters of a folder merged. Raises `ValueError` where they are damaged, incomplete, or no safetensors."
+    "The model with the adapters of a folder. Raises `ValueError` where they are damaged, incomplete, or no safetensors."
     from peft import PeftModel, get_peft_model_state_dict
     file = path/'adapter_model.safetensors'
     lacking = [f.name for f in (file, path/'adapter_config.json') if not f.is_file()]
     if lacking: raise ValueError(f"{path} lacks {' and '.join(lacking)} of its adapters")
     try:
-        with safe_open(file, 'pt') as f: there = set(f.keys())
+        there = load_file(file)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore') # keys are compared below
             tuned = PeftModel.from_pretrained(model, path, use_safetensors=True)
-    except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as e:
-        raise ValueError(f"the adapters in {path} cannot be read: {type(e).__name__}, {str(e).splitlines()[0]}") from None
-    odd = sorted(there^get_peft_model_state_dict(tuned, save_embedding_layers=False).keys()) # as they were saved; 'auto' would ask the hub
-    if odd: _without(tuned.unload()); raise ValueError(f"{file} and adapter_config.json do not fit: {odd[0]} is in one of the two only")
-    return merge_lora(tuned)
+    except (SafetensorError,RuntimeError,ValueError,TypeError,KeyError,AttributeError,ImportError) as e:
+        raise ValueError(f"the adapters in {path} cannot be read: {type(e).__name__}, {' '.join(str(e).split())[:300]}") from None
+    _check_finite(there, file)
+    odd = sorted(there.keys()^get_peft_model_state_dict(tuned, save_embedding_layers=False).keys()) # as they were saved; 'auto' would ask the hub
+    if odd: raise ValueError(f"{file} and adapter_config.json do not fit: {odd[0]} is {'in the file' if odd[0] in there else 'asked for'} only")
+    return tuned
+
+def _check_adapters(model, path):
+    "Raise `ValueError` where `model` cannot take the adapters of a folder, found out on a copy of it without weights."
+    empty = {id(p): torch.nn.Parameter(torch.empty_like(p, device='meta'), requires_grad=p.requires_grad) for p in model.parameters()}
+    with torch.device('meta'): _add_adapters(deepcopy(model, empty), path)
+
+def _check_finite(tensors, file):
+    odd = [n for n,t in tensors.items() if not t.isfinite().all()]
+    if odd: raise ValueError(f"{odd[0]} in {file} is not finite")
 
 # %% ../nbs/11_training.ipynb #11e00004
 def read_trained(
@@ -451,8 +470,22 @@ def read_trained(
     try: kept = load_state(file)
     except ValueError: kept = {}
     if not {'maps','hedgehog','base'} <= kept.keys(): raise ValueError(f"{file} is damaged, or not of save_trained")
-    if not {'original','adapted'} <= kept.keys(): raise ValueError(f"{path} is of an earlier version, which did not say what its original is; save it anew")
+    if not {'original','adapted','heads'} <= kept.keys(): raise ValueError(f"{path} is of an earlier version, which did not say what its original is; save it anew")
     return kept
+
+def _check_maps(model, kept, path, inputs):
+    "Raise `ValueError` where `model` would need other maps than those that were kept."
+    try: planned = plan_maps(model, inputs=inputs, **kept['hedgehog'])[1]
+    except (TypeError,ValueError) as e: raise ValueError(f"{path} cannot convert this model: {e}") from e
+    names = {m:n for n,m in model.named_modules()}
+    maps = {names[m]:f for m,f in planned.items()}
+    what = f"of (heads, key-value heads, channels) {kept['heads']}; given {_heads(maps)}"
+    if kept['heads']!=_heads(maps): raise ValueError(f"{path} was trained on another model, {kept['base']}, {what}")
+    shapes = lambda named: {n:tuple(t.shape) for n,t in named}
+    own,there = shapes((f'{n}.feature_map.{k}', t) for n,f in maps.items() for k,t in f.state_dict().items()),shapes(kept['maps'].items())
+    odd = [n for n in sorted(own.keys()|there.keys()) if own.get(n)!=there.get(n)]
+    if odd: raise ValueError(f"{path/TRAINED} is damaged: {odd[0]} is {there.get(odd[0], 'missing')} in it, {own.get(odd[0], 'not needed')} by its settings")
+    _check_finite(kept['maps'], path/TRAINED)
 
 @torch.no_grad()
 def load_trained(
@@ -460,11 +493,11 @@ def load_trained(
     path, # Folder written by `save_trained`
     inputs:dict=None, # As for `linearize`
 )->PreTrainedModel: # The converted model as it was trained, adapters merged
-    "Convert `model` and give it trained maps and adapters. Raises `ValueError` where the folder holds none, or not all, or those of another model."
+    "Convert `model` and give it trained maps and adapters. Raises `ValueError` where the folder holds none, or not all, or those of another model, and leaves the model as it was."
     path,kept = Path(path),read_trained(path)
     _check_original(model, kept, path)
+    _check_maps(model, kept, path, inputs)
+    if kept['adapted']: _check_adapters(model, path)
     own = _maps(linearize(model, inputs=inputs, **kept['hedgehog']))
-    odd = sorted(own.keys()^kept['maps'].keys()) or [n for n,t in own.items() if t.shape!=kept['maps'][n].shape]
-    if odd: raise ValueError(f"{path} holds the maps of another model, {kept['base']}: {odd[0]} does not fit")
     for n,t in own.items(): t.copy_(kept['maps'][n])
-    return (_add_adapters(model, path) if kept['adapted'] else model).eval()
+    return (merge_lora(_add_adapters(model, path)) if kept['adapted'] else model).eval()

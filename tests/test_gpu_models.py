@@ -1,5 +1,5 @@
 "What was trained, saved alone; whole models' speed as it is measured; and the models' part of `make gpu` in little, killed and taken up."
-import json, os, shutil, signal, subprocess, sys, tarfile
+import math, json, os, shutil, signal, subprocess, sys, tarfile
 from pathlib import Path
 from types import SimpleNamespace
 import pytest, torch
@@ -51,7 +51,7 @@ def test_what_does_not_fit_is_named(tmp_path):
     with pytest.raises(ValueError, match='not converted'): save_trained(llama(), tmp_path/'b')
     with pytest.raises(ValueError, match='not written by save_trained'): load_trained(llama(), tmp_path)
     for other in (llama(head_dim=16), llama(layers=4)):
-        with pytest.raises(ValueError, match='another model, llama: .* is in one of the two only'): load_trained(other, tmp_path/'a')
+        with pytest.raises(ValueError, match='another model, llama: .* is in (the one given|that one) only'): load_trained(other, tmp_path/'a')
 
 def in_bits(model, bits):
     "As GGUF rounds: matrices only, in blocks of 32 that have a scale of their own."
@@ -104,15 +104,59 @@ def renamed(f): w = load_file(f); save_file({n.replace('layers.0', 'layers.9'):x
 def halved(f): w = load_file(f); save_file(dict([*w.items()][::2]), f, {'format':'pt'})
 def pickled(f): torch.save(load_file(f), f.with_suffix('.bin')); f.unlink()
 def no_base(f): save_state(f, **{k:v for k,v in load_state(f).items() if k!='base'})
+def nan_in(f): w = load_file(f); w[next(iter(w))].fill_(math.nan); save_file(w, f, {'format':'pt'})
+def less(f): kept = load_state(f); del kept['maps'][next(iter(kept['maps']))]; save_state(f, **kept)
+def nan_maps(f): kept = load_state(f); next(iter(kept['maps'].values())).fill_(math.nan); save_state(f, **kept)
+def other_rank(f): c = json.loads(f.read_text()); f.write_text(json.dumps({**c, 'r':2*c['r']}))
+def nothing(f): f.write_text('{}')
 def earlier(f): save_state(f, **{k:v for k,v in load_state(f).items() if k!='original'})
 
 @pytest.mark.parametrize('file,change,message', [('adapter_config.json', Path.unlink, 'lacks adapter_config.json'), ('adapter_model.safetensors', Path.unlink, 'lacks adapter_model.safetensors'),
     ('adapter_model.safetensors', pickled, 'lacks adapter_model.safetensors'), ('adapter_model.safetensors', cut, 'adapters in .* cannot be read'), ('adapter_model.safetensors', renamed, 'do not fit: .*layers'),
     ('adapter_model.safetensors', halved, 'do not fit'), ('adapter_config.json', cut, 'adapters in .* cannot be read'), ('maps.safetensors', cut, 'maps.safetensors is damaged'),
+    ('adapter_model.safetensors', nan_in, 'is not finite'), ('adapter_config.json', other_rank, 'adapters in .* cannot be read: .*size mismatch'), ('adapter_config.json', nothing, 'adapters in .* cannot be read'),
+    ('maps.safetensors', less, 'maps.safetensors is damaged: .*feature_map.* is missing in it'), ('maps.safetensors', nan_maps, 'is not finite'),
     ('maps.safetensors', no_base, 'maps.safetensors is damaged'), ('maps.safetensors', earlier, 'of an earlier version')], ids=lambda x: getattr(x, '__name__', None))
 def test_damaged_folders_are_refused(trained, tmp_path, file, change, message):
     shutil.copytree(trained, tmp_path/'a'); change(tmp_path/'a'/file)
-    with pytest.raises(ValueError, match=message): load_trained(llama(), tmp_path/'a')
+    refused(llama(), tmp_path/'a', message)
+
+def refused(model, path, message):
+    "It says why, and leaves the model as it was."
+    before,modules,config = {n:(p.clone(), p.requires_grad) for n,p in model.named_parameters()},[*map(type, model.modules())],model.config.to_dict()
+    with pytest.raises(ValueError, match=message): load_trained(model, path)
+    after = dict(model.named_parameters())
+    assert after.keys()==before.keys() and all(torch.equal(p, before[n][0]) and p.requires_grad==before[n][1] for n,p in after.items() if not p.is_meta and p.isfinite().all())
+    assert [*map(type, model.modules())]==modules and model.config.to_dict()==config and not hasattr(model, 'peft_config')
+
+def test_models_that_are_not_whole_are_refused(trained):
+    gone,cut_off = llama(),llama()
+    with torch.no_grad(): gone.model.layers[1].mlp.up_proj.weight[3] = math.nan
+    refused(gone, trained, r'layers\.1\.mlp\.up_proj\.weight of the model is not finite')
+    cut_off.model.layers[1].to('meta')
+    refused(cut_off, trained, r'layers\.1\..* is on the meta device')
+
+def test_as_many_weights_in_other_heads(tmp_path):
+    save_trained(linearize(llama(heads=4, head_dim=8, kv_heads=4), 'elu'), tmp_path/'a', base='llama')
+    refused(llama(heads=2, head_dim=16, kv_heads=2), tmp_path/'a', r'another model, llama, of \(heads, .*\[4, 4, 8\].* given .*\[2, 2, 16\]')
+
+@pytest.mark.parametrize('more', [dict(init_lora_weights='pissa'), dict(init_lora_weights='olora'), dict(trainable_token_indices=[5,6])], ids=lambda m: str([*m.values()][0]))
+def test_adapters_that_change_the_weights_they_start_from(more, tmp_path):
+    tuned = finetune(linearize(llama()), corpus(8), 2, 4, lr=.01, lora=dict(r=4, target_modules='all-linear', **more), merge=False)
+    save_trained(tuned, tmp_path/'a', base='llama')
+    want = logits(merge_lora(tuned), tokens())
+    torch.testing.assert_close(logits(load_trained(llama(), tmp_path/'a'), tokens()), want, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match='another model'): load_trained(llama(seed=1), tmp_path/'a')
+
+def test_what_was_there_stays_until_it_is_replaced(trained, tmp_path, monkeypatch):
+    from hedgehog_nb import training
+    shutil.copytree(trained, tmp_path/'a'); before = {p.name:p.read_bytes() for p in (tmp_path/'a').iterdir()}
+    def full(*a, **k): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(training, 'save_state', full)
+    with pytest.raises(OSError): save_trained(linearize(llama()), tmp_path/'a', overwrite=True)
+    assert {p.name:p.read_bytes() for p in (tmp_path/'a').iterdir()}==before and [p.name for p in tmp_path.iterdir()]==['a']
+    (tmp_path/'f').touch()
+    with pytest.raises(ValueError, match='f is a file'): save_trained(linearize(llama()), tmp_path/'f', overwrite=True)
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):

@@ -245,3 +245,24 @@ if HERE and DEVICE=='cpu':
             with pytest.raises(Exception, match='overflows int32'): _times[(1,)](torch.tensor([x], dtype=torch.int32), by, n)
         _times[(1,)](a := torch.tensor([2**16], dtype=torch.int64), 2**15, 0)
         assert a.item()==2**31
+
+    @triton.jit
+    def _twice(x): return x+x
+
+    @triton.jit
+    def _between(x_ptr, o_ptr, N:tl.constexpr):
+        x = tl.load(x_ptr + tl.arange(0, N))
+        tl.store(o_ptr + tl.arange(0, N), _twice(x)*((x>0)*(x<5)))
+
+    def test_the_quick_interpreter_does_what_the_other_does():
+        "Products of masks; a kernel in a hook of another; a helper called outside of one; a kernel after one that failed."
+        x = torch.arange(8, dtype=torch.int32) - 1
+        def between(): _between[(1,)](x, o := torch.zeros(8, dtype=torch.int32), 8); return o.tolist()
+        want = [0,0,2,4,6,8,0,0]
+        assert between()==want
+        _times.pre_run_hooks = [lambda *a, **k: between()]
+        try: _times[(1,)](a := torch.tensor([3], dtype=torch.int32), 2, 1)
+        finally: _times.pre_run_hooks = []
+        assert a.item()==5 and between()==want
+        with pytest.raises(Exception): _between[(1,)](x, None, 8)
+        assert between()==want

@@ -1,7 +1,7 @@
 "Conversion of four architectures: equal to its own oracle, trained where it should be, saved whole or not at all."
 import copy
 from pathlib import Path
-import pytest, torch
+import pytest, torch, transformers
 from transformers import DynamicCache
 from hedgehog_nb.attention import attention_as, repeat_kv
 from hedgehog_nb.data import load_embedded
@@ -273,6 +273,14 @@ TAMPERED = dict(
     cut=(cut, r'model\.safetensors is cut off'),
     more_layers=(lambda p: config(p, num_hidden_layers=4), r'does not fit together: model\.layers\.3\..* is missing from its weights'),
     fewer_weights=(lambda p: weights(p, lambda k: 'layers.1.self_attn.q_proj' not in k), r'layers\.1\.self_attn\.q_proj\.weight is missing'),
+    fewer_layers=(lambda p: config(p, hedgehog=dict(feature_map='hedgehog', layers=[0])), r'does not fit together: model\.layers\.1\.self_attn\.feature_map\.\S+ is in its weights, and in no map'),
+    other_map=(lambda p: config(p, hedgehog=dict(feature_map='elu')), r'feature_map\.\S+ is in its weights, and in no map'),
+    layers=(lambda p: config(p, hedgehog=dict(feature_map='hedgehog', layers=3)), r'config\.json says hedgehog: .*layers.* 3'),
+    model=(lambda p: config(p, hedgehog=dict(model=3)), r'config\.json says hedgehog: .*multiple values'),
+    no_file=(lambda p: (p/'model.safetensors').unlink(), r'holds no weights'),
+    no_config=(lambda p: (p/'config.json').write_text('{"a'), r'config\.json is no config'), config_list=(lambda p: (p/'config.json').write_text('[]'), r'config\.json is no config'),
+    activation=(lambda p: config(p, hidden_act='nope'), r"config\.json describes no LlamaForCausalLM: KeyError, 'nope'"),
+    architecture=(lambda p: config(p, architectures='Llama'), r'holds a Llama, which is no model class'),
     wider=(lambda p: config(p, vocab_size=70), r'lm_head\.weight is \(61, 32\) in its weights, \(70, 32\) by'))
 
 @pytest.mark.parametrize('case', TAMPERED)
@@ -282,6 +290,33 @@ def test_folders_that_do_not_fit_together(case, tmp_path):
     change(path)
     with pytest.raises(ValueError, match=match) as e: load_linearized(path)
     assert str(path) in str(e.value)
+
+@pytest.mark.parametrize('auto', ['AutoModel','AutoModelForSequenceClassification'])
+@pytest.mark.parametrize('gone', ['layers.1.self_attn.q_proj','embed_tokens'])
+def test_a_new_head_excuses_no_missing_weight_below_it(auto, gone, tmp_path):
+    path = save_linearized(linearize(llama()), tmp_path/'m')
+    load_linearized(path, auto=getattr(transformers, auto))
+    weights(path, lambda k: gone not in k)
+    with pytest.raises(ValueError, match=f'{gone}.weight is missing'): load_linearized(path, auto=getattr(transformers, auto))
+
+def test_a_pooler_is_a_part_of_a_new_head(tmp_path):
+    path = save_linearized(linearize(MODELS['bert']()), tmp_path/'m')
+    load_linearized(path, auto=transformers.AutoModel)
+
+def test_maps_come_from_the_file_that_the_others_come_from(tmp_path):
+    a,b = shake(linearize(llama())),shake(linearize(llama(seed=1)), by=.9); x = inputs(a)
+    a.save_pretrained(tmp_path/'m'); b.save_pretrained(tmp_path/'m', variant='half')
+    (tmp_path/'m'/'old.safetensors').write_bytes(b'damaged, and of no interest')
+    assert torch.equal(logits(load_linearized(tmp_path/'m'), **x), logits(a, **x)) and torch.equal(logits(load_linearized(tmp_path/'m', variant='half'), **x), logits(b, **x))
+
+@pytest.mark.parametrize('index', ['{}', '[]', '{"weight_map": null}', '{"weight', '{"metadata": {}, "weight_map": {"a": 3}}'])
+def test_damaged_lists_of_files(index, tmp_path):
+    linearize(llama()).save_pretrained(tmp_path/'m', max_shard_size='20KB')
+    f = tmp_path/'m'/'model.safetensors.index.json'; load_linearized(tmp_path/'m')
+    shard = next((tmp_path/'m').glob('model-*.safetensors')); shard.rename(tmp_path/'away')
+    with pytest.raises(ValueError, match=f'lacks {shard.name}'): load_linearized(tmp_path/'m')
+    f.write_text(index)
+    with pytest.raises(ValueError, match='index.json does not say'): load_linearized(tmp_path/'m')
 
 def test_each_map_stays_on_the_device_of_its_layer(tmp_path, monkeypatch):
     "A stand-in for a model over several devices: the second layer's map is made on another one than the model's first weight."
