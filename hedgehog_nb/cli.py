@@ -438,14 +438,15 @@ class Camera:
 
     def attention(self, path):
         "Save teacher, swapped and converted attention, side by side."
-        from hedgehog_nb.plots import use_style, plot_attention_maps, save_figure
+        from hedgehog_nb.plots import use_style, plot_attention_maps
         heads = spiky_heads(self.maps['softmax'])
         maps = {n:w[heads] for n,w in self.maps.items()}
-        with use_style(): save_figure(plot_attention_maps(maps, self.tokens, [f'layer {self.layer}, head {h}' for h in heads], size=3), path)
+        with use_style(): fig = plot_attention_maps(maps, self.tokens, [f'layer {self.layer}, head {h}' for h in heads], size=3)
+        self._put(fig, path)
 
     def curve(self, path):
         "Save perplexity over tokens; nothing where there are fewer than two points."
-        from hedgehog_nb.plots import use_style, plot_curves, save_figure, color
+        from hedgehog_nb.plots import use_style, plot_curves, color
         name,pts = self.names['finetuned'],[(r['tokens'], r['value']) for r in self.rows if r['tokens']]
         if len(pts)<2: return
         with use_style():
@@ -454,7 +455,14 @@ class Camera:
             ax.minorticks_off()
             ax.axhline(self.rows[0]['value'], color=color('softmax'), linestyle='--', label='softmax, the teacher')
             ax.legend()
-            save_figure(ax, path)
+        self._put(ax.figure, path)
+
+    def _put(self, fig, path):
+        "Save a figure, and show it nowhere else."
+        from matplotlib.pyplot import close
+        from hedgehog_nb.plots import use_style, save_figure
+        with use_style(): save_figure(fig, path)
+        close(fig)
 
 # %% ../nbs/93_cli.ipynb #85f1f755
 def label(row):
