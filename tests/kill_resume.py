@@ -1,7 +1,7 @@
 """Kill a training run with SIGKILL at moments drawn at random, start it again until it is done, and compare its weights with those of a run that nobody killed.
 
     python tests/kill_resume.py --trials 50 --record results/kill-resume-stories260k.json"""
-import argparse, os, random, signal, sys, tempfile, time, traceback
+import argparse, multiprocessing, random, signal, sys, tempfile, time
 from pathlib import Path
 import torch, transformers
 from hedgehog_nb.data import load_model, load_texts, token_blocks
@@ -21,21 +21,19 @@ def train(folder):
     finetune(model, data, STEPS, lr=2e-3, checkpoint=folder/'finetune', save_every=EVERY)
     save_state(folder/'done', weights=dict(model.named_parameters()))
 
-def child(folder):
-    "Start `train` in a process of its own; its number."
-    pid = os.fork()
-    if pid: return pid
-    code = 1
-    try: train(folder); code = 0
-    except BaseException: traceback.print_exc()
-    finally: os._exit(code)
+CLEAN = multiprocessing.get_context('forkserver') # forked from this process, autograd refuses where it has run threads here
+CLEAN.set_forkserver_preload(['hedgehog_nb.data','hedgehog_nb.linearize','hedgehog_nb.training'])
 
-def ended(pid, seconds=None):
+def child(folder):
+    "Start `train` in a process of its own."
+    p = CLEAN.Process(target=train, args=(folder,), daemon=True)
+    p.start()
+    return p
+
+def ended(p, seconds=None):
     "Exit code of a child; it is killed after `seconds`."
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(pid, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    p.join(seconds); p.kill(); p.join()
+    return p.exitcode
 
 def trial(folder, rng, longest):
     "Kill a run up to four times, then let it finish; how often it was killed before it was done."

@@ -278,7 +278,7 @@ def test_what_is_not_finite_is_not_kept(tmp_path):
     with torch.no_grad(): model.lm_head.weight[0] = float('nan')
     with pytest.raises(FloatingPointError, match='step 1: the loss is nan'): finetune(model, corpus(16), 2, 4)
 
-def test_killed_at_random(root):
+def test_killed_at_random():
     from kill_resume import trials
     out = list(trials(3, seed=1))
     assert len(out)==3 and all(kills>0 and differ==0 for kills,differ in out), out
