@@ -419,6 +419,13 @@ def both(
         for l in listeners: l(*args, **kw)
     return on_event
 
+def _put(fig, path):
+    "Save a figure, and show it nowhere else."
+    from matplotlib.pyplot import close
+    from hedgehog_nb.plots import use_style, save_figure
+    with use_style(): save_figure(fig, path)
+    close(fig)
+
 class Camera:
     "Listens to a conversion: keeps its rows, and its attention weights at each stage."
     def __init__(self,
@@ -442,7 +449,7 @@ class Camera:
         heads = spiky_heads(self.maps['softmax'])
         maps = {n:w[heads] for n,w in self.maps.items()}
         with use_style(): fig = plot_attention_maps(maps, self.tokens, [f'layer {self.layer}, head {h}' for h in heads], size=3)
-        self._put(fig, path)
+        _put(fig, path)
 
     def curve(self, path):
         "Save perplexity over tokens; nothing where there are fewer than two points."
@@ -455,14 +462,7 @@ class Camera:
             ax.minorticks_off()
             ax.axhline(self.rows[0]['value'], color=color('softmax'), linestyle='--', label='softmax, the teacher')
             ax.legend()
-        self._put(ax.figure, path)
-
-    def _put(self, fig, path):
-        "Save a figure, and show it nowhere else."
-        from matplotlib.pyplot import close
-        from hedgehog_nb.plots import use_style, save_figure
-        with use_style(): save_figure(fig, path)
-        close(fig)
+        _put(ax.figure, path)
 
 # %% ../nbs/93_cli.ipynb #85f1f755
 def label(row):
@@ -932,7 +932,7 @@ def properties_command(
 ):
     "[bold]Measure attention[/]: its entropy, whether it rises with q·k, and how far linear maps are from softmax."
     from hedgehog_nb.metrics import attention_report, plot_report
-    from hedgehog_nb.plots import save_figure, use_style
+    from hedgehog_nb.plots import use_style
     keys = dict(model=('variant',), layer=('variant','layer'), head=('variant','layer','head'))
     if by not in keys: raise ValueError(f"--by is one of {', '.join(keys)}; given {by!r}")
     if out and out.suffix not in ('.png','.svg','.pdf'): raise ValueError(f"--out draws a .png, .svg or .pdf; given {out.name!r}")
@@ -946,7 +946,8 @@ def properties_command(
     shares = _older(m, ids)
     if shares: screen.out.print(f"keys older than the window: [bold]{shares['share']:.1%}[/] of the weight through the linear branch, where softmax puts {shares['softmax']:.1%}; by layer", *shares['layers'], highlight=False)
     if fig:
-        with whole(fig) as p, use_style(): save_figure(plot_report(report, ('share','spearman','kl') if len(rows.mean('variant'))>1 else ('share','sink','support')), p)
+        with use_style(): drawn = plot_report(report, ('share','spearman','kl') if len(rows.mean('variant'))>1 else ('share','sink','support'))
+        with whole(fig) as p: _put(drawn, p)
         screen.say(f"against the layer: [bold]{fig}[/]")
     screen.object(model=_name(model), data='+'.join(map(_name, data)), tokens=ids.numel(), seq_len=seq_len, rows=[{k:v for k,v in r.items() if not isinstance(v, float) or math.isfinite(v)} for r in rows], **({'older_keys':shares} if shares else {}))
 
