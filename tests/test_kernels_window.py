@@ -298,6 +298,8 @@ for kernel,(most,slots,near) in {'forward':(296,30,32), 'backward q':(296,33,39)
     u = use(128, 64, kernel=kernel)
     assert u['spilled_bytes']<=most and u['slots']<=slots and u['near']<=near and 2*(u['shared_bytes'] + 1024)<=SM and u['registers']*u['warps']*32*2<=65536, u # two programs at a time
     assert use(128, 64, kernel=kernel, window=0)['near']<=.7*near
+    u = use(128, 64, kernel=kernel, logs=True, HAS_MASK=True)
+    assert u['spilled_bytes']<=2*most + 64 and u['near']<=1.75*near, u
 for kernel,(most,near) in {'forward':(656,52), 'backward q':(720,62), 'backward k':(1776,128)}.items():
     u = use(128, 64, kernel=kernel, group=4, logs=True, HAS_START=True, HAS_MASK=True)
     assert u['spilled_bytes']<=most and u['near']<=near, u
