@@ -78,9 +78,9 @@ def _weight_loss_rows(by_row, by_key, hide, keep, window):
 # %% ../nbs/06_distillation.ipynb #31b4951f
 def _in_c(of_rows, phi_q, log_k, log_q, window, q):
     "Does the compiled kernel do this loss?"
-    if of_rows is not _weight_loss_rows or log_k is not None or log_q is not None or window or q.device.type!='cpu' or phi_q.dtype==torch.float64 or torch.compiler.is_compiling(): return False
-    from hedgehog_nb.kernels.cpu import for_all_threads
-    return for_all_threads()
+    if of_rows is not _weight_loss_rows or log_k is not None or log_q is not None or window or q.device.type!='cpu' or phi_q.dtype==torch.float64: return False
+    from hedgehog_nb.kernels.cpu import for_all_threads, holds_numbers
+    return holds_numbers(phi_q, q) and for_all_threads()
 
 class _StreamedLoss(torch.autograd.Function):
     "A loss that is a mean over rows, from `of_rows`, which gives loss and gradients of some of them."

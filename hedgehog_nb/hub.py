@@ -8,7 +8,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/good_citizen.html.md"""
 __all__ = ['CARD', 'LOCK', 'is_hub_name', 'model_card', 'save_own_way']
 
 # %% ../nbs/12_good_citizen.ipynb #12a00004
-import json, re, tempfile
+import inspect, json, re, tempfile
 from functools import partial
 from pathlib import Path
 from huggingface_hub import HfApi, ModelCardData
@@ -63,15 +63,16 @@ def model_card(
 # %% ../nbs/12_good_citizen.ipynb #12a00028
 LOCK = 'hedgehog_nb.load_linearized' # asked for as attention in config.json: a class that would load the model without its maps stops at this name
 
-def _save_pretrained(model, path, *args, push_to_hub=False, **kwargs):
+def _save_pretrained(model, *args, **kwargs):
     "`save_pretrained` of a converted model: the folder says what it holds, to transformers and to people."
-    if push_to_hub: raise ValueError("save the model, then call model.push_to_hub(name)")
+    given = inspect.signature(type(model).save_pretrained).bind(model, *args, **kwargs).arguments
+    if given.get('push_to_hub'): raise ValueError("save the model, then call model.push_to_hub(name)")
     if is_hub_name(model.name_or_path): model.config.hedgehog_card = {'base_model':model.name_or_path, **getattr(model.config, 'hedgehog_card', {})}
-    type(model).save_pretrained(model, path, *args, **kwargs)
-    config,card = Path(path)/'config.json',Path(path)/'README.md'
-    if not config.is_file() or not kwargs.get('is_main_process', True): return
+    type(model).save_pretrained(model, *args, **kwargs)
+    config,card = (Path(given['save_directory'])/f for f in ('config.json', 'README.md'))
+    if not config.is_file() or not given.get('is_main_process', True): return
     cfg = json.loads(config.read_text())
-    cfg.update(base_model_type=cfg['model_type'], model_type='hedgehog_nb', attn_implementation=LOCK)
+    cfg.update(base_model_type=cfg['model_type'], model_type='hedgehog_nb')
     config.write_text(json.dumps(cfg, indent=2, sort_keys=True)+'\n')
     if not card.exists() or 'library_name: hedgehog_nb' in card.read_text(encoding='utf-8'): card.write_text(model_card(model), encoding='utf-8')
 
@@ -87,4 +88,5 @@ def save_own_way(
     model, # A converted model
 ):
     "Let `save_pretrained` and `push_to_hub` of this model write what `save_linearized` writes, whoever calls them. `linearize` does this."
+    model.config.attn_implementation = LOCK # goes wherever this config is saved, in a larger model too
     model.save_pretrained,model.push_to_hub = partial(_save_pretrained, model),partial(_push_to_hub, model)

@@ -9,10 +9,11 @@ __all__ = ['RecurrentLayer', 'recurrent_layer', 'use_recurrent_cache', 'cache_by
            'benchmark_models', 'models_table']
 
 # %% ../nbs/09_generation.ipynb #b0070e27
-import gc, json, math, statistics, time, torch
+import gc, json, math, statistics, time, torch, warnings
 from functools import partial
 from pathlib import Path
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, EncoderDecoderCache, StaticLayer
+from .attention import own_attention
 from .results import Table, code_version, device_name, write_results
 
 # %% ../nbs/09_generation.ipynb #039b182f
@@ -63,14 +64,25 @@ def recurrent_layer(
     return cache.layers[layer_idx]
 
 def _take_seat(linear, module, args, kwargs):
-    "Forward pre-hook: find the cache among the arguments, and this module's layer in it. `linear` are the layers that are converted."
+    "Forward pre-hook: find the cache among the arguments, and hand this module's layer in it to the attention function. `linear` are the layers that are converted."
     cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
     if isinstance(cache, EncoderDecoderCache): cache = cache.self_attention_cache
-    if cache is not None and any(isinstance(l, StaticLayer) for i,l in enumerate(cache.layers) if i not in linear):
+    name = own_attention(module.config)
+    if name!='hedgehog': return _as_softmax(cache, module.layer_idx, name)
+    if cache is None: return
+    if any(isinstance(l, StaticLayer) for i,l in enumerate(cache.layers) if i not in linear):
         raise ValueError("the softmax layers of a partly converted model cannot use a static cache; choose cache_implementation='dynamic'")
-    module._past = None if cache is None else recurrent_layer(cache, module.layer_idx)
+    layer = recurrent_layer(cache, module.layer_idx)
+    if layer.length and layer.state is None and getattr(module, 'is_causal', True):
+        raise ValueError(f"{type(module).__name__} read {layer.length} tokens and kept no state of them: it does not hand recurrent_layer to its attention function")
+    return args, {**kwargs, 'recurrent_layer':layer}
 
-def _leave_seat(module, args, output): module._past = None
+def _as_softmax(cache, i, name):
+    "Layer `i` of a model that was set to another attention than ours is the softmax layer it was, with keys and values in its cache."
+    back = "model.set_attn_implementation('hedgehog')"
+    if not torch.compiler.is_compiling(): warnings.warn(f"this model was converted, and is set to {name!r}: it runs as the softmax model it was, until {back}", RuntimeWarning, stacklevel=5)
+    if cache is not None and i<len(cache.layers) and isinstance(cache.layers[i], RecurrentLayer):
+        raise ValueError(f"this cache holds states of linear attention, and the model is set to {name!r} now; start from an empty cache, or call {back}")
 
 def use_recurrent_cache(
     model, # A model whose converted attention modules have a `feature_map`
@@ -79,7 +91,6 @@ def use_recurrent_cache(
     ms = [m for m in model.modules() if hasattr(m, 'feature_map') and hasattr(m, 'layer_idx')]
     for m in ms:
         m.register_forward_pre_hook(partial(_take_seat, {m.layer_idx for m in ms}), with_kwargs=True)
-        m.register_forward_hook(_leave_seat, always_call=True)
 
 # %% ../nbs/09_generation.ipynb #1c862fde
 def cache_bytes(

@@ -324,9 +324,8 @@ def add_lora(
 ): # A `PeftModel` around it, in which adapters and feature maps are trainable
     "Give `model` LoRA adapters beside its feature maps. Raises `ValueError` on modules that it does not have."
     from peft import LoraConfig, get_peft_model
-    tuned = get_peft_model(model, LoraConfig(**lora))
-    for m in linear_layers(model).values(): m.feature_map.requires_grad_()
-    return tuned
+    if linear_layers(model): lora = {**lora, 'modules_to_save': [*(lora.get('modules_to_save') or ()), 'feature_map']} # trained, and in every checkpoint
+    return get_peft_model(model, LoraConfig(**lora))
 
 def merge_lora(
     tuned, # From `add_lora`
@@ -397,6 +396,7 @@ def save_trained(
             model.active_peft_config.base_model_name_or_path = base
             model.save_pretrained(new, save_embedding_layers=False)
             (new/'README.md').unlink(missing_ok=True) # a form that nobody has filled in
+            _drop_maps(new)
         heads = _heads({n:m.feature_map for n,m in linear_layers(inner).items()})
         save_state(new/TRAINED, maps=_maps(inner), hedgehog=inner.config.hedgehog, base=base, original=original, adapted=adapted, heads=heads)
     return path
@@ -407,7 +407,19 @@ def _rewritten(tuned):
     "Do its adapters start from a part of the weights that they adapt, as PiSSA's do?"
     return any(str(c.init_lora_weights).startswith(('pissa','olora','corda','loftq')) for c in tuned.peft_config.values())
 
-def _maps(model): return {n:t for n,t in model.state_dict().items() if '.feature_map.' in n}
+def _drop_maps(folder):
+    "Take the maps out of what peft has saved: they have a file of their own."
+    file,config = folder/'adapter_model.safetensors',folder/'adapter_config.json'
+    save_file({k:t for k,t in load_file(file).items() if '.feature_map.' not in k}, file, metadata=dict(format='pt'))
+    cfg = json.loads(config.read_text())
+    cfg['modules_to_save'] = [m for m in cfg['modules_to_save'] or () if m!='feature_map'] or None
+    config.write_text(json.dumps(cfg, indent=2, sort_keys=True))
+
+def _maps(model):
+    "{name: tensor} of all maps; of those that peft trains beside an adapter, the trained ones, by the name they have without it."
+    maps = {n:m.feature_map for n,m in linear_layers(model).items()}
+    trained = {n:m.modules_to_save[m.active_adapter] if hasattr(m, 'modules_to_save') else m for n,m in maps.items()}
+    return {f'{n}.feature_map.{k}':t for n,m in trained.items() for k,t in m.state_dict().items()}
 
 def _sample(model, rewritten=False):
     "{name and shape: 16 of its numbers} of the weights that the original has, converted or not, adapted or not; nan where peft trains them in place or has `rewritten` them."
@@ -445,6 +457,7 @@ def _add_adapters(model, path):
             warnings.simplefilter('ignore') # keys are compared below
             tuned = PeftModel.from_pretrained(model, path, use_safetensors=True)
     except (SafetensorError,RuntimeError,ValueError,TypeError,KeyError,AttributeError,ImportError) as e:
+        if isinstance(e, KeyError) and str(e.args[0]).startswith('base_model.'): raise ValueError(f"{file} and adapter_config.json do not fit: {e.args[0]} is asked for only") from None
         raise ValueError(f"the adapters in {path} cannot be read: {type(e).__name__}, {' '.join(str(e).split())[:300]}") from None
     _check_finite(there, file)
     odd = sorted(there.keys()^get_peft_model_state_dict(tuned, save_embedding_layers=False).keys()) # as they were saved; 'auto' would ask the hub

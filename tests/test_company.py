@@ -1,0 +1,346 @@
+"A converted model in company: threads, caches of fixed length, other attentions, tracers, models around it."
+import copy, threading, warnings
+import peft, pytest, torch, transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache
+from hedgehog_nb import linear_attention, make_feature_map
+from hedgehog_nb.attention import attention_as, capture_attention, own_attention, softmax_attention
+from hedgehog_nb.distillation import weight_loss
+from hedgehog_nb.linearize import linear_layers, linearize, load_linearized, save_linearized
+from hedgehog_nb.training import add_lora, distill, finetune, load_trained, merge_lora, perplexity, save_trained, teacher_pass
+from tiny_models import VOCAB, bert, corpus, gpt2, llama, shake, tokens, vit
+
+FREE = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
+
+class OwnLlama(LlamaForCausalLM): "A class that transformers does not know."
+
+def made(f=llama, double=True, layers=2, **kw): return shake(linearize((f(layers=layers).double() if double else f(layers=layers)), **kw)).eval()
+
+@torch.no_grad()
+def logits(model, x, **kw): return model(input_ids=x, **kw).logits
+
+def same(a, b, tol=1e-10): torch.testing.assert_close(a, b, atol=tol, rtol=tol)
+
+def at_once(*fs):
+    "What each function returns, all of them run at once in threads."
+    got,start = [None]*len(fs),threading.Barrier(len(fs))
+    def run(i):
+        start.wait()
+        try: got[i] = fs[i]()
+        except Exception as e: got[i] = e
+    ts = [threading.Thread(target=run, args=(i,)) for i in range(len(fs))]
+    for t in ts: t.start()
+    for t in ts: t.join()
+    for g in got:
+        if isinstance(g, Exception): raise g
+    return got
+
+# --- threads
+
+@pytest.mark.parametrize('threads,requests,kw', [(8, 20, {}), (4, 4, dict(feature_map='hedgehog-window', window=4)), (4, 4, dict(softmax_heads='0:0,1'))], ids=['linear','hybrid','heads'])
+def test_threads_that_write_with_one_model(threads, requests, kw):
+    model = made(layers=1, **kw)
+    prompts = [[tokens(1, 3+(7*i+j)%23, seed=20*i+j) for j in range(requests)] for i in range(threads)]
+    write = lambda p: model.generate(p, max_new_tokens=6, **FREE)
+    want = [[write(p) for p in ps] for ps in prompts]
+    got = at_once(*(lambda ps=ps: [write(p) for p in ps] for ps in prompts))
+    assert sum(torch.equal(a, b) for xs,ys in zip(want, got) for a,b in zip(xs, ys))==threads*requests
+
+def test_two_distillations_at_once():
+    make = lambda: [shake(linearize(llama(seed, layers=2))) for seed in (1, 2)]
+    data = list(corpus(40).split(4)); run = lambda m: distill(m, data, steps=10, lr=.02)
+    want,models = [run(m) for m in make()],make()
+    assert at_once(*(lambda m=m: run(m) for m in models))==want
+
+@pytest.mark.parametrize('convert', [True, False], ids=['converted','softmax'])
+def test_who_looks_at_a_model_does_not_disturb_who_runs_it(convert):
+    model = made() if convert else llama(layers=2).double()
+    x,y = tokens(2, 9),tokens(1, 12, seed=3)
+    write,look = (lambda: [model.generate(x, max_new_tokens=8, **FREE) for _ in range(6)]), lambda: [capture_attention(model, input_ids=y, use_cache=False) for _ in range(30)]
+    text,calls = write(),look()
+    a,b,c = at_once(write, look, look)
+    assert all(torch.equal(p, q) for p,q in zip(a, text))
+    for seen in (b, c): assert all(len(s)==2 and torch.equal(s[1].q, calls[0][1].q) for s in seen)
+    assert own_attention(model.config)==model.config._attn_implementation==('hedgehog' if convert else 'sdpa')
+
+def test_a_teacher_pass_beside_generation():
+    model = made(); x = tokens(2, 9)
+    def teach():
+        seen = []
+        for _ in range(15): teacher_pass(model, dict(input_ids=x), lambda m, q, k, v, causal, scale, mask, o: seen.append(o))
+        return seen
+    write = lambda: [model.generate(x, max_new_tokens=8, **FREE) for _ in range(6)]
+    want = teach(),write()
+    for got,w in zip(at_once(teach, write), want): assert len(got)==len(w) and all(torch.equal(p, q) for p,q in zip(got, w))
+
+def test_borrowing_within_borrowing():
+    model = llama(layers=2).double(); x = tokens(); want = logits(model, x)
+    named = lambda name, to: lambda m, q, k, v, mask, scaling=None, **kw: (to.append(name), (softmax_attention(q, k, v, scale=scaling).transpose(1,2), None))[1]
+    seen = []
+    with attention_as(model.model, named('body', seen)):
+        with attention_as(model, named('whole', seen)): same(logits(model, x), want)
+        assert seen==['whole']*2
+        same(logits(model, x), want)
+    assert seen==['whole']*2+['body']*2 and model.config._attn_implementation=='sdpa' and torch.equal(logits(model, x), want)
+
+# --- masks made before a state has its place
+
+@pytest.mark.parametrize('name', [llama, gpt2])
+@pytest.mark.parametrize('kw', [{}, dict(feature_map='hedgehog-window', window=4), dict(form='exp')], ids=['softmax','window','exp'])
+def test_a_cache_of_fixed_length_and_padding(name, kw):
+    model = made(name, **kw); short,long = tokens(1, 7),tokens(1, 15, seed=2)
+    x = torch.cat([long, torch.cat([torch.zeros(1, 8, dtype=torch.long), short], 1)]); mask = (x>0).long()
+    alone = model.generate(short, max_new_tokens=6, use_cache=False, **FREE)[0,-6:]
+    for cache in ('dynamic','static'): assert torch.equal(model.generate(x, attention_mask=mask, max_new_tokens=6, cache_implementation=cache, disable_compile=True, **FREE)[1,-6:], alone)
+    pos = (mask.cumsum(-1)-1).clamp_min(0)
+    def last(pad): return logits(model, x.masked_fill(mask==0, pad), attention_mask=mask, position_ids=pos, past_key_values=StaticCache(config=model.config, max_cache_len=40))[1,-1]
+    same(last(5), last(9)); same(last(5), logits(model, short)[0,-1])
+
+def test_a_static_cache_read_in_pieces():
+    model = made(); x = tokens(2, 12); mask = torch.ones_like(x); mask[1,:3] = 0
+    pos = (mask.cumsum(-1)-1).clamp_min(0)
+    cache,want = StaticCache(config=model.config, max_cache_len=20),logits(model, x, attention_mask=mask, position_ids=pos, use_cache=False)
+    parts = [logits(model, x[:,a:b], attention_mask=mask[:,:b], position_ids=pos[:,a:b], past_key_values=cache) for a,b in ((0,5), (5,6), (6,12))]
+    same(torch.cat(parts, 1)[mask.bool()], want[mask.bool()])
+
+# --- another attention
+
+@pytest.mark.parametrize('attention', ['sdpa','eager'])
+def test_set_to_another_attention_it_is_the_softmax_model_and_back(attention):
+    soft = llama(layers=2).double(); model = linearize(copy.deepcopy(soft)); x = tokens(2, 9)
+    linear = logits(model, x)
+    model.set_attn_implementation(attention)
+    with pytest.warns(RuntimeWarning, match="converted, and is set to '"+attention): same(logits(model, x), logits(soft, x), 1e-5) # eager rounds in fp32
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        assert torch.equal(model.generate(x, max_new_tokens=8, **FREE), soft.generate(x, max_new_tokens=8, **FREE))
+    model.set_attn_implementation('hedgehog')
+    assert torch.equal(logits(model, x), linear)
+
+def test_a_cache_of_one_attention_is_none_of_another():
+    model = made(); x = tokens(1, 6); states,keys = DynamicCache(),DynamicCache()
+    logits(model, x, past_key_values=states)
+    model.set_attn_implementation('sdpa')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        logits(model, x, past_key_values=keys)
+        with pytest.raises(ValueError, match='holds states of linear attention'): logits(model, x, past_key_values=states)
+    model.set_attn_implementation('hedgehog')
+    with pytest.raises(ValueError, match='as keys and values'): logits(model, x, past_key_values=keys)
+
+def test_attention_that_does_not_hand_down_its_arguments_is_refused(monkeypatch):
+    whole = transformers.models.llama.modeling_llama.LlamaAttention.forward
+    def narrow(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kw): return whole(self, hidden_states, position_embeddings, attention_mask, past_key_values)
+    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaAttention, 'forward', narrow)
+    model = llama()
+    with pytest.raises(ValueError, match='does not hand its keyword arguments'): linearize(model)
+    assert not linear_layers(model) and not any(m._forward_pre_hooks for m in model.modules())
+
+# --- weights by the config
+
+@pytest.mark.parametrize('name', [llama, gpt2, bert])
+def test_weights_asked_for_by_the_config(name):
+    model = made(name); x = tokens(); want = model(input_ids=x, output_attentions=True).attentions
+    model.config.__dict__['output_attentions' if 'output_attentions' in model.config.__dict__ else '_output_attentions'] = True
+    got = model(input_ids=x).attentions
+    assert len(got)==2 and all(torch.equal(a, b) for a,b in zip(got, want))
+    assert not model(input_ids=x, output_attentions=False).attentions
+
+# --- tracers: values are not known while they look
+
+@pytest.fixture
+def traced():
+    "A model, blocks of tokens, positions of one sequence and of two packed ones."
+    x = tokens(2, 12); one = torch.arange(12).expand(2, 12).contiguous()
+    return made(layers=1), x, one, torch.where(one<7, one, one-7)
+
+class Logits(torch.nn.Module):
+    def __init__(self, model): super().__init__(); self.model = model
+    def forward(self, x, pos=None): return self.model(input_ids=x, position_ids=pos, use_cache=False).logits
+
+PACKED = 'linear attention takes a padding mask'
+
+def test_compiled_without_a_mask(traced):
+    model,x,one,two = traced; torch._dynamo.reset()
+    c = torch.compile(Logits(model), backend='eager', fullgraph=True)
+    with torch.no_grad():
+        same(c(x), logits(model, x)); same(c(x, one), logits(model, x))
+        with pytest.raises(RuntimeError, match=PACKED): c(x, two)
+    with pytest.raises(ValueError, match=PACKED): logits(model, x, position_ids=two, use_cache=False)
+
+def test_compiled_with_a_sliding_window():
+    torch.manual_seed(0)
+    m = transformers.MistralForCausalLM(transformers.MistralConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, sliding_window=5))
+    model = linearize(m.double().eval()); x = tokens(2, 12); torch._dynamo.reset()
+    with torch.no_grad(): same(torch.compile(Logits(model), backend='eager', fullgraph=True)(x), logits(model, x))
+
+@torch.no_grad()
+def test_exported_without_a_mask(traced):
+    model,x,one,two = traced
+    same(torch.export.export(Logits(model), (x,)).module()(x), logits(model, x))
+    ep = torch.export.export(Logits(model), (x, one)).module()
+    same(ep(x, one), logits(model, x))
+    with pytest.raises(RuntimeError, match=PACKED): ep(x, two)
+
+@torch.no_grad()
+@pytest.mark.parametrize('double', [True, False])
+def test_traced_without_a_mask(double):
+    model,x = made(double=double, layers=1),tokens(2, 12)
+    same(torch.jit.trace(Logits(model), (x,), strict=False, check_trace=False)(x), logits(model, x), 1e-10 if double else 1e-5)
+
+def test_finetuned_and_measured_compiled():
+    model,data = made(double=False),corpus(16)
+    assert torch.isfinite(torch.tensor(perplexity(torch.compile(model, backend='eager'), data)))
+    assert len(linear_layers(finetune(model, data, steps=2, batch_size=4, torch_compile=True, torch_compile_backend='eager')))==2
+
+def test_fake_tensors_have_shapes_and_no_numbers():
+    "The kernel in C would read at address 0."
+    with FakeTensorMode():
+        q = torch.randn(1, 2, 20, 8)
+        fm = make_feature_map('hedgehog', 8, 2)
+        with torch.no_grad(): assert linear_attention(q, q, q, fm).shape==q.shape
+        with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException): weight_loss(q, q, fm)
+
+def test_the_kernel_in_c_takes_no_tensor_without_numbers():
+    from hedgehog_nb.kernels.cpu import _c_args, library
+    if library()[0] is None: pytest.skip(library()[1])
+    with FakeTensorMode(): x = torch.randn(3)
+    with pytest.raises(ValueError, match='holds no numbers'): _c_args(x)
+
+# --- models around it
+
+def lora(model, **kw):
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=['q_proj'], task_type='CAUSAL_LM', **kw))
+    with torch.no_grad():
+        for n,p in tuned.named_parameters():
+            if 'lora_B' in n: p.normal_(0, .1)
+    return tuned
+
+def test_what_has_adapters_is_merged_first():
+    tuned = lora(llama(layers=2))
+    for m in (tuned, tuned.get_base_model()):
+        with pytest.raises(ValueError, match='has an adapter of peft: merge it'): linearize(m)
+    assert linear_layers(linearize(tuned.merge_and_unload()))
+
+def test_a_peft_model_is_no_converted_model_to_save(tmp_path):
+    with pytest.raises(ValueError, match='PeftModel.* around a converted model: merge the adapters first'): save_linearized(lora(made()), tmp_path/'m')
+
+@pytest.mark.parametrize('f', [llama, gpt2, bert])
+def test_a_converted_body_is_saved_with_its_head(f, tmp_path):
+    whole = f(layers=2); linearize(whole.base_model); shake(whole).eval()
+    whole.save_pretrained(tmp_path/'m')
+    assert torch.equal(logits(load_linearized(tmp_path/'m'), tokens()), logits(whole, tokens()))
+    with pytest.raises(ValueError, match='hedgehog_nb.load_linearized'): type(whole).from_pretrained(tmp_path/'m')
+
+def test_a_body_that_gets_its_head_later_still_says_what_it_is(tmp_path):
+    body = shake(linearize(llama(layers=2).model)).eval(); whole = llama(1, layers=2)
+    whole.model,whole.config = body,body.config
+    whole.save_pretrained(tmp_path/'m')
+    with pytest.raises(ValueError, match='hedgehog_nb.load_linearized'): LlamaForCausalLM.from_pretrained(tmp_path/'m')
+    assert torch.equal(logits(load_linearized(tmp_path/'m'), tokens()), logits(whole, tokens()))
+
+def llava():
+    small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    return transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(image_token_index=VOCAB-1, text_config=transformers.LlamaConfig(**small, vocab_size=VOCAB),
+        vision_config=transformers.CLIPVisionConfig(**small, image_size=16, patch_size=8)))
+
+def test_a_tower_is_converted_with_its_model():
+    model = llava()
+    with pytest.raises(ValueError, match='LlamaModel is a part of a LlavaForConditionalGeneration'): linearize(model.model.language_model)
+    tower = model.model.language_model; del model
+    assert len(linear_layers(linearize(tower)))==2   # it is nobody's part now
+
+def test_a_model_around_a_converted_tower_is_not_saved_as_a_whole(tmp_path):
+    model,body = llava(),linearize(llama(layers=2).model); model.model.language_model = body; model.config.text_config = body.config
+    with pytest.raises(ValueError, match='a part of this LlavaForConditionalGeneration was converted'): save_linearized(model, tmp_path/'m')
+    model.save_pretrained(tmp_path/'m')
+    with pytest.raises(ValueError, match='a part, text_config, was converted by itself'): load_linearized(tmp_path/'m')
+
+# --- adapters and maps trained together
+
+def test_checkpoints_of_adapters_hold_the_maps(tmp_path):
+    save_linearized(made(double=False), tmp_path/'base')
+    tuned = add_lora(load_linearized(tmp_path/'base'), r=2, target_modules=['q_proj']); rows = [dict(input_ids=r, labels=r) for r in corpus(16)]
+    args = transformers.TrainingArguments(str(tmp_path/'run'), max_steps=3, save_steps=3, per_device_train_batch_size=4, learning_rate=.05, report_to='none', use_cpu=True, disable_tqdm=True)
+    transformers.Trainer(tuned, args, train_dataset=rows).train()
+    want = logits(tuned.eval(), tokens())
+    again = peft.PeftModel.from_pretrained(load_linearized(tmp_path/'base'), tmp_path/'run'/'checkpoint-3')
+    assert torch.equal(logits(again, tokens()), want)
+    with again.disable_adapter(): assert torch.equal(logits(again, tokens()), logits(load_linearized(tmp_path/'base'), tokens()))
+    same(logits(merge_lora(again), tokens()), want, 1e-5)
+
+def test_maps_and_adapters_train_and_nothing_else():
+    tuned = add_lora(made(), r=2, target_modules=['q_proj'], modules_to_save=['lm_head'])
+    kinds = {k: sum(k in n for n,p in tuned.named_parameters() if p.requires_grad) for k in ('lora_','feature_map.modules_to_save','lm_head.modules_to_save')}
+    assert kinds=={'lora_':4, 'feature_map.modules_to_save':4, 'lm_head.modules_to_save':1} and sum(kinds.values())==sum(p.requires_grad for p in tuned.parameters())
+    assert not any('feature_map' in n for n,p in add_lora(llama(), r=2, target_modules=['q_proj']).named_parameters())
+
+@pytest.mark.parametrize('kw', [{}, dict(feature_map='hedgehog-window', window=4), dict(softmax_heads='0:0,1')], ids=['linear','hybrid','heads'])
+def test_trained_folders_of_adapted_models(kw, tmp_path):
+    tuned = finetune(made(double=False, **kw), corpus(16), steps=3, batch_size=4, lr=.05, lora=dict(r=2, target_modules=['q_proj']), merge=False)
+    want,x = logits(tuned, tokens()),tokens()
+    save_trained(tuned, tmp_path/'t')
+    same(logits(load_trained(llama(layers=2), tmp_path/'t'), x), want, 1e-5)
+    same(logits(merge_lora(tuned), x), want, 1e-5)
+
+# --- folders: what `from_pretrained` and `save_pretrained` of transformers take
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory): return save_linearized(made(double=False), tmp_path_factory.mktemp('own')/'m')
+
+def test_adapters_of_a_converted_model_come_with_it(folder, tmp_path):
+    tuned = lora(AutoModelForCausalLM.from_pretrained(folder)); tuned.save_pretrained(tmp_path/'a')
+    for load in (AutoModelForCausalLM, peft.AutoPeftModelForCausalLM): same(logits(load.from_pretrained(tmp_path/'a'), tokens()), logits(tuned, tokens()), 1e-6)
+    with pytest.raises(ValueError, match='holds adapters, not the model'): load_linearized(tmp_path/'a')
+
+@pytest.mark.parametrize('maps', [False, True])
+def test_a_whole_folder_with_its_adapter_inside(maps, tmp_path):
+    save_linearized(made(double=False), tmp_path/'m'); model = load_linearized(tmp_path/'m')
+    tuned = add_lora(model, r=2, target_modules=['q_proj']) if maps else lora(model)
+    with torch.no_grad():
+        for p in tuned.parameters():
+            if p.requires_grad: p.add_(.1*torch.randn_like(p))
+    tuned.save_pretrained(tmp_path/'m')
+    for load in (AutoModelForCausalLM.from_pretrained, load_linearized): same(logits(load(tmp_path/'m'), tokens()), logits(tuned, tokens()), 1e-6)
+
+def test_options_are_passed_on(folder, tmp_path):
+    x,want = tokens(),logits(load_linearized(folder), tokens())
+    model,info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert torch.equal(logits(model, x), want) and not info['missing_keys'] and not info['unexpected_keys'] and not info['mismatched_keys']
+    model,info = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=5, output_loading_info=True)
+    assert info['missing_keys']=={'score.weight'} and model.config.num_labels==5
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder.parent, subfolder='m'), x), want)
+    for load in (AutoModelForCausalLM.from_pretrained, load_linearized): assert len(load(folder, output_attentions=True)(input_ids=x).attentions)==2
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path=folder, attn_implementation='hedgehog', device_map='cpu', low_cpu_mem_usage=True), x), want)
+
+@pytest.mark.parametrize('given,said', [(dict(attn_implementation='sdpa'), "set_attn_implementation"), (dict(state_dict={'a':1}), 'load_state_dict'),
+    (dict(use_safetensors=False), 'nothing else is read'), (dict(no_such_thing=1), 'no_such_thing')])
+def test_options_that_do_not_fit_are_refused(folder, given, said):
+    for load in (AutoModelForCausalLM.from_pretrained, load_linearized):
+        with pytest.raises((ValueError,TypeError), match=said): load(folder, **given)
+    with pytest.raises(ValueError, match='its folder and its config alone'): AutoModelForCausalLM.from_pretrained(folder, 3)
+
+@pytest.mark.parametrize('f,name', [(gpt2,'hidden_size'), (gpt2,'num_hidden_layers'), (llama,'rms_norm_eps'), (bert,'layer_norm_eps'), (vit,'qkv_bias')])
+def test_its_config_knows_what_the_originals_knows(f, name, tmp_path):
+    model = linearize(f()); model.save_pretrained(tmp_path/'m'); cfg = AutoConfig.from_pretrained(tmp_path/'m')
+    assert getattr(cfg, name)==getattr(model.config, name) and copy.deepcopy(cfg).to_dict()==cfg.to_dict() and not hasattr(cfg, 'no_such_thing')
+
+@pytest.mark.parametrize('save', [lambda m, d: m.save_pretrained(save_directory=d), lambda m, d: m.save_pretrained(d, True, m.state_dict(), False, '1MB'), lambda m, d: m.save_pretrained(d, max_shard_size='10KB')])
+def test_save_pretrained_takes_what_it_took(save, tmp_path):
+    model = made(double=False); save(model, tmp_path/'m')
+    assert torch.equal(logits(load_linearized(tmp_path/'m'), tokens()), logits(model, tokens()))
+    with pytest.raises(ValueError, match='push_to_hub'): model.save_pretrained(tmp_path/'n', True, None, True)
+    with pytest.raises(TypeError, match='save_directory'): model.save_pretrained()
+
+def test_classes_of_the_users_own(tmp_path):
+    torch.manual_seed(0); model = shake(linearize(OwnLlama(llama(layers=2).config))).eval()
+    save_linearized(model, tmp_path/'m'); x = tokens()
+    for kw in ({}, dict(cls=OwnLlama)):
+        again = load_linearized(tmp_path/'m', **kw)
+        assert type(again) is OwnLlama and torch.equal(logits(again, x), logits(model, x))
+    assert type(load_linearized(tmp_path/'m', cls=LlamaForCausalLM)) is LlamaForCausalLM
+    cfg = (tmp_path/'m'/'config.json'); cfg.write_text(cfg.read_text().replace('OwnLlama', 'NobodysLlama'))
+    with pytest.raises(ValueError, match='import it first, or give it'): load_linearized(tmp_path/'m')
+    class OwnLlama2(LlamaForCausalLM): pass
+    OwnLlama2.__name__ = 'OwnLlama'; cfg.write_text(cfg.read_text().replace('NobodysLlama', 'OwnLlama'))
+    with pytest.raises(ValueError, match='give one, load_linearized'): load_linearized(tmp_path/'m')
