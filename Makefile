@@ -33,7 +33,7 @@ NBS   := $(TEST) nbdev-test --n-workers $(WORKERS) --timing
 # The notebooks that take longest go first: one that starts last keeps one worker only
 LONG  := ^(11_training|93_cli)
 
-.PHONY: help demo test test-lowest gpu gpu-smoke gpu-tests gpu-sanitize gpu-bench gpu-models gpu-files sync docs readme hooks clean
+.PHONY: help demo test test-lowest gpu gpu-smoke gpu-tests gpu-sanitize gpu-bench gpu-models gpu-files sync pages docs readme hooks clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -66,6 +66,9 @@ gpu-files:  ## What a GPU machine without a network lacks, in folders of 45 MB: 
 
 sync: $(VENV)/.stamp-dev  ## Check that modules equal their notebooks and that the notebooks are clean (works on a copy)
 	@PATH="$(BIN):$$PATH" .ci/sync
+
+pages: $(VENV)/.stamp-dev  ## Process the pages for the site: the first half of `make docs`, which needs no Quarto
+	@$(TEST) PYTHONWARNINGS='ignore:Found cells containing imports' nbdev-proc-nbs --n-workers $(WORKERS)
 
 docs: $(VENV)/.stamp-dev  ## Build the site into _docs (needs Quarto)
 	@command -v quarto >/dev/null || { echo "make docs needs Quarto, which pip cannot install: see https://quarto.org/docs/get-started, then run make docs again." >&2; exit 1; }
