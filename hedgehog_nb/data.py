@@ -462,7 +462,7 @@ def load_texts(
         res = read_docs(p, text_column)
         if split is not None: res = cut_split(res, split)
     else: res = _hub_texts(str(spec), split, text_column)
-    if not res: raise DataError(f"{spec} is too short to be cut into splits; name a longer text")
+    if not res: raise DataError(f"{spec} is too short to be cut into splits: name a longer text, or take all of it (--split all, split=None)")
     return res
 
 # %% ../nbs/91_data.ipynb #5c8cc76d

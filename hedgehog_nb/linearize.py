@@ -177,8 +177,9 @@ def _look(model, inputs, fn, mask_fn):
     "One forward pass with `fn` as the attention, outside autocast, which rounds. Raises `ValueError` where the model does not run with it."
     try:
         with attention_as(model, fn, mask_fn), torch.autocast(model.device.type, enabled=False): model(**inputs)
-    except (ValueError,torch.OutOfMemoryError): raise
+    except torch.OutOfMemoryError: raise
     except Exception as e:
+        if isinstance(e, ValueError) and inspect.getinnerframes(e.__traceback__)[-1].frame.f_globals['__name__'].startswith('hedgehog_nb'): raise # said here, not by the model
         raise ValueError(f"{type(model).__name__} did not run while its attention was looked at: {type(e).__name__}, {str(e).splitlines()[0]}. "
             "Give `inputs` that its forward takes; if it runs on these by itself, it uses its masks otherwise than for softmax of q·k") from e
 

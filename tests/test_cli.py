@@ -121,6 +121,29 @@ def test_generate_greedy_and_seeds(converted):
 def test_generate_from_stdin():
     assert hedgehog('generate', 'embedded', '-p', '-', '-n', 3, input='Tim saw').stdout.startswith('Tim saw')
 
+def test_generate_answers_where_the_model_was_made_for_it(here):
+    from hedgehog_nb.data import load_embedded
+    model,tok = load_embedded()
+    tok.chat_template = "{% for m in messages %}User: {{ m['content'] }}\nBot:{% endfor %}"
+    for name in ('stories-260K-Instruct', 'stories-digits'): model.save_pretrained(here/name); tok.save_pretrained(here/name)
+    said = lambda *args: json.loads(hedgehog('generate', *args, '-n', 8, '--temperature', 0, '--json').stdout)
+    asked = said('stories-260K-Instruct', '-p', 'Tell a story.')
+    whole = said('stories-digits', '-p', 'User: Tell a story.\nBot:')
+    assert asked['chat'] and asked['tokens']==8 and not whole['chat'] and whole['text'].startswith('User: Tell')
+    assert said('stories-digits', '-p', 'Tell a story.', '--chat')['text']==asked['text']
+    assert said('stories-260K-Instruct', '-p', 'Tell a story.', '--no-chat')['text'].startswith('Tell a story.')
+    r = hedgehog('generate', 'stories-260K-Instruct', '-p', 'Tell a story.', '-n', 8)
+    assert 'chat template' in r.stderr and not r.stdout.startswith('User')
+    assert '--chat asks' in hedgehog('generate', 'stories-digits', '-p', 'Tom', '-n', 2).stderr
+    assert 'no chat template: leave out --chat' in hedgehog('generate', 'embedded', '-p', 'Tom', '--chat', code=1).stderr
+
+@pytest.mark.parametrize('name,yes', [('HuggingFaceTB/SmolLM2-135M-Instruct',True), ('google/gemma-2-2b-it',True), ('meta-llama/Llama-2-7b-chat-hf',True), ('it/model',True),
+    ('gpt2',False), ('models/italian-llama',False), ('digits',False), ('Qwen/Qwen3-0.6B-Base',False)])
+def test_models_that_answer_say_so_in_their_names(name, yes):
+    from types import SimpleNamespace
+    from hedgehog_nb.cli import answers
+    assert answers(SimpleNamespace(chat_template='x'), None, name)==yes and not answers(SimpleNamespace(chat_template=None), name)
+
 def test_overwrite(converted, here):
     args = 'linearize', 'embedded', '--data', 'embedded', '--out', 'm', '--distill-tokens', 0, '--finetune-tokens', 0, *SHORT
     hedgehog(*args)

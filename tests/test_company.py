@@ -1,6 +1,6 @@
 "A converted model in company: threads, caches of fixed length, other attentions, tracers, models around it."
 import copy, threading, warnings
-import peft, pytest, torch, transformers
+import datasets, peft, pytest, torch, transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache
 from hedgehog_nb import linear_attention, make_feature_map
@@ -344,3 +344,46 @@ def test_classes_of_the_users_own(tmp_path):
     class OwnLlama2(LlamaForCausalLM): pass
     OwnLlama2.__name__ = 'OwnLlama'; cfg.write_text(cfg.read_text().replace('NobodysLlama', 'OwnLlama'))
     with pytest.raises(ValueError, match='give one, load_linearized'): load_linearized(tmp_path/'m')
+
+# --- what a message says
+
+class Picky(LlamaForCausalLM):
+    "Refuses short texts, in words of its own."
+    def forward(self, input_ids=None, **kw):
+        if input_ids.shape[1]<8: raise ValueError('needs 8 tokens')
+        return super().forward(input_ids=input_ids, **kw)
+
+def test_a_models_own_error_says_what_to_give():
+    model = Picky(llama(layers=1).config)
+    with pytest.raises(ValueError, match=r'Picky did not run while its attention was looked at: ValueError, needs 8 tokens. Give `inputs`'): linearize(model)
+    assert linear_layers(linearize(model, inputs=dict(input_ids=tokens(1, 9))))
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_a_model_wholly_in_half_precision_distils(dtype):
+    model = linearize(llama(layers=2)).to(dtype)
+    losses = distill(model, list(corpus(96).split(8)), steps=12, lr=.02)
+    assert all(p.dtype==torch.float32 for m in linear_layers(model).values() for p in m.feature_map.parameters())
+    assert losses[-1]<losses[0] and model.dtype==dtype and logits(model, tokens()).isfinite().all()
+
+def test_weights_in_float16_are_not_finetuned_but_adapters_are():
+    model = linearize(llama(layers=2)).half()
+    with pytest.raises(ValueError, match='float16 .nan at the second step.: load the model in float32'): finetune(model, corpus(16), steps=2, batch_size=4)
+    assert logits(finetune(model, corpus(16), steps=3, batch_size=4, lora=dict(r=2, target_modules=['q_proj'])), tokens()).isfinite().all()
+
+def test_a_first_loss_that_is_not_finite_is_not_the_learning_rates():
+    model = linearize(llama(layers=1))
+    with torch.no_grad(): model.model.embed_tokens.weight.fill_(torch.nan)
+    for train in (lambda: distill(model, [tokens()], steps=1), lambda: finetune(model, corpus(8), steps=1, batch_size=4)):
+        with pytest.raises(FloatingPointError, match="step 1.*nothing was learned yet.*float32"): train()
+
+def test_streams_and_what_is_no_data():
+    model,x = linearize(llama(layers=1)),corpus(16); rows = [dict(input_ids=r.tolist(), labels=r.tolist()) for r in x]
+    stream = lambda: datasets.Dataset.from_list(rows).to_iterable_dataset()
+    a,b = copy.deepcopy(model),copy.deepcopy(model)
+    finetune(a, stream(), steps=2, batch_size=4); finetune(b, rows[:8], steps=2, batch_size=4)
+    assert all(torch.equal(p, q) for p,q in zip(a.parameters(), b.parameters()))
+    assert len(distill(a, torch.utils.data.DataLoader(stream().with_format('torch'), batch_size=4), steps=3))==3
+    for data,said in ((['text'], "given a row 'text'"), (x[:0], 'given none'), (iter(()), 'given none')):
+        with pytest.raises(ValueError, match=said): finetune(a, data, steps=2, batch_size=4)
+    for batch,said in ((rows[0], "given {'input_ids': 'list', 'labels': 'list'}"), ('text', 'given str'), (dict(text='a'), 'str')):
+        with pytest.raises(ValueError, match=said): distill(a, [batch], steps=1)
