@@ -7,7 +7,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/linearize.html.md"""
 # %% auto #0
 __all__ = ['FULL', 'PAIRS', 'BEYOND', 'NOT_TAKEN', 'padding_mask', 'hedgehog_attention', 'probe_inputs', 'parse_layers',
            'linear_layers', 'probe_attention', 'plan_maps', 'linearize', 'set_implementation', 'new_folder',
-           'save_linearized', 'load_linearized', 'HedgehogConfig']
+           'save_linearized', 'Misfit', 'load_linearized', 'HedgehogConfig']
 
 # %% ../nbs/08_linearize.ipynb #858b656c
 import gc, inspect, json, math, os, re, shutil, sys, tempfile, warnings
@@ -362,12 +362,12 @@ def _folder(path, **kwargs):
 def _subclasses(cls): return [c for s in cls.__subclasses__() for c in (s, *_subclasses(s))]
 
 def _class_of(cfg, auto, path, given=None):
-    "The model class that a config names, or the one that is given, or that `auto` takes in its place."
+    "The model class that a config names (`given`, if that is its name), or the one that `auto` takes in its place."
     names = cfg.get('architectures')
     name = str(names[0] if isinstance(names, list) and names else names)
-    cls = given or getattr(transformers, name, None)
+    cls = given if given and given.__name__==name else getattr(transformers, name, given)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)): # a class of the user's own, if its module has been imported
-        found = {f'{c.__module__}.{c.__qualname__}':c for c in _subclasses(PreTrainedModel) if c.__name__==name} # the last of those that a notebook defined again
+        found = {f'{c.__module__}.{c.__qualname__}':c for c in _subclasses(PreTrainedModel) if c.__name__==name and 'of' not in vars(c)} # the last of those that a notebook defined again
         if not found: raise ValueError(f"{path} holds a {name}, which is no model class of transformers {transformers.__version__}; if it is a class of your own, import it first, or give it: load_linearized(…, cls={name})")
         if len(found)>1: raise ValueError(f"{path} holds a {name}, and there are {' and '.join(sorted(found))}: give one, load_linearized(…, cls=…)")
         cls, = found.values()
@@ -405,18 +405,21 @@ def _body(cls, config):
     with torch.device('meta'): names = cls(deepcopy(config)).state_dict()
     return {n.removeprefix(cls.base_model_prefix+'.') for n in names}
 
+class Misfit(ValueError, RuntimeError):
+    "Weights that are missing, or of other shapes than the config says; transformers raises a `RuntimeError` where it minds."
+
 def _original(cls, own, path, config, ignore_mismatched_sizes=False, **kwargs):
     "(softmax model of a folder, what transformers found), for the class that was saved, `own`, or another. Raises `ValueError` where weights are missing, or of other shapes."
-    level,saved = transformers.logging.get_verbosity(),cls is own
-    if saved: transformers.logging.set_verbosity_error() # the maps are unexpected keys to it
-    try: model,info = cls.from_pretrained(path, config=config, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    saved = cls is own
+    softmax = type(cls.__name__, (cls,), dict(__module__=cls.__module__, __qualname__=cls.__qualname__, _keys_to_ignore_on_load_unexpected=[*(cls._keys_to_ignore_on_load_unexpected or ()), r'\.feature_map\.'], of=cls))
+    try: model,info = softmax.from_pretrained(path, config=config, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     except (LookupError,AttributeError,AssertionError,ArithmeticError) as e: raise ValueError(f"{path/'config.json'} describes no {cls.__name__}: {type(e).__name__}, {e}") from e
-    finally: transformers.logging.set_verbosity(level)
+    model.__class__ = cls
     shapes = [] if ignore_mismatched_sizes else sorted(info['mismatched_keys'])
     odd = [f"{n} is {tuple(there)} in its weights, {tuple(here)} by its config.json" for n,there,here in shapes]
     was = () if saved or not info['missing_keys'] else _body(own, config) # a new head is missing rightly
     odd += [f"{n} is missing from its weights" for n in sorted(info['missing_keys']) if saved or n.removeprefix(cls.base_model_prefix+'.') in was]
-    if odd: raise ValueError(f"{path} does not fit together: {odd[0]}")
+    if odd: raise Misfit(f"{path} does not fit together: {odd[0]}")
     return model, info
 
 NOT_TAKEN = dict(state_dict="load the folder, then call model.load_state_dict", gguf_file="a converted model is safetensors", from_tf="a converted model is safetensors",
@@ -440,6 +443,7 @@ def load_linearized(
     **kwargs # For `from_pretrained`: dtype, device_map, quantization_config …, and settings of the model's config
 )->PreTrainedModel: # The converted model, as it was saved; with `output_loading_info` the pair (model, report)
     "Load a converted model, bit for bit. Raises `ValueError` where the folder does not hold one, whole and of one piece."
+    if path is None: raise ValueError("a converted model is loaded from its folder; for weights of your own, call linearize on its softmax model, then load_state_dict")
     hub = {k:kwargs.pop(k) for k in ('revision','token','cache_dir','force_download','local_files_only') if k in kwargs}
     path,kwargs = _folder(path, **hub)/kwargs.pop('subfolder', ''),_check_given(kwargs)
     adapter = dict(kwargs.pop('adapter_kwargs', None) or {})
@@ -454,10 +458,11 @@ def load_linearized(
     if not isinstance(cfg['hedgehog'], dict):
         raise ValueError(f"{path/'config.json'}: hedgehog is the settings of the conversion, as {{\"feature_map\": \"elu\"}}; given {cfg['hedgehog']!r}")
     files = _weight_files(path, kwargs.get('variant'))
-    cls,saved = (_class_of(cfg, a, path, cls) for a in (auto, None))
+    saved = _class_of(cfg, None, path, cls)
+    cls = cls or _class_of(cfg, auto, path)
     try: own = cls.config_class.from_dict({k:v for k,v in cfg.items() if k not in ('model_type','base_model_type','attn_implementation')})
     except Exception as e: raise ValueError(f"{path/'config.json'} is no config of {cls.__name__}: {e}") from e
-    for k in [k for k in kwargs if k in own.to_dict() and k not in ('dtype','quantization_config')]: setattr(own, k, kwargs.pop(k))
+    for k in [k for k in kwargs if hasattr(own, k) and k not in ('dtype','quantization_config')]: setattr(own, k, kwargs.pop(k))
     if (path/'adapter_config.json').is_file(): adapter.setdefault('_adapter_model_path', str(path))
     model,info = _original(cls, saved, path, own, adapter_kwargs=dict(subfolder='none'), **kwargs) # adapters come after the maps, which they may hold too
     try: linearize(model, inputs=inputs, **cfg['hedgehog'] | ({} if implementation=='saved' else dict(implementation=implementation)))
