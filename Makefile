@@ -33,7 +33,7 @@ NBS   := $(TEST) nbdev-test --n-workers $(WORKERS) --timing
 # The notebooks that take longest go first: one that starts last keeps one worker only
 LONG  := ^(11_training|93_cli)
 
-.PHONY: help demo test test-lowest gpu gpu-smoke gpu-tests gpu-sanitize gpu-bench gpu-models gpu-files sync pages docs readme hooks clean
+.PHONY: help demo test test-lowest test-all gpu gpu-smoke gpu-tests gpu-sanitize gpu-bench gpu-models gpu-files sync pages docs readme hooks clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -54,6 +54,11 @@ test: $(VENV)/.stamp-dev  ## Set up, then test the notebooks, the kernels (in Tr
 
 test-lowest: $(LOWEST)/.stamp-lowest  ## The same tests, with the lowest versions that settings.ini allows, in an environment of their own
 	@$(MAKE) --no-print-directory test VENV=$(LOWEST)
+
+test-all: test  ## `make test`, then transformers' own tests of its models, run on converted ones (pip fetches its source)
+	@$(PIP) -q parameterized && v=`$(BIN)/python -c 'from transformers import __version__ as v; print(v)'` && d=_data/transformers-$$v && \
+	  { [ -n "$$TRANSFORMERS_SOURCE" ] || [ -d $$d ] || { mkdir -p _data && $(BIN)/python -m pip -q download --no-binary transformers --no-deps -d _data transformers==$$v && tar xzf $$d.tar.gz -C _data; }; } && \
+	  echo "== transformers' own tests" && TRANSFORMERS_SOURCE=$${TRANSFORMERS_SOURCE:-$$d} $(TEST) python -m pytest -q -n $(WORKERS) -W ignore::pytest.PytestUnraisableExceptionWarning tests/mixins.py
 
 gpu:  ## On a GPU machine: smoke test, kernels' tests, sanitizer, benchmark, models, 9 minutes each (gpu-smoke, gpu-tests, ... one of them)
 	@tests/gpu.sh $(PARTS)

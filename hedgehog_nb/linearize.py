@@ -462,7 +462,7 @@ def load_linearized(
     cls = cls or _class_of(cfg, auto, path)
     try: own = cls.config_class.from_dict({k:v for k,v in cfg.items() if k not in ('model_type','base_model_type','attn_implementation')})
     except Exception as e: raise ValueError(f"{path/'config.json'} is no config of {cls.__name__}: {e}") from e
-    for k in [k for k in kwargs if hasattr(own, k) and k not in ('dtype','quantization_config')]: setattr(own, k, kwargs.pop(k))
+    for k in [k for k in kwargs if hasattr(own, k) and k not in ('dtype','torch_dtype','quantization_config')]: setattr(own, k, kwargs.pop(k))
     if (path/'adapter_config.json').is_file(): adapter.setdefault('_adapter_model_path', str(path))
     model,info = _original(cls, saved, path, own, adapter_kwargs=dict(subfolder='none'), **kwargs) # adapters come after the maps, which they may hold too
     try: linearize(model, inputs=inputs, **cfg['hedgehog'] | ({} if implementation=='saved' else dict(implementation=implementation)))

@@ -1,15 +1,29 @@
-"""transformers' own tests of its models, run on converted ones: `make test-all`, which fetches them from the source of the installed version.
+"""transformers' own tests of its models, run on converted ones: `make test-all`, which fetches them with the source of the installed version.
 
-Each test counts as passed, skipped, ours, or of any model with a state (what transformers itself expects to fail there is in `STATEFUL`)."""
-import importlib.util, os, sys, types, unittest
+A source distribution has `ModelTesterMixin`; a checkout of transformers, named by TRANSFORMERS_SOURCE, has `GenerationTesterMixin` too.
+What is not asked of a converted model is in `NOT_ASKED`, with the reason. MIXINS_CONVERT=0 runs the softmax models, for comparison."""
+import fnmatch, importlib, os, sys, types, unittest
 from pathlib import Path
-import pytest, torch, transformers
+import torch
 from transformers import (BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Model, LlamaConfig,
     LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel, ViTConfig, ViTForImageClassification, ViTModel)
 from hedgehog_nb.linearize import linearize, load_linearized
 
 SOURCE = Path(os.environ['TRANSFORMERS_SOURCE'])   # an unpacked source distribution, or a checkout
-CONVERT = os.environ.get('MIXINS_CONVERT', '1')=='1'   # 0: the softmax models, for comparison
+CONVERT = os.environ.get('MIXINS_CONVERT', '1')=='1'
+
+NOT_ASKED = {
+    'test_eager_matches_*': "compares implementations of softmax with each other",
+    'test_sdpa_can_dispatch_*': "asks which implementation of softmax a new model has; a class that converts when it is made has another",
+    'test_can_set_attention_dynamically': "the same",
+    'test_attention_outputs': "sets config.output_attentions, which transformers takes for 'eager' alone and refuses for sdpa too; asked for in the call, tests/test_linearize.py compares them",
+    'test_retain_grad_hidden_states_attentions': "takes the gradient of weights, which are computed beside the output, not on the way to it",
+    'test_from_pretrained_no_checkpoint': "loads from no folder, which is refused in words",
+    'test_model_weights_reload_no_missing_tied_weights': "loads a folder without weights, which is refused in words",
+    'test_base_model_prefix_loads_base_weights': "saves a softmax body under the config of a converted model; without maps it is refused in words",
+    'test_generation_tester_mixin_inheritance': "about how transformers' own tests are written",
+    'test_model_get_set_embeddings': "about models with a vocabulary",
+}
 
 def _empty(name, cls):
     "A module with an empty class, for what a source distribution leaves out."
@@ -62,7 +76,9 @@ def _tests(kind):
         all_generative_model_classes = tuple(m for m in all_model_classes if causal and 'LM' in m.__name__)
         test_resize_embeddings,has_attentions,_is_stateful = kind!='vit',True,CONVERT
         def setUp(self): self.model_tester = Tester(kind)
-        def test_generation_tester_mixin_inheritance(self): self.skipTest("about how transformers' tests are written")
+    for name in dir(Tests):
+        why = next((w for p,w in NOT_ASKED.items() if fnmatch.fnmatch(name, p) and (p!='test_model_get_set_embeddings' or kind=='vit')), None)
+        if why: setattr(Tests, name, unittest.skip(why)(lambda self: None))
     Tests.__name__ = Tests.__qualname__ = f'Test_{kind}'
     return Tests
 
