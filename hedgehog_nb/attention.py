@@ -10,7 +10,7 @@ __all__ = ['LENT', 'repeat_kv', 'check_qkv', 'autocast_dtype', 'full_precision',
            'set_attention', 'own_attention', 'attention_as', 'capture_attention']
 
 # %% ../nbs/01_softmax_attention.ipynb #23fa2e80
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from threading import Lock
 from typing import NamedTuple
@@ -177,19 +177,19 @@ def set_attention(
     for c in attention_configs(model): c._attn_implementation = name
 
 # %% ../nbs/01_softmax_attention.ipynb #1e9d0002
-LENT = 'hedgehog_lent' # Name of the attention of a model that is lent
-_lent,_lock = {},Lock() # {id of a config: [the config, the attention it names by itself, how many have borrowed it]}
+LENT = 'hedgehog_lent_' # How the names begin of the attention of a model that is lent; a number follows, of the attention that it has by itself
+_kinds,_lent,_lock = [],{},Lock() # attention that lent models have by themselves; {id of a config: [the config, how many have borrowed it]}
 _borrowed = ContextVar('borrowed', default={}) # {id of a config: (attention, mask function)}, of each thread its own
 
 def own_attention(
     config, # Config of a transformers model
 )->str: # A name that `AttentionInterface` knows
     "The attention that a model uses when nobody has borrowed it (`attention_as`)."
-    entry = _lent.get(id(config))
-    return entry[1] if entry else config._attn_implementation
+    name = config._attn_implementation
+    return _kinds[int(name[len(LENT):])] if str(name).startswith(LENT) else name
 
 def _lent_attention(module, *args, **kwargs):
-    "The attention of whoever borrowed it in this thread; in others what the model has by itself."
+    "The attention of whoever borrowed it in this thread; in others, and in copies, what the model has by itself."
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     mine = _borrowed.get().get(id(module.config))
@@ -204,33 +204,53 @@ def _lent_mask(*args, config=None, **kwargs):
     build = mine[1] if mine else AttentionMaskInterface().get(own_attention(config), lambda *a, **kw: None)
     return build(*args, config=config, **kwargs)
 
+def _lend(model):
+    "Count one more who borrows the attention of `model`; the first changes its configs. Returns {id: config} of all its parts."
+    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+    configs = {id(m.config):m.config for m in model.modules() if isinstance(getattr(m, 'config', None), PreTrainedConfig)}
+    was = {i:own_attention(c) for i,c in configs.items()}
+    for i,c in configs.items(): _lent.setdefault(i, [c, 0])[1] += 1
+    for own in dict.fromkeys(was.values()):
+        if own in _kinds: continue
+        _kinds.append(own)
+        for interface,fn in ((AttentionInterface, _lent_attention), (AttentionMaskInterface, _lent_mask)): interface.register(f'{LENT}{len(_kinds)-1}', fn)
+    return configs,was
+
 @contextmanager
 def attention_as(
     model, # A transformers model
     fn, # (module, q, k, v, attention_mask, scaling=, **kwargs) -> ((B, T, H, D) outputs, weights or None)
     mask_fn=None, # Builds `attention_mask`; transformers' own for SDPA if None
 ):
-    "Run `model` with `fn` as its attention in the block, and in this thread alone. Raises `ValueError` where the model does not use the interface."
-    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+    """Run `model` with `fn` as its attention in the block, and in this thread alone. Raises `ValueError` where the model does not use the interface,
+    `RuntimeError` where another attention was set meanwhile."""
     from transformers.masking_utils import sdpa_mask
-    AttentionInterface.register(LENT, _lent_attention); AttentionMaskInterface.register(LENT, _lent_mask)
-    configs = {id(m.config):m.config for m in model.modules() if isinstance(getattr(m, 'config', None), PreTrainedConfig)}
     token = None
-    with _lock:
-        for i,c in configs.items(): _lent.setdefault(i, [c, c._attn_implementation, 0])[2] += 1
+    with _lock: configs,was = _lend(model)
+    names = {i:f'{LENT}{_kinds.index(own)}' for i,own in was.items()}
     try:
-        with _lock: set_attention(model, LENT)
+        with _lock:
+            set_attention(model, names[id(model.config)])
+            for i,c in configs.items(): c._attn_implementation = names[i] # a config sets those of its parts, which follow
         token = _borrowed.set({**_borrowed.get(), **dict.fromkeys(configs, (fn, mask_fn or sdpa_mask))})
         yield model
+        taken = [c._attn_implementation for i,c in configs.items() if c._attn_implementation!=names[i]]
+        if taken: raise RuntimeError(f"the attention of this {type(model).__name__} was set to {taken[0]!r} while it was looked at, so not all of it was seen")
     finally:
-        if token: _borrowed.reset(token)
-        with _lock: _give_back(configs)
+        with _lock: _give_back(configs, was)
+        with suppress(ValueError): _borrowed.reset(token) if token else None # in another context there is nothing to take back
 
-def _give_back(configs):
-    for i in configs: _lent[i][2] -= 1
-    for c,was,n in [_lent[i] for i in configs]: c._attn_implementation = LENT if n else was # a config sets those of its parts, which follow
-    for i in configs:
-        if not _lent[i][2]: del _lent[i]
+def _give_back(configs, was):
+    "Count one less; the last gives the configs their own names again, unless they were set to another meanwhile."
+    for i,c in configs.items():
+        _lent[i][1] -= 1
+        if not _lent[i][1]: del _lent[i]
+    ours = {i:c for i,c in configs.items() if c._attn_implementation.startswith(LENT)}
+    for i,c in ours.items():
+        if i not in _lent: c._attn_implementation = was[i]
+    for i,c in ours.items():
+        if i in _lent: c._attn_implementation = f'{LENT}{_kinds.index(was[i])}'
+
 
 # %% ../nbs/01_softmax_attention.ipynb #867592a4
 @torch.no_grad()

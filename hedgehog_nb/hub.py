@@ -72,6 +72,7 @@ def _save_pretrained(model, *args, **kwargs):
     config,card = (Path(given['save_directory'])/f for f in ('config.json', 'README.md'))
     if not config.is_file() or not given.get('is_main_process', True): return
     cfg = json.loads(config.read_text())
+    if cfg['model_type']=='hedgehog_nb': return # adapters alone were saved, beside a model of before
     cfg.update(base_model_type=cfg['model_type'], model_type='hedgehog_nb')
     config.write_text(json.dumps(cfg, indent=2, sort_keys=True)+'\n')
     if not card.exists() or 'library_name: hedgehog_nb' in card.read_text(encoding='utf-8'): card.write_text(model_card(model), encoding='utf-8')

@@ -16,6 +16,7 @@ from numbers import Integral
 from typing import NamedTuple
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from .attention import repeat_kv, visible, check_qkv, full_precision
 
@@ -196,13 +197,15 @@ IN_CACHE = 2**18 # Numbers of v in one segment on a CPU
 def _segments(B, H, T, D, C, device):
     "(tokens, chunk size) of each segment: whole chunks, then the rest."
     cpu = device.type=='cpu'
+    if isinstance(B, torch.SymInt) or isinstance(T, torch.SymInt):
+        raise ValueError("a model is exported with a batch or a length that varies where the kernel in C serves it: on a CPU, in float32, bfloat16 or float16, with a Hedgehog map in its softmax forms, and no window")
     if C is not None and C<1: raise ValueError(f"chunk_size must be at least 1; given {C}")
     C = min(C or (32 if cpu else 64), T)
     n,whole = max(1, (IN_CACHE if cpu else 2**9*IN_CACHE)//(B*H*C*D)), T//C*C
     return [(slice(a, min(a+n*C, whole)), C) for a in range(0, whole, n*C)] + [(slice(whole, T), T-whole)]*(whole<T)
 
-def _quotient(x, y, to): # torch.compile takes no `out` with strides
-    if torch.compiler.is_compiling(): to.copy_(x/y)
+def _quotient(x, y, to): # torch.compile takes no `out` with strides, derivatives forward take none at all
+    if torch.compiler.is_compiling() or forward_ad._current_level>=0: to.copy_(x/y)
     else: torch.div(x, y, out=to)
 
 def _scan(part, segments, state, o, den=None, kept=None):
@@ -382,7 +385,9 @@ def _triton(*args, **kwargs):
 # %% ../nbs/02_linear_attention.ipynb #cpuc0002
 def _suits_c(q, k, v, feature_map, initial_state, cu_seqlens, chunk_size):
     "Tensors on a CPU, and a map, dtypes and sizes that the compiled kernel takes?"
-    if v.device.type!='cpu' or cu_seqlens is not None or chunk_size is not None or q.shape[2]!=k.shape[2] or torch.compiler.is_compiling(): return False
+    if v.device.type!='cpu' or cu_seqlens is not None or chunk_size is not None or q.shape[2]!=k.shape[2]: return False
+    if torch.compiler.is_compiling() and not any(isinstance(n, torch.SymInt) for n in q.shape): return False # sizes that are open make no loop over chunks
+    if forward_ad._current_level>=0 or torch._C._functorch.maybe_current_level() is not None: return False # the kernel knows gradients backward alone
     if any(x.dtype not in (torch.float32, torch.float16, torch.bfloat16) for x in (q, k, v)): return False
     from hedgehog_nb.kernels.cpu import suits
     return suits(q, v, feature_map, initial_state)

@@ -11,7 +11,7 @@ __all__ = ['FULL', 'PAIRS', 'BEYOND', 'NOT_TAKEN', 'padding_mask', 'hedgehog_att
 
 # %% ../nbs/08_linearize.ipynb #858b656c
 import gc, inspect, json, math, os, re, shutil, sys, tempfile, warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from functools import lru_cache, partial
 from pathlib import Path
@@ -98,13 +98,26 @@ def hedgehog_attention(module, q, k, v, attention_mask=None, scaling=None, dropo
     w = _weights(module, q, k, causal, mask, scaling, kwargs.get('sliding_window'), past) if asked else None
     if not hasattr(module, 'feature_map'):
         return fused_softmax_attention(q, k, v, causal, scaling, mask, kwargs.get('sliding_window'), dropout).transpose(1,2).contiguous(), w
+    with _at_hand(module.feature_map): return _attend(module, q, k, v, causal, mask, dropout, past), w
+
+def _at_hand(feature_map):
+    "Where accelerate keeps a map's parameters elsewhere, they are brought for the block."
+    hooked = () if torch.compiler.is_compiling() else [m for m in feature_map.modules() if hasattr(m, '_hf_hook')]
+    if not hooked: return nullcontext()
+    from accelerate.utils import align_module_device
+    stack = ExitStack()
+    for m in hooked: stack.enter_context(align_module_device(m))
+    return stack
+
+def _attend(module, q, k, v, causal, mask, dropout, past):
+    "The (B, T, H, D) outputs of a linear layer; what it remembers goes into `past`."
     impl = _implementation(module, q)
     attend = partial(module.feature_map.attend, q, k, v, causal, mask, offset=0 if past is None else past.length-k.shape[2], **(dict(dropout=dropout) if module.feature_map.kept else {}))
     if past is None or not causal: o = attend(implementation=impl)
     elif impl!='naive': o,past.state = attend(initial_state=past.state, output_final_state=True, implementation=impl)
     else: # the oracle keeps no state: it gives the output of a first pass, and the chunked form the state
         o,past.state = attend(implementation=impl, initial_state=past.state), attend(output_final_state=True)[1]
-    return o.transpose(1,2).contiguous(), w
+    return o.transpose(1,2).contiguous()
 
 AttentionInterface.register('hedgehog', hedgehog_attention)
 AttentionMaskInterface.register('hedgehog', padding_mask)
@@ -264,12 +277,13 @@ def plan_maps(
 
 # %% ../nbs/08_linearize.ipynb #02218ca8
 def _owners(model):
-    "Models around this body that share its config, and with it the settings of its conversion. Raises `ValueError` where one does not: its folder would not say what was converted."
+    "Models of which this is the body, which share its config and with it the settings of its conversion. Raises `ValueError` where it is another part of one, whose folder would not say what was converted."
     if model.base_model is not model: return []
     look = lambda: [o for o in gc.get_objects() if issubclass(type(o), PreTrainedModel) and o is not model and any(m is model for m in o.modules())]
-    if any(o.config is not model.config for o in look()): gc.collect() # some may be gone
+    apart = lambda o: o.config is not model.config or o.base_model is not model
+    if any(map(apart, look())): gc.collect() # some may be gone
     owners = look()
-    other = [type(o).__name__ for o in owners if o.config is not model.config]
+    other = [type(o).__name__ for o in owners if apart(o)]
     if other: raise ValueError(f"this {type(model).__name__} is a part of a {other[0]}, whose folder would not say that it is converted: convert that model, and choose its layers by `layers`")
     return owners
 
@@ -315,7 +329,8 @@ def new_folder(
     overwrite:bool=False, # Replace the folder if it exists?
 ): # In the block, a folder beside it
     "A folder that becomes `path` when the block ends, whole; until then, and where the block fails, what was there stays. Raises `ValueError` if the folder exists."
-    path = Path(path)
+    path = Path(path).expanduser().resolve()
+    if Path.cwd().is_relative_to(path): raise ValueError(f"{path} is where you are now; name a folder in it")
     if path.exists() and not path.is_dir(): raise ValueError(f"{path} is a file; choose another name for the folder")
     if path.exists() and not overwrite: raise ValueError(f"{path} exists already; choose another folder, or say overwrite")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -335,9 +350,10 @@ def save_linearized(
     card:dict=None, # More for the model card: base_model, license, data, steps, … in the order in which it shall be read
 )->Path: # The folder
     "Save a converted model as safetensors with its settings and a model card. Raises `ValueError` if the folder exists or the model is not converted."
-    path = Path(path)
+    path = Path(path).expanduser()
     if not linear_layers(model): raise ValueError("this model is not converted: use model.save_pretrained")
     if not isinstance(model, PreTrainedModel): raise ValueError(f"this is a {type(model).__name__} around a converted model: merge the adapters first (merge_lora), or keep them and the maps apart (save_trained)")
+    if getattr(model, '_hf_peft_config_loaded', False): raise ValueError(f"this {type(model).__name__} has adapters of peft loaded, and its folder would hold them alone: merge them first, or keep them and the maps apart (save_trained)")
     if not hasattr(model.config, 'hedgehog'): raise ValueError(f"a part of this {type(model).__name__} was converted, and its folder could not say so: save that part, or convert the whole")
     with new_folder(path, overwrite) as new:
         if card: model.config.hedgehog_card = {**getattr(model.config, 'hedgehog_card', {}), **card}

@@ -415,6 +415,7 @@ def save_trained(
     inner = model.get_base_model() if adapted else model
     base = str(base or inner.name_or_path)
     if not linear_layers(inner): raise ValueError("this model is not converted, so it has no maps to save")
+    if adapted and [*model.peft_config]!=['default']: raise ValueError(f"save_trained keeps one adapter, named 'default'; this model has {', '.join(model.peft_config)}: delete or merge the others, and name the one to keep 'default'")
     with new_folder(path, overwrite) as new:
         original = _sample(inner, _rewritten(model) if adapted else False)
         if adapted:
@@ -437,7 +438,7 @@ def _drop_maps(folder):
     file,config = folder/'adapter_model.safetensors',folder/'adapter_config.json'
     save_file({k:t for k,t in load_file(file).items() if '.feature_map.' not in k}, file, metadata=dict(format='pt'))
     cfg = json.loads(config.read_text())
-    cfg['modules_to_save'] = [m for m in cfg['modules_to_save'] or () if m!='feature_map'] or None
+    cfg['modules_to_save'] = [m for m in cfg.get('modules_to_save') or () if m!='feature_map'] or None
     config.write_text(json.dumps(cfg, indent=2, sort_keys=True))
 
 def _maps(model):

@@ -1,7 +1,8 @@
 "A converted model in company: threads, caches of fixed length, other attentions, tracers, models around it."
-import copy, threading, warnings
-import datasets, peft, pytest, torch, transformers
+import contextvars, copy, pickle, threading, warnings
+import accelerate, datasets, peft, pytest, torch, transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache
 from hedgehog_nb import linear_attention, make_feature_map
 from hedgehog_nb.attention import attention_as, capture_attention, own_attention, softmax_attention
@@ -181,6 +182,21 @@ def test_exported_without_a_mask(traced):
     ep = torch.export.export(Logits(model), (x, one)).module()
     same(ep(x, one), logits(model, x))
     with pytest.raises(RuntimeError, match=PACKED): ep(x, two)
+
+@torch.no_grad()
+@pytest.mark.parametrize('name,kw', [('batch',{}), ('length',{}), ('length',dict(form='softmax_joint'))])
+def test_exported_for_any_batch_and_length(name, kw):
+    class Masked(torch.nn.Module):
+        def __init__(self, model): super().__init__(); self.model = model
+        def forward(self, x, mask): return self.model(input_ids=x, attention_mask=mask, use_cache=False).logits
+    model,x = made(double=False, **kw),tokens(2, 12); mask = torch.ones_like(x); mask[1,8:] = 0
+    open_ = {0 if name=='batch' else 1: torch.export.Dim.AUTO}
+    ep = torch.export.export(Masked(model), (x, mask), dynamic_shapes=dict(x=open_, mask=open_)).module()
+    for n in (3, 5, 90):
+        y = tokens(n if name=='batch' else 2, 12 if name=='batch' else n, seed=n); mask = torch.ones_like(y); mask[1,-1] = 0
+        same(ep(y, mask), logits(model, y, attention_mask=mask), 1e-5)
+    with pytest.raises(ValueError, match='where the kernel in C serves it'):
+        torch.export.export(Masked(made()), (x, torch.ones_like(x)), dynamic_shapes=dict(x=open_, mask=open_))
 
 @torch.no_grad()
 @pytest.mark.parametrize('double', [True, False])
@@ -387,3 +403,101 @@ def test_streams_and_what_is_no_data():
         with pytest.raises(ValueError, match=said): finetune(a, data, steps=2, batch_size=4)
     for batch,said in ((rows[0], "given {'input_ids': 'list', 'labels': 'list'}"), ('text', 'given str'), (dict(text='a'), 'str')):
         with pytest.raises(ValueError, match=said): distill(a, [batch], steps=1)
+
+# --- loans that meet other calls
+
+def doubled(m, q, k, v, mask, scaling=None, **kw): return softmax_attention(q, k, v*2, scale=scaling).transpose(1,2), None
+
+def in_a_thread(f): return at_once(f)[0]
+
+@pytest.mark.parametrize('convert', [True, False])
+@pytest.mark.parametrize('twin', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=['deepcopy','pickle'])
+def test_a_copy_made_during_a_loan_is_the_model(convert, twin):
+    model = made() if convert else llama(layers=2).double(); x = tokens(); want = logits(model, x)
+    with attention_as(model, doubled): copied = in_a_thread(lambda: twin(model))
+    assert torch.equal(logits(copied, x), want) and torch.equal(logits(copy.deepcopy(copied), x), want) and own_attention(copied.config)==model.config._attn_implementation
+    if convert: assert torch.equal(copied.generate(x, max_new_tokens=4, **FREE), model.generate(x, max_new_tokens=4, **FREE))
+
+@pytest.mark.parametrize('change', [lambda m: m.set_attn_implementation('eager'), linearize], ids=['set','linearize'])
+def test_an_attention_that_is_set_during_a_loan_stays_and_the_borrower_is_told(change):
+    model = llama(layers=2)
+    with pytest.raises(RuntimeError, match='was set to .* while it was looked at'):
+        with attention_as(model, doubled): in_a_thread(lambda: change(model))
+    assert model.config._attn_implementation==('eager' if change is not linearize else 'hedgehog')
+    model = made(double=False); hook = model.model.layers[0].register_forward_pre_hook(lambda *a: in_a_thread(lambda: model.set_attn_implementation('sdpa')))
+    with pytest.raises(RuntimeError, match='while it was looked at'): distill(model, [tokens()], steps=1)
+
+def test_a_loan_that_ends_elsewhere_ends():
+    model = llama(layers=2); x = tokens(); want = logits(model, x)
+    def lend():
+        with attention_as(model, doubled): yield
+    g = lend(); contextvars.copy_context().run(next, g); g.close()
+    assert model.config._attn_implementation=='sdpa' and torch.equal(logits(copy.deepcopy(model), x), want)
+
+# --- where weights lie elsewhere, and derivatives forward
+
+@pytest.mark.parametrize('kw', [{}, dict(feature_map='hedgehog-window', window=4), dict(softmax_heads='0:0,1')], ids=['linear','hybrid','heads'])
+def test_offloaded_by_accelerate(kw, tmp_path):
+    model,x = made(double=False, **kw),tokens(); want = logits(model, x)
+    places = {'model.embed_tokens':'cpu', 'model.layers.0':'cpu', 'model.layers.1':'disk', 'model.norm':'cpu', 'lm_head':'cpu', 'model.rotary_emb':'cpu'}
+    same(logits(accelerate.cpu_offload(copy.deepcopy(model), execution_device='cpu'), x), want, 1e-6)
+    off = accelerate.dispatch_model(copy.deepcopy(model), places, main_device='cpu', offload_dir=tmp_path)
+    same(logits(off, x), want, 1e-6)
+    assert torch.equal(off.generate(x, max_new_tokens=4, **FREE), model.generate(x, max_new_tokens=4, **FREE))
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_derivatives_forward_are_not_lost(dtype):
+    q,k,v,t = torch.randn(4, 1, 2, 40, 8, dtype=dtype); fm = make_feature_map('hedgehog', 8, 2).to(dtype)
+    with torch.no_grad():
+        with forward_ad.dual_level(): tangent = forward_ad.unpack_dual(linear_attention(q, k, forward_ad.make_dual(v, t), fm)).tangent
+        same(tangent, linear_attention(q, k, t, fm), 1e-5)
+
+# --- parts and folders that cannot say what they are
+
+def bart(): return transformers.BartForConditionalGeneration(transformers.BartConfig(vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+    decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, pad_token_id=0)).eval()
+
+def test_an_encoder_or_a_decoder_is_converted_with_its_model():
+    model = bart()
+    for part in (model.get_decoder(), model.get_encoder()):
+        with pytest.raises(ValueError, match='is a part of a BartForConditionalGeneration|is a part of a BartModel'): linearize(part)
+    assert len(linear_layers(linearize(model.model)))==4
+
+def test_the_folder_that_one_is_in_and_links(tmp_path, monkeypatch):
+    model = made(double=False, layers=1); save_linearized(model, tmp_path/'w'/'m')
+    monkeypatch.chdir(tmp_path/'w'/'m')
+    for path in ('.', tmp_path/'w'/'m', '../../w/m', tmp_path/'w'):
+        with pytest.raises(ValueError, match='is where you are now'): save_linearized(model, path, overwrite=True)
+    assert len(linear_layers(load_linearized('.')))==1
+    monkeypatch.chdir(tmp_path); (tmp_path/'link').symlink_to(tmp_path/'w'/'m')
+    before = (tmp_path/'w'/'m').stat().st_ino
+    save_linearized(model, 'link', overwrite=True)
+    assert (tmp_path/'link').is_symlink() and (tmp_path/'w'/'m').stat().st_ino!=before and linear_layers(load_linearized(tmp_path/'w'/'m'))
+    monkeypatch.setenv('HOME', str(tmp_path/'home')); save_linearized(model, '~/m')
+    assert linear_layers(load_linearized('~/m')) and sorted(p.name for p in tmp_path.iterdir())==['home','link','w']
+
+def test_one_adapter_named_default_is_kept(tmp_path):
+    tuned = peft.get_peft_model(made(), peft.LoraConfig(r=2, target_modules=['q_proj']), adapter_name='mine')
+    with pytest.raises(ValueError, match="named 'default'; this model has mine"): save_trained(tuned, tmp_path/'t')
+    tuned = add_lora(made(), r=2, target_modules=['q_proj']); tuned.add_adapter('b', peft.LoraConfig(r=2, target_modules=['q_proj']))
+    with pytest.raises(ValueError, match="this model has default, b"): save_trained(tuned, tmp_path/'t')
+    assert not (tmp_path/'t').exists()
+
+def test_adapters_loaded_by_transformers(tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.integrations.peft, 'MIN_PEFT_VERSION', '0.18.0', raising=False) # 5.24 asks for one that is not out yet
+    save_linearized(made(gpt2, double=False), tmp_path/'m'); add_lora(load_linearized(tmp_path/'m'), r=2, target_modules=['c_attn']).save_pretrained(tmp_path/'m')
+    model = load_linearized(tmp_path/'m')
+    with pytest.raises(ValueError, match='has adapters of peft loaded'): save_linearized(model, tmp_path/'s')
+    model.save_pretrained(tmp_path/'m')
+    assert AutoConfig.from_pretrained(tmp_path/'m').hidden_size==32
+    same(logits(load_linearized(tmp_path/'m'), tokens()), logits(model, tokens()), 1e-6)
+
+def test_heads_by_class_and_by_settings(folder):
+    for kw in (dict(cls=transformers.LlamaForSequenceClassification), dict(auto=transformers.AutoModelForSequenceClassification)):
+        assert load_linearized(folder, num_labels=4, **kw).score.weight.shape==(4, 32)
+    body = load_linearized(folder, auto=transformers.AutoModel)
+    with pytest.raises(RuntimeError, match='does not fit together'): AutoModelForCausalLM.from_pretrained(folder, vocab_size=9)
+    assert type(body).__name__=='LlamaModel'
+
+def test_a_model_is_loaded_from_a_folder():
+    with pytest.raises(ValueError, match='from its folder'): load_linearized(None)

@@ -677,9 +677,9 @@ def _sums(v, sizes): # Room for the sums of parts, where they are needed
 
 def _outputs(q, k, v, w_q, form, causal, keep):
     "Empty o, S, z, den and states."
-    sizes,new = _sizes(q, k, v, w_q, form, causal),v.new_empty
-    _,_,B,N,G,T,D,V,E,mapped,_ = sizes
-    f,states = 2*E if mapped else D,(B, N, -(-T//CHUNK), _floats(sizes)) if keep and causal else (0,)
+    (B,H,T,D),N,V,mapped,new = q.shape,k.shape[1],v.shape[3],FORMS.index(form),v.new_empty
+    E,G = 1 if w_q is None else w_q.shape[1],H//N
+    f,states = 2*E if mapped else D,(B, N, -(-T//CHUNK), _floats(_sizes(q, k, v, w_q, form, causal))) if keep and causal else (0,)
     return new((B, T, N*G, V)).transpose(1,2), new((B, N, f, V)), new((B, N, f)), new((B, N*G, T) if keep else (0,)), new(states)
 
 def _or_none(x): return x if x is not None and x.numel() else None
