@@ -110,7 +110,8 @@ def load_state(
 def remedy(step, model):
     "What to do where a loss is not finite."
     if step>1: return "lower the learning rate"
-    return f"nothing was learned yet, so it is the model's own numbers, in {str(model.dtype)[6:]}: load it in float32 or bfloat16, and look at the data"
+    own = "so it is the model's own numbers" if model.dtype==torch.float32 else f"so it is the model's own numbers, in {str(model.dtype)[6:]}: load it in float32"
+    return f"nothing was learned yet, {own}; look at its weights, its maps and the data"
 
 class Run:
     "One phase of training as it is noted down: losses, times, and in a file all that the next step depends on."

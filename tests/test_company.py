@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaFo
 from hedgehog_nb import linear_attention, make_feature_map
 from hedgehog_nb.attention import attention_as, capture_attention, own_attention, softmax_attention
 from hedgehog_nb.distillation import weight_loss
-from hedgehog_nb.linearize import linear_layers, linearize, load_linearized, save_linearized
+from hedgehog_nb.linearize import linear_layers, linearize, load_linearized, padding_mask, save_linearized
 from hedgehog_nb.training import add_lora, distill, finetune, load_trained, merge_lora, perplexity, save_trained, teacher_pass
 from tiny_models import VOCAB, bert, corpus, gpt2, llama, shake, tokens, vit
 
@@ -390,7 +390,7 @@ def test_a_first_loss_that_is_not_finite_is_not_the_learning_rates():
     model = linearize(llama(layers=1))
     with torch.no_grad(): model.model.embed_tokens.weight.fill_(torch.nan)
     for train in (lambda: distill(model, [tokens()], steps=1), lambda: finetune(model, corpus(8), steps=1, batch_size=4)):
-        with pytest.raises(FloatingPointError, match="step 1.*nothing was learned yet.*float32"): train()
+        with pytest.raises(FloatingPointError, match="step 1.*nothing was learned yet.*look at its weights"): train()
 
 def test_streams_and_what_is_no_data():
     model,x = linearize(llama(layers=1)),corpus(16); rows = [dict(input_ids=r.tolist(), labels=r.tolist()) for r in x]
@@ -501,3 +501,18 @@ def test_heads_by_class_and_by_settings(folder):
 
 def test_a_model_is_loaded_from_a_folder():
     with pytest.raises(ValueError, match='from its folder'): load_linearized(None)
+
+@pytest.mark.parametrize('holes', [slice(0, 4), slice(7, 11), slice(16, 20)], ids=['left','middle','right'])
+def test_padding_anywhere_takes_places_in_a_window(holes):
+    "Padded tokens take places: a window that reaches over everything is softmax, a short one sees as much less as there is padding in it."
+    x = tokens(2, 20); mask = torch.ones_like(x); mask[:,holes] = 0; real = mask.bool()
+    (wide,narrow),soft = (made(feature_map='hedgehog-window', window=w) for w in (20, 5)),llama(layers=2).double()
+    at = lambda m: logits(m, x, attention_mask=mask, use_cache=False)
+    same(at(wide)[real], at(soft)[real])
+    other = torch.where(real, x, 5)
+    same(at(narrow)[real], logits(narrow, other, attention_mask=mask, use_cache=False)[real])
+    def oracle(module, q, k, v, m, scaling=None, **kw): # the weights themselves
+        w = module.feature_map.weights(q, k, True, m)
+        return (w@v.repeat_interleave(2, 1)).transpose(1,2), None
+    with attention_as(narrow, oracle, padding_mask): want = at(narrow)
+    same(at(narrow)[real], want[real])
