@@ -582,7 +582,8 @@ def write_story(
     from transformers import DynamicCache, TextStreamer
     from hedgehog_nb.state import cache_bytes
     if chat and not tok.chat_template: raise ValueError("its tokenizer has no chat template: leave out --chat, and the text is continued as it is")
-    ids = tok.apply_chat_template([dict(role='user', content=prompt)], add_generation_prompt=True, return_tensors='pt', return_dict=True) if chat else tok(prompt, return_tensors='pt')
+    said = [dict(role='user', content=prompt)]
+    ids = tok.apply_chat_template(said, add_generation_prompt=True, return_tensors='pt', return_dict=True) if chat else tok(prompt, return_tensors='pt')
     ids = ids.to(model.device)
     if not ids.input_ids.numel() or not prompt: raise ValueError("the prompt is empty; give the first words with --prompt")
     cache,memory,t = DynamicCache(config=model.config),[],time.perf_counter()
@@ -908,7 +909,8 @@ def generate_command(
     max_new_tokens:Annotated[int, _opt('--max-new-tokens', '-n', metavar='N', min=1, help="Tokens to add, at most.")]=200,
     temperature:Annotated[float, _opt('--temperature', metavar='X', min=0, help="0: always the likeliest token.")]=.8,
     top_p:Annotated[float, _opt('--top-p', metavar='X', min=0, max=1, help="Sample from the likeliest tokens that have this much of the probability.")]=.95,
-    chat:Annotated[Optional[bool], _opt('--chat/--no-chat', help="Put the prompt into the tokenizer's chat template, as what a user says. For a model whose name says that it was made for it (Instruct, Chat, it) if not given.")]=None,
+    chat:Annotated[Optional[bool], _opt('--chat/--no-chat', help="Put the prompt into the tokenizer's chat template, as what a user says. "
+        "For a model whose name says that it was made for it (Instruct, Chat, it) if not given.")]=None,
     base:BaseOpt=None, seed:SeedOpt=0, dtype:DtypeOpt=None, implementation:ImplOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
     "[bold]Write[/] with a model, converted or not; the text on stdout as it comes, what it cost on stderr."

@@ -198,7 +198,8 @@ def _segments(B, H, T, D, C, device):
     "(tokens, chunk size) of each segment: whole chunks, then the rest."
     cpu = device.type=='cpu'
     if isinstance(B, torch.SymInt) or isinstance(T, torch.SymInt):
-        raise ValueError("a model is exported with a batch or a length that varies where the kernel in C serves it: on a CPU, in float32, bfloat16 or float16, with a Hedgehog map in its softmax forms, and no window")
+        raise ValueError("a model is exported with a batch or a length that varies where the kernel in C serves it: on a CPU, in float32, bfloat16 or "
+            "float16, with a Hedgehog map in its softmax forms, and no window")
     if C is not None and C<1: raise ValueError(f"chunk_size must be at least 1; given {C}")
     C = min(C or (32 if cpu else 64), T)
     n,whole = max(1, (IN_CACHE if cpu else 2**9*IN_CACHE)//(B*H*C*D)), T//C*C

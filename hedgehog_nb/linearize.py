@@ -49,7 +49,8 @@ def _assert_full(f, B, T, device):
 def padding_mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=causal_mask_function, attention_mask=None, device=None, **kwargs):
     "The mask a linear attention needs: (B, kv_length) True at real tokens, or None. Never T × T. Raises `ValueError` on a pattern of pairs."
     if mask_function not in FULL:
-        if is_tracing(torch.empty(0)): _assert_full(mask_function, batch_size, q_length, device) # values are not known yet, nor can a trace look into the function
+        # a trace knows no values yet, nor can it look into the function
+        if is_tracing(torch.empty(0)): _assert_full(mask_function, batch_size, q_length, device)
         elif not _is_full(mask_function): raise ValueError(PAIRS)
     if attention_mask is None: return None
     m = attention_mask[:, kv_offset:kv_offset+kv_length].bool()
@@ -77,7 +78,9 @@ def _split(module, k, attention_mask, kwargs):
 def _weights(module, q, k, causal, mask, scaling, window, past):
     "The (B, H, T, T) weights of one call. Raises `ValueError` where there are older tokens in a state."
     if not hasattr(module, 'feature_map'): return softmax_weights(q, k, causal, scaling, mask, window).to(q.dtype)
-    if past is not None and past.length>k.shape[2]: raise ValueError(f"output_attentions asks for weights on {past.length-k.shape[2]} tokens of earlier calls, whose keys a recurrent state does not keep: run the whole text at once, or do not ask (in the call, or in model.config)")
+    if past is not None and past.length>k.shape[2]:
+        raise ValueError(f"output_attentions asks for weights on {past.length-k.shape[2]} tokens of earlier calls, whose keys a recurrent state does not "
+            "keep: run the whole text at once, or do not ask (in the call, or in model.config)")
     return module.feature_map.weights(q, k, causal, mask).to(q.dtype)
 
 # %% ../nbs/08_linearize.ipynb #e0aacc4a
@@ -192,7 +195,8 @@ def _look(model, inputs, fn, mask_fn):
         with attention_as(model, fn, mask_fn), torch.autocast(model.device.type, enabled=False): model(**inputs)
     except torch.OutOfMemoryError: raise
     except Exception as e:
-        if isinstance(e, ValueError) and inspect.getinnerframes(e.__traceback__)[-1].frame.f_globals['__name__'].startswith('hedgehog_nb'): raise # said here, not by the model
+        if isinstance(e, ValueError) and inspect.getinnerframes(e.__traceback__)[-1].frame.f_globals['__name__'].startswith('hedgehog_nb'):
+            raise # said here, not by the model
         raise ValueError(f"{type(model).__name__} did not run while its attention was looked at: {type(e).__name__}, {str(e).splitlines()[0]}. "
             "Give `inputs` that its forward takes; if it runs on these by itself, it uses its masks otherwise than for softmax of q·k") from e
 
@@ -227,7 +231,9 @@ def probe_attention(
         for h in hooks: h.remove()
     own = _self_attention(model, calls, x)
     lost = [n for n in stateful.values() if n in own and n not in handed]
-    if lost: raise ValueError(f"{lost[0]} does not hand its keyword arguments to its attention function, which needs one of them to find its state when the model generates")
+    if lost:
+        raise ValueError(f"{lost[0]} does not hand its keyword arguments to its attention function, which needs one of them to find its state when the model "
+            "generates")
     return list(own.values())
 
 # %% ../nbs/08_linearize.ipynb #bc85f828
@@ -250,7 +256,9 @@ def _refuse_adapters(model):
     if 'peft' not in sys.modules: return
     from peft.tuners.tuners_utils import BaseTunerLayer
     inside = [n for n,m in model.named_modules() if isinstance(m, BaseTunerLayer)]
-    if inside: raise ValueError(f"{inside[0]} has an adapter of peft: merge it into the model first (merge_and_unload), or convert the model first and adapt it then (add_lora)")
+    if inside:
+        raise ValueError(f"{inside[0]} has an adapter of peft: merge it into the model first (merge_and_unload), or convert the model first and adapt it "
+            "then (add_lora)")
 
 def plan_maps(
     model:PreTrainedModel, # A model not converted yet; it stays as it is
@@ -277,14 +285,17 @@ def plan_maps(
 
 # %% ../nbs/08_linearize.ipynb #02218ca8
 def _owners(model):
-    "Models of which this is the body, which share its config and with it the settings of its conversion. Raises `ValueError` where it is another part of one, whose folder would not say what was converted."
+    """Models of which this is the body: they share its config, and with it the settings of its conversion.
+    Raises `ValueError` where it is another part of one, whose folder would not say what was converted."""
     if model.base_model is not model: return []
     look = lambda: [o for o in gc.get_objects() if issubclass(type(o), PreTrainedModel) and o is not model and any(m is model for m in o.modules())]
     apart = lambda o: o.config is not model.config or o.base_model is not model
     if any(map(apart, look())): gc.collect() # some may be gone
     owners = look()
     other = [type(o).__name__ for o in owners if apart(o)]
-    if other: raise ValueError(f"this {type(model).__name__} is a part of a {other[0]}, whose folder would not say that it is converted: convert that model, and choose its layers by `layers`")
+    if other:
+        raise ValueError(f"this {type(model).__name__} is a part of a {other[0]}, whose folder would not say that it is converted: convert that model, and "
+            "choose its layers by `layers`")
     return owners
 
 @torch.no_grad()
@@ -352,9 +363,14 @@ def save_linearized(
     "Save a converted model as safetensors with its settings and a model card. Raises `ValueError` if the folder exists or the model is not converted."
     path = Path(path).expanduser()
     if not linear_layers(model): raise ValueError("this model is not converted: use model.save_pretrained")
-    if not isinstance(model, PreTrainedModel): raise ValueError(f"this is a {type(model).__name__} around a converted model: merge the adapters first (merge_lora), or keep them and the maps apart (save_trained)")
-    if getattr(model, '_hf_peft_config_loaded', False): raise ValueError(f"this {type(model).__name__} has adapters of peft loaded, and its folder would hold them alone: merge them first, or keep them and the maps apart (save_trained)")
-    if not hasattr(model.config, 'hedgehog'): raise ValueError(f"a part of this {type(model).__name__} was converted, and its folder could not say so: save that part, or convert the whole")
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"this is a {type(model).__name__} around a converted model: merge the adapters first (merge_lora), or keep them and the maps apart "
+            "(save_trained)")
+    if getattr(model, '_hf_peft_config_loaded', False):
+        raise ValueError(f"this {type(model).__name__} has adapters of peft loaded, and its folder would hold them alone: merge them first, or keep them and "
+            "the maps apart (save_trained)")
+    if not hasattr(model.config, 'hedgehog'):
+        raise ValueError(f"a part of this {type(model).__name__} was converted, and its folder could not say so: save that part, or convert the whole")
     with new_folder(path, overwrite) as new:
         if card: model.config.hedgehog_card = {**getattr(model.config, 'hedgehog_card', {}), **card}
         model.save_pretrained(new)
@@ -383,8 +399,11 @@ def _class_of(cfg, auto, path, given=None):
     name = str(names[0] if isinstance(names, list) and names else names)
     cls = given if given and given.__name__==name else getattr(transformers, name, given)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)): # a class of the user's own, if its module has been imported
-        found = {f'{c.__module__}.{c.__qualname__}':c for c in _subclasses(PreTrainedModel) if c.__name__==name and 'of' not in vars(c)} # the last of those that a notebook defined again
-        if not found: raise ValueError(f"{path} holds a {name}, which is no model class of transformers {transformers.__version__}; if it is a class of your own, import it first, or give it: load_linearized(…, cls={name})")
+        own = [c for c in _subclasses(PreTrainedModel) if c.__name__==name and 'of' not in vars(c)]
+        found = {f'{c.__module__}.{c.__qualname__}':c for c in own} # the last of those that a notebook defined again
+        if not found:
+            raise ValueError(f"{path} holds a {name}, which is no model class of transformers {transformers.__version__}; if it is a class of your own, "
+                f"import it first, or give it: load_linearized(…, cls={name})")
         if len(found)>1: raise ValueError(f"{path} holds a {name}, and there are {' and '.join(sorted(found))}: give one, load_linearized(…, cls=…)")
         cls, = found.values()
     if auto is None: return cls
@@ -425,9 +444,11 @@ class Misfit(ValueError, RuntimeError):
     "Weights that are missing, or of other shapes than the config says; transformers raises a `RuntimeError` where it minds."
 
 def _original(cls, own, path, config, ignore_mismatched_sizes=False, **kwargs):
-    "(softmax model of a folder, what transformers found), for the class that was saved, `own`, or another. Raises `ValueError` where weights are missing, or of other shapes."
+    """(softmax model of a folder, what transformers found), for the class that was saved, `own`, or another.
+    Raises `ValueError` where weights are missing, or of other shapes."""
     saved = cls is own
-    softmax = type(cls.__name__, (cls,), dict(__module__=cls.__module__, __qualname__=cls.__qualname__, _keys_to_ignore_on_load_unexpected=[*(cls._keys_to_ignore_on_load_unexpected or ()), r'\.feature_map\.'], of=cls))
+    ignored = [*(cls._keys_to_ignore_on_load_unexpected or ()), r'\.feature_map\.']
+    softmax = type(cls.__name__, (cls,), dict(__module__=cls.__module__, __qualname__=cls.__qualname__, _keys_to_ignore_on_load_unexpected=ignored, of=cls))
     try: model,info = softmax.from_pretrained(path, config=config, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     except (LookupError,AttributeError,AssertionError,ArithmeticError) as e: raise ValueError(f"{path/'config.json'} describes no {cls.__name__}: {type(e).__name__}, {e}") from e
     model.__class__ = cls
@@ -438,8 +459,10 @@ def _original(cls, own, path, config, ignore_mismatched_sizes=False, **kwargs):
     if odd: raise Misfit(f"{path} does not fit together: {odd[0]}")
     return model, info
 
-NOT_TAKEN = dict(state_dict="load the folder, then call model.load_state_dict", gguf_file="a converted model is safetensors", from_tf="a converted model is safetensors",
-    from_flax="a converted model is safetensors", attn_implementation="it is 'hedgehog'; model.set_attn_implementation(…) after loading gives the softmax model that it was")
+NOT_TAKEN = dict(
+    state_dict="load the folder, then call model.load_state_dict",
+    gguf_file="a converted model is safetensors",
+    attn_implementation="it is 'hedgehog'; model.set_attn_implementation(…) after loading gives the softmax model that it was")
 
 def _check_given(kwargs):
     "Raise `ValueError` where `from_pretrained` would take an argument that a converted model cannot."
@@ -459,17 +482,20 @@ def load_linearized(
     **kwargs # For `from_pretrained`: dtype, device_map, quantization_config …, and settings of the model's config
 )->PreTrainedModel: # The converted model, as it was saved; with `output_loading_info` the pair (model, report)
     "Load a converted model, bit for bit. Raises `ValueError` where the folder does not hold one, whole and of one piece."
-    if path is None: raise ValueError("a converted model is loaded from its folder; for weights of your own, call linearize on its softmax model, then load_state_dict")
+    if path is None:
+        raise ValueError("a converted model is loaded from its folder; for weights of your own, call linearize on its softmax model, then load_state_dict")
     hub = {k:kwargs.pop(k) for k in ('revision','token','cache_dir','force_download','local_files_only') if k in kwargs}
     path,kwargs = _folder(path, **hub)/kwargs.pop('subfolder', ''),_check_given(kwargs)
     adapter = dict(kwargs.pop('adapter_kwargs', None) or {})
     if not (path/'config.json').is_file():
-        if (path/'adapter_config.json').is_file(): raise ValueError(f"{path} holds adapters, not the model that they are for: AutoModelForCausalLM.from_pretrained loads both")
+        if (path/'adapter_config.json').is_file():
+            raise ValueError(f"{path} holds adapters, not the model that they are for: AutoModelForCausalLM.from_pretrained loads both")
         raise ValueError(f"{path} holds no model: there is no config.json in it")
     try: cfg = {**PreTrainedConfig.get_config_dict(path, local_files_only=True)[0], **(config or {})}
     except (OSError,ValueError,TypeError) as e: raise ValueError(f"{path/'config.json'} is no config of transformers: {e}") from e
     parts = [k for k,v in cfg.items() if isinstance(v, dict) and 'hedgehog' in v]
-    if parts and 'hedgehog' not in cfg: raise ValueError(f"{path} holds a model of which a part, {parts[0]}, was converted by itself: convert the whole, or save that part")
+    if parts and 'hedgehog' not in cfg:
+        raise ValueError(f"{path} holds a model of which a part, {parts[0]}, was converted by itself: convert the whole, or save that part")
     if 'hedgehog' not in cfg: raise ValueError(f"{path} holds a model that was not converted; load it with transformers, then call linearize")
     if not isinstance(cfg['hedgehog'], dict):
         raise ValueError(f"{path/'config.json'}: hedgehog is the settings of the conversion, as {{\"feature_map\": \"elu\"}}; given {cfg['hedgehog']!r}")
@@ -507,7 +533,8 @@ class HedgehogConfig(PreTrainedConfig):
     def __getattr__(self, name):
         kept = vars(self)
         if name.startswith('_') or 'base_model_type' not in kept: raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        return getattr(AutoConfig.for_model(kept['base_model_type'], **{k:v for k,v in kept.items() if k[0]!='_' and k not in ('model_type','base_model_type')}), name)
+        settings = {k:v for k,v in kept.items() if k[0]!='_' and k not in ('model_type','base_model_type')}
+        return getattr(AutoConfig.for_model(kept['base_model_type'], **settings), name)
 
 class _AutoLinearized:
     "Stands for the converted models behind one Auto class."
@@ -516,7 +543,8 @@ class _AutoLinearized:
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, trust_remote_code=None, **kwargs):
         if args: raise ValueError(f"a converted model is made from its folder and its config alone; given {args}")
         asked = getattr(config, '_attn_implementation', None)
-        if asked and not (asked=='eager' and config.output_attentions): kwargs.setdefault('attn_implementation', asked) # transformers sets that one for weights, which ours gives too
+        weights = asked=='eager' and config.output_attentions # set by transformers for the weights, which ours gives too
+        if asked and not weights: kwargs.setdefault('attn_implementation', asked)
         given = {} if config is None else {k:v for k,v in config.to_dict().items() if k not in ('model_type','dtype','transformers_version')}
         return load_linearized(pretrained_model_name_or_path, auto=cls.auto, config=given, **kwargs)
     @classmethod

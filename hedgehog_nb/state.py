@@ -64,7 +64,8 @@ def recurrent_layer(
     return cache.layers[layer_idx]
 
 def _take_seat(linear, module, args, kwargs):
-    "Forward pre-hook: find the cache among the arguments, and hand this module's layer in it to the attention function. `linear` are the layers that are converted."
+    """Forward pre-hook: find the cache among the arguments, and hand this module's layer in it to the attention function.
+    `linear` are the layers that are converted."""
     cache = next((x for x in (*kwargs.values(), *args) if isinstance(x, Cache)), None)
     if isinstance(cache, EncoderDecoderCache): cache = cache.self_attention_cache
     name = own_attention(module.config)
@@ -74,13 +75,15 @@ def _take_seat(linear, module, args, kwargs):
         raise ValueError("the softmax layers of a partly converted model cannot use a static cache; choose cache_implementation='dynamic'")
     layer = recurrent_layer(cache, module.layer_idx)
     if layer.length and layer.state is None and getattr(module, 'is_causal', True):
-        raise ValueError(f"{type(module).__name__} read {layer.length} tokens and kept no state of them: it does not hand recurrent_layer to its attention function")
+        raise ValueError(f"{type(module).__name__} read {layer.length} tokens and kept no state of them: it does not hand recurrent_layer to its attention "
+            "function")
     return args, {**kwargs, 'recurrent_layer':layer}
 
 def _as_softmax(cache, i, name):
     "Layer `i` of a model that was set to another attention than ours is the softmax layer it was, with keys and values in its cache."
     back = "model.set_attn_implementation('hedgehog')"
-    if not torch.compiler.is_compiling(): warnings.warn(f"this model was converted, and is set to {name!r}: it runs as the softmax model it was, until {back}", RuntimeWarning, stacklevel=5)
+    if not torch.compiler.is_compiling():
+        warnings.warn(f"this model was converted, and is set to {name!r}: it runs as the softmax model it was, until {back}", RuntimeWarning, stacklevel=5)
     if cache is not None and i<len(cache.layers) and isinstance(cache.layers[i], RecurrentLayer):
         raise ValueError(f"this cache holds states of linear attention, and the model is set to {name!r} now; start from an empty cache, or call {back}")
 

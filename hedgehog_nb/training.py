@@ -110,8 +110,8 @@ def load_state(
 def remedy(step, model):
     "What to do where a loss is not finite."
     if step>1: return "lower the learning rate"
-    own = "so it is the model's own numbers" if model.dtype==torch.float32 else f"so it is the model's own numbers, in {str(model.dtype)[6:]}: load it in float32"
-    return f"nothing was learned yet, {own}; look at its weights, its maps and the data"
+    lower = '' if model.dtype==torch.float32 else f", in {str(model.dtype)[6:]}: load it in float32"
+    return f"nothing was learned yet, so it is the model's own numbers{lower}; look at its weights, its maps and the data"
 
 class Run:
     "One phase of training as it is noted down: losses, times, and in a file all that the next step depends on."
@@ -218,7 +218,8 @@ def _check_batch(batch):
     "Raise `ValueError` where a batch is none."
     if isinstance(batch, Mapping) and any(isinstance(v, Tensor) and v.dim() for v in batch.values()): return
     kinds = {k:type(v).__name__ for k,v in batch.items()} if isinstance(batch, Mapping) else type(batch).__name__
-    raise ValueError(f"a batch is (B, T) token ids, or a dict of tensors for the model's forward; given {kinds}. Rows of `datasets` become batches by .with_format('torch') and a DataLoader")
+    raise ValueError(f"a batch is (B, T) token ids, or a dict of tensors for the model's forward; given {kinds}. Rows of `datasets` become batches by "
+        ".with_format('torch') and a DataLoader")
 
 def distill(
     model:PreTrainedModel, # A converted model; only its maps are trained
@@ -381,10 +382,12 @@ def finetune(
     if isinstance(data, Tensor): data = [dict(input_ids=b, labels=b) for b in data]
     if not hasattr(data, '__len__'): data = list(islice(data, steps*batch_size)) # a stream: as many rows as the steps take
     if not len(data) or not isinstance(data[0], Mapping):
-        raise ValueError(f"data is (N, T) token blocks, or rows that are dicts for the model's forward, labels among them; given {f'a row {data[0]!r:.80}' if len(data) else 'none'}")
+        raise ValueError(f"data is (N, T) token blocks, or rows that are dicts for the model's forward, labels among them; given "
+            f"{f'a row {data[0]!r:.80}' if len(data) else 'none'}")
     _float_maps(model)
     if model.dtype==torch.float16 and not lora:
-        raise ValueError("AdamW cannot train weights in float16 (nan at the second step): load the model in float32 or bfloat16, and train with fp16=True or bf16=True; or give lora=…, which trains adapters and maps in float32")
+        raise ValueError("AdamW cannot train weights in float16 (nan at the second step): load the model in float32 or bfloat16, and train with fp16=True or "
+            "bf16=True; or give lora=…, which trains adapters and maps in float32")
     rank,n = world()
     run = Run(steps, on_step, checkpoint, save_every, rank==0, phase='finetune', lr=lr, batch_size=batch_size, seed=seed, rows=len(data), lora=lora)
     transformers.set_seed(seed)
@@ -416,7 +419,9 @@ def save_trained(
     inner = model.get_base_model() if adapted else model
     base = str(base or inner.name_or_path)
     if not linear_layers(inner): raise ValueError("this model is not converted, so it has no maps to save")
-    if adapted and [*model.peft_config]!=['default']: raise ValueError(f"save_trained keeps one adapter, named 'default'; this model has {', '.join(model.peft_config)}: delete or merge the others, and name the one to keep 'default'")
+    if adapted and [*model.peft_config]!=['default']:
+        raise ValueError(f"save_trained keeps one adapter, named 'default'; this model has {', '.join(model.peft_config)}: delete or merge the others, and "
+            "name the one to keep 'default'")
     with new_folder(path, overwrite) as new:
         original = _sample(inner, _rewritten(model) if adapted else False)
         if adapted:
@@ -484,7 +489,8 @@ def _add_adapters(model, path):
             warnings.simplefilter('ignore') # keys are compared below
             tuned = PeftModel.from_pretrained(model, path, use_safetensors=True)
     except (SafetensorError,RuntimeError,ValueError,TypeError,KeyError,AttributeError,ImportError) as e:
-        if isinstance(e, KeyError) and str(e.args[0]).startswith('base_model.'): raise ValueError(f"{file} and adapter_config.json do not fit: {e.args[0]} is asked for only") from None
+        if isinstance(e, KeyError) and str(e.args[0]).startswith('base_model.'):
+            raise ValueError(f"{file} and adapter_config.json do not fit: {e.args[0]} is asked for only") from None
         raise ValueError(f"the adapters in {path} cannot be read: {type(e).__name__}, {' '.join(str(e).split())[:300]}") from None
     _check_finite(there, file)
     odd = sorted(there.keys()^get_peft_model_state_dict(tuned, save_embedding_layers=False).keys()) # as they were saved; 'auto' would ask the hub

@@ -5,8 +5,8 @@ What is not asked of a converted model is in `NOT_ASKED`, with the reason. MIXIN
 import fnmatch, importlib, os, sys, types, unittest
 from pathlib import Path
 import torch
-from transformers import (BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Model, LlamaConfig,
-    LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel, ViTConfig, ViTForImageClassification, ViTModel)
+from transformers import (BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, GPT2Config, GPT2ForSequenceClassification,
+    GPT2LMHeadModel, GPT2Model, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel, ViTConfig, ViTForImageClassification, ViTModel)
 from hedgehog_nb.linearize import linearize, load_linearized
 
 SOURCE = Path(os.environ['TRANSFORMERS_SOURCE'])   # an unpacked source distribution, or a checkout
@@ -16,7 +16,8 @@ NOT_ASKED = {
     'test_eager_matches_*': "compares implementations of softmax with each other",
     'test_sdpa_can_dispatch_*': "asks which implementation of softmax a new model has; a class that converts when it is made has another",
     'test_can_set_attention_dynamically': "the same",
-    'test_attention_outputs': "sets config.output_attentions, which transformers takes for 'eager' alone and refuses for sdpa too; asked for in the call, tests/test_linearize.py compares them",
+    'test_attention_outputs': "sets config.output_attentions, which transformers takes for 'eager' alone and refuses for sdpa too "
+        "(asked for in the call, tests/test_linearize.py compares the weights)",
     'test_retain_grad_hidden_states_attentions': "takes the gradient of weights, which are computed beside the output, not on the way to it",
     'test_from_pretrained_no_checkpoint': "loads from no folder, which is refused in words",
     'test_model_weights_reload_no_missing_tied_weights': "loads a folder without weights, which is refused in words",
@@ -52,8 +53,10 @@ def converted(cls):
 
 SMALL = dict(hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4)
 KINDS = dict(
-    llama=(LlamaConfig, dict(SMALL, num_key_value_heads=2, vocab_size=61, max_position_embeddings=64, pad_token_id=0), (LlamaModel, LlamaForCausalLM, LlamaForSequenceClassification), True),
-    gpt2=(GPT2Config, dict(n_embd=32, n_layer=2, n_head=4, n_inner=37, vocab_size=61, n_positions=64, pad_token_id=0, bos_token_id=60, eos_token_id=60), (GPT2Model, GPT2LMHeadModel, GPT2ForSequenceClassification), True),
+    llama=(LlamaConfig, dict(SMALL, num_key_value_heads=2, vocab_size=61, max_position_embeddings=64, pad_token_id=0),
+        (LlamaModel, LlamaForCausalLM, LlamaForSequenceClassification), True),
+    gpt2=(GPT2Config, dict(n_embd=32, n_layer=2, n_head=4, n_inner=37, vocab_size=61, n_positions=64, pad_token_id=0, bos_token_id=60, eos_token_id=60),
+        (GPT2Model, GPT2LMHeadModel, GPT2ForSequenceClassification), True),
     bert=(BertConfig, dict(SMALL, vocab_size=61, max_position_embeddings=64), (BertModel, BertForMaskedLM, BertForSequenceClassification), False),
     vit=(ViTConfig, dict(SMALL, image_size=30, patch_size=2), (ViTModel, ViTForImageClassification), False))
 

@@ -137,8 +137,8 @@ def test_generate_answers_where_the_model_was_made_for_it(here):
     assert '--chat asks' in hedgehog('generate', 'stories-digits', '-p', 'Tom', '-n', 2).stderr
     assert 'no chat template: leave out --chat' in hedgehog('generate', 'embedded', '-p', 'Tom', '--chat', code=1).stderr
 
-@pytest.mark.parametrize('name,yes', [('HuggingFaceTB/SmolLM2-135M-Instruct',True), ('google/gemma-2-2b-it',True), ('meta-llama/Llama-2-7b-chat-hf',True), ('it/model',True),
-    ('gpt2',False), ('models/italian-llama',False), ('digits',False), ('Qwen/Qwen3-0.6B-Base',False)])
+@pytest.mark.parametrize('name,yes', [('HuggingFaceTB/SmolLM2-135M-Instruct',True), ('google/gemma-2-2b-it',True), ('meta-llama/Llama-2-7b-chat-hf',True),
+    ('it/model',True), ('gpt2',False), ('models/italian-llama',False), ('digits',False), ('Qwen/Qwen3-0.6B-Base',False)])
 def test_models_that_answer_say_so_in_their_names(name, yes):
     from types import SimpleNamespace
     from hedgehog_nb.cli import answers
