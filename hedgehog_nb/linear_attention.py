@@ -253,7 +253,8 @@ class _Chunks(torch.autograd.Function):
         ctx.segments = _segments(B, H, T, D, C, v.device)
         m_t,end = _scan(_slices(phi_q, phi_k, v, log_k), ctx.segments, LinearState(S,z,m), o, den, kept)
         ctx.save_for_backward(phi_q, phi_k, v, log_k, o, den, *kept)
-        ctx.mark_non_differentiable(*(x for x in (m_t, end.m) if x is not None))
+        if not torch.compiler.is_compiling(): # torch 2.11 cannot trace it where the batch varies; their gradients are left unread below
+            ctx.mark_non_differentiable(*(x for x in (m_t, end.m) if x is not None))
         return o, den, m_t, *end
 
     @staticmethod

@@ -449,9 +449,12 @@ def _original(cls, own, path, config, ignore_mismatched_sizes=False, **kwargs):
     saved = cls is own
     ignored = [*(cls._keys_to_ignore_on_load_unexpected or ()), r'\.feature_map\.']
     softmax = type(cls.__name__, (cls,), dict(__module__=cls.__module__, __qualname__=cls.__qualname__, _keys_to_ignore_on_load_unexpected=ignored, of=cls))
-    try: model,info = softmax.from_pretrained(path, config=config, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    if (path/'adapter_config.json').is_file(): # read from the folder above, since adapters come after the maps, which they may hold too
+        where = dict(pretrained_model_name_or_path=path.resolve().parent, subfolder=path.resolve().name, adapter_kwargs=dict(subfolder='none'))
+    else: where = dict(pretrained_model_name_or_path=path)
+    try: model,info = softmax.from_pretrained(**where, config=config, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     except (LookupError,AttributeError,AssertionError,ArithmeticError) as e: raise ValueError(f"{path/'config.json'} describes no {cls.__name__}: {type(e).__name__}, {e}") from e
-    model.__class__ = cls
+    model.__class__,model.name_or_path = cls,str(path)
     shapes = [] if ignore_mismatched_sizes else sorted(info['mismatched_keys'])
     odd = [f"{n} is {tuple(there)} in its weights, {tuple(here)} by its config.json" for n,there,here in shapes]
     was = () if saved or not info['missing_keys'] else _body(own, config) # a new head is missing rightly
@@ -506,7 +509,7 @@ def load_linearized(
     except Exception as e: raise ValueError(f"{path/'config.json'} is no config of {cls.__name__}: {e}") from e
     for k in [k for k in kwargs if hasattr(own, k) and k not in ('dtype','torch_dtype','quantization_config')]: setattr(own, k, kwargs.pop(k))
     if (path/'adapter_config.json').is_file(): adapter.setdefault('_adapter_model_path', str(path))
-    model,info = _original(cls, saved, path, own, adapter_kwargs=dict(subfolder='none'), **kwargs) # adapters come after the maps, which they may hold too
+    model,info = _original(cls, saved, path, own, **kwargs)
     try: linearize(model, inputs=inputs, **cfg['hedgehog'] | ({} if implementation=='saved' else dict(implementation=implementation)))
     except (TypeError,ValueError) as e: raise ValueError(f"{path/'config.json'} says hedgehog: {cfg['hedgehog']}. {e}") from e
     names,made = _saved_names(model),model.state_dict()
@@ -520,7 +523,12 @@ def load_linearized(
     maps = {n:t.to(made[n].device) for n,t in maps.items()} # each layer's where its queries are, in the precision they were saved in
     model.load_state_dict(maps, strict=False, assign=True)
     for m in linear_layers(model).values(): m.feature_map.requires_grad_()
-    if '_adapter_model_path' in adapter: model.load_adapter(adapter.pop('_adapter_model_path'), adapter_kwargs=adapter)
+    if '_adapter_model_path' in adapter:
+        file = adapter.pop('_adapter_model_path')
+        lost = [k for k in model.load_adapter(file, adapter_kwargs=adapter).missing_keys if '.feature_map.' in k]
+        if lost:
+            raise ValueError(f"the adapters in {file} hold maps too, which transformers {transformers.__version__} does not read: "
+                "load the model without them, then peft.PeftModel.from_pretrained(model, folder)")
     info['unexpected_keys'] = {k for k in info['unexpected_keys'] if k not in names}
     return (model.eval(), info) if output_loading_info else model.eval()
 

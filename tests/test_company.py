@@ -1,6 +1,7 @@
 "A converted model in company: threads, caches of fixed length, other attentions, tracers, models around it."
 import contextvars, copy, pickle, threading, warnings
 import accelerate, datasets, peft, pytest, torch, transformers
+from packaging.version import Version
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache
@@ -212,6 +213,16 @@ def test_traced_without_a_mask(double):
     model,x = made(double=double, layers=1),tokens(2, 12)
     same(torch.jit.trace(Logits(model), (x,), strict=False, check_trace=False)(x), logits(model, x), 1e-10 if double else 1e-5)
 
+def test_gradients_compiled_where_the_batch_varies():
+    "The last batch of an epoch is smaller, and from then on the batch is a symbol to the compiler."
+    fm = make_feature_map('hedgehog', 8, 2).double(); torch._dynamo.reset()
+    attend = lambda q: linear_attention(q, q*.5, q, fm, implementation='chunked')
+    compiled = torch.compile(attend, backend='eager')
+    for B in (8, 4, 2):
+        q = torch.randn(B, 2, 40, 8, dtype=torch.float64, requires_grad=True)
+        a,b = (torch.autograd.grad(f(q).square().sum(), (q, *fm.parameters())) for f in (attend, compiled))
+        for x,y in zip(a, b): same(x, y)
+
 def test_finetuned_and_measured_compiled():
     model,data = made(double=False),corpus(16)
     assert torch.isfinite(torch.tensor(perplexity(torch.compile(model, backend='eager'), data)))
@@ -233,8 +244,8 @@ def test_the_kernel_in_c_takes_no_tensor_without_numbers():
 
 # --- models around it
 
-def lora(model, **kw):
-    tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=['q_proj'], task_type='CAUSAL_LM', **kw))
+def lora(model, where='q_proj'):
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=[where], task_type='CAUSAL_LM'))
     with torch.no_grad():
         for n,p in tuned.named_parameters():
             if 'lora_B' in n: p.normal_(0, .1)
@@ -327,7 +338,11 @@ def test_a_whole_folder_with_its_adapter_inside(maps, tmp_path):
         for p in tuned.parameters():
             if p.requires_grad: p.add_(.1*torch.randn_like(p))
     tuned.save_pretrained(tmp_path/'m')
-    for load in (AutoModelForCausalLM.from_pretrained, load_linearized): same(logits(load(tmp_path/'m'), tokens()), logits(tuned, tokens()), 1e-6)
+    for load in (AutoModelForCausalLM.from_pretrained, load_linearized):
+        try: model = load(tmp_path/'m')
+        except ValueError as e: # older versions do not read what adapters save beside themselves
+            assert maps and 'peft.PeftModel.from_pretrained' in str(e) and Version(transformers.__version__)<Version('5.24')
+        else: same(logits(model, tokens()), logits(tuned, tokens()), 1e-6)
 
 def test_options_are_passed_on(folder, tmp_path):
     x,want = tokens(),logits(load_linearized(folder), tokens())
@@ -500,7 +515,7 @@ def test_one_adapter_named_default_is_kept(tmp_path):
 def test_adapters_loaded_by_transformers(tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.integrations.peft, 'MIN_PEFT_VERSION', '0.18.0', raising=False) # 5.24 asks for one that is not out yet
     save_linearized(made(gpt2, double=False), tmp_path/'m')
-    add_lora(load_linearized(tmp_path/'m'), r=2, target_modules=['c_attn']).save_pretrained(tmp_path/'m')
+    lora(load_linearized(tmp_path/'m'), 'c_attn').save_pretrained(tmp_path/'m')
     model = load_linearized(tmp_path/'m')
     with pytest.raises(ValueError, match='has adapters of peft loaded'): save_linearized(model, tmp_path/'s')
     model.save_pretrained(tmp_path/'m')
