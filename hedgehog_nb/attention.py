@@ -7,7 +7,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/softmax_attention.html.md"""
 # %% auto #0
 __all__ = ['LENT', 'repeat_kv', 'check_qkv', 'autocast_dtype', 'full_precision', 'visible', 'softmax_weights',
            'softmax_attention', 'fused_softmax_attention', 'AttentionCall', 'is_causal', 'attention_configs',
-           'set_attention', 'own_attention', 'attention_as', 'capture_attention']
+           'set_attention', 'own_attention', 'eager_attention', 'attention_as', 'capture_attention']
 
 # %% ../nbs/01_softmax_attention.ipynb #23fa2e80
 from contextlib import contextmanager, suppress
@@ -188,14 +188,19 @@ def own_attention(
     name = config._attn_implementation
     return _kinds[int(name[len(LENT):])] if str(name).startswith(LENT) else name
 
+def eager_attention(
+    module, # An attention module of transformers
+): # The function that it calls where its config names "eager"
+    "What `AttentionInterface` falls back on for this module; transformers' SDPA where the module's file has none of its own."
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    return getattr(sys.modules[type(module).__module__], 'eager_attention_forward', sdpa_attention_forward)
+
 def _lent_attention(module, *args, **kwargs):
     "The attention of whoever borrowed it in this thread; in others, and in copies, what the model has by itself."
     from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
     mine = _borrowed.get().get(id(module.config))
     if mine: return mine[0](module, *args, **kwargs)
-    eager = getattr(sys.modules[type(module).__module__], 'eager_attention_forward', sdpa_attention_forward)
-    return AttentionInterface().get(own_attention(module.config), eager)(module, *args, **kwargs)
+    return AttentionInterface().get(own_attention(module.config), eager_attention(module))(module, *args, **kwargs)
 
 def _lent_mask(*args, config=None, **kwargs):
     "The mask that goes with `_lent_attention`."
@@ -205,7 +210,7 @@ def _lent_mask(*args, config=None, **kwargs):
     return build(*args, config=config, **kwargs)
 
 def _lend(model):
-    "Count one more who borrows the attention of `model`; the first changes its configs. Returns {id: config} of all its parts."
+    "Count one more who borrows the attention of `model`. Returns {id: config} of all its parts, and {id: the attention that it names by itself}."
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
     configs = {id(m.config):m.config for m in model.modules() if isinstance(getattr(m, 'config', None), PreTrainedConfig)}
     was = {i:own_attention(c) for i,c in configs.items()}
@@ -245,7 +250,7 @@ def _give_back(configs, was):
     for i,c in configs.items():
         _lent[i][1] -= 1
         if not _lent[i][1]: del _lent[i]
-    ours = {i:c for i,c in configs.items() if c._attn_implementation.startswith(LENT)}
+    ours = {i:c for i,c in configs.items() if str(c._attn_implementation).startswith(LENT)}
     for i,c in ours.items():
         if i not in _lent: c._attn_implementation = was[i]
     for i,c in ours.items():

@@ -585,7 +585,7 @@ def write_story(
     said = [dict(role='user', content=prompt)]
     ids = tok.apply_chat_template(said, add_generation_prompt=True, return_tensors='pt', return_dict=True) if chat else tok(prompt, return_tensors='pt')
     ids = ids.to(model.device)
-    if not ids.input_ids.numel() or not prompt: raise ValueError("the prompt is empty; give the first words with --prompt")
+    if not ids.input_ids.numel() or chat and not prompt: raise ValueError("the prompt is empty; give the first words with --prompt")
     cache,memory,t = DynamicCache(config=model.config),[],time.perf_counter()
     streamer = TextStreamer(tok, skip_prompt=chat, skip_special_tokens=True)
     put = streamer.put

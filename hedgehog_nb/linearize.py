@@ -23,8 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.models.auto import modeling_auto
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, eager_mask
 from transformers.utils import is_tracing
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from .attention import AttentionCall, attention_as, is_causal, fused_softmax_attention, set_attention, softmax_weights
+from .attention import AttentionCall, attention_as, eager_attention, is_causal, fused_softmax_attention, set_attention, softmax_weights
 from .feature_maps import ATTENTIONS, make_attention
 from .heads import KeptHeads, parse_heads, spell_heads
 from .linear_attention import IMPLEMENTATIONS, can_run
@@ -216,8 +215,7 @@ def probe_attention(
         return fused_softmax_attention(q, k, v, causal, scaling, mask, kw.get('sliding_window')).transpose(1,2).contiguous(), None
     def check(module, q, k, v, attention_mask, scaling=None, **kw):
         if 'recurrent_layer' in kw: handed.add(names[module])
-        eager = getattr(sys.modules[type(module).__module__], 'eager_attention_forward', sdpa_attention_forward)
-        want = eager(module, q, k, v, attention_mask, scaling=scaling, **kw)[0]
+        want = eager_attention(module)(module, q, k, v, attention_mask, scaling=scaling, **kw)[0]
         got = fused_softmax_attention(q, k, v, is_causal(module, kw), scaling, window=kw.get('sliding_window')).transpose(1,2)
         rows,tol = next(todo),max(torch.finfo(q.dtype).eps, 1.2e-7)**.5*want.abs().max().clamp_min(1)
         if (want-got)[rows].abs().gt(tol).any():
@@ -290,8 +288,11 @@ def _owners(model):
     if model.base_model is not model: return []
     look = lambda: [o for o in gc.get_objects() if issubclass(type(o), PreTrainedModel) and o is not model and any(m is model for m in o.modules())]
     apart = lambda o: o.config is not model.config or o.base_model is not model
-    if any(map(apart, look())): gc.collect() # some may be gone
     owners = look()
+    if any(map(apart, owners)): # some may be gone
+        del owners
+        gc.collect()
+        owners = look()
     other = [type(o).__name__ for o in owners if apart(o)]
     if other:
         raise ValueError(f"this {type(model).__name__} is a part of a {other[0]}, whose folder would not say that it is converted: convert that model, and "
