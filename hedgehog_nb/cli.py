@@ -7,10 +7,11 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/cli.html.md"""
 # %% auto #0
 __all__ = ['INSTRUCT', 'app', 'DEMO', 'tokens_after', 'steps_for', 'log_spaced', 'is_first', 'Journal', 'read_journal', 'watch',
            'mixed_precision', 'convert', 'Stopped', 'one_line_errors', 'is_trained', 'is_converted', 'check_output',
-           'whole', 'take_up', 'keeping', 'pick_device', 'open_model', 'open_blocks', 'map_plan', 'attention_maps',
-           'spiky_heads', 'both', 'Camera', 'label', 'human', 'Progress', 'perplexity_table', 'Screen', 'answers',
-           'write_story', 'word_wrap', 'read_config', 'config_defaults', 'main', 'linearize_command',
-           'evaluate_command', 'generate_command', 'properties_command', 'bench_command', 'demo_command']
+           'whole', 'take_up', 'keeping', 'pick_device', 'open_model', 'open_blocks', 'block_start', 'map_plan',
+           'attention_maps', 'spiky_heads', 'both', 'Camera', 'label', 'human', 'Progress', 'perplexity_table',
+           'Screen', 'answers', 'write_story', 'word_wrap', 'read_config', 'config_defaults', 'main',
+           'linearize_command', 'evaluate_command', 'generate_command', 'properties_command', 'bench_command',
+           'demo_command']
 
 # %% ../nbs/93_cli.ipynb #aaaf85b5
 import difflib, json, math, os, re, shutil, signal, sys, tempfile, threading, time, warnings
@@ -361,6 +362,7 @@ def open_blocks(
     max_tokens:int=None, # At most this many; None: all
     seed:int=None, # Shuffle the documents?
     text_column:str=None, # Column that holds the text
+    block_bos:bool=None, # As for `token_blocks`
 ): # (N, seq_len) tokens
     "Texts as blocks of tokens. Raises `ValueError` where the text is too short, or a block too long for the model."
     from hedgehog_nb.data import DataError, load_texts, token_blocks
@@ -368,8 +370,16 @@ def open_blocks(
     if context and seq_len>context: raise ValueError(f"--seq-len {seq_len} is more than the {context} tokens of context this model was made for")
     if max_tokens and max_tokens<seq_len: raise ValueError(f"{max_tokens} tokens are less than one block of {seq_len}; give more, or a smaller --seq-len")
     texts = load_texts(list(spec), None if split=='all' else split, text_column)
-    try: return token_blocks(texts, tok, seq_len, max_tokens, seed)
-    except DataError as e: raise DataError(f"{', '.join(spec)}: {e}") from None
+    try: return token_blocks(texts, tok, seq_len, max_tokens, seed, block_bos)
+    except DataError as e: raise DataError(f"{', '.join(spec)}: {str(e).replace('block_bos=False', '--no-block-bos')}") from None
+
+def block_start(
+    ids, # (N, seq_len) blocks of tokens
+    tok, # The tokenizer that made them
+)->str: # Empty where they begin with text
+    "The special token that every block begins with."
+    first = ids[:,0].unique().tolist()
+    return tok.decode(first) if len(first)==1 and first[0] in tok.all_special_ids else ''
 
 def map_plan(
     model, # A model not converted yet; it stays so
@@ -624,6 +634,8 @@ ModelArg = Annotated[str, typer.Argument(metavar='MODEL', show_default=False, he
 DataOpt = Annotated[List[str], _opt('--data', '-d', metavar='DATA', help="A text file, a folder, a [cyan]datasets[/] name ([cyan]name:config[/]), or [cyan]embedded[/]. May be given several times.")]
 ColumnOpt = Annotated[Optional[str], _opt('--text-column', metavar='NAME', help="Column that holds the text, where there are columns.")]
 LenOpt = Annotated[int, _opt('--seq-len', metavar='N', min=2, help="Tokens in a block.")]
+BlockBosOpt = Annotated[Optional[bool], _opt('--block-bos/--no-block-bos', help="Begin every block as the tokenizer begins a text, such as with [cyan]<s>[/], or leave that to where documents begin. "
+    "If not given: as the tokenizer's settings say ([cyan]block_bos[/]), and with it where they do not.")]
 BatchOpt = Annotated[int, _opt('--batch-size', metavar='N', min=1, help="Blocks per step.")]
 EvalOpt = Annotated[Optional[int], _opt('--eval-tokens', panel='Measuring', metavar='N', min=2, help="Measure on the first so many tokens of the test split; all of it if not given.")]
 DtypeOpt = Annotated[Optional[str], _opt('--dtype', panel='Machine', metavar='NAME', help="[cyan]float32[/], [cyan]bfloat16[/] or [cyan]float16[/]; as saved if not given.")]
@@ -740,20 +752,21 @@ def main(
 # %% ../nbs/93_cli.ipynb #d9af9d2a
 def _name(spec): return spec if spec=='embedded' else Path(spec).name
 
-def _plan(model, spec, feature_map, layers, extra, train, test, steps, batch_size, lora, heads=None):
+def _plan(model, spec, feature_map, layers, extra, train, test, steps, batch_size, lora, heads=None, start=''):
     "What is about to happen, a line each."
     n,(_,T) = model.num_parameters(),test.shape
     lines = [('convert', f"[bold]{_name(spec)}[/], {type(model).__name__}, {n:,} parameters, {str(model.dtype)[6:]} on {model.device.type}"),
         ('to', f"[bold]{feature_map}[/] attention in {layers} layers{f' but for heads {heads}' if heads else ''}, {extra:,} parameters of maps ({extra/n:.2%})")]
     lines += [(w, f"{tokens_after(s, train, batch_size):,} tokens, {s} steps of {min(batch_size, len(train))} × {T}") for w,s in zip(('distill','finetune'), steps) if s]
     if lora and steps[1]: lines[-1] = (lines[-1][0], f"{lines[-1][1]}; adapters of rank {lora['r']} and the maps")
-    return '\n'.join(f'  [dim]{w:<9}[/] {l}' for w,l in [*lines, ('measure', f'{test.numel():,} tokens in blocks of {T}')])+'\n'
+    return '\n'.join(f'  [dim]{w:<9}[/] {l}' for w,l in [*lines, ('measure', f'{test.numel():,} tokens in blocks of {T}{f" that begin with {start}" if start else ""}')])+'\n'
 
 # %% ../nbs/93_cli.ipynb #2a80a9b0
-def _prepare(model, data, eval_data, text_column, feature_map, layers, kw, seq_len, batch_size, eval_tokens, budgets, dtype, device, seed):
+def _prepare(model, data, eval_data, text_column, feature_map, layers, kw, seq_len, batch_size, eval_tokens, budgets, dtype, device, seed, block_bos):
     "Everything that can fail before the first step: (model, tokenizer, train, test, numbers of the layers, parameters of their maps, steps of each phase)."
     if is_converted(model): raise ValueError(f"{model} is converted already; name the model it came from")
     m,tok = open_model(model, dtype, device)
+    if block_bos is not None: tok.init_kwargs['block_bos'] = block_bos   # saved with the converted model, which is measured as it was trained
     which,extra = map_plan(m, feature_map, layers, **kw)
     if not extra: budgets = [(0,0), budgets[1]]   # a map without parameters has nothing to distil
     tokens = max(seq_len, *(t if s is None else s*batch_size*seq_len for t,s in budgets))
@@ -828,6 +841,7 @@ def linearize_command(ctx:typer.Context,
     finetune_tokens:Annotated[int, _opt('--finetune-tokens', panel='Training', metavar='N', min=0, help="Budget for the whole model; 0: none.")]=200_000,
     finetune_steps:Annotated[Optional[int], _opt('--finetune-steps', panel='Training', metavar='N', min=0, help="The same in steps; wins over tokens.")]=None,
     seq_len:Annotated[int, _opt('--seq-len', panel='Training', metavar='N', min=2, help="Tokens in a block.")]=512,
+    block_bos:BlockBosOpt=None,
     batch_size:Annotated[int, _opt('--batch-size', panel='Training', metavar='N', min=1, help="Blocks per step.")]=8,
     lr:Annotated[float, _opt('--lr', panel='Training', metavar='X', help="Learning rate of the maps.")]=1e-2,
     finetune_lr:Annotated[float, _opt('--finetune-lr', panel='Training', metavar='X', help="Learning rate of the whole model, or of its adapters.")]=6e-4,
@@ -863,14 +877,15 @@ def linearize_command(ctx:typer.Context,
         before = read_journal(work/'measured.json')['wall_s']
         with screen.wait(f'loading {model}'):
             m,tok,train,test,which,extra,steps = _prepare(model, data, eval_data, text_column, feature_map, layers, kw, seq_len, batch_size, eval_tokens,
-                [(distill_tokens,distill_steps), (finetune_tokens,finetune_steps)], dtype, device, seed)
+                [(distill_tokens,distill_steps), (finetune_tokens,finetune_steps)], dtype, device, seed, block_bos)
         lora = _lora(m, lora_rank, lora_targets)
-        screen.say(_plan(m, model, feature_map, len(which), extra, train, test, steps, batch_size, lora, softmax_heads))
+        begin = block_start(test, tok)
+        screen.say(_plan(m, model, feature_map, len(which), extra, train, test, steps, batch_size, lora, softmax_heads, begin))
         camera = Camera(test[:1,:24], tok, which[len(which)//2], feature_map)
         with screen.progress:
             rows = convert(m, train, test, feature_map, layers, kw, *steps, batch_size, lr, finetune_lr, objective, evals, baseline=baseline, autocast=autocast, seed=seed,
                 on_event=both(screen.progress, camera), accumulate=grad_accum, lora=lora, work=work, save_every=save_every, trained=trained, base=model)
-        rows = [dict(experiment=experiment, model=_name(model), data='+'.join(map(_name, data)), **r, seq_len=seq_len, eval_tokens=test.numel()) for r in rows]
+        rows = [dict(experiment=experiment, model=_name(model), data='+'.join(map(_name, data)), **r, seq_len=seq_len, block_start=begin, eval_tokens=test.numel()) for r in rows]
         if not is_first(): return
         _save(m, tok, out, work, trained, record, camera, rows, command=command_line(_typed(ctx)), seed=seed, wall_s=before+time.perf_counter()-start, device=m.device, commit=commit)
     result = json.loads((out/'results.json').read_text())
@@ -886,19 +901,20 @@ def evaluate_command(
     model:ModelArg,
     data:DataOpt,
     split:Annotated[str, _opt('--split', metavar='NAME', help="[cyan]train[/], [cyan]validation[/], [cyan]test[/] or [cyan]all[/]. A text without splits is cut: first 90%, next 5%, last 5%.")]='test',
-    base:BaseOpt=None, text_column:ColumnOpt=None, seq_len:LenOpt=512, batch_size:BatchOpt=8, eval_tokens:EvalOpt=None,
+    base:BaseOpt=None, text_column:ColumnOpt=None, seq_len:LenOpt=512, block_bos:BlockBosOpt=None, batch_size:BatchOpt=8, eval_tokens:EvalOpt=None,
     dtype:DtypeOpt=None, implementation:ImplOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
     "[bold]Measure perplexity[/] of a model, converted or not."
     screen = Screen(as_json)
     with screen.wait(f'loading {model}'):
         m,tok = open_model(model, dtype, device, base, implementation)
-        test = open_blocks(data, split, m, tok, seq_len, eval_tokens, None, text_column)
+        test = open_blocks(data, split, m, tok, seq_len, eval_tokens, None, text_column, block_bos)
     t = time.perf_counter()
     with screen.progress: row = Journal(test, batch_size, screen.progress.bar).evaluate(m, _name(model), 'evaluate')
     s = time.perf_counter()-t
-    screen.out.print(f"perplexity [bold]{row['value']:.4g}[/]  on {test.numel():,} tokens in blocks of {seq_len}, {human(test.numel()/s)} tokens/s", highlight=False)
-    screen.object(model=_name(model), data='+'.join(map(_name, data)), split=split, metric='ppl', value=row['value'], eval_tokens=test.numel(), seq_len=seq_len, seconds=round(s,3), tokens_per_s=round(test.numel()/s,1))
+    begin = block_start(test, tok)
+    screen.out.print(f"perplexity [bold]{row['value']:.4g}[/]  on {test.numel():,} tokens in blocks of {seq_len}{f' that begin with {begin}' if begin else ''}, {human(test.numel()/s)} tokens/s", highlight=False, soft_wrap=True)
+    screen.object(model=_name(model), data='+'.join(map(_name, data)), split=split, metric='ppl', value=row['value'], eval_tokens=test.numel(), seq_len=seq_len, block_start=begin, seconds=round(s,3), tokens_per_s=round(test.numel()/s,1))
 
 # %% ../nbs/93_cli.ipynb #1d0c632d
 @app.command('generate', epilog=_examples('hedgehog generate stories-hedgehog --prompt "Once upon a time"', 'hedgehog generate embedded --prompt "Lily and Tom" --temperature 0 --max-new-tokens 50'))
@@ -946,7 +962,7 @@ def properties_command(
     by:Annotated[str, _opt('--by', metavar='NAME', help="A row of the table for each map ([cyan]model[/]), for each map and [cyan]layer[/], or for each [cyan]head[/].")]='model',
     out:Annotated[Optional[Path], _opt('--out', '-o', metavar='FILE', help="Draw entropy, rank correlation and divergence against the layer, into a .png, .svg or .pdf.")]=None,
     split:Annotated[str, _opt('--split', metavar='NAME', help="[cyan]train[/], [cyan]validation[/], [cyan]test[/] or [cyan]all[/].")]='test',
-    base:BaseOpt=None, text_column:ColumnOpt=None, seq_len:LenOpt=256,
+    base:BaseOpt=None, text_column:ColumnOpt=None, seq_len:LenOpt=256, block_bos:BlockBosOpt=None,
     tokens:Annotated[int, _opt('--tokens', panel='Measuring', metavar='N', min=2, help="Measure on the first so many tokens.")]=1024,
     every:Annotated[int, _opt('--every', panel='Measuring', metavar='N', min=1, help="Measure each so many-th query.")]=4,
     dtype:DtypeOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
@@ -960,7 +976,7 @@ def properties_command(
     screen,fig = Screen(as_json),check_output(out, folder=False)
     with screen.wait(f'loading {model}'):
         m,tok = open_model(model, dtype, device, base)
-        ids = open_blocks(data, split, m, tok, seq_len, max(tokens, seq_len), None, text_column)
+        ids = open_blocks(data, split, m, tok, seq_len, max(tokens, seq_len), None, text_column, block_bos)
     with screen.wait(f'measuring {ids.numel():,} tokens'): report = attention_report(m, ids, feature_map=maps or None, every=every)
     rows = report.mean(*keys[by])
     screen.out.print(report_table(rows))
@@ -970,7 +986,7 @@ def properties_command(
         with use_style(): drawn = plot_report(report, ('share','spearman','kl') if len(rows.mean('variant'))>1 else ('share','sink','support'))
         with whole(fig) as p: _put(drawn, p)
         screen.say(f"against the layer: [bold]{fig}[/]")
-    screen.object(model=_name(model), data='+'.join(map(_name, data)), tokens=ids.numel(), seq_len=seq_len, rows=[{k:v for k,v in r.items() if not isinstance(v, float) or math.isfinite(v)} for r in rows], **({'older_keys':shares} if shares else {}))
+    screen.object(model=_name(model), data='+'.join(map(_name, data)), tokens=ids.numel(), seq_len=seq_len, block_start=block_start(ids, tok), rows=[{k:v for k,v in r.items() if not isinstance(v, float) or math.isfinite(v)} for r in rows], **({'older_keys':shares} if shares else {}))
 
 # %% ../nbs/93_cli.ipynb #c11s3lf2
 def _self_check(screen, device):

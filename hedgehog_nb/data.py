@@ -97,7 +97,7 @@ def llama2c_tokenizer(
     vocab:list, # (piece, score) from `read_llama2c_vocab`
     context:int=512, # Longest sequence the model was trained on
 ): # `PreTrainedTokenizerFast`
-    "A fast tokenizer that gives the same ids as llama2.c's encoder."
+    "A fast tokenizer that gives the same ids as llama2.c's encoder. Its setting `block_bos=False` is read by `token_blocks`."
     from tokenizers import Tokenizer, AddedToken, models, normalizers, decoders, processors
     from transformers import PreTrainedTokenizerFast
     special = ['<unk>', '<s>', '</s>']
@@ -110,7 +110,7 @@ def llama2c_tokenizer(
     tok.post_processor = processors.TemplateProcessing(single='<s> $A', pair='<s> $A <s> $B', special_tokens=[('<s>',1)])
     tok.add_special_tokens([AddedToken(s, normalized=False, special=True) for s in special])
     return PreTrainedTokenizerFast(tokenizer_object=tok, unk_token='<unk>', bos_token='<s>', eos_token='</s>', pad_token='</s>', padding_side='left',
-        clean_up_tokenization_spaces=False, split_special_tokens=True, model_max_length=context)
+        clean_up_tokenization_spaces=False, split_special_tokens=True, model_max_length=context, block_bos=False)
 
 # %% ../nbs/91_data.ipynb #37bf4fc8
 def convert_llama2c(
@@ -499,6 +499,25 @@ def token_ids(
         ids = tokenizer([p for p,_,_ in chunk], add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
         for x,(_,b,e) in zip(ids, chunk): yield b+x+e
 
+# %% ../nbs/91_data.ipynb #c0b10c45
+def _block_marks(tokenizer, block_bos=None):
+    "Ids that every block begins and ends with."
+    if block_bos is None: block_bos = tokenizer.init_kwargs.get('block_bos', True)
+    if not block_bos: return [],[]
+    begin,end = _marks(tokenizer)
+    return begin, end if tokenizer.cls_token_id in begin else [] # to a decoder its end mark says that the text is over
+
+def _cut_blocks(ids, seq_len, begin, end):
+    "Blocks of `seq_len` tokens from one list of `ids`, each beginning with `begin` and ending with `end`; those already there are not doubled."
+    at = 0
+    while at<len(ids):
+        first = [] if ids[at:at+len(begin)]==begin else begin
+        body, last = ids[at:at+seq_len-len(first)], []
+        if len(first)+len(body)<seq_len: return
+        if end and body[-len(end):]!=end: body, last = body[:-len(end)], end
+        at += len(body)
+        yield first+body+last
+
 # %% ../nbs/91_data.ipynb #49180302
 def token_blocks(
     texts:list, # Documents
@@ -506,9 +525,13 @@ def token_blocks(
     seq_len:int, # Tokens in a block
     max_tokens:int=None, # Stop after this many; None: all
     seed:int=None, # Shuffle the documents first; None: as they come
+    block_bos:bool=None, # Begin every block as the tokenizer begins a text? False: documents only; None: as the tokenizer's settings say, yes where they do not
 ): # (N, seq_len) LongTensor
     "Pack documents into blocks of `seq_len` tokens. Raises `DataError` where not even one gets full."
     import torch
+    begin,end = _block_marks(tokenizer, block_bos)
+    marks = len(begin)+len(end)
+    if seq_len<=marks: raise DataError(f"seq_len={seq_len} leaves no room for text beside the {marks} tokens that the tokenizer adds; give more, or block_bos=False")
     texts, need = listify(texts), None if max_tokens is None else max_tokens//seq_len*seq_len
     if need==0: raise DataError(f"max_tokens={max_tokens} is less than one block of seq_len={seq_len}")
     if seed is not None: texts = random.Random(seed).sample(texts, len(texts))
@@ -516,9 +539,9 @@ def token_blocks(
     for part in token_ids(texts, tokenizer):
         ids += part
         if need and len(ids)>=need: break
-    n = (need if need and len(ids)>=need else len(ids))//seq_len
-    if not n: raise DataError(f"the text is {len(ids)} tokens long, less than one block of seq_len={seq_len}; give more text or a smaller seq_len")
-    return torch.tensor(ids[:n*seq_len]).view(n, seq_len)
+    blocks = list(islice(_cut_blocks(ids, seq_len, begin, end), need//seq_len if need else None))
+    if not blocks: raise DataError(f"the text is {len(ids)} tokens long, less than one block of seq_len={seq_len}; give more text or a smaller seq_len")
+    return torch.tensor(blocks)
 
 # %% ../nbs/91_data.ipynb #c61d9075
 class batches:

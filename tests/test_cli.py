@@ -306,3 +306,17 @@ def test_self_check_prints_the_verdicts(monkeypatch, here, found, code):
 def test_self_check_without_a_gpu():
     pytest.importorskip('triton')
     if not torch.cuda.is_available(): assert 'PyTorch sees none here' in hedgehog('bench', '--self-check', code=1).stderr
+
+def test_blocks_begin_as_told():
+    "Blocks begin as the tokenizer's settings say, or as the command does; what was done is told."
+    words = 'evaluate', 'embedded', '--data', 'embedded', '--seq-len', 128
+    said = {o: json.loads(hedgehog(*words, '--json', *o).stdout) for o in ((), ('--block-bos',), ('--no-block-bos',))}
+    assert said[()]['value']==said[('--no-block-bos',)]['value']<said[('--block-bos',)]['value']
+    assert [r['block_start'] for r in said.values()]==['','<s>',''] and 'that begin with <s>' in hedgehog(*words, '--block-bos').stdout
+
+def test_blocks_of_a_conversion(here):
+    "linearize and properties take the option too; what was done goes into the rows, and with the folder."
+    few = '--distill-steps', 1, '--finetune-steps', 1
+    out = hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', here/'m', '--block-bos', *few, *SHORT).stderr
+    assert 'that begin with <s>' in out and {r['block_start'] for r in json.loads((here/'m'/'results.json').read_text())['rows']}=={'<s>'}
+    assert json.loads(hedgehog('properties', here/'m', '--data', 'embedded', '--json', '--tokens', 128).stdout)['block_start']=='<s>'

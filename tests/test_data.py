@@ -296,7 +296,7 @@ def test_blocks_are_the_stream(embedded):
     tok, docs = embedded[1], ['One day.', 'Two days, and more.', 'Three']
     stream = [i for d in docs for i in tok(d).input_ids]
     for T in (1,2,7,len(stream)):
-        b = token_blocks(docs, tok, T)
+        b = token_blocks(docs, tok, T, block_bos=False)
         assert b.dtype==torch.long and b.shape==(len(stream)//T,T) and b.flatten().tolist()==stream[:b.numel()]
     assert str(len(stream)) in one_line(DataError, token_blocks, docs, tok, len(stream)+1)
 
@@ -309,6 +309,57 @@ def test_blocks_max_tokens_and_seed(embedded):
     a,b,c = [token_blocks(docs, tok, 64, seed=s) for s in (0,0,1)]
     assert torch.equal(a,b) and not torch.equal(a,c) and abs(len(a)-len(full))<=1
     assert torch.equal(token_blocks(' '.join(docs), tok, 64, max_tokens=640), token_blocks([' '.join(docs)], tok, 64)[:10])
+
+def _words(begin, end, **kw):
+    "A tokenizer of the words w0 to w99 that puts `begin` and `end` around a text."
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    special = {'<s>':100, '</s>':101, '[CLS]':102, '[SEP]':103, 'xx':104}
+    tok = Tokenizer(models.WordLevel({**{f'w{i}':i for i in range(100)}, **special, '[UNK]':105}, unk_token='[UNK]'))
+    tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if begin or end: tok.post_processor = processors.TemplateProcessing(single=' '.join([*begin, '$A', *end]), special_tokens=[(x,special[x]) for x in {*begin,*end}])
+    return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token='</s>', unk_token='[UNK]', **kw), [special[x] for x in begin], [special[x] for x in end]
+
+MARKS = {'none':([],[],{}), 'bos':(['<s>'],[],dict(bos_token='<s>')), 'bos and eos':(['<s>'],['</s>'],dict(bos_token='<s>')), 'two in front':(['<s>','xx'],[],dict(bos_token='<s>')),
+    'encoder':(['[CLS]'],['[SEP]'],dict(cls_token='[CLS]', sep_token='[SEP]')), 'end only':([],['</s>'],{})}
+
+@settings(max_examples=150, deadline=None)
+@given(kind=st.sampled_from(sorted(MARKS)), sizes=st.lists(st.integers(1,30), min_size=1, max_size=12), seq_len=st.integers(1,17))
+def test_blocks_begin_as_a_text_does(kind, sizes, seq_len):
+    begin,end,kw = MARKS[kind]
+    tok,begin,end = _words(begin, end, **kw)
+    docs = [' '.join(f'w{i%90}' for i in range(n)) for n in sizes]
+    framed = end if kind=='encoder' else []
+    if seq_len<=len(begin)+len(framed):
+        one_line(DataError, token_blocks, docs, tok, seq_len)
+        return
+    try: blocks = token_blocks(docs, tok, seq_len).tolist()
+    except DataError: blocks = []
+    words = [i for d in docs for i in tok(d, add_special_tokens=False).input_ids]
+    found = [i for b in blocks for i in b if i<100]
+    assert found==words[:len(found)]   # none lost, none twice
+    marked = [tok(d).input_ids + ([] if begin or end else [101]) for d in docs]
+    left, doc = len(found), 0
+    while doc<len(marked) and (n := len(docs[doc].split()))<=left: left, doc = left-n, doc+1
+    assert sum(map(len, marked[doc:]))-left < seq_len+len(begin)+len(end)   # what is left does not fill a block
+    for b in blocks:
+        assert len(b)==seq_len and b[:len(begin)]==begin and (not framed or b[-1:]==framed)
+        assert not begin or all(b[i:i+2*len(begin)]!=begin*2 for i in range(len(b)))
+
+def test_block_marks_are_a_setting_of_the_tokenizer(tmp_path):
+    tok,_,_ = _words(['<s>'], [], bos_token='<s>', block_bos=False)
+    docs = ['w1 w2 w3 w4 w5']
+    assert token_blocks(docs, tok, 3).tolist()==[[100,1,2],[3,4,5]] and token_blocks(docs, tok, 3, block_bos=True).tolist()==[[100,1,2],[100,3,4]]
+    tok.save_pretrained(tmp_path)
+    from transformers import AutoTokenizer
+    assert token_blocks(docs, AutoTokenizer.from_pretrained(tmp_path), 3).tolist()==[[100,1,2],[3,4,5]]
+
+def test_embedded_blocks_lie_anywhere(embedded):
+    "The embedded model was trained on windows cut anywhere, and is better there: its tokenizer says so."
+    from hedgehog_nb.training import perplexity
+    model,tok = embedded
+    ppl = {b:perplexity(model, token_blocks(load_texts('embedded','test'), tok, 128, block_bos=b)) for b in (None,False,True)}
+    assert ppl[None]==ppl[False]<ppl[True]-.5
 
 def test_blocks_no_text(embedded): one_line(DataError, token_blocks, [], embedded[1], 8)
 
