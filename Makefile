@@ -55,7 +55,8 @@ test: $(VENV)/.stamp-dev  ## Set up, then test the notebooks, the kernels (in Tr
 test-lowest: $(LOWEST)/.stamp-lowest  ## The same tests, with the lowest versions that settings.ini allows, in an environment of their own
 	@$(MAKE) --no-print-directory test VENV=$(LOWEST)
 
-test-all: test  ## `make test`, then transformers' own tests of its models, run on converted ones (pip fetches its source)
+test-all: test  ## `make test`, then converted models in more tools, then in transformers' own tests (pip fetches both)
+	@$(PIP) -q -e '.[integrations]' && echo "== tools" && INTEGRATIONS=all $(TEST) python -m pytest -q -n $(WORKERS) tests/test_integrations.py
 	@$(PIP) -q parameterized && v=`$(BIN)/python -c 'from transformers import __version__ as v; print(v)'` && d=_data/transformers-$$v && \
 	  { [ -n "$$TRANSFORMERS_SOURCE" ] || [ -d $$d ] || { mkdir -p _data && $(BIN)/python -m pip -q download --no-binary transformers --no-deps -d _data transformers==$$v && tar xzf $$d.tar.gz -C _data; }; } && \
 	  echo "== transformers' own tests" && TRANSFORMERS_SOURCE=$${TRANSFORMERS_SOURCE:-$$d} $(TEST) python -m pytest -q -n $(WORKERS) -W ignore::pytest.PytestUnraisableExceptionWarning tests/mixins.py

@@ -27,7 +27,7 @@ from .attention import AttentionCall, attention_as, eager_attention, is_causal, 
 from .feature_maps import ATTENTIONS, make_attention
 from .heads import KeptHeads, parse_heads, spell_heads
 from .linear_attention import IMPLEMENTATIONS, can_run
-from .hub import LOCK, is_hub_name, save_own_way
+from .hub import LOCK, is_hub_name, reversible, save_own_way
 
 # %% ../nbs/08_linearize.ipynb #0a8ed362
 FULL = causal_mask_function, bidirectional_mask_function
@@ -383,7 +383,7 @@ def _saved_names(model):
     "{name in a saved file: name in the model} of all weights of feature maps."
     from transformers.core_model_loading import revert_weight_conversion
     maps,p = {k:v for k,v in model.state_dict().items() if '.feature_map.' in k},model.base_model_prefix+'.'
-    names = {n:k for k,v in maps.items() for n in (k, *revert_weight_conversion(model, {k:v}))}
+    with reversible(model): names = {n:k for k,v in maps.items() for n in (k, *revert_weight_conversion(model, {k:v}))}
     return {**{m:k for n,k in names.items() for m in (p+n, n.removeprefix(p))}, **names}
 
 def _folder(path, **kwargs):

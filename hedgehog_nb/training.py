@@ -351,13 +351,21 @@ def add_lora(
 def merge_lora(
     tuned, # From `add_lora`
 )->PreTrainedModel: # The model that was given to it, all trainable again
-    "Add the adapters to the weights, and be rid of them."
+    "Add the adapters to the weights, and be rid of them. Raises `ValueError` where the weights are quantised."
+    _check_merge(tuned)
     return _without(tuned.merge_and_unload())
 
 def _without(model):
     "What peft gives back, without its marks."
     if hasattr(model, 'peft_config'): del model.peft_config
-    return model.requires_grad_()
+    for p in model.parameters(): p.requires_grad_(p.is_floating_point())
+    return model
+
+def _check_merge(model):
+    "Raise `ValueError` where weights that take in an adapter would be rounded again."
+    if getattr(model, 'is_quantized', False):
+        raise ValueError("adapters are not merged into quantised weights, which would be rounded again, away from what was trained: keep them beside "
+            "the model (merge=False, save_trained), or merge them into the original as it was before it was quantised")
 
 # %% ../nbs/11_training.ipynb #11b00028
 def finetune(
@@ -387,6 +395,9 @@ def finetune(
     if model.dtype==torch.float16 and not lora:
         raise ValueError("AdamW cannot train weights in float16 (nan at the second step): load the model in float32 or bfloat16, and train with fp16=True or "
             "bf16=True; or give lora=…, which trains adapters and maps in float32")
+    if lora and merge: _check_merge(model)
+    if getattr(model, 'is_quantized', False) and not lora and not hasattr(model, 'peft_config'):
+        raise ValueError("quantised weights are not trained: give lora=dict(r=8, target_modules='all-linear') and merge=False, which trains adapters and maps beside them")
     _float_maps(model)
     rank,n = world()
     run = Run(steps, on_step, checkpoint, save_every, rank==0, phase='finetune', lr=lr, batch_size=batch_size, seed=seed, rows=len(data), lora=lora)
@@ -453,15 +464,23 @@ def _maps(model):
     trained = {n:m.modules_to_save[m.active_adapter] if hasattr(m, 'modules_to_save') else m for n,m in maps.items()}
     return {f'{n}.feature_map.{k}':t for n,m in trained.items() for k,t in m.state_dict().items()}
 
+def _plain(module, weight):
+    "A weight in plain numbers, where `module` keeps it quantised."
+    from peft.utils.integrations import dequantize_module_weight
+    if weight is getattr(module, 'weight', None): weight = dequantize_module_weight(module)
+    return weight if type(weight.data) is Tensor else weight.dequantize()
+
 def _sample(model, rewritten=False):
     "{name and shape: 16 of its numbers} of the weights that the original has, converted or not, adapted or not; nan where peft trains them in place or has `rewritten` them."
     ours,peft = re.compile(r'\.(feature_map|lora_\w+|modules_to_save|trainable_tokens_\w+)\.'),re.compile(r'\.(token_adapter\.)?(base_layer|original_module)\.')
+    named = {n:p for n,p in model.named_parameters() if not ours.search(n)}
     adapted = any('.lora_' in n for n,_ in model.named_parameters())
+    if getattr(model, 'is_quantized', False): named = {n:_plain(model.get_submodule(n.rpartition('.')[0]), p) for n,p in named.items()}
     def some(n, p):
         if p.is_meta: raise ValueError(f"{n} is on the meta device: load the model without offloading, this reads its weights")
         known = p.numel() and not (adapted and (p.requires_grad or '.original_module.' in n or rewritten and '.base_layer.' in n)) # a new head is at random in each load
         return p.detach().flatten()[torch.linspace(0, p.numel()-1, 16, dtype=torch.float64).long()].float().cpu() if known else torch.full((16,), math.nan)
-    return {f"{peft.sub('.', n)} {tuple(p.shape)}": some(n, p) for n,p in model.named_parameters() if not ours.search(n)}
+    return {f"{peft.sub('.', n)} {tuple(p.shape)}": some(n, p) for n,p in named.items()}
 
 def _check_original(model, kept, path):
     "Raise `ValueError` where `model` is not the one whose sample was kept; warn where it is a coarse copy. Rounding to bf16 or 8 bits is no difference."
@@ -475,7 +494,7 @@ def _check_original(model, kept, path):
     n = max(apart, key=apart.get)
     what = f"{n.split()[0]} differs by {apart[n]:.0%} of its size"
     if apart[n]>.7: raise ValueError(f"{path} was trained on another model{name}: {what}") # weights at random differ by 140%, a copy in 3 bits by a third
-    if apart[n]>.02: warnings.warn(f"{path} was trained on {kept['base'] or 'a model'} in more bits, or in another state: {what}", stacklevel=3)
+    if apart[n]>.02: warnings.warn(f"{path} was trained on {kept['base'] or 'a model'} at another precision, or in another state: {what}", stacklevel=3)
 
 def _add_adapters(model, path):
     "The model with the adapters of a folder. Raises `ValueError` where they are damaged, incomplete, or no safetensors."
@@ -499,6 +518,9 @@ def _add_adapters(model, path):
 
 def _check_adapters(model, path):
     "Raise `ValueError` where `model` cannot take the adapters of a folder, found out on a copy of it without weights."
+    if getattr(model, 'is_quantized', False): # its modules cannot be copied without their weights: one of the same config can
+        with torch.device('meta'): _add_adapters(type(model)(model.config), path)
+        return
     empty = {id(p): torch.nn.Parameter(torch.empty_like(p, device='meta'), requires_grad=p.requires_grad) for p in model.parameters()}
     with torch.device('meta'): _add_adapters(deepcopy(model, empty), path)
 
@@ -538,12 +560,15 @@ def load_trained(
     model:PreTrainedModel, # The original, not converted; changed in place
     path, # Folder written by `save_trained`
     inputs:dict=None, # As for `linearize`
-)->PreTrainedModel: # The converted model as it was trained, adapters merged
+    merge:bool=True, # Add the adapters to the weights? If not, a `PeftModel` is returned, as quantised weights need
+)->PreTrainedModel: # The converted model as it was trained
     "Convert `model` and give it trained maps and adapters. Raises `ValueError` where the folder holds none, or not all, or those of another model, and leaves the model as it was."
     path,kept = Path(path),read_trained(path)
+    if kept['adapted'] and merge: _check_merge(model)
     _check_original(model, kept, path)
     _check_maps(model, kept, path, inputs)
     if kept['adapted']: _check_adapters(model, path)
     own = _maps(linearize(model, inputs=inputs, **kept['hedgehog']))
     for n,t in own.items(): t.copy_(kept['maps'][n])
-    return (merge_lora(_add_adapters(model, path)) if kept['adapted'] else model).eval()
+    if kept['adapted']: model = merge_lora(_add_adapters(model, path)) if merge else _add_adapters(model, path)
+    return model.eval()

@@ -546,3 +546,38 @@ def test_padding_anywhere_takes_places_in_a_window(holes):
         return (w@v.repeat_interleave(2, 1)).transpose(1,2), None
     with attention_as(narrow, oracle, padding_mask): want = at(narrow)
     same(at(narrow)[real], want[real])
+
+# --- quantised bodies (with the quantisers themselves: test_integrations.py)
+
+def test_adapters_stay_beside_quantised_weights(tmp_path):
+    model,data = linearize(llama(layers=1)),corpus(8); model.is_quantized = True
+    with pytest.raises(ValueError, match='quantised weights are not trained: give lora='): finetune(model, data, steps=1)
+    with pytest.raises(ValueError, match='rounded again'): finetune(model, data, steps=1, lora=dict(r=2, target_modules=['q_proj']))
+    assert not any('lora_' in n for n,_ in model.named_parameters())
+    model.is_quantized = False; tuned = finetune(model, data, steps=1, batch_size=4, lora=dict(r=2, target_modules=['q_proj']), merge=False); model.is_quantized = True
+    with pytest.raises(ValueError, match='rounded again'): merge_lora(tuned)
+    save_trained(tuned, tmp_path/'t')
+    other = llama(layers=1); other.is_quantized = True
+    with pytest.raises(ValueError, match='rounded again'): load_trained(other, tmp_path/'t')
+    assert not linear_layers(other) # left as it was
+    same(logits(load_trained(other, tmp_path/'t', merge=False), tokens()), logits(tuned.eval(), tokens()), 1e-6)
+    same(logits(load_trained(llama(layers=1), tmp_path/'t'), tokens()), logits(tuned, tokens()), 1e-5) # the original in full precision takes them in
+
+def test_what_was_read_in_one_direction_is_saved_as_it_is(tmp_path):
+    "transformers knows no way back from the form that quantised weights are read in."
+    from transformers.core_model_loading import ConversionOps, WeightConverter
+    class OneWay(ConversionOps):
+        def convert(self, input_dict, *args, **kw): return input_dict
+    class BothWays(OneWay):
+        @property
+        def reverse_op(self): return BothWays()
+    def read(*ops):
+        model = made(); model._weight_conversions = [WeightConverter('q_proj.weight', 'q_proj.weight', operations=[*ops])]
+        return model
+    for i,model in enumerate((read(OneWay()), read(BothWays()))):
+        was = model._weight_conversions
+        save_linearized(model, tmp_path/f'{i}')
+        assert model._weight_conversions is was
+        same(logits(load_linearized(tmp_path/f'{i}'), tokens()), logits(model, tokens()))
+    with pytest.raises(ValueError, match='cannot turn the weights'): save_linearized(read(OneWay(), BothWays()), tmp_path/'mixed')
+    assert not (tmp_path/'mixed').exists()
