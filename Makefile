@@ -117,6 +117,6 @@ $(LOWEST)/.stamp-lowest: $(FACTS)
 	@echo "== Installing the lowest versions of what hedgehog_nb needs into $(LOWEST), with `$(OLDEST) --version`"
 	@$(OLDEST) -m venv --clear $(LOWEST)
 	@$(LOWEST)/bin/python -m pip --disable-pip-version-check install -q uv
-	@$(LOWEST)/bin/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct --all-extras -r pyproject.toml
+	@$(LOWEST)/bin/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct --extra dev --extra docs --extra gguf -r pyproject.toml
 	@$(LOWEST)/bin/uv pip install --python $(LOWEST)/bin/python -q --no-deps -e .
 	@touch $(LOWEST)/.stamp-torch $(LOWEST)/.stamp-core $(LOWEST)/.stamp-dev $@

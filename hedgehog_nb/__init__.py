@@ -21,7 +21,9 @@ _sys.modules[__name__].__class__ = _Package
 
 def __getattr__(name):
     if name not in _where: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    res = globals()[name] = getattr(_import_module(f'{__name__}.{_where[name]}'), name)
+    module = _import_module(f'{__name__}.{_where[name]}')
+    res = globals()[name] = getattr(module, name)
+    if _where[name]==name: vars(res).update({n:getattr(module, n) for n in module.__all__}) # `import hedgehog_nb.linearize as L` binds this function: L.linear_layers
     return res
 
 def __dir__(): return sorted({*globals(), *__all__})

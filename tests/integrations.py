@@ -1,7 +1,7 @@
 """Converted models among the tools that people bring: `python tests/integrations.py` tries each and writes `results/integrations.json`.
 
 A case takes a `Subject`, a model in its two forms, and fails where a tool does not do with the converted one what it does with any model.
-What a case returns is the error by which something is refused. Cases whose package is not installed are left out; HEDGEHOG_MODELS adds real models."""
+What a case returns is what to know of it, or the `Refusal` that it met. Cases whose package is not installed are left out; HEDGEHOG_MODELS adds real models."""
 import copy, functools, importlib.metadata, json, os, subprocess, sys, tempfile, time, warnings
 from pathlib import Path
 import torch, transformers
@@ -40,13 +40,13 @@ class Subject:
         if self.kind=='vision': return dict(pixel_values=torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)))
         return dict(self.tok(self.texts, return_tensors='pt', padding=True))
 
-SUBJECTS = {'stories260k': ('decoder', lambda: load_model('embedded')), 'BERT, tiny': ('encoder', _bert), 'ViT, tiny': ('vision', lambda: (vit(), None))}
+SUBJECTS = {'stories260k': ('decoder', lambda: load_model('embedded')), 'tiny BERT': ('encoder', _bert), 'tiny ViT': ('vision', lambda: (vit(), None))}
 REAL = {n: (kind, functools.partial(load_model, Path(os.environ.get('HEDGEHOG_MODELS', ''))/folder))
     for n,kind,folder in (('smollm2-135m','decoder','smollm2-135m-instruct'), ('minilm-l6-v2','encoder','minilm-l6-v2')) if os.environ.get('HEDGEHOG_MODELS')}
 
 CASES,SLOW = {},set()
 def case(tool, what, kind, needs='transformers', real=True, slow=False, **kw):
-    "Register a case: the tool and what is done with it, models it is for, the package it needs, whether real models are worth their time, whether it takes minutes."
+    "Register a case: tool, what is done with it, the models it is for, the package it needs, whether it is tried on real models too, whether it takes minutes."
     def add(f):
         CASES[tool, what, kind] = functools.partial(f, **kw),needs,real
         if slow: SLOW.add((tool, what, kind))
@@ -62,7 +62,9 @@ def installed(package):
 def run(model, x): return next(o for k,o in model.eval()(**x).items() if k in ('logits','last_hidden_state'))
 
 def same(a, b, tol=1e-4):
-    if a.shape!=b.shape or not (a.float()-b.float()).abs().max() <= tol*max(1, b.abs().max()): raise AssertionError(f"{tuple(a.shape)} differs by {(a.float()-b.float()).abs().max():.2g}")
+    assert a.shape==b.shape, f"{tuple(a.shape)} in place of {tuple(b.shape)}"
+    apart = (a.float()-b.float()).abs().max()
+    assert apart <= tol*max(1, b.abs().max()), f"{tuple(a.shape)} differs by {apart:.2g}"
 
 def differ(a, b): assert a.shape==b.shape and not torch.allclose(a, b, atol=1e-3), "nothing changed"
 
@@ -75,12 +77,14 @@ def greedy(model, x, n=8):
         for _ in range(n): ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:,-1:].argmax(-1)], 1)
     return ids
 
+class Refusal(str): "The words by which a tool, or a use of it, is refused as a whole."
+
 def refused(error, *words, do):
-    "The words by which something is refused."
+    "The `Refusal` that something meets."
     try: do()
     except error as e:
         assert all(w in str(e) for w in words), str(e)
-        return ' '.join(str(e).split())
+        return Refusal(' '.join(str(e).split()))
     raise AssertionError("was not refused")
 
 # --- pipelines
@@ -135,8 +139,8 @@ def _(s):
 # --- training
 
 def _train(s, model, data, trainer=transformers.Trainer, args=transformers.TrainingArguments, steps=4, resume=None, **kw):
-    args = args(output_dir=str(s.new('run')), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-3, save_steps=2, report_to='none', disable_tqdm=True,
-        use_cpu=True, dataloader_pin_memory=False, seed=0, **kw)
+    args = args(output_dir=str(s.new('run')), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-3, save_steps=2, report_to='none',
+        disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, seed=0, **kw)
     t = trainer(model=model, args=args, train_dataset=data)
     t.train(resume_from_checkpoint=resume)
     return t
@@ -239,8 +243,9 @@ def _(s):
     import peft
     x = s.inputs(); m = _adapted(s, peft.PromptTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=4))
     with torch.no_grad():
-        soft = m.get_prompt(len(x['input_ids'])); own = m.get_base_model()
-        want = own(inputs_embeds=torch.cat([soft, own.get_input_embeddings()(x['input_ids'])], 1), attention_mask=nn.functional.pad(x['attention_mask'], (4,0), value=1)).logits
+        soft,own = m.get_prompt(len(x['input_ids'])),m.get_base_model()
+        embedded = torch.cat([soft, own.get_input_embeddings()(x['input_ids'])], 1)
+        want = own(inputs_embeds=embedded, attention_mask=nn.functional.pad(x['attention_mask'], (4,0), value=1)).logits
     same(run(m, x), want)
 
 @case('peft', 'prefix tuning', 'decoder', 'peft', real=False)
@@ -271,7 +276,8 @@ def _(s):
 def _(s):
     from accelerate import cpu_offload
     m = cpu_offload(s.model(), execution_device=torch.device('cpu')); same(run(m, s.inputs()), run(s.model(), s.inputs()))
-    x = s.tok(s.texts[0], return_tensors='pt').input_ids; assert torch.equal(m.generate(x, max_new_tokens=4, do_sample=False), s.model().generate(x, max_new_tokens=4, do_sample=False))
+    x = s.tok(s.texts[0], return_tensors='pt').input_ids; write = lambda m: m.generate(x, max_new_tokens=4, do_sample=False)
+    assert torch.equal(write(m), write(s.model()))
 
 @case('accelerate', 'disk_offload', 'decoder', 'accelerate')
 def _(s):
@@ -300,7 +306,9 @@ def _(s):
     got = torch.tensor(st.encode(s.texts)); m = AutoModel.from_pretrained(s.lin)
     for t,g in zip(s.texts, got): same(g, run(m, s.tok(t, return_tensors='pt'))[0].mean(0))
     st.save_pretrained(str(d := s.new('st'))); same(torch.tensor(SentenceTransformer(str(d), device='cpu').encode(s.texts)), got)
-    tell = lambda first: subprocess.run([sys.executable, '-W', 'ignore', '-c', ENCODE.format(first), str(d)], capture_output=True, text=True, env=os.environ).stdout.strip().splitlines()[-1]
+    def tell(first):
+        p = subprocess.run([sys.executable, '-W', 'ignore', '-c', ENCODE.format(first), str(d)], capture_output=True, text=True, env=os.environ)
+        return p.stdout.strip().splitlines()[-1]
     assert tell('import hedgehog_nb.linearize').startswith('loaded')
     alone = tell(''); assert alone.startswith('ValueError') and 'hedgehog_nb' in alone, alone
     return 'without the import: ' + alone.split(' This could')[0]
@@ -311,9 +319,11 @@ def _(s):
     from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-    body = Transformer(str(s.lin)); st = SentenceTransformer(modules=[body, Pooling(body.get_embedding_dimension())], device='cpu'); before = torch.tensor(st.encode(s.texts))
+    body = Transformer(str(s.lin)); st = SentenceTransformer(modules=[body, Pooling(body.get_embedding_dimension())], device='cpu')
+    before = torch.tensor(st.encode(s.texts))
     data = Dataset.from_dict(dict(a=s.texts*4, b=s.texts[::-1]*4, score=[.1,.9,.5]*4))
-    args = SentenceTransformerTrainingArguments(str(s.new('run')), max_steps=3, per_device_train_batch_size=4, report_to='none', use_cpu=True, save_steps=3, learning_rate=1e-3, disable_tqdm=True)
+    args = SentenceTransformerTrainingArguments(str(s.new('run')), max_steps=3, per_device_train_batch_size=4, report_to='none', use_cpu=True, save_steps=3,
+        learning_rate=1e-3, disable_tqdm=True)
     SentenceTransformerTrainer(st, args, data, loss=CosineSimilarityLoss(st)).train()
     after = torch.tensor(st.encode(s.texts)); differ(after, before)
     same(torch.tensor(SentenceTransformer(str(Path(args.output_dir)/'checkpoint-3'), device='cpu').encode(s.texts)), after)
@@ -369,12 +379,16 @@ def _gguf(model, tok, path):
     "The embedded model as a GGUF file, in float32, as llama.cpp writes a Llama."
     import gguf
     c,w = model.config,gguf.GGUFWriter(str(path), 'llama')
-    w.add_context_length(c.max_position_embeddings); w.add_embedding_length(c.hidden_size); w.add_block_count(c.num_hidden_layers); w.add_feed_forward_length(c.intermediate_size)
-    w.add_head_count(c.num_attention_heads); w.add_head_count_kv(c.num_key_value_heads); w.add_layer_norm_rms_eps(c.rms_norm_eps); w.add_rope_freq_base(10000.); w.add_vocab_size(c.vocab_size)
-    w.add_tokenizer_model('llama'); w.add_token_list(tok.convert_ids_to_tokens(range(len(tok)))); w.add_token_scores([0.]*len(tok)); w.add_token_types([1]*len(tok))
+    w.add_context_length(c.max_position_embeddings); w.add_embedding_length(c.hidden_size)
+    w.add_block_count(c.num_hidden_layers); w.add_feed_forward_length(c.intermediate_size)
+    w.add_head_count(c.num_attention_heads); w.add_head_count_kv(c.num_key_value_heads)
+    w.add_layer_norm_rms_eps(c.rms_norm_eps); w.add_rope_freq_base(10000.); w.add_vocab_size(c.vocab_size)
+    w.add_tokenizer_model('llama'); w.add_token_list(tok.convert_ids_to_tokens(range(len(tok))))
+    w.add_token_scores([0.]*len(tok)); w.add_token_types([1]*len(tok))
     w.add_bos_token_id(1); w.add_eos_token_id(2)
     names = {'model.embed_tokens':'token_embd', 'model.norm':'output_norm', 'lm_head':'output'}
-    part = dict(q_proj='attn_q', k_proj='attn_k', v_proj='attn_v', o_proj='attn_output', gate_proj='ffn_gate', up_proj='ffn_up', down_proj='ffn_down', input_layernorm='attn_norm', post_attention_layernorm='ffn_norm')
+    part = dict(q_proj='attn_q', k_proj='attn_k', v_proj='attn_v', o_proj='attn_output',
+        gate_proj='ffn_gate', up_proj='ffn_up', down_proj='ffn_down', input_layernorm='attn_norm', post_attention_layernorm='ffn_norm')
     for n,p in model.named_parameters():
         n = n.removesuffix('.weight'); *_,last = n.split('.')
         if last in ('q_proj','k_proj'): # llama.cpp rotates neighbouring pairs
@@ -406,16 +420,20 @@ def _quantised(s, config, saves=True):
     tuned = finetune(m, s.blocks(), 2, 4, lora=dict(r=4, target_modules='all-linear'), merge=False); want = run(tuned, x)
     save_trained(tuned, d := s.new('trained')); same(run(load_trained(made(), d, merge=False), x), want)
     refused(ValueError, 'rounded again', do=lambda: load_trained(made(), d))
-    return '' if saves else refused(ValueError, 'not serializable', do=lambda: save_linearized(m, s.new('m')))
+    return '' if saves else 'save_linearized is refused: '+refused(ValueError, 'not serializable', do=lambda: save_linearized(m, s.new('m'))).split(' - ')[0]
 
 def _ao():
     from torchao.quantization import Int8WeightOnlyConfig
     return transformers.TorchAoConfig(Int8WeightOnlyConfig())
 
-case('bitsandbytes', '4 bits, QLoRA', 'decoder', 'bitsandbytes', config=lambda: transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True))(_quantised)
-case('bitsandbytes', '8 bits, LoRA', 'decoder', 'bitsandbytes', real=False, config=lambda: transformers.BitsAndBytesConfig(load_in_8bit=True))(_quantised)
+def _nf4(): return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True)
+def _int8(): return transformers.BitsAndBytesConfig(load_in_8bit=True)
+def _quanto(): return transformers.QuantoConfig(weights='int8')
+
+case('bitsandbytes', '4 bits, QLoRA', 'decoder', 'bitsandbytes', config=_nf4)(_quantised)
+case('bitsandbytes', '8 bits, LoRA', 'decoder', 'bitsandbytes', real=False, config=_int8)(_quantised)
 case('torchao', 'int8 weights, LoRA', 'decoder', 'torchao', real=False, config=_ao)(_quantised)
-case('optimum-quanto', 'int8 weights, LoRA', 'decoder', 'optimum-quanto', real=False, config=lambda: transformers.QuantoConfig(weights='int8'), saves=False)(_quantised)
+case('optimum-quanto', 'int8 weights, LoRA', 'decoder', 'optimum-quanto', real=False, config=_quanto, saves=False)(_quantised)
 
 # --- all of it
 
@@ -425,9 +443,12 @@ def examine(key, subject):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         note = f(subject) or ''
-    return dict(experiment='integrations', model=subject.name, data='few rows', variant='hedgehog', metric='works', value=1, tool=tool, what=what, package=needs, version=installed(needs), note=note.replace(str(subject.work), 'folder'))
+    return dict(experiment='integrations', model=subject.name, data='few rows', variant='hedgehog', metric='works', value=int(not isinstance(note, Refusal)),
+        tool=tool, what=what, package=needs, version=installed(needs), note=note.replace(str(subject.work), 'folder'))
 
-def planned(subjects, real=False): return [(k, n) for k in CASES for n,(kind,_) in subjects.items() if kind==k[2] and (CASES[k][2] or not real) and installed(CASES[k][1])]
+def planned(kind, real):
+    "The cases for one model."
+    return [k for k,(_,needs,big) in CASES.items() if k[2]==kind and (big or not real) and installed(needs)]
 
 def main():
     from hedgehog_nb.results import results_folder, write_results
@@ -437,7 +458,7 @@ def main():
     with tempfile.TemporaryDirectory() as work:
         for subjects,real in ((SUBJECTS, False), (REAL, True)):
             for name in subjects:
-                keys = [k for k,n in planned(subjects, real) if n==name]
+                keys = planned(subjects[name][0], real)
                 s = Subject(name, *subjects[name], work) if keys else None
                 for k in keys:
                     if len(sys.argv)>1 and not any(a in ' '.join([*k, name]) for a in sys.argv[1:]): continue
@@ -448,6 +469,7 @@ def main():
                         if len(sys.argv)>1: import traceback; traceback.print_exc()
                     print(f"{time.time()-t:6.1f} s  {name:<14} {k[0]:<22} {k[1]:<40} {said}", flush=True)
     if bad: sys.exit(f"{len(bad)} failed")
-    if len(sys.argv)==1: write_results(results_folder()/'integrations.json', rows, command='python tests/integrations.py', wall_s=time.time()-start, device='cpu')
+    if len(sys.argv)>1: return
+    write_results(results_folder()/'integrations.json', rows, command='python tests/integrations.py', wall_s=time.time()-start, device='cpu')
 
 if __name__=='__main__': main()

@@ -1,4 +1,4 @@
-"Converted models in the tools of `integrations.py`: each case again on the small models, where its package is installed; INTEGRATIONS=all takes the slow ones too."
+"Converted models in the tools of `integrations.py`: each case again on the small models, where its package is installed; INTEGRATIONS=all: the slow ones too."
 import copy, json, os
 import pytest, torch
 import integrations
@@ -17,14 +17,14 @@ def stored(root): return {(r['tool'], r['what'], r['model']):r for r in json.loa
 
 def test_the_results_are_of_these_cases(stored):
     assert {k for k in stored if k[2] in SUBJECTS}=={(*k[:2], n) for k,n in PAIRS} and {k[2] for k in stored}-set(SUBJECTS)=={'smollm2-135m','minilm-l6-v2'}
-    assert {r['value'] for r in stored.values()}=={1}
+    assert all(r['value'] or r['note'] for r in stored.values()) and sum(not r['value'] for r in stored.values())==3
 
 @pytest.mark.parametrize('key,name', PAIRS, ids=[f'{k[0]}-{k[1]}-{n}' for k,n in PAIRS])
 def test_tool(key, name, subject, stored):
     if not installed(CASES[key][1]): pytest.skip(f"{CASES[key][1]} is not installed")
     if key in SLOW and os.environ.get('INTEGRATIONS')!='all': pytest.skip("takes minutes: INTEGRATIONS=all, as make test-all says")
     row,was = examine(key, subject(name)),stored[(*key[:2], name)]
-    assert bool(row['note'])==bool(was['note'])
+    assert (row['value'], bool(row['note']))==(was['value'], bool(was['note']))
 
 # --- the cases can fail
 
@@ -39,10 +39,12 @@ def worse(s):
     other = copy.copy(s); other.__class__ = Worse
     return other
 
-@pytest.mark.parametrize('key', [k for k in CASES if k[2]!='vision' and k[0] in ('pipeline','peft','accelerate','gguf') and not k[1].startswith(('fill','text-cl','token','adapters','prefix','prompt','add_'))],
-    ids=lambda k: f'{k[0]}-{k[1]}')
+TWICE = [k for k in CASES if k[:2] in (('pipeline','text-generation'), ('accelerate','cpu_offload'), ('accelerate','disk_offload'), ('gguf','from a .gguf file'),
+    ('peft','LoRA: train, save, AutoPeft, merge'), ('peft','rsLoRA, PiSSA'))] # these load the model twice and compare
+
+@pytest.mark.parametrize('key', TWICE, ids=lambda k: f'{k[0]}-{k[1]}')
 def test_a_lost_map_is_noticed(key, subject):
-    with pytest.raises(AssertionError): examine(key, worse(subject({'decoder':'stories260k','encoder':'BERT, tiny'}[key[2]])))
+    with pytest.raises(AssertionError): examine(key, worse(subject('stories260k')))
 
 def test_a_lost_state_is_noticed(subject, monkeypatch):
     def forget(m, args, kwargs):

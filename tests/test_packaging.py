@@ -115,6 +115,12 @@ def test_function_wins_over_its_module(name, first, root):
     code = f'{first.format(name)}\nimport hedgehog_nb, sys\nfrom hedgehog_nb import {name} as f\nassert f is hedgehog_nb.{name} is sys.modules["hedgehog_nb.{name}"].{name}; print(type(f).__name__)'
     assert py(code, cwd=root) == 'function'
 
+@pytest.mark.parametrize('name,other', [('linearize', 'linear_layers'), ('linear_attention', 'naive_linear_attention')])
+def test_the_name_of_a_module_has_what_the_module_has(name, other, root):
+    "`import a.b as c` binds the attribute of the package, which is the function"
+    code = f'import hedgehog_nb.{name} as c, sys; m = sys.modules["hedgehog_nb.{name}"]; print(c.{other} is m.{other}, all(hasattr(c, n) for n in m.__all__))'
+    assert py(code, cwd=root) == 'True True'
+
 
 # ---- README and site
 
@@ -196,7 +202,7 @@ class TestMakefile:
 
     def test_lowest_versions_are_tested_where_they_were_installed(self, root, tmp_path):
         rc, out = make(root, '-n', 'test-lowest', f'LOWEST={tmp_path}/v', 'OLDEST=python3.10')
-        steps = [out.index(s) for s in (f'python3.10 -m venv --clear {tmp_path}/v', 'install -q uv', '--resolution lowest-direct --all-extras -r pyproject.toml', '-q --no-deps -e .', '-m pytest')]
+        steps = [out.index(s) for s in (f'python3.10 -m venv --clear {tmp_path}/v', 'install -q uv', '--resolution lowest-direct --extra dev', '-q --no-deps -e .', '-m pytest')]
         assert rc == 0 and steps == sorted(steps)
         for s in ('torch', 'core', 'dev', 'lowest'): (tmp_path/f'.stamp-{s}').touch()
         rc, out = make(root, '-n', 'test-lowest', f'LOWEST={tmp_path}')
