@@ -188,6 +188,11 @@ def _self_attention(model, calls, takes):
             raise ValueError(f"{n} keeps a {kept} when it generates, not keys and values of its own, and a recurrent state stands in for those alone")
     return own
 
+def _seen(model, inputs):
+    "What runs while attention is looked at: the model, but of a classifier with a decoder its body, since the head wants the same text in both, with an eos."
+    classifiers = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
+    return model.base_model if inputs is None and model.config.is_encoder_decoder and type(model).__name__ in classifiers else model
+
 def _look(model, inputs, fn, mask_fn):
     "One forward pass with `fn` as the attention, outside autocast, which rounds. Raises `ValueError` where the model does not run with it."
     try:
@@ -207,7 +212,8 @@ def probe_attention(
     inputs:dict=None, # A small input for the model's forward; `probe_inputs` if None
 )->list: # One `AttentionCall` per self-attention module, in order
     "The self-attention of two tiny forward passes. Raises `ValueError` where it is more than softmax of q·k under a padding mask."
-    x,names,calls,real,handed = probe_inputs(model) if inputs is None else inputs,{m:n for n,m in model.named_modules()},[],[],set()
+    runs,names = _seen(model, inputs),{m:n for n,m in model.named_modules()}
+    x,calls,real,handed = probe_inputs(runs) if inputs is None else inputs,[],[],set()
     def see(module, q, k, v, attention_mask, scaling=None, **kw):
         causal,mask = _split(module, k, attention_mask, kw)
         calls.append(AttentionCall(names[module], module, q, k, v, scaling or q.shape[-1]**-0.5, causal, kw.get('sliding_window')))
@@ -221,10 +227,10 @@ def probe_attention(
         if (want-got)[rows].abs().gt(tol).any():
             raise ValueError(f"{names[module]} does not compute softmax of q·k alone, or not under the mask that it names, so linear attention cannot stand in for it")
         return want, None
-    _look(model, x, see, padding_mask)
+    _look(runs, x, see, padding_mask)
     stateful = {c.module:c.name for c in calls if c.causal and hasattr(c.module, 'layer_idx')}
     todo,hooks = iter(real),[m.register_forward_pre_hook(_hand_down, with_kwargs=True) for m in stateful]
-    try: _look(model, x, check, eager_mask)
+    try: _look(runs, x, check, eager_mask)
     finally:
         for h in hooks: h.remove()
     own = _self_attention(model, calls, x)

@@ -166,7 +166,8 @@ EXPERIMENTS = {'recall':'associative recall', 'recall-converted':'associative re
     'lra-image':'Long Range Arena, Image', 'lra-pathfinder':'Long Range Arena, Pathfinder', 'kl-transfer':'maps read on other text and lengths',
     'bench-forward':'speed of the forward pass', 'bench-train':'speed of forward and backward', 'bench-decode':'speed of decoding', 'prefill-model':'speed of a whole model reading', 'decode-model':'speed of a whole model writing', 'gpu-smoke':'the kernels against fp64 on a GPU',
     'gpu-linearize':'models converted on a GPU', 'gpu-models':'what that cost',
-    'cpu-forward':'speed of the forward pass on a CPU', 'cpu-train':'speed of forward and backward on a CPU', 'cpu-decode':'speed of decoding on a CPU', 'cpu-steps':'what each step brings on a CPU', 'cpu-training':'speed of training steps on a CPU', 'kept-heads':'heads that keep softmax', 'distill-memory':'memory of distillation', 'decode-context':'one more token, against the tokens remembered', 'architectures':'which architectures convert, and what they do then', 'kill-resume':'training killed and taken up'}
+    'cpu-forward':'speed of the forward pass on a CPU', 'cpu-train':'speed of forward and backward on a CPU', 'cpu-decode':'speed of decoding on a CPU', 'cpu-steps':'what each step brings on a CPU', 'cpu-training':'speed of training steps on a CPU', 'kept-heads':'heads that keep softmax', 'distill-memory':'memory of distillation', 'decode-context':'one more token, against the tokens remembered', 'architectures':'which architectures convert, and what they do then',
+    'integrations':'converted models in the tools of others', 'kill-resume':'training killed and taken up'}
 
 # %% ../nbs/19_results.ipynb #6b2232ee
 class Table:

@@ -50,6 +50,28 @@ def test_threads_that_write_with_one_model(threads, requests, kw):
     got = at_once(*(lambda ps=ps: [write(p) for p in ps] for ps in prompts))
     assert sum(torch.equal(a, b) for xs,ys in zip(want, got) for a,b in zip(xs, ys))==threads*requests
 
+def replicas(model, n=2):
+    "What `torch.nn.DataParallel` hands to its threads: shallow copies of all modules, which share config and hooks, around parameters of their own."
+    mods = list(model.modules()); at,made = {m:i for i,m in enumerate(mods)},[]
+    for _ in range(n):
+        copies = [m._replicate_for_data_parallel() for m in mods]
+        for m,c in zip(mods, copies):
+            for k,x in m._modules.items(): setattr(c, k, x if x is None else copies[at[x]])
+            for k,p in m._parameters.items(): setattr(c, k, p if p is None else p.clone())
+            for k,b in m._buffers.items(): c._buffers[k] = b
+        made.append(copies[0])
+    return made
+
+@pytest.mark.parametrize('kw', KINDS.values(), ids=KINDS)
+def test_replicas_in_threads_train_as_one_model(kw):
+    "DataParallel itself wants GPUs: the pieces of a batch by replicas, at once, give outputs and gradients of the whole batch."
+    model,x = made(**kw),tokens(4, 12); maps = [p for m in linear_layers(model).values() for p in m.parameters()]
+    whole = model(input_ids=x, use_cache=False).logits
+    want = torch.autograd.grad(whole.square().sum(), maps)
+    parts = at_once(*(lambda r=r, x=x: r(input_ids=x, use_cache=False).logits for r,x in zip(replicas(model), x.split(2))))
+    same(torch.cat(parts), whole)
+    for a,b in zip(torch.autograd.grad(torch.cat(parts).square().sum(), maps), want): same(a, b, 1e-8)
+
 def test_two_distillations_at_once():
     make = lambda: [shake(linearize(llama(seed, layers=2))) for seed in (1, 2)]
     data = list(corpus(40).split(4)); run = lambda m: distill(m, data, steps=10, lr=.02)
@@ -581,3 +603,18 @@ def test_what_was_read_in_one_direction_is_saved_as_it_is(tmp_path):
         same(logits(load_linearized(tmp_path/f'{i}'), tokens()), logits(model, tokens()))
     with pytest.raises(ValueError, match='cannot turn the weights'): save_linearized(read(OneWay(), BothWays()), tmp_path/'mixed')
     assert not (tmp_path/'mixed').exists()
+
+# --- heads of other tasks
+
+@pytest.mark.parametrize('kind,config', [('Bart',{}), ('MBart',{})])
+def test_classifiers_with_a_decoder(kind, config, tmp_path):
+    "Their head wants the same text in encoder and decoder, with an eos: their body is looked at, in which cross-attention can be told by its length."
+    made = lambda what: getattr(transformers, kind+what)(getattr(transformers, f'{kind}Config')(vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=1,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
+    writes = linearize(made('ForConditionalGeneration')); want = list(linear_layers(writes))
+    assert list(linear_layers(linearize(made('ForSequenceClassification'))))==want and len(want)==3
+    save_linearized(writes, tmp_path/'m')
+    judges = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path/'m')
+    x = tokens(2, 6); x[:,-1] = 2
+    assert list(linear_layers(judges))==want and judges(input_ids=x).logits.isfinite().all()
+    same(judges.model(input_ids=x).last_hidden_state, writes.model(input_ids=x).last_hidden_state, 1e-6)
