@@ -191,7 +191,7 @@ def convert(
             distill(model, data, distill_steps, lr, objective, watch(j, model, 'distill', f'{name}-distilled', distill_steps, train, evals, metric), **keep('distill.safetensors'))
         tuned = tune(model, name, 'finetune.safetensors', merge=False) if finetune_steps else model
         if trained and is_first(): save_trained(tuned, trained, base, overwrite=True)
-        if tuned is not model: merge_lora(tuned)
+        if tuned is not model and not (trained and getattr(model, 'is_quantized', False)): merge_lora(tuned)
     return j.rows
 
 # %% ../nbs/93_cli.ipynb #de37e8d9
@@ -286,7 +286,7 @@ def take_up(
         with whole(f) as p: p.write_text(json.dumps(settings))
         return False
     theirs = json.loads(f.read_text())
-    said = lambda v: 'not given' if v is None else v
+    def said(v): return 'not given' if v is None else ('off','on')[v] if isinstance(v, bool) else v
     odd = [f"{k} {said(theirs.get(k))} there, {said(v)} here" for k,v in settings.items() if theirs.get(k)!=v]
     if odd: raise ValueError(f"{work} keeps an unfinished run with other settings ({'; '.join(odd[:3])}); repeat that command to finish it, or say --restart to throw it away")
     return True
@@ -321,10 +321,13 @@ def _open_trained(path, base, dtype, device, implementation):
     from hedgehog_nb.data import ModelError, load_model
     from hedgehog_nb.linearize import set_implementation
     from hedgehog_nb.training import load_trained, read_trained
+    from transformers import AutoTokenizer
     base = base or read_trained(path)['base']
     try: m,tok = load_model(base, dtype, device)
     except ModelError as e: raise ModelError(f"{path} holds what was trained of {base}, without the model itself: name that with --base ({e})") from None
-    m = load_trained(m, path)
+    if (path/'tokenizer_config.json').is_file(): tok = AutoTokenizer.from_pretrained(path) # it says how blocks begin
+    m = load_trained(m, path, merge=not getattr(m, 'is_quantized', False))
+    if hasattr(m, 'get_base_model'): m = m.get_base_model() # adapters within
     if implementation: set_implementation(m, implementation)
     return m, tok
 
@@ -374,12 +377,16 @@ def open_blocks(
     except DataError as e: raise DataError(f"{', '.join(spec)}: {str(e).replace('block_bos=False', '--no-block-bos')}") from None
 
 def block_start(
-    ids, # (N, seq_len) blocks of tokens
-    tok, # The tokenizer that made them
+    tok, # A tokenizer
+    block_bos:bool=None, # As for `token_blocks`
 )->str: # Empty where they begin with text
-    "The special token that every block begins with."
-    first = ids[:,0].unique().tolist()
-    return tok.decode(first) if len(first)==1 and first[0] in tok.all_special_ids else ''
+    "The special tokens that every block begins with."
+    from hedgehog_nb.data import block_marks
+    return tok.decode(block_marks(tok, block_bos)[0])
+
+def _said_start(start):
+    from rich.markup import escape
+    return f" that begin with {escape(start)}" if start else ''
 
 def map_plan(
     model, # A model not converted yet; it stays so
@@ -759,13 +766,17 @@ def _plan(model, spec, feature_map, layers, extra, train, test, steps, batch_siz
         ('to', f"[bold]{feature_map}[/] attention in {layers} layers{f' but for heads {heads}' if heads else ''}, {extra:,} parameters of maps ({extra/n:.2%})")]
     lines += [(w, f"{tokens_after(s, train, batch_size):,} tokens, {s} steps of {min(batch_size, len(train))} × {T}") for w,s in zip(('distill','finetune'), steps) if s]
     if lora and steps[1]: lines[-1] = (lines[-1][0], f"{lines[-1][1]}; adapters of rank {lora['r']} and the maps")
-    return '\n'.join(f'  [dim]{w:<9}[/] {l}' for w,l in [*lines, ('measure', f'{test.numel():,} tokens in blocks of {T}{f" that begin with {start}" if start else ""}')])+'\n'
+    return '\n'.join(f'  [dim]{w:<9}[/] {l}' for w,l in [*lines, ('measure', f'{test.numel():,} tokens in blocks of {T}{start}')])+'\n'
 
 # %% ../nbs/93_cli.ipynb #2a80a9b0
-def _prepare(model, data, eval_data, text_column, feature_map, layers, kw, seq_len, batch_size, eval_tokens, budgets, dtype, device, seed, block_bos):
+def _prepare(model, data, eval_data, text_column, feature_map, layers, kw, seq_len, batch_size, eval_tokens, budgets, dtype, device, seed, block_bos, adapted):
     "Everything that can fail before the first step: (model, tokenizer, train, test, numbers of the layers, parameters of their maps, steps of each phase)."
     if is_converted(model): raise ValueError(f"{model} is converted already; name the model it came from")
     m,tok = open_model(model, dtype, device)
+    tunes = budgets[1][0] if budgets[1][1] is None else budgets[1][1]
+    if getattr(m, 'is_quantized', False) and tunes and not adapted:
+        raise ValueError(f"{model} is quantised, and such weights are not trained: say --lora-rank 8 --save trained, which trains adapters beside them, "
+            "or --finetune-tokens 0, which trains the maps alone")
     if block_bos is not None: tok.init_kwargs['block_bos'] = block_bos   # saved with the converted model, which is measured as it was trained
     which,extra = map_plan(m, feature_map, layers, **kw)
     if not extra: budgets = [(0,0), budgets[1]]   # a map without parameters has nothing to distil
@@ -799,12 +810,14 @@ def _settings(ctx): return {p.opts[0]:ctx.params.get(p.name) for p in ctx.comman
 
 def _same(a, b): return bool(a) and a.is_file() and b.is_file() and a.read_bytes()==b.read_bytes()
 
-def _save(model, tok, out, work, trained, record, camera, rows, **run):
+def _save(model, tok, out, work, trained, record, camera, rows, own_tok, **run):
     "Model, or what was `trained` of it, figures and results as one folder; the results once more in `work`, and as `record` if that is given."
     from hedgehog_nb.linearize import save_linearized
     from hedgehog_nb.results import write_results
     with whole(out, work) as d:
-        if trained: shutil.copytree(trained, d)
+        if trained:
+            shutil.copytree(trained, d)
+            if own_tok: tok.save_pretrained(d)
         else: save_linearized(model, d, tok, card={'data': rows[-1]['data'], 'tokens of training': rows[-1]['tokens'], 'perplexity on held-out text': f"{rows[-1]['value']:.4g}"})
         camera.attention(d/'attention.png')
         camera.curve(d/'perplexity.png')
@@ -877,17 +890,17 @@ def linearize_command(ctx:typer.Context,
         before = read_journal(work/'measured.json')['wall_s']
         with screen.wait(f'loading {model}'):
             m,tok,train,test,which,extra,steps = _prepare(model, data, eval_data, text_column, feature_map, layers, kw, seq_len, batch_size, eval_tokens,
-                [(distill_tokens,distill_steps), (finetune_tokens,finetune_steps)], dtype, device, seed, block_bos)
+                [(distill_tokens,distill_steps), (finetune_tokens,finetune_steps)], dtype, device, seed, block_bos, bool(lora_rank and trained))
         lora = _lora(m, lora_rank, lora_targets)
-        begin = block_start(test, tok)
-        screen.say(_plan(m, model, feature_map, len(which), extra, train, test, steps, batch_size, lora, softmax_heads, begin))
+        begin = block_start(tok)
+        screen.say(_plan(m, model, feature_map, len(which), extra, train, test, steps, batch_size, lora, softmax_heads, _said_start(begin)))
         camera = Camera(test[:1,:24], tok, which[len(which)//2], feature_map)
         with screen.progress:
             rows = convert(m, train, test, feature_map, layers, kw, *steps, batch_size, lr, finetune_lr, objective, evals, baseline=baseline, autocast=autocast, seed=seed,
                 on_event=both(screen.progress, camera), accumulate=grad_accum, lora=lora, work=work, save_every=save_every, trained=trained, base=model)
         rows = [dict(experiment=experiment, model=_name(model), data='+'.join(map(_name, data)), **r, seq_len=seq_len, block_start=begin, eval_tokens=test.numel()) for r in rows]
         if not is_first(): return
-        _save(m, tok, out, work, trained, record, camera, rows, command=command_line(_typed(ctx)), seed=seed, wall_s=before+time.perf_counter()-start, device=m.device, commit=commit)
+        _save(m, tok, out, work, trained, record, camera, rows, block_bos is not None, command=command_line(_typed(ctx)), seed=seed, wall_s=before+time.perf_counter()-start, device=m.device, commit=commit)
     result = json.loads((out/'results.json').read_text())
     shutil.rmtree(work)
     screen.out.print(perplexity_table(rows))
@@ -912,8 +925,8 @@ def evaluate_command(
     t = time.perf_counter()
     with screen.progress: row = Journal(test, batch_size, screen.progress.bar).evaluate(m, _name(model), 'evaluate')
     s = time.perf_counter()-t
-    begin = block_start(test, tok)
-    screen.out.print(f"perplexity [bold]{row['value']:.4g}[/]  on {test.numel():,} tokens in blocks of {seq_len}{f' that begin with {begin}' if begin else ''}, {human(test.numel()/s)} tokens/s", highlight=False, soft_wrap=True)
+    begin = block_start(tok, block_bos)
+    screen.out.print(f"perplexity [bold]{row['value']:.4g}[/]  on {test.numel():,} tokens in blocks of {seq_len}{_said_start(begin)}, {human(test.numel()/s)} tokens/s", highlight=False, soft_wrap=True)
     screen.object(model=_name(model), data='+'.join(map(_name, data)), split=split, metric='ppl', value=row['value'], eval_tokens=test.numel(), seq_len=seq_len, block_start=begin, seconds=round(s,3), tokens_per_s=round(test.numel()/s,1))
 
 # %% ../nbs/93_cli.ipynb #1d0c632d
@@ -986,7 +999,7 @@ def properties_command(
         with use_style(): drawn = plot_report(report, ('share','spearman','kl') if len(rows.mean('variant'))>1 else ('share','sink','support'))
         with whole(fig) as p: _put(drawn, p)
         screen.say(f"against the layer: [bold]{fig}[/]")
-    screen.object(model=_name(model), data='+'.join(map(_name, data)), tokens=ids.numel(), seq_len=seq_len, block_start=block_start(ids, tok), rows=[{k:v for k,v in r.items() if not isinstance(v, float) or math.isfinite(v)} for r in rows], **({'older_keys':shares} if shares else {}))
+    screen.object(model=_name(model), data='+'.join(map(_name, data)), tokens=ids.numel(), seq_len=seq_len, block_start=block_start(tok, block_bos), rows=[{k:v for k,v in r.items() if not isinstance(v, float) or math.isfinite(v)} for r in rows], **({'older_keys':shares} if shares else {}))
 
 # %% ../nbs/93_cli.ipynb #c11s3lf2
 def _self_check(screen, device):

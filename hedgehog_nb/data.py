@@ -8,13 +8,13 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/data.html.md"""
 __all__ = ['read_llama2c', 'rotary_rows', 'llama2c_state_dict', 'read_llama2c_vocab', 'naive_llama2c_encode', 'llama2c_tokenizer',
            'convert_llama2c', 'embedded_model_path', 'DataError', 'ModelError', 'as_dtype', 'model_class', 'load_model',
            'load_embedded', 'write_stories', 'write_texts', 'read_text', 'read_docs', 'cut_split', 'load_texts',
-           'token_ids', 'token_blocks', 'batches']
+           'token_ids', 'block_marks', 'token_blocks', 'batches']
 
 # %% ../nbs/91_data.ipynb #097f1732
 import gzip, json, math, os, random, re, socket, struct, sys, zlib
 from contextlib import contextmanager
 from importlib.util import find_spec
-from itertools import islice
+from itertools import chain, islice
 from textwrap import shorten
 from urllib.parse import urlparse
 from importlib.resources import files
@@ -468,10 +468,13 @@ def load_texts(
 # %% ../nbs/91_data.ipynb #5c8cc76d
 def _marks(tokenizer):
     "Ids that a document begins and ends with: those the tokenizer adds, or `eos` at the end where it adds none."
-    full, plain = tokenizer('a').input_ids, tokenizer('a', add_special_tokens=False).input_ids
-    k = next(k for k in range(len(full)) if full[k:k+len(plain)]==plain)
-    begin, end = full[:k], full[k+len(plain):]
-    return begin, end if begin or end or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for probe in chain(('a','1','A'), map(tokenizer.decode, range(min(300, len(tokenizer))))): # some tokenizers know few letters
+        full, plain = (tokenizer(probe, add_special_tokens=on).input_ids for on in (True, False))
+        k = next((k for k in range(len(full)) if plain and full[k:k+len(plain)]==plain), None)
+        if k is None or set(plain) <= {*tokenizer.all_special_ids}: continue
+        begin, end = full[:k], full[k+len(plain):]
+        return begin, end if begin or end or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    raise DataError(f"{type(tokenizer).__name__} encodes no text the same way with its special tokens and without, so where they go cannot be told")
 
 # %% ../nbs/91_data.ipynb #9e932a1a
 _cut = re.compile(r'(?<=\S\n)(?=\S)|(?<=\n)(?= \S)')
@@ -500,17 +503,29 @@ def token_ids(
         for x,(_,b,e) in zip(ids, chunk): yield b+x+e
 
 # %% ../nbs/91_data.ipynb #c0b10c45
-def _block_marks(tokenizer, block_bos=None):
-    "Ids that every block begins and ends with."
+def block_marks(
+    tokenizer, # A Hugging Face tokenizer
+    block_bos:bool=None, # As for `token_blocks`
+)->tuple: # (ids, ids); empty where there are none
+    "Ids that every block begins and ends with. Raises `DataError` where the tokenizer's setting is neither true nor false."
     if block_bos is None: block_bos = tokenizer.init_kwargs.get('block_bos', True)
+    if not isinstance(block_bos, bool): raise DataError(f"block_bos is true or false; given {block_bos!r}")
     if not block_bos: return [],[]
     begin,end = _marks(tokenizer)
-    return begin, end if tokenizer.cls_token_id in begin else [] # to a decoder its end mark says that the text is over
+    encoder = tokenizer.cls_token_id in begin and tokenizer.sep_token_id in end
+    return begin, end if encoder else [] # to a decoder its end mark says that the text is over
 
 def _cut_blocks(ids, seq_len, begin, end):
-    "Blocks of `seq_len` tokens from one list of `ids`, each beginning with `begin` and ending with `end`; those already there are not doubled."
+    """Blocks of `seq_len` tokens from one list of `ids`, each beginning with `begin` and ending with `end`. Where a cut falls on the marks of a document,
+    they count as those of the block."""
+    def rest(at): # of the marks that a cut went through, or left behind
+        for mark,least in ((end, 0), (begin, 1)):
+            for k in range(least, len(mark)):
+                if ids[max(0, at-k):at]==mark[:k] and ids[at:at+len(mark)-k]==mark[k:]: return len(mark)-k
+        return 0
     at = 0
     while at<len(ids):
+        if at: at += rest(at)
         first = [] if ids[at:at+len(begin)]==begin else begin
         body, last = ids[at:at+seq_len-len(first)], []
         if len(first)+len(body)<seq_len: return
@@ -529,7 +544,7 @@ def token_blocks(
 ): # (N, seq_len) LongTensor
     "Pack documents into blocks of `seq_len` tokens. Raises `DataError` where not even one gets full."
     import torch
-    begin,end = _block_marks(tokenizer, block_bos)
+    begin,end = block_marks(tokenizer, block_bos)
     marks = len(begin)+len(end)
     if seq_len<=marks: raise DataError(f"seq_len={seq_len} leaves no room for text beside the {marks} tokens that the tokenizer adds; give more, or block_bos=False")
     texts, need = listify(texts), None if max_tokens is None else max_tokens//seq_len*seq_len

@@ -345,6 +345,7 @@ def add_lora(
 ): # A `PeftModel` around it, in which adapters and feature maps are trainable
     "Give `model` LoRA adapters beside its feature maps. Raises `ValueError` on modules that it does not have."
     from peft import LoraConfig, get_peft_model
+    if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(): lora = {'task_type':'CAUSAL_LM', **lora} # what AutoPeftModel goes by
     if linear_layers(model): lora = {**lora, 'modules_to_save': [*(lora.get('modules_to_save') or ()), 'feature_map']} # trained, and in every checkpoint
     return get_peft_model(model, LoraConfig(**lora))
 
@@ -441,7 +442,8 @@ def save_trained(
             (new/'README.md').unlink(missing_ok=True) # a form that nobody has filled in
             _drop_maps(new)
         heads = _heads({n:m.feature_map for n,m in linear_layers(inner).items()})
-        save_state(new/TRAINED, maps=_maps(inner), hedgehog=inner.config.hedgehog, base=base, original=original, adapted=adapted, heads=heads)
+        save_state(new/TRAINED, maps=_maps(inner), hedgehog=inner.config.hedgehog, base=base, original=original, adapted=adapted, heads=heads,
+            quantised=bool(getattr(inner, 'is_quantized', False)))
     return path
 
 def _heads(maps): return {n:[m.num_heads, m.num_kv_heads, m.head_dim] for n,m in maps.items()}
@@ -467,12 +469,15 @@ def _maps(model):
 def _plain(module, weight):
     "A weight in plain numbers, where `module` keeps it quantised."
     from peft.utils.integrations import dequantize_module_weight
-    if weight is getattr(module, 'weight', None): weight = dequantize_module_weight(module)
+    if weight is getattr(module, 'weight', None):
+        kept = weight
+        weight = dequantize_module_weight(module)
+        module.weight = kept # which peft replaces by a copy where it was on the CPU, and bitsandbytes would not know its scales
     return weight if type(weight.data) is Tensor else weight.dequantize()
 
 def _sample(model, rewritten=False):
     "{name and shape: 16 of its numbers} of the weights that the original has, converted or not, adapted or not; nan where peft trains them in place or has `rewritten` them."
-    ours,peft = re.compile(r'\.(feature_map|lora_\w+|modules_to_save|trainable_tokens_\w+)\.'),re.compile(r'\.(token_adapter\.)?(base_layer|original_module)\.')
+    ours,peft = re.compile(r'\.(feature_map|lora_\w+|modules_to_save|trainable_tokens_\w+)\.'),re.compile(r'\.(token_adapter\.)?(base_layer|original_module)(?=\.)')
     named = {n:p for n,p in model.named_parameters() if not ours.search(n)}
     adapted = any('.lora_' in n for n,_ in model.named_parameters())
     if getattr(model, 'is_quantized', False): named = {n:_plain(model.get_submodule(n.rpartition('.')[0]), p) for n,p in named.items()}
@@ -480,7 +485,7 @@ def _sample(model, rewritten=False):
         if p.is_meta: raise ValueError(f"{n} is on the meta device: load the model without offloading, this reads its weights")
         known = p.numel() and not (adapted and (p.requires_grad or '.original_module.' in n or rewritten and '.base_layer.' in n)) # a new head is at random in each load
         return p.detach().flatten()[torch.linspace(0, p.numel()-1, 16, dtype=torch.float64).long()].float().cpu() if known else torch.full((16,), math.nan)
-    return {f"{peft.sub('.', n)} {tuple(p.shape)}": some(n, p) for n,p in named.items()}
+    return {f"{peft.sub('', n)} {tuple(p.shape)}": some(n, p) for n,p in named.items()}
 
 def _check_original(model, kept, path):
     "Raise `ValueError` where `model` is not the one whose sample was kept; warn where it is a coarse copy. Rounding to bf16 or 8 bits is no difference."
@@ -494,7 +499,9 @@ def _check_original(model, kept, path):
     n = max(apart, key=apart.get)
     what = f"{n.split()[0]} differs by {apart[n]:.0%} of its size"
     if apart[n]>.7: raise ValueError(f"{path} was trained on another model{name}: {what}") # weights at random differ by 140%, a copy in 3 bits by a third
-    if apart[n]>.02: warnings.warn(f"{path} was trained on {kept['base'] or 'a model'} at another precision, or in another state: {what}", stacklevel=3)
+    if kept.get('quantised', False)!=bool(getattr(model, 'is_quantized', False)):
+        warnings.warn(f"{path} was trained beside {'quantised weights' if kept.get('quantised') else 'weights in full precision'}, and the model given has others", stacklevel=3)
+    elif apart[n]>.02: warnings.warn(f"{path} was trained on {kept['base'] or 'a model'} at another precision, or in another state: {what}", stacklevel=3)
 
 def _add_adapters(model, path):
     "The model with the adapters of a folder. Raises `ValueError` where they are damaged, incomplete, or no safetensors."

@@ -26,9 +26,14 @@ class Subject:
         self.soft,self.lin = self.work/'softmax',self.work/'converted'
         model,self.tok = make()
         model.save_pretrained(self.soft)
-        save_linearized(shake(linearize(model)), self.lin, self.tok)
-        if self.tok: self.tok.save_pretrained(self.soft)
         self.texts = ['A small dog runs.', 'Rain', 'The judge read the long letter twice.'] if name=='minilm-l6-v2' else TEXTS.get(kind)
+        if self.tok: self.tok.save_pretrained(self.soft)
+        soft = run(model, self.inputs())
+        save_linearized(shake(linearize(model)), self.lin, self.tok)
+        self.want = run(model, self.inputs()) # of the model that was never on disk
+        differ(self.want, soft)
+        same(run(self.model(), self.inputs()), self.want)
+        if kind!='decoder': same(run(AutoModel.from_pretrained(self.lin), self.inputs()), run(model.base_model, self.inputs()))
 
     def model(self, **kw): return load_linearized(self.lin, **kw)
     def softmax(self, **kw): return AutoModelForCausalLM.from_pretrained(self.soft, **kw)
@@ -72,9 +77,11 @@ def linear(model, like): assert len(linear_layers(model))==len(linear_layers(lik
 
 def greedy(model, x, n=8):
     "Ids written one by one, each by a forward pass over all that is there: no cache, no generate."
-    ids = x
+    ids,ends = x,model.generation_config.eos_token_id
     with torch.no_grad():
-        for _ in range(n): ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:,-1:].argmax(-1)], 1)
+        for _ in range(n):
+            ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:,-1:].argmax(-1)], 1)
+            if len(ids)==1 and ids[0,-1] in (ends if isinstance(ends, list) else [ends]): break
     return ids
 
 class Refusal(str): "The words by which a tool, or a use of it, is refused as a whole."
@@ -96,7 +103,7 @@ def _(s):
     for t,got in zip(s.texts, alone):
         x = s.tok(t, return_tensors='pt').input_ids
         want = s.tok.decode(greedy(m, x)[0,x.shape[1]:], skip_special_tokens=True)
-        assert got and (want.startswith(got) or got==want), (got, want)
+        assert got==want, (got, want)
     assert [o[0]['generated_text'] for o in pipe(s.texts, batch_size=3, **options)]==alone
 
 @case('pipeline', 'fill-mask', 'encoder', real=False)
@@ -113,6 +120,7 @@ def _(s):
 def _classify(s, task, auto, pick):
     torch.manual_seed(0)
     m = auto.from_pretrained(s.lin, num_labels=3); d = s.new('m')
+    same(run(m.base_model, s.inputs()), run(s.model().base_model, s.inputs()))
     m.save_pretrained(d); s.tok.save_pretrained(d)
     for t,got in zip(s.texts, pipeline(task, model=str(d))(s.texts)): pick(run(m, s.tok(t, return_tensors='pt'))[0].softmax(-1), got)
     linear(auto.from_pretrained(d), m)
@@ -158,7 +166,7 @@ def _trainer(s):
         if s.kind!='encoder': return s.model()
         torch.manual_seed(0)
         return AutoModelForSequenceClassification.from_pretrained(s.lin, num_labels=2)
-    x = {k:v for k,v in s.inputs().items()}; m = made(); before = run(m, x)
+    x,m = s.inputs(),made(); before = run(m, x); same(run(m.base_model, x), run(s.model().base_model, x))
     t = _train(s, m, _rows(s)); want = run(m.cpu(), x); differ(want, before)
     end,half = (Path(t.args.output_dir)/f'checkpoint-{i}' for i in (4, 2))
     same(run(load_linearized(end), x), want)
@@ -223,7 +231,10 @@ def _lora(s, **kw):
     same(run(again, x), want); linear(again.get_base_model(), s.model())
     whole = m.merge_and_unload(); same(run(whole, x), want)
     whole.save_pretrained(d := s.new('merged')); same(run(load_linearized(d), x), want)
-    return "through peft; transformers' own from_pretrained does not read DoRA's magnitudes, of any model" if kw else ''
+    if not kw: return
+    m = _adapted(s, peft.LoraConfig(r=4, target_modules='all-linear', task_type='CAUSAL_LM', **kw), s.softmax()); m.save_pretrained(d := s.new('softmax'))
+    if not torch.allclose(run(AutoModelForCausalLM.from_pretrained(d), x), run(m, x), atol=1e-2):
+        return "through peft; transformers' own from_pretrained does not read DoRA's magnitudes, of a softmax model either"
 case('peft', 'LoRA: train, save, AutoPeft, merge', 'decoder', 'peft')(_lora)
 case('peft', 'DoRA: train, save, AutoPeft, merge', 'decoder', 'peft', use_dora=True)(_lora)
 case('peft', 'rsLoRA, PiSSA', 'decoder', 'peft', real=False, use_rslora=True, init_lora_weights='pissa')(lambda s, **kw: _pissa(s, **kw))
@@ -252,7 +263,7 @@ def _(s):
 def _(s):
     import peft
     m = _adapted(s, peft.PrefixTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=4))
-    return refused((ValueError,TypeError,AttributeError), do=lambda: run(m, s.inputs()))
+    return refused(ValueError, 'as keys and values', do=lambda: run(m, s.inputs()))
 
 @case('peft', 'adapters before linearize', 'decoder', 'peft', real=False)
 def _(s):
@@ -342,11 +353,14 @@ def _(s):
             n,x = len(plain(a)),torch.tensor([plain(a+b)]); p = run(m, dict(input_ids=x))[0,n-1:-1].log_softmax(-1)
             want = p.gather(-1, x[0,n:,None]).sum().item()
             assert abs(ll-want)<1e-2 and bool(best)==bool((p.argmax(-1)==x[0,n:]).all()), (ll, want)
-        text = lm.generate_until([Instance('generate_until', {}, ('Once upon a time', dict(until=['.'], max_gen_toks=12, do_sample=False)), 0)])[0]
-        x = torch.tensor([plain('Once upon a time')])
-        assert text==s.tok.decode(greedy(m, x, 12)[0,x.shape[1]:], skip_special_tokens=True).split('.')[0]
-    rolling = lm.loglikelihood_rolling([Instance('loglikelihood_rolling', {}, ('Lily saw a big dog.',), 0)])[0]
-    assert rolling<0
+        wanted = [Instance('generate_until', {}, (a, dict(until=['.'], max_gen_toks=8, do_sample=False)), i) for i,(a,_) in enumerate(ask)]
+        for text,(a,_) in zip(lm.generate_until(wanted), ask):
+            x = torch.tensor([plain(a)])
+            assert text==s.tok.decode(greedy(m, x)[0,x.shape[1]:], skip_special_tokens=True).split('.')[0], text
+        rolling = lm.loglikelihood_rolling([Instance('loglikelihood_rolling', {}, ('Lily saw a big dog.',), 0)])[0]
+        x = torch.tensor([[lm.prefix_token_id, *lm.tok_encode('Lily saw a big dog.')]])
+        want = run(m, dict(input_ids=x))[0,:-1].log_softmax(-1).gather(-1, x[0,1:,None]).sum().item()
+        assert abs(rolling-want)<1e-2, (rolling, want)
 
 # --- compilers
 
@@ -409,16 +423,17 @@ def _(s):
 def _quantised(s, config, saves=True):
     "Convert a quantised model, distil its maps, finetune adapters beside it, save and load; its body stays quantised throughout."
     config = config(); x,made = s.inputs(),lambda: s.softmax(quantization_config=config)
-    m = linearize(made()); kept = {n:type(l).__name__+str(l.weight.dtype) for n,l in m.named_modules() if n.endswith('_proj')}
+    m,forms = linearize(made()),lambda m: {n:(type(l), type(l.weight), l.weight.dtype) for n,l in m.named_modules() if n.endswith('_proj')}
+    kept = forms(m); assert all(nn.Linear is not a or b is not nn.Parameter for a,b,_ in kept.values())
     losses = distill(m, list(s.blocks(32).split(8)), 4, lr=.02); assert losses[-1]<losses[0]
     want = run(m, x); assert want.isfinite().all()
     if saves:
         save_linearized(m, d := s.new('m')); again = load_linearized(d); same(run(again, x), want)
-        assert {n:type(l).__name__+str(l.weight.dtype) for n,l in again.named_modules() if n.endswith('_proj')}==kept
+        assert forms(again)==kept
         save_linearized(again, d := s.new('again')); same(run(load_linearized(d), x), want)
     words = refused(ValueError, 'quantised weights are not trained', do=lambda: finetune(m, s.blocks(), 2, 4))
     tuned = finetune(m, s.blocks(), 2, 4, lora=dict(r=4, target_modules='all-linear'), merge=False); want = run(tuned, x)
-    save_trained(tuned, d := s.new('trained')); same(run(load_trained(made(), d, merge=False), x), want)
+    save_trained(tuned, d := s.new('trained')); same(run(tuned, x), want); same(run(load_trained(made(), d, merge=False), x), want)
     refused(ValueError, 'rounded again', do=lambda: load_trained(made(), d))
     return '' if saves else 'save_linearized is refused: '+refused(ValueError, 'not serializable', do=lambda: save_linearized(m, s.new('m'))).split(' - ')[0]
 

@@ -320,3 +320,33 @@ def test_blocks_of_a_conversion(here):
     out = hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', here/'m', '--block-bos', *few, *SHORT).stderr
     assert 'that begin with <s>' in out and {r['block_start'] for r in json.loads((here/'m'/'results.json').read_text())['rows']}=={'<s>'}
     assert json.loads(hedgehog('properties', here/'m', '--data', 'embedded', '--json', '--tokens', 128).stdout)['block_start']=='<s>'
+
+def test_what_was_trained_is_measured_as_it_was(here):
+    "A folder of --save trained holds the tokenizer where a command said how blocks begin."
+    few = '--distill-steps', 1, '--finetune-steps', 1, '--lora-rank', 2, '--save', 'trained'
+    hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', here/'t', '--block-bos', *few, *SHORT)
+    want = json.loads((here/'t'/'results.json').read_text())['rows'][-1]
+    got = json.loads(hedgehog('evaluate', here/'t', '--data', 'embedded', '--seq-len', 64, '--eval-tokens', 256, '--json').stdout)
+    assert got['block_start']=='<s>' and got['value']==pytest.approx(want['value'], rel=1e-4)
+
+@pytest.mark.parametrize('token', ['[/s]','[gMASK]','[bold]'])
+def test_a_token_in_brackets_is_no_markup(token, here):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    from tiny_models import llama
+    tok = Tokenizer(models.WordLevel({w:i for i,w in enumerate(['<unk>', token, *(f'w{i}' for i in range(50))])}, unk_token='<unk>'))
+    tok.pre_tokenizer = pre_tokenizers.Whitespace()
+    tok.post_processor = processors.TemplateProcessing(single=[token,'$A'], special_tokens=[(token,1)])
+    PreTrainedTokenizerFast(tokenizer_object=tok, unk_token='<unk>', bos_token=token).save_pretrained(here/'m'); llama().save_pretrained(here/'m')
+    (here/'t.txt').write_text('\n\n'.join(' '.join(f'w{(7*i+j)%50}' for j in range(20)) for i in range(99)))
+    assert f'that begin with {token},' in hedgehog('evaluate', here/'m', '--data', here/'t.txt', '--seq-len', 8, '--eval-tokens', 64).stdout
+
+def test_quantised_weights_are_refused_before_the_first_step(here, monkeypatch):
+    from hedgehog_nb import data
+    def quantised(*args, load=data.load_model):
+        model,tok = load(*args); model.is_quantized = True
+        return model,tok
+    monkeypatch.setattr(data, 'load_model', quantised)
+    for more in ((), ('--lora-rank', 4)):
+        said = hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', here/'q', *more, *SHORT, code=1).stderr
+        assert '--finetune-tokens 0' in said and not list(here.glob('.q*')), said

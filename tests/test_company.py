@@ -618,3 +618,25 @@ def test_classifiers_with_a_decoder(kind, config, tmp_path):
     x = tokens(2, 6); x[:,-1] = 2
     assert list(linear_layers(judges))==want and judges(input_ids=x).logits.isfinite().all()
     same(judges.model(input_ids=x).last_hidden_state, writes.model(input_ids=x).last_hidden_state, 1e-6)
+
+# --- adapters, and who reads them
+
+def test_adapters_of_finetune_come_back_by_autopeft(tmp_path):
+    made().float().save_pretrained(tmp_path/'m')
+    tuned = finetune(load_linearized(tmp_path/'m'), corpus(8), steps=1, batch_size=4, lora=dict(r=2, target_modules=['q_proj']), merge=False)
+    tuned.save_pretrained(tmp_path/'a')
+    same(logits(peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path/'a'), tokens()), logits(tuned, tokens()), 1e-5)
+
+def test_adapters_of_experts_are_kept_beside_the_original(tmp_path):
+    torch.manual_seed(0)
+    transformers.MixtralForCausalLM(transformers.MixtralConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4)).save_pretrained(tmp_path/'m')
+    fresh = lambda: AutoModelForCausalLM.from_pretrained(tmp_path/'m')
+    tuned = finetune(linearize(fresh()), corpus(8), steps=1, batch_size=4, lora=dict(r=2, target_modules='all-linear'), merge=False)
+    save_trained(tuned, tmp_path/'t')
+    same(logits(load_trained(fresh(), tmp_path/'t'), tokens()), logits(tuned, tokens()), 1e-5)
+
+def test_a_teacher_at_another_precision_is_told(tmp_path):
+    model = linearize(llama(layers=1)); model.is_quantized = True
+    save_trained(model, tmp_path/'t')
+    with pytest.warns(UserWarning, match='was trained beside quantised weights'): load_trained(llama(layers=1), tmp_path/'t')

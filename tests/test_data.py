@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from hedgehog_nb import data
 from hedgehog_nb.data import (DataError, ModelError, batches, convert_llama2c, cut_split, embedded_model_path, load_embedded, load_model, load_texts,
-    naive_llama2c_encode, read_docs, read_llama2c, token_blocks, write_stories, write_texts)
+    block_marks, naive_llama2c_encode, read_docs, read_llama2c, token_blocks, write_stories, write_texts)
 
 torch = pytest.importorskip('torch')
 
@@ -344,7 +344,27 @@ def test_blocks_begin_as_a_text_does(kind, sizes, seq_len):
     assert sum(map(len, marked[doc:]))-left < seq_len+len(begin)+len(end)   # what is left does not fill a block
     for b in blocks:
         assert len(b)==seq_len and b[:len(begin)]==begin and (not framed or b[-1:]==framed)
-        assert not begin or all(b[i:i+2*len(begin)]!=begin*2 for i in range(len(b)))
+        assert not begin or all(b[i:i+2*len(begin)]!=begin*2 and b[i:i+1+len(begin)]!=[begin[0],*begin] for i in range(len(b)))
+
+@pytest.mark.parametrize('single,kw,begin,end', [('[CLS] $A [SEP]', dict(cls_token='[CLS]', sep_token='[SEP]'), [0], [1]), ('$A', {}, [], []), ('[CLS] $A', {}, [0], []),
+    ('[CLS] $A [SEP]', dict(cls_token='[CLS]', bos_token='[CLS]', eos_token='[SEP]'), [0], [])], ids=['encoder','none','front','a decoder with cls'])
+def test_marks_of_a_tokenizer_of_few_letters(single, kw, begin, end):
+    from tokenizers import Tokenizer, models, processors
+    from transformers import PreTrainedTokenizerFast
+    tok = Tokenizer(models.BPE({'[CLS]':0, '[SEP]':1, 'A':2, 'C':3, 'G':4, 'T':5}, []))
+    tok.post_processor = processors.TemplateProcessing(single=single, special_tokens=[(x,i) for i,x in enumerate(('[CLS]','[SEP]')) if x in single])
+    tok = PreTrainedTokenizerFast(tokenizer_object=tok, **kw)
+    assert block_marks(tok)==(begin,end) and token_blocks(['ACGT'*9], tok, 4)[0].tolist()[:3]==[*begin,2,3,4][:3]
+    tok.init_kwargs['block_bos'] = 'false'
+    assert "given 'false'" in one_line(DataError, token_blocks, ['ACGT'*9], tok, 4)
+
+def test_cuts_on_the_marks_of_documents():
+    "A cut through a document's marks, or just before its end mark: they are not written twice."
+    tok,_,_ = _words(['<s>','xx'], [], bos_token='<s>')
+    assert token_blocks(['w1','w2 w3 w4'], tok, 4).tolist()==[[100,104,1,100],[100,104,2,3]]
+    tok,_,_ = _words(['[CLS]'], ['[SEP]'], cls_token='[CLS]', sep_token='[SEP]')
+    assert token_blocks(['w1 w2','w3 w4 w5'], tok, 4).tolist()==[[102,1,2,103],[102,3,4,103]]
+    assert token_blocks(['w1 w2 w3','w4 w5'], tok, 3).tolist()==[[102,1,103],[102,2,103],[102,3,103],[102,4,103],[102,5,103]]
 
 def test_block_marks_are_a_setting_of_the_tokenizer(tmp_path):
     tok,_,_ = _words(['<s>'], [], bos_token='<s>', block_bos=False)

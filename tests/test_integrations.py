@@ -25,6 +25,7 @@ def test_tool(key, name, subject, stored):
     if key in SLOW and os.environ.get('INTEGRATIONS')!='all': pytest.skip("takes minutes: INTEGRATIONS=all, as make test-all says")
     row,was = examine(key, subject(name)),stored[(*key[:2], name)]
     assert (row['value'], bool(row['note']))==(was['value'], bool(was['note']))
+    if row['version']==was['version']: assert row['note']==was['note']
 
 # --- the cases can fail
 
