@@ -22,12 +22,16 @@ class RecurrentLayer(CacheLayerMixin):
     is_sliding = is_croppable = False
     def __init__(self):
         super().__init__()
-        self.state,self.length = None,0
+        self.state,self.length,self.expected = None,0,False
     def lazy_initialization(self, key_states, value_states):
         self.device,self.dtype,self.is_initialized = key_states.device,key_states.dtype,True
         self.keys = self.values = key_states.new_empty(0) # some models ask whether there are any
     def update(self, key_states, value_states, *args, **kwargs):
-        "Count the new tokens and hand them back: the attention function folds them into the state."
+        """Count the new tokens and hand them back: the attention function folds them into the state. Raises `ValueError` where a layer asks that has not
+        taken its seat (`recurrent_layer`): softmax attention, which would take them for all there is."""
+        if not self.expected:
+            raise ValueError("this cache holds states of linear attention, and a layer of softmax attention asks it for keys and values; start from an empty cache")
+        self.expected = False
         if not self.is_initialized: self.lazy_initialization(key_states, value_states)
         self.length += key_states.shape[-2]
         return key_states, value_states
@@ -40,8 +44,8 @@ class RecurrentLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx): self._apply(lambda x: x.index_select(0, beam_idx.to(x.device)))
     def batch_repeat_interleave(self, repeats): self._apply(lambda x: x.repeat_interleave(repeats, 0))
     def batch_select_indices(self, indices): self._apply(lambda x: x[indices])
-    def offload(self): self._apply(lambda x: x.to('cpu', non_blocking=True))
-    def prefetch(self): self._apply(lambda x: x.to(self.device, non_blocking=True))
+    def offload(self): "Nothing: a state is small, and is read after transformers sends a layer's keys away."
+    def prefetch(self): "Nothing, as nothing was sent away."
     def crop(self, tokens_to_remove):
         if tokens_to_remove: raise ValueError("a recurrent state cannot forget its last tokens, so assisted (speculative) decoding needs a model that keeps keys and values")
     @property
@@ -55,13 +59,18 @@ def recurrent_layer(
     cache:Cache, # The cache of this forward pass; the layer's seat is taken if it is empty
     layer_idx:int, # Which layer
 )->RecurrentLayer: # The layer that holds this module's state
-    "The `RecurrentLayer` at `layer_idx`. Raises `ValueError` if keys and values are there already."
+    "The `RecurrentLayer` at `layer_idx`, which takes the next tokens. Raises `ValueError` if keys and values are there already, or no such layer."
+    if len(cache.layers)<=layer_idx and cache.layer_class_to_replicate is None:
+        raise ValueError(f"this cache was made for {len(cache.layers)} layers, and layer {layer_idx} asks it for a place")
     while len(cache.layers)<=layer_idx: cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[layer_idx]
-    if isinstance(layer, RecurrentLayer): return layer
+    if isinstance(layer, RecurrentLayer):
+        layer.expected = True
+        return layer
     if layer.get_seq_length()>0: raise ValueError(f"layer {layer_idx} of this cache holds {layer.get_seq_length()} tokens as keys and values; a converted model starts from an empty cache")
-    cache.layers[layer_idx] = RecurrentLayer()
-    return cache.layers[layer_idx]
+    layer = cache.layers[layer_idx] = RecurrentLayer()
+    layer.expected = True
+    return layer
 
 def _take_seat(linear, module, args, kwargs):
     """Forward pre-hook: find the cache among the arguments, and hand this module's layer in it to the attention function.

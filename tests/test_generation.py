@@ -253,3 +253,33 @@ def test_a_step_compiles_into_one_graph_for_any_context(kw):
     parts = [model(input_ids=x[:,:6], past_key_values=cache).logits] + [step(input_ids=x[:,t:t+1], past_key_values=cache).logits for t in range(6, 20)]
     torch.testing.assert_close(torch.cat(parts, 1), model(input_ids=x, use_cache=False).logits, atol=1e-4, rtol=1e-4)
     assert len(graphs)<=2 and not torch._dynamo.utils.counters['graph_break'] # one, and one more when the context is seen to vary
+
+# --- caches that are sent away, or handed on
+
+@pytest.mark.parametrize('name,kw', [('linear',{}), ('hybrid',dict(feature_map='hedgehog-window', window=4)), ('heads',dict(softmax_heads='0:0,1')), ('partly',dict(layers=[0]))])
+def test_an_offloaded_cache(name, kw, monkeypatch):
+    "transformers sends a layer away between `update` and its attention; streams are stood for, since a CPU has none."
+    class NoStream:
+        def wait_stream(self, other): pass
+        def __enter__(self): return self
+        def __exit__(self, *a): pass
+    monkeypatch.setattr(torch, 'Stream', NoStream); monkeypatch.setattr(torch.cuda, 'default_stream', lambda device: NoStream())
+    model,x = model_of('llama', **kw),tokens(1, 6)
+    want,sent = model.generate(x, max_new_tokens=5, do_sample=False, eos_token_id=None),[]
+    monkeypatch.setattr(DynamicCache, 'offload', lambda self, i, *a, offload=DynamicCache.offload: sent.append(i) or offload(self, i, *a))
+    assert torch.equal(model.generate(x, max_new_tokens=5, do_sample=False, eos_token_id=None, cache_implementation='offloaded'), want) and sent
+    l = RecurrentLayer(); l.state = state = object(); l.offload(); l.prefetch()
+    assert l.state is state
+
+def test_softmax_attention_takes_no_cache_of_states():
+    model,soft,x = linearize(llama(layers=2)),llama(layers=2),tokens(1, 9)
+    with torch.no_grad():
+        for more in (1, 4):
+            cache = DynamicCache(); model(input_ids=x, past_key_values=cache)
+            with pytest.raises(ValueError, match='holds states of linear attention'): soft(input_ids=tokens(1, more), past_key_values=cache)
+            assert cache.get_seq_length()==9
+            model(input_ids=tokens(1, more), past_key_values=cache); assert cache.get_seq_length()==9+more
+
+def test_a_cache_of_fewer_layers():
+    with torch.no_grad(), pytest.raises(ValueError, match='made for 1 layers, and layer 1'):
+        linearize(llama(layers=2))(input_ids=tokens(1, 4), past_key_values=DynamicCache(config=llama(layers=1).config))
