@@ -632,6 +632,8 @@ def test_adapters_of_experts_are_kept_beside_the_original(tmp_path):
     transformers.MixtralForCausalLM(transformers.MixtralConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4)).save_pretrained(tmp_path/'m')
     fresh = lambda: AutoModelForCausalLM.from_pretrained(tmp_path/'m')
+    try: peft.get_peft_model(fresh(), peft.LoraConfig(r=2, target_modules='all-linear'))
+    except ValueError: pytest.skip(f"peft {peft.__version__} adapts no mixture of experts, of softmax either")
     tuned = finetune(linearize(fresh()), corpus(8), steps=1, batch_size=4, lora=dict(r=2, target_modules='all-linear'), merge=False)
     save_trained(tuned, tmp_path/'t')
     same(logits(load_trained(fresh(), tmp_path/'t'), tokens()), logits(tuned, tokens()), 1e-5)
