@@ -478,14 +478,14 @@ def _plain(module, weight):
 def _sample(model, rewritten=False):
     "{name and shape: 16 of its numbers} of the weights that the original has, converted or not, adapted or not; nan where peft trains them in place or has `rewritten` them."
     ours,peft = re.compile(r'\.(feature_map|lora_\w+|modules_to_save|trainable_tokens_\w+)\.'),re.compile(r'\.(token_adapter\.)?(base_layer|original_module)(?=\.)')
-    named = {n:p for n,p in model.named_parameters() if not ours.search(n)}
+    named = ((n, p) for n,p in model.named_parameters() if not ours.search(n))
     adapted = any('.lora_' in n for n,_ in model.named_parameters())
-    if getattr(model, 'is_quantized', False): named = {n:_plain(model.get_submodule(n.rpartition('.')[0]), p) for n,p in named.items()}
+    if getattr(model, 'is_quantized', False): named = ((n, _plain(model.get_submodule(n.rpartition('.')[0]), p)) for n,p in named) # one at a time
     def some(n, p):
         if p.is_meta: raise ValueError(f"{n} is on the meta device: load the model without offloading, this reads its weights")
         known = p.numel() and not (adapted and (p.requires_grad or '.original_module.' in n or rewritten and '.base_layer.' in n)) # a new head is at random in each load
         return p.detach().flatten()[torch.linspace(0, p.numel()-1, 16, dtype=torch.float64).long()].float().cpu() if known else torch.full((16,), math.nan)
-    return {f"{peft.sub('', n)} {tuple(p.shape)}": some(n, p) for n,p in named.items()}
+    return {f"{peft.sub('', n)} {tuple(p.shape)}": some(n, p) for n,p in named}
 
 def _check_original(model, kept, path):
     "Raise `ValueError` where `model` is not the one whose sample was kept; warn where it is a coarse copy. Rounding to bf16 or 8 bits is no difference."
