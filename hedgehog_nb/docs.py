@@ -10,12 +10,12 @@ __all__ = ['colab_url', 'colab_badge', 'readme_md', 'write_readme', 'quick_inter
 # %% ../nbs/90_docs.ipynb #7d6baaf1
 import os, re
 from importlib.util import find_spec
-from pathlib import Path
-from fastcore.nbio import read_nb, mk_cell
 from nbdev.config import get_config
 from nbdev.process import Processor
 from nbdev.processors import FilterDefaults
 from nbdev.readme_filter import doc_link
+from pathlib import Path
+from fastcore.nbio import mk_cell, read_nb
 
 # %% ../nbs/90_docs.ipynb #d9201a0f
 def colab_url(

@@ -8,9 +8,8 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/plots.html.md"""
 __all__ = ['style', 'use_style', 'color', 'plot_attention_maps', 'plot_curves', 'save_figure']
 
 # %% ../nbs/92_plots.ipynb #0fa6fcb8
-import colorsys, io, math, re, zlib
+import colorsys, io, matplotlib as mpl, matplotlib.pyplot as plt, numpy as np, re, zlib
 from pathlib import Path
-import matplotlib as mpl, matplotlib.pyplot as plt, numpy as np
 
 # %% ../nbs/92_plots.ipynb #80a7f800
 style = {'figure.figsize':(5,3.1), 'figure.dpi':110, 'savefig.dpi':200, 'figure.constrained_layout.use':True, 'figure.facecolor':'white', 'axes.facecolor':'white',

@@ -10,11 +10,10 @@ __all__ = ['UNITS', 'HEAD', 'PAPER', 'EXPERIMENTS', 'SETTING', 'command_line', '
            'runs_table', 'metrics_of', 'trend_rows']
 
 # %% ../nbs/19_results.ipynb #00f8ee01
-import hashlib, json, math, os, platform, re, shlex, subprocess, sys, tempfile
+import hashlib, hedgehog_nb, json, math, os, platform, re, shlex, subprocess, sys, tempfile
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-import hedgehog_nb
 
 # %% ../nbs/19_results.ipynb #04ce274a
 def command_line(

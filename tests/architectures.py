@@ -4,8 +4,10 @@ Every model has two layers and heads of 8 channels; its matrices are drawn with 
 import copy, tempfile, time
 from pathlib import Path
 import torch, transformers
-from hedgehog_nb.linearize import linear_layers, linearize, load_linearized, save_linearized, set_implementation
-from hedgehog_nb.training import _body, distill, teacher_pass
+from hedgehog_nb.models.attention import linear_layers, set_implementation
+from hedgehog_nb.models.linearize import linearize
+from hedgehog_nb.models.loading import load_linearized, save_linearized
+from hedgehog_nb.training.distill import _body, distill, teacher_pass
 from tiny_models import shake
 
 VOCAB = 61

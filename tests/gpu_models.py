@@ -49,7 +49,7 @@ def options(argv=None):
 def linearize(a, name):
     "One conversion, as a user would type it; then how much memory it took."
     import torch
-    from hedgehog_nb.cli import app, pick_device
+    from hedgehog_nb.cli.commands import app, pick_device
     device,out = pick_device(a.device),a.work/name
     if (out/'results.json').exists(): return
     model,data = ('embedded','embedded') if name=='embedded' else (a.model,a.data)
@@ -63,10 +63,11 @@ def decode(a):
     "Prefill and decoding of the model in bf16, with softmax, on the kernels, and on PyTorch alone."
     warnings.filterwarnings('ignore', '.*past_key_values. is deprecated')
     from copy import deepcopy
-    from hedgehog_nb.cli import pick_device
-    from hedgehog_nb.data import load_model
-    from hedgehog_nb.linearize import linearize, set_implementation
-    from hedgehog_nb.state import benchmark_models
+    from hedgehog_nb.cli.commands import pick_device
+    from hedgehog_nb.data.models import load_model
+    from hedgehog_nb.models.linearize import linearize
+    from hedgehog_nb.models.attention import set_implementation
+    from hedgehog_nb.experiments.generation import benchmark_models
     device,kept = pick_device(a.device),a.work/'decode'/'results.json'
     gpu,name = device.startswith('cuda'),'embedded' if a.model=='embedded' else 'smollm2-135m'
     softmax = load_model(a.model, 'float32', device)[0].bfloat16() # some transformers would keep the blocks of a GGUF
@@ -138,7 +139,7 @@ def main(argv=None):
             done[part] = run(part, sys.argv[1:] if argv is None else argv, left)
             bring(a, part)
     from hedgehog_nb.results import write_results
-    from hedgehog_nb.state import models_table
+    from hedgehog_nb.experiments.generation import models_table
     rows,table = costs(a, done)
     write_results(a.out/'gpu-models.json', rows, f"tests/gpu_models.py{f' --steps {a.steps}' if a.steps else ''}", wall_s=time.time()-start, device=a.device)
     if (f := a.work/'decode'/'results.json').exists():

@@ -26,7 +26,7 @@ def in_parallel(
     total:float=None, # Seconds for all of them
 ): # yields (name, state, value, seconds) as calls end; state is 'ok', or 'failed' or 'late' with the reason
     "Call `f` with each name, each process with its own GPU context."
-    from hedgehog_nb.bench import Worker, attempt
+    from hedgehog_nb.experiments.bench import attempt, Worker
     names,end = [*names],time.time()+(total or 1e9)
     n = min(16, os.cpu_count() or 1, len(names)) if processes is None else processes
     if not n:

@@ -9,13 +9,13 @@ from pathlib import Path
 from gpu_parallel import in_parallel, own_cache
 from gpu_pytest import sources
 import torch
-from hedgehog_nb.hedgehog import FORMS
+from hedgehog_nb.ops.hedgehog import FORMS
 from hedgehog_nb.kernels.chunk_backward import triton_linear_attention
 from hedgehog_nb.kernels.decode import decode_step
 from hedgehog_nb.kernels.feature_map import fused_feature_map
 from hedgehog_nb.kernels.fused import fused_hedgehog_attention
 from hedgehog_nb.kernels.window import triton_window_attention
-from hedgehog_nb.linear_attention import LinearState
+from hedgehog_nb.ops.linear import LinearState
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 SIZES = dict(full=(4,16,4,2048,64,64,torch.bfloat16), few=(1,2,1,200,64,64,torch.bfloat16), small=(1,2,1,40,16,7,torch.float32))

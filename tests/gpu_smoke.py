@@ -6,12 +6,14 @@ again for equal bits; then their time, softmax's and a copy's.
 import argparse, os, sys, time
 from gpu_parallel import in_parallel, own_cache, ROOT
 import torch
-from hedgehog_nb.bench import Case, copy_rate, floor_bytes, measure, prepare
-from hedgehog_nb.feature_maps import make_feature_map, per_head
-from hedgehog_nb.hedgehog import FORMS, hedgehog_features
-from hedgehog_nb.linear_attention import LinearState, bidirectional_linear_attention, chunk_linear_attention, linear_attention
+from hedgehog_nb.experiments.bench import Case, copy_rate, floor_bytes, measure, prepare
+from hedgehog_nb.attentions.base import make_feature_map
+from hedgehog_nb.ops.features import per_head
+from hedgehog_nb.ops.hedgehog import FORMS, hedgehog_features
+from hedgehog_nb.ops.linear import bidirectional_linear_attention, chunk_linear_attention, LinearState
+from hedgehog_nb.functional import linear_attention
 from hedgehog_nb.results import write_results
-from hedgehog_nb.window import naive_window_attention
+from hedgehog_nb.ops.window import naive_window_attention
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 TOLERANCE = 4e-2 # of the norm of the fp64 result, in bf16; see `error`

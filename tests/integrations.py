@@ -7,9 +7,14 @@ from pathlib import Path
 import torch, transformers
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer, pipeline
-from hedgehog_nb.data import load_model, load_texts, token_blocks
-from hedgehog_nb.linearize import linear_layers, linearize, load_linearized, save_linearized
-from hedgehog_nb.training import distill, finetune, load_trained, save_trained
+from hedgehog_nb.data.models import load_model
+from hedgehog_nb.data.text import load_texts, token_blocks
+from hedgehog_nb.models.attention import linear_layers
+from hedgehog_nb.models.linearize import linearize
+from hedgehog_nb.models.loading import load_linearized, save_linearized
+from hedgehog_nb.training.distill import distill
+from hedgehog_nb.training.finetune import finetune
+from hedgehog_nb.training.saving import load_trained, save_trained
 from tiny_models import VOCAB, bert, shake, vit
 
 WORDS = [f'w{i}' for i in range(VOCAB-5)]
@@ -320,7 +325,7 @@ def _(s):
     def tell(first):
         p = subprocess.run([sys.executable, '-W', 'ignore', '-c', ENCODE.format(first), str(d)], capture_output=True, text=True, env=os.environ)
         return p.stdout.strip().splitlines()[-1]
-    assert tell('import hedgehog_nb.linearize').startswith('loaded')
+    assert tell('import hedgehog_nb.models').startswith('loaded')
     alone = tell(''); assert alone.startswith('ValueError') and 'hedgehog_nb' in alone, alone
     return 'without the import: ' + alone.split(' This could')[0]
 

@@ -4,9 +4,12 @@
 import argparse, multiprocessing, random, signal, sys, tempfile, time
 from pathlib import Path
 import torch, transformers
-from hedgehog_nb.data import load_model, load_texts, token_blocks
-from hedgehog_nb.linearize import linearize
-from hedgehog_nb.training import distill, finetune, load_state, save_state
+from hedgehog_nb.data.models import load_model
+from hedgehog_nb.data.text import load_texts, token_blocks
+from hedgehog_nb.models.linearize import linearize
+from hedgehog_nb.training.distill import distill
+from hedgehog_nb.training.finetune import finetune
+from hedgehog_nb.training.checkpoint import load_state, save_state
 
 STEPS,EVERY = 12,3
 
@@ -22,7 +25,7 @@ def train(folder):
     save_state(folder/'done', weights=dict(model.named_parameters()))
 
 CLEAN = multiprocessing.get_context('forkserver') # forked from this process, autograd refuses where it has run threads here
-CLEAN.set_forkserver_preload(['hedgehog_nb.data','hedgehog_nb.linearize','hedgehog_nb.training'])
+CLEAN.set_forkserver_preload(['hedgehog_nb.data.text','hedgehog_nb.models','hedgehog_nb.training.distill','hedgehog_nb.training.finetune'])
 
 def child(folder):
     "Start `train` in a process of its own."

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from transformers import (BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, GPT2Config, GPT2ForSequenceClassification,
     GPT2LMHeadModel, GPT2Model, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel, ViTConfig, ViTForImageClassification, ViTModel)
-from hedgehog_nb.linearize import linearize, load_linearized
+from hedgehog_nb.models.linearize import linearize
+from hedgehog_nb.models.loading import load_linearized
 
 SOURCE = Path(os.environ['TRANSFORMERS_SOURCE'])   # an unpacked source distribution, or a checkout
 CONVERT = os.environ.get('MIXINS_CONVERT', '1')=='1'

@@ -3,8 +3,10 @@ import copy, json, sys
 import pytest, torch, transformers
 import architectures
 from architectures import ARCHITECTURES, CHECKS, asked, build, draw, examine, generate, outputs, padded, shake
-from hedgehog_nb.attention import capture_attention
-from hedgehog_nb.linearize import linear_layers, linearize, padding_mask, probe_attention, probe_inputs, save_linearized
+from hedgehog_nb.models.interface import capture_attention
+from hedgehog_nb.models.attention import linear_layers, padding_mask
+from hedgehog_nb.models.linearize import linearize, probe_attention, probe_inputs
+from hedgehog_nb.models.loading import save_linearized
 
 OFF = "does not call its attention through transformers' attention interface"
 PAIRS = "was given a mask of shape"
@@ -59,10 +61,10 @@ def test_checks_find_faults(name, check, fault, monkeypatch):
     if fault=='weights': monkeypatch.setattr(architectures, 'save_linearized', lambda m, p: (save_linearized(m, p), first.feature_map.w_q.data.mul_(1.1)))
     if fault=='frozen': first.feature_map.w_k.requires_grad_(False)
     if fault=='softmax':
-        lin = sys.modules['hedgehog_nb.linearize']; whole = lin.fused_softmax_attention
+        import hedgehog_nb.models.attention as lin; whole = lin.fused_softmax_attention
         monkeypatch.setattr(lin, 'fused_softmax_attention', lambda q, k, v, causal, scale, mask=None, *args, **kw: whole(q, k, v, causal, scale, None, *args, **kw))
     if fault=='window':
-        import hedgehog_nb.training as t; whole = t.fused_softmax_attention
+        import hedgehog_nb.training.distill as t; whole = t.fused_softmax_attention
         monkeypatch.setattr(t, 'fused_softmax_attention', lambda q, k, v, causal, scale, mask, window=None, **kw: whole(q, k, v, causal, scale, mask, **kw))
     assert not CHECKS[check][0](kind, model, x, soft)
 

@@ -3,8 +3,9 @@ import math
 import pytest, torch, transformers
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
-from hedgehog_nb.attention import (attention_as, autocast_dtype, capture_attention, check_qkv, full_precision,
-                                   fused_softmax_attention, repeat_kv, softmax_attention, softmax_weights, visible)
+from hedgehog_nb.models.interface import attention_as, capture_attention
+from hedgehog_nb.ops.common import autocast_dtype, check_qkv, full_precision, repeat_kv, visible
+from hedgehog_nb.ops.softmax import fused_softmax_attention, softmax_attention, softmax_weights
 from tiny_models import MODELS, inputs, llama
 
 def qkv(B=2, H=4, Hkv=2, T=9, D=8, Tq=None, Dv=None, dtype=torch.float64):

@@ -3,14 +3,15 @@ import math
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
-from hedgehog_nb.attention import repeat_kv, softmax_attention, softmax_weights
-from hedgehog_nb.feature_maps import (ATTENTIONS, FEATURE_MAPS, Attention, FeatureMap, join_softmax, make_attention, make_feature_map, monomials,
-    orthogonal_gaussian, register_attention, scan_softmax)
-from hedgehog_nb.linear_attention import linear_attention, naive_linear_weights
-from hedgehog_nb.linearize import linearize
-from hedgehog_nb.metrics import lognormal_fit
+from hedgehog_nb.ops.common import repeat_kv
+from hedgehog_nb.ops.softmax import softmax_attention, softmax_weights
+from hedgehog_nb.attentions.base import Attention, ATTENTIONS, FEATURE_MAPS, FeatureMap, make_attention, make_feature_map, register_attention
+from hedgehog_nb.attentions.baselines import join_softmax, monomials, orthogonal_gaussian, scan_softmax
+from hedgehog_nb.functional import linear_attention
+from hedgehog_nb.ops.linear import naive_linear_weights
+from hedgehog_nb.models.linearize import linearize
+from hedgehog_nb.ops.metrics import lognormal_fit
 from tiny_models import llama, tokens
-import hedgehog_nb.hedgehog, hedgehog_nb.window
 
 SETTINGS = [(n,{}) for n in sorted(ATTENTIONS)] + [('exp',dict(t=2.)), ('taylor',dict(order=1)), ('taylor',dict(order=4)), ('fast',dict(order=4)), ('performer',dict(num_features=5)),
     ('rfa',dict(num_features=3)), ('cosformer',dict(max_len=64)), ('linformer',dict(rank=4, max_len=32)), ('latte',dict(num_latents=3)), ('transnormer',dict(decay=False)),
@@ -148,7 +149,7 @@ def test_halves_with_a_state_are_the_whole(name, kw):
 
 @pytest.mark.parametrize('name', ['cosformer','performer','rfa','taylor','lognormal'])
 def test_converted_model_generates_what_its_forward_says(name, tmp_path):
-    from hedgehog_nb.linearize import load_linearized, save_linearized
+    from hedgehog_nb.models.loading import load_linearized, save_linearized
     model = linearize(llama().double(), name, **dict(cosformer=dict(max_len=64)).get(name, {}))
     x = tokens(2, 12)
     out = model.generate(input_ids=x, max_new_tokens=8, do_sample=False, eos_token_id=None)

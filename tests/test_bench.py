@@ -2,10 +2,11 @@
 import json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
-from hedgehog_nb import bench
-from hedgehog_nb.bench import (CONTENDERS, CURVES, TURNS, Case, WrongResult, bench_curves, bench_table, compile_ahead, compile_share, contender, default_cases, measurements, plot_bench, prepare, resumable,
-                               run_benchmark)
-from hedgehog_nb.results import Table, read_results, write_results
+from hedgehog_nb.experiments import bench
+from hedgehog_nb.experiments.bench import (
+    bench_curves, bench_table, Case, compile_ahead, compile_share, contender, CONTENDERS, CURVES, default_cases, measurements, plot_bench, prepare, resumable,
+    run_benchmark, TURNS, WrongResult)
+from hedgehog_nb.results import read_results, Table, write_results
 
 def row(T, variant='hedgehog', metric='ms', value=1., experiment='bench-forward', B=1, floor=.5, **kw):
     return dict(experiment=experiment, model='attention', data='random', variant=variant, metric=metric, value=value, B=B, H=8, Hkv=8, T=T, D=64, dtype='bfloat16', causal=True, times_floor=value/floor) | kw
@@ -86,7 +87,7 @@ SMALL = [Case('forward',1,2,2,T,16,F32) for T in (64,128)]
 ROOT = Path(__file__).resolve().parents[1]
 OWN = '''
 import os, sys, time, torch
-from hedgehog_nb.bench import *
+from hedgehog_nb.experiments.bench import *
 def at(call): return lambda c,x: lambda: call(c, x)
 def note(c, x): open(os.environ['NOTES'], 'a').write(f'{os.getpid()} ')
 def wait(c, x): note(c, x); time.sleep(1000)
@@ -182,7 +183,7 @@ def test_by_turns_what_raises_leaves_the_others(contenders, tmp_path):
 
 @pytest.mark.parametrize('kind', ['forward','train','decode'])
 def test_an_error_in_one_head_or_the_last_tokens_is_seen(contenders, kind):
-    from hedgehog_nb.linear_attention import linear_attention
+    from hedgehog_nb.functional import linear_attention
     c = Case(kind,2,4,2,80,16,F32)
     def spoiled(where):
         def f(c, x):
@@ -257,7 +258,7 @@ def test_compiling_ahead_runs_every_share_in_processes(contenders, monkeypatch):
 
 def test_the_command_reports_what_is_wrong_and_goes_on(contenders, monkeypatch, tmp_path):
     from typer.testing import CliRunner
-    from hedgehog_nb.cli import app
+    from hedgehog_nb.cli.commands import app
     contender('hedgehog-off', 'forward')(lambda c,x: lambda: x['v'])
     monkeypatch.setattr(bench, 'default_cases', lambda device: SMALL)
     out = tmp_path/'b.json'

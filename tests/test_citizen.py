@@ -4,12 +4,14 @@ from pathlib import Path
 import pytest, torch, transformers
 from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
-import hedgehog_nb.hub as hub
-from hedgehog_nb.data import load_model
-from hedgehog_nb.linearize import linear_layers, linearize, load_linearized, save_linearized
+import hedgehog_nb.models.hub as hub
+import hedgehog_nb.models.loading as lin
+from hedgehog_nb.data.models import load_model
+from hedgehog_nb.models.attention import linear_layers
+from hedgehog_nb.models.linearize import linearize
+from hedgehog_nb.models.loading import load_linearized, save_linearized
 from tiny_models import VOCAB, bert, llama, shake, tokens, vit
 
-lin = sys.modules['hedgehog_nb.linearize'] # the package's own `linearize` is the function
 
 @torch.no_grad()
 def scores(model, x): return model(input_ids=x)[0]

@@ -3,8 +3,10 @@ import json, os, resource, subprocess, sys
 from pathlib import Path
 import pytest
 from typer.testing import CliRunner
-from hedgehog_nb import cli
-from hedgehog_nb.cli import app, log_spaced, steps_for, tokens_after, word_wrap
+from hedgehog_nb.cli import commands as cli
+from hedgehog_nb.cli.commands import app
+from hedgehog_nb.training.recipe import log_spaced, steps_for, tokens_after
+from hedgehog_nb.cli.console import word_wrap
 
 torch = pytest.importorskip('torch')
 COMMANDS = 'linearize', 'evaluate', 'generate', 'properties', 'bench', 'demo'
@@ -39,13 +41,13 @@ def test_help(cmd):
     assert hedgehog(*cmd, '-h').stdout==out
 
 def test_help_names_every_map_and_form():
-    from hedgehog_nb.hedgehog import FORMS
-    from hedgehog_nb.feature_maps import FEATURE_MAPS
+    from hedgehog_nb.ops.hedgehog import FORMS
+    from hedgehog_nb.attentions.base import FEATURE_MAPS
     out = hedgehog('linearize', '--help', env={'COLUMNS':'200', 'TERMINAL_WIDTH':'200'}).stdout
     assert all(n in out for n in (*FORMS, *FEATURE_MAPS))
 
 def test_help_is_quick_and_light(root):
-    code = "import sys; from hedgehog_nb.cli import app; app(['--help'], standalone_mode=False); print([m for m in ('torch','transformers','datasets','matplotlib','numpy') if m in sys.modules])"
+    code = "import sys; from hedgehog_nb.cli.commands import app; app(['--help'], standalone_mode=False); print([m for m in ('torch','transformers','datasets','matplotlib','numpy') if m in sys.modules])"
     spent = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     took = []
     for _ in range(2): # the first may have bytecode to write
@@ -122,7 +124,7 @@ def test_generate_from_stdin():
     assert hedgehog('generate', 'embedded', '-p', '-', '-n', 3, input='Tim saw').stdout.startswith('Tim saw')
 
 def test_generate_answers_where_the_model_was_made_for_it(here):
-    from hedgehog_nb.data import load_embedded
+    from hedgehog_nb.data.models import load_embedded
     model,tok = load_embedded()
     tok.chat_template = "{% for m in messages %}User: {{ m['content'] }}\nBot:{% endfor %}"
     for name in ('stories-260K-Instruct', 'stories-digits'): model.save_pretrained(here/name); tok.save_pretrained(here/name)
@@ -141,7 +143,7 @@ def test_generate_answers_where_the_model_was_made_for_it(here):
     ('it/model',True), ('gpt2',False), ('models/italian-llama',False), ('digits',False), ('Qwen/Qwen3-0.6B-Base',False)])
 def test_models_that_answer_say_so_in_their_names(name, yes):
     from types import SimpleNamespace
-    from hedgehog_nb.cli import answers
+    from hedgehog_nb.cli.console import answers
     assert answers(SimpleNamespace(chat_template='x'), None, name)==yes and not answers(SimpleNamespace(chat_template=None), name)
 
 def test_overwrite(converted, here):
@@ -196,7 +198,7 @@ def test_quiet_where_there_is_no_terminal(demo):
 @pytest.mark.parametrize('n,b', [(10,4), (10,5), (3,8), (1,1), (7,7)])
 def test_budget(n, b):
     "Steps and tokens are each other's inverse, and count what `batches` gives out"
-    from hedgehog_nb.data import batches
+    from hedgehog_nb.data.text import batches
     blocks = torch.zeros(n, 16, dtype=torch.long)
     data,seen = batches(blocks, b, epochs=3),0
     for i,x in enumerate(data,1):
@@ -280,7 +282,7 @@ def test_overwritten_and_restarted(here):
 # Implementations, and the check of the kernels
 
 def test_the_implementation_is_an_option(converted, here):
-    from hedgehog_nb.linearize import load_linearized
+    from hedgehog_nb.models.loading import load_linearized
     hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', 'plain', '--implementation', 'chunked', '--distill-steps', 0, '--finetune-steps', 0, *SHORT)
     assert json.loads((here/'plain'/'config.json').read_text())['hedgehog']['implementation']=='chunked'
     values = [json.loads(hedgehog('evaluate', 'plain', '--data', 'embedded', *SHORT, *more, '--json').stdout)['value'] for more in ((), ('--implementation', 'naive'))]
@@ -342,7 +344,7 @@ def test_a_token_in_brackets_is_no_markup(token, here):
     assert f'that begin with {token},' in hedgehog('evaluate', here/'m', '--data', here/'t.txt', '--seq-len', 8, '--eval-tokens', 64).stdout
 
 def test_quantised_weights_are_refused_before_the_first_step(here, monkeypatch):
-    from hedgehog_nb import data
+    from hedgehog_nb.data import models as data
     def quantised(*args, load=data.load_model):
         model,tok = load(*args); model.is_quantized = True
         return model,tok

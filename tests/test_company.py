@@ -6,10 +6,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache
 from hedgehog_nb import linear_attention, make_feature_map
-from hedgehog_nb.attention import attention_as, capture_attention, own_attention, softmax_attention
-from hedgehog_nb.distillation import weight_loss
-from hedgehog_nb.linearize import linear_layers, linearize, load_linearized, padding_mask, save_linearized
-from hedgehog_nb.training import add_lora, distill, finetune, load_trained, merge_lora, perplexity, save_trained, teacher_pass
+from hedgehog_nb.models.interface import attention_as, capture_attention, own_attention
+from hedgehog_nb.ops.softmax import softmax_attention
+from hedgehog_nb.training.losses import weight_loss
+from hedgehog_nb.models.attention import linear_layers, padding_mask
+from hedgehog_nb.models.linearize import linearize
+from hedgehog_nb.models.loading import load_linearized, save_linearized
+from hedgehog_nb.training.finetune import add_lora, finetune, merge_lora
+from hedgehog_nb.training.distill import distill, teacher_pass
+from hedgehog_nb.training.saving import load_trained, save_trained
+from hedgehog_nb.training.evaluate import perplexity
 from tiny_models import VOCAB, bert, corpus, gpt2, llama, shake, tokens, vit
 
 FREE = dict(do_sample=False, eos_token_id=None, pad_token_id=0)

@@ -3,9 +3,9 @@ import gzip, json, os, struct, subprocess, sys
 from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
-from hedgehog_nb import data
-from hedgehog_nb.data import (DataError, ModelError, batches, convert_llama2c, cut_split, embedded_model_path, load_embedded, load_model, load_texts,
-    block_marks, naive_llama2c_encode, read_docs, read_llama2c, token_blocks, write_stories, write_texts)
+from hedgehog_nb.data import models, text as texts
+from hedgehog_nb.data.text import batches, block_marks, cut_split, DataError, load_texts, read_docs, token_blocks, write_stories, write_texts
+from hedgehog_nb.data.models import convert_llama2c, embedded_model_path, load_embedded, load_model, ModelError, naive_llama2c_encode, read_llama2c
 
 torch = pytest.importorskip('torch')
 
@@ -32,8 +32,8 @@ def one_line(err, f, *args, **kw):
 # The embedded model
 
 def test_import_is_light():
-    code = "import sys, hedgehog_nb.data; print([m for m in ('torch','transformers','datasets','matplotlib') if m in sys.modules])"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=Path(data.__file__).parents[1]).stdout.strip()=='[]'
+    code = "import sys, hedgehog_nb.data.models, hedgehog_nb.data.text; print([m for m in ('torch','transformers','datasets','matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=Path(models.__file__).parents[2]).stdout.strip()=='[]'
 
 def test_embedded_model(embedded):
     model,tok = embedded
@@ -47,8 +47,8 @@ def test_embedded_model(embedded):
     assert len(losses)==1804 and abs(losses.mean().exp()-3.548)<2e-3
 
 def test_embedded_is_quiet():
-    code = "from hedgehog_nb.data import load_embedded; load_embedded()"
-    res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=Path(data.__file__).parents[1])
+    code = "from hedgehog_nb.data.models import load_embedded; load_embedded()"
+    res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=Path(models.__file__).parents[2])
     assert (res.returncode, res.stdout, res.stderr)==(0,'','')
 
 hard = st.text(st.one_of(st.sampled_from("abcdefghinost  the and .,'\n\t<s>/0é€😀▁’\0"), st.characters(exclude_categories=['Cs'])), max_size=60)
@@ -233,7 +233,7 @@ def test_hub_name(monkeypatch):
 def test_offline(here, monkeypatch, how):
     import huggingface_hub.constants as c, datasets.config as d
     if how=='flag': [monkeypatch.setattr(m, 'HF_HUB_OFFLINE', True) for m in (c,d)]
-    else: monkeypatch.setattr(data, '_reachable', lambda url: False)
+    else: monkeypatch.setattr(models, '_reachable', lambda url: False)
     old = c.HF_HUB_OFFLINE, d.HF_HUB_OFFLINE
     for f,err in ((load_texts,DataError),(load_model,ModelError)):
         msg = one_line(err, f, 'nobody/nothing-at-all')
@@ -248,7 +248,7 @@ def test_bad_models(here, monkeypatch):
     (here/'cfg'/'config.json').write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
     for spec,word in {'./nope':'no such folder', '/nope':'no such folder', 'a/b/c':'no such folder', 'nope.gguf':'no such GGUF', 'empty':'config.json', 'two':'a.gguf, b.gguf', 'a.bin':'is a file', 'cfg':'cannot be loaded', 'bad.gguf':'bad.gguf'}.items():
         assert word in one_line(ModelError, load_model, spec)
-    monkeypatch.setattr(data, 'find_spec', lambda n: None)
+    monkeypatch.setattr(models, 'find_spec', lambda n: None)
     assert 'pip install gguf' in one_line(ModelError, load_model, 'bad.gguf')
 
 def test_foreign_code_is_not_run(here):
@@ -376,7 +376,7 @@ def test_block_marks_are_a_setting_of_the_tokenizer(tmp_path):
 
 def test_embedded_blocks_lie_anywhere(embedded):
     "The embedded model was trained on windows cut anywhere, and is better there: its tokenizer says so."
-    from hedgehog_nb.training import perplexity
+    from hedgehog_nb.training.evaluate import perplexity
     model,tok = embedded
     ppl = {b:perplexity(model, token_blocks(load_texts('embedded','test'), tok, 128, block_bos=b)) for b in (None,False,True)}
     assert ppl[None]==ppl[False]<ppl[True]-.5
@@ -440,11 +440,11 @@ def test_curves():
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(st.sampled_from('ab. \n\n\t='), max_size=200), size=st.integers(1,60))
 def test_pieces_join(text, size):
-    ps = list(data._pieces(text, size))
+    ps = list(texts._pieces(text, size))
     assert ''.join(ps)==text and all(p.endswith('\n') for p in ps[:-1])
 
 def test_marks(embedded):
-    assert data._marks(embedded[1])==([1],[])
+    assert texts._marks(embedded[1])==([1],[])
     long = 'One day, Tim ran.\n'*5000
-    ids = sum(data.token_ids([long,'x'], embedded[1]), [])
+    ids = sum(texts.token_ids([long,'x'], embedded[1]), [])
     assert ids.count(1)==2 and embedded[1].decode(ids[:20], skip_special_tokens=True)==long[:len(embedded[1].decode(ids[:20], skip_special_tokens=True))]

@@ -2,13 +2,15 @@
 import math
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from hedgehog_nb.attention import repeat_kv, visible
-from hedgehog_nb.distillation import OBJECTIVES, distill_map, layer_loss, naive_order_loss, naive_weight_loss, order_loss, output_loss, weight_loss
-from hedgehog_nb.feature_maps import make_feature_map
-from hedgehog_nb.hedgehog import FORMS, Hedgehog
-from hedgehog_nb.linearize import linear_layers, linearize
-from hedgehog_nb.training import distill, teacher_pass
-from hedgehog_nb.metrics import monotonicity
+from hedgehog_nb.ops.common import repeat_kv, visible
+from hedgehog_nb.training.losses import distill_map, layer_loss, naive_order_loss, naive_weight_loss, OBJECTIVES, order_loss, output_loss, weight_loss
+from hedgehog_nb.attentions.base import make_feature_map
+from hedgehog_nb.ops.hedgehog import FORMS
+from hedgehog_nb.attentions.hedgehog import Hedgehog
+from hedgehog_nb.models.attention import linear_layers
+from hedgehog_nb.models.linearize import linearize
+from hedgehog_nb.training.distill import distill, teacher_pass
+from hedgehog_nb.ops.metrics import monotonicity
 from tiny_models import MODELS, inputs
 
 def qkv(B=2, H=4, Hkv=2, T=13, D=8, dtype=torch.float64): return torch.randn(B,H,T,D, dtype=dtype), *torch.randn(2,B,Hkv,T,D, dtype=dtype)
@@ -157,7 +159,7 @@ def test_the_order_loss_buys_order():
     assert got['weights+order']>got['weights']+.01
 
 def test_every_text_is_seen_once_before_any_is_seen_again(monkeypatch):
-    import hedgehog_nb.distillation as d
+    import hedgehog_nb.training.losses as d
     seen = []
     def spy(objective, m, q, k, v, **kw): seen.append(q[:,0,0,0].long().tolist()); return layer_loss(objective, m, q, k, v, **kw)
     monkeypatch.setattr(d, 'layer_loss', spy)

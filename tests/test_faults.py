@@ -3,8 +3,8 @@ import gzip, json, os, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 from typer.testing import CliRunner
-from hedgehog_nb import cli
-from hedgehog_nb.cli import app
+from hedgehog_nb.cli import commands as cli
+from hedgehog_nb.cli.commands import app
 
 torch = pytest.importorskip('torch')
 TINY = '--seq-len 64 --batch-size 4 --eval-tokens 128 --distill-steps 1 --finetune-steps 1'.split()
@@ -32,7 +32,7 @@ def says(msg, *words): assert all(w in msg for w in words), msg
 
 def tiny(cls, config, folder='tiny'):
     "A folder with a random model and the embedded model's tokenizer"
-    from hedgehog_nb.data import load_embedded
+    from hedgehog_nb.data.models import load_embedded
     torch.manual_seed(0)
     cls(config).save_pretrained(folder)
     load_embedded()[1].save_pretrained(folder)
@@ -185,14 +185,14 @@ def test_disk_full(monkeypatch):
         r = CliRunner().invoke(app, ['linearize','embedded','--data','embedded','--out','out',*TINY])
         assert r.exit_code==1 and left()==['.out-run']
         says(r.stderr.splitlines()[-1], 'No space left', 'kept in .out-run', 'same command goes on')
-    from hedgehog_nb import training
-    monkeypatch.setattr(training, 'teacher_pass', full); monkeypatch.setattr(training._Trainer, 'training_step', full)
+    from hedgehog_nb.training import distill, finetune
+    monkeypatch.setattr(distill, 'teacher_pass', full); monkeypatch.setattr(finetune._Trainer, 'training_step', full)
     r = CliRunner().invoke(app, ['linearize','embedded','--data','embedded','--out','out',*TINY])
     assert r.exit_code==0 and left()==['out'], r.stderr
 
 def test_disk_full_in_training(monkeypatch):
-    from hedgehog_nb import training
-    monkeypatch.setattr(training, 'save_file', full)
+    from hedgehog_nb.training import checkpoint
+    monkeypatch.setattr(checkpoint, 'save_file', full)
     r = CliRunner().invoke(app, ['linearize','embedded','--data','embedded','--out','out',*TINY])
     assert r.exit_code==1 and sorted(p.name for p in Path('.out-run').iterdir())==['command.json','measured.json']
     says(r.stderr.splitlines()[-1], '.out-run/distill.safetensors: No space left on device', 'nothing was kept yet')
@@ -227,7 +227,7 @@ LONGER = 'linearize embedded --data embedded --seq-len 64 --eval-tokens 128 --nu
 
 def start(root, *args):
     "The command in a process of its own"
-    code = 'from hedgehog_nb.cli import app; app(prog_name="hedgehog")'
+    code = 'from hedgehog_nb.cli.commands import app; app(prog_name="hedgehog")'
     return subprocess.Popen([sys.executable, '-c', code, *LONGER, *args], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, 'PYTHONPATH':str(root), 'OMP_NUM_THREADS':'1'})
 
@@ -275,7 +275,7 @@ def test_killed_as_it_ends(here, root, moved):
     "SIGKILL just before or just after the folder appears: nothing is left beside the working folder, and the same command ends well"
     code = """if True:
         import os
-        from hedgehog_nb import cli
+        from hedgehog_nb.cli import commands as cli
         def replace(a, b, real=os.replace):
             if str(b)!='out' or MOVED: real(a, b)
             if str(b)=='out': os.kill(os.getpid(), 9)

@@ -3,12 +3,16 @@ import math
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
-import hedgehog_nb.hedgehog
-from hedgehog_nb.attention import repeat_kv, softmax_weights
-from hedgehog_nb.distillation import distill_map, naive_weight_loss, output_loss, weight_loss
-from hedgehog_nb.feature_maps import FEATURE_MAPS, T2R, FeatureMap, exp_features, make_feature_map
-from hedgehog_nb.hedgehog import FORMS, Hedgehog, hedgehog_features
-from hedgehog_nb.linear_attention import linear_attention, naive_linear_attention, naive_linear_weights
+from hedgehog_nb.ops.common import repeat_kv
+from hedgehog_nb.ops.softmax import softmax_weights
+from hedgehog_nb.training.losses import distill_map, naive_weight_loss, output_loss, weight_loss
+from hedgehog_nb.attentions.base import FEATURE_MAPS, FeatureMap, make_feature_map
+from hedgehog_nb.attentions.baselines import T2R
+from hedgehog_nb.ops.features import exp_features
+from hedgehog_nb.ops.hedgehog import FORMS, hedgehog_features
+from hedgehog_nb.attentions.hedgehog import Hedgehog
+from hedgehog_nb.functional import linear_attention
+from hedgehog_nb.ops.linear import naive_linear_attention, naive_linear_weights
 
 MAPS = sorted(FEATURE_MAPS)
 VARIANTS = [(n,{}) for n in MAPS] + [('hedgehog',dict(form=f, num_maps=n, bias=b)) for f in FORMS for n,b in ((1,False),(2,True))] + [('exp',dict(t=2.))]

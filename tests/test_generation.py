@@ -2,9 +2,11 @@
 import os
 import pytest, torch
 from transformers import DynamicCache, set_seed
-from hedgehog_nb.data import load_embedded
-from hedgehog_nb.linearize import linear_layers, linearize, load_linearized, save_linearized
-from hedgehog_nb.state import RecurrentLayer, recurrent_layer
+from hedgehog_nb.data.models import load_embedded
+from hedgehog_nb.models.attention import linear_layers
+from hedgehog_nb.models.linearize import linearize
+from hedgehog_nb.models.loading import load_linearized, save_linearized
+from hedgehog_nb.models.cache import recurrent_layer, RecurrentLayer
 from tiny_models import gpt2, llama, tokens
 
 def embedded(seed=0, **kw): return load_embedded()[0]

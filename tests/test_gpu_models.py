@@ -7,12 +7,16 @@ from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 from typer.testing import CliRunner
 import gpu_models
-from hedgehog_nb import state
-from hedgehog_nb.cli import app
-from hedgehog_nb.data import load_embedded
-from hedgehog_nb.linearize import linearize
-from hedgehog_nb.state import ReservedLayer, benchmark_models, models_table
-from hedgehog_nb.training import distill, finetune, load_state, load_trained, merge_lora, save_state, save_trained
+from hedgehog_nb.experiments import generation
+from hedgehog_nb.models import cache as caches
+from hedgehog_nb.cli.commands import app
+from hedgehog_nb.data.models import load_embedded
+from hedgehog_nb.models.linearize import linearize
+from hedgehog_nb.experiments.generation import benchmark_models, models_table, ReservedLayer
+from hedgehog_nb.training.distill import distill
+from hedgehog_nb.training.finetune import finetune, merge_lora
+from hedgehog_nb.training.checkpoint import load_state, save_state
+from hedgehog_nb.training.saving import load_trained, save_trained
 from tiny_models import MODELS, corpus, llama, tokens, vit
 
 LORA = dict(r=4, target_modules='all-linear')
@@ -154,10 +158,10 @@ def test_adapters_that_change_the_weights_they_start_from(more, tmp_path):
     with pytest.raises(ValueError, match='another model'): load_trained(llama(seed=1), tmp_path/'a')
 
 def test_what_was_there_stays_until_it_is_replaced(trained, tmp_path, monkeypatch):
-    from hedgehog_nb import training
+    from hedgehog_nb.training import saving
     shutil.copytree(trained, tmp_path/'a'); before = {p.name:p.read_bytes() for p in (tmp_path/'a').iterdir()}
     def full(*a, **k): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(training, 'save_state', full)
+    monkeypatch.setattr(saving, 'save_state', full)
     with pytest.raises(OSError): save_trained(linearize(llama()), tmp_path/'a', overwrite=True)
     assert {p.name:p.read_bytes() for p in (tmp_path/'a').iterdir()}==before and [p.name for p in tmp_path.iterdir()]==['a']
     (tmp_path/'f').touch()
@@ -197,7 +201,7 @@ def test_reserved_room_gives_the_same_logits():
     cache = DynamicCache(config=model.config); cache.layers = [ReservedLayer(12) for _ in cache.layers]
     parts = [model(input_ids=p, past_key_values=cache).logits for p in x.split([7,1,1,3], 1)]
     torch.testing.assert_close(torch.cat(parts, 1), logits(model, x), atol=1e-5, rtol=1e-5)
-    assert state.cache_bytes(cache)==3*2*2*2*12*8*4
+    assert caches.cache_bytes(cache)==3*2*2*2*12*8*4
     with pytest.raises(ValueError, match='room for 12'): model(input_ids=x[:,:1], past_key_values=cache)
 
 @pytest.mark.parametrize('kw', [None, {}, dict(layers='1'), dict(feature_map='hedgehog-window', window=4)], ids=str)
@@ -206,21 +210,21 @@ def test_each_repetition_writes_the_same_tokens(kw):
     "What a CUDA graph records and replays, run twice: it begins where it began."
     model,x = llama(),tokens(2, 9)
     if kw is not None: linearize(model, **kw)
-    cache = state._reserved(model, 9+6)
+    cache = generation._reserved(model, 9+6)
     model(input_ids=x[:,:8], past_key_values=cache)
-    back = state._back_to(cache)
-    a = state.greedy(model, x[:,8:], cache, 6); back()
-    b = state.greedy(model, x[:,8:], cache, 6)
+    back = generation._back_to(cache)
+    a = generation.greedy(model, x[:,8:], cache, 6); back()
+    b = generation.greedy(model, x[:,8:], cache, 6)
     want = model.generate(x, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)[:,-1:]
     assert torch.equal(a, b) and torch.equal(a, want)
 
 def test_measurements_are_kept_and_failures_told(tmp_path, monkeypatch):
     models,out,said = dict(softmax=llama(), hedgehog=linearize(llama())),tmp_path/'d.json',{}
-    measure = state._measure
+    measure = generation._measure
     def fails(phase, model, B, *case):
         if B==2 and phase=='decode': raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 1 GiB')
         return measure(phase, model, B, *case)
-    monkeypatch.setattr(state, '_measure', fails)
+    monkeypatch.setattr(generation, '_measure', fails)
     args = dict(name='tiny', batches=(1,2), contexts=(8,16), steps=2, compiled=(), on_case=lambda c, got: said.update({c:got}))
     rows = benchmark_models(models, out, most=16, **args)
     assert len(said)==16 and said['decode hedgehog B=2 T=8']=='OutOfMemoryError: CUDA out of memory. Tried to allocate 1 GiB'
@@ -229,7 +233,7 @@ def test_measurements_are_kept_and_failures_told(tmp_path, monkeypatch):
     assert len(kept)==len(rows)==3*(16-4-2) and {(r['experiment'], r['B'], r['T']) for r in kept}>={('decode-model',1,16),('prefill-model',2,8)}
     size = {r['variant']:r['value'] for r in kept if r['experiment']=='decode-model' and r['T']==16 and r['metric']=='bytes'}
     assert size==dict(softmax=3*2*2*16*8*4, hedgehog=3*2*(16*8+16+1)*4) # what a state holds does not depend on the context
-    said.clear(); monkeypatch.setattr(state, '_measure', measure)
+    said.clear(); monkeypatch.setattr(generation, '_measure', measure)
     more = benchmark_models(models, out, most=16, **args)
     assert {c for c,got in said.items() if isinstance(got, dict)}=={f'decode {v} B=2 T={T}' for v in models for T in (8,16)} and len(more)==3*14
     assert str(models_table(more)).splitlines()[0].split('  ')[0]=='batch' and '–' not in str(models_table(more))

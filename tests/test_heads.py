@@ -2,16 +2,25 @@
 import copy, json, math
 import pytest, torch
 from transformers import AutoModel, AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, DynamicCache, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
-from hedgehog_nb.attention import attention_as, repeat_kv, softmax_attention, softmax_weights
-from hedgehog_nb.distillation import OBJECTIVES, layer_loss
-from hedgehog_nb.feature_maps import make_attention
-from hedgehog_nb.heads import KeptHeads, KeptState, parse_heads, pick_heads, spell_heads
-from hedgehog_nb.hub import model_card
-from hedgehog_nb.linearize import linear_layers, linearize, load_linearized, padding_mask, plan_maps, save_linearized, set_implementation
-from hedgehog_nb.metrics import attention_report
-from hedgehog_nb.state import cache_bytes, decode_costs
-from hedgehog_nb.training import distill, finetune, perplexity, teacher_pass
-from hedgehog_nb.window import WindowAttention, linear_shares, set_branch
+from hedgehog_nb.models.interface import attention_as
+from hedgehog_nb.ops.common import repeat_kv
+from hedgehog_nb.ops.softmax import softmax_attention, softmax_weights
+from hedgehog_nb.training.losses import layer_loss, OBJECTIVES
+from hedgehog_nb.attentions.base import make_attention
+from hedgehog_nb.attentions.mixed_heads import KeptHeads, KeptState
+from hedgehog_nb.attentions.specs import parse_heads, spell_heads
+from hedgehog_nb.analysis.heads import pick_heads
+from hedgehog_nb.models.hub import model_card
+from hedgehog_nb.models.attention import linear_layers, padding_mask, set_implementation
+from hedgehog_nb.models.linearize import linearize, plan_maps
+from hedgehog_nb.models.loading import load_linearized, save_linearized
+from hedgehog_nb.analysis.report import attention_report
+from hedgehog_nb.models.cache import cache_bytes, decode_costs
+from hedgehog_nb.training.distill import distill, teacher_pass
+from hedgehog_nb.training.finetune import finetune
+from hedgehog_nb.training.evaluate import perplexity
+from hedgehog_nb.attentions.window import WindowAttention
+from hedgehog_nb.models.hybrid import linear_shares, set_branch
 from tiny_models import MODELS, VOCAB, bert, corpus, gpt2, inputs, llama, shake, tokens
 from test_generation import FREE, forward, left_padded
 
@@ -447,7 +456,7 @@ def test_heads_are_picked_by_what_was_measured():
     assert sum(len(m.feature_map.kept)//2 for m in linear_layers(linearize(model, **choice)).values())+2*(3-len(choice['layers']))==3
 
 def test_reports_and_pictures():
-    from hedgehog_nb.cli import attention_maps
+    from hedgehog_nb.cli.console import attention_maps
     kept,whole,x = linearize(llama(), softmax_heads='0:0-1'),linearize(llama()),tokens(2, 24)
     rows,want = ({(r['variant'],r['layer'],r['head']):r for r in attention_report(m, x, min_keys=4)} for m in (kept, whole))
     assert want.keys()-rows.keys()=={('hedgehog',0,0),('hedgehog',0,1)} and rows.keys()<want.keys()
@@ -457,7 +466,7 @@ def test_reports_and_pictures():
 
 def test_the_command_line(tmp_path, monkeypatch):
     from typer.testing import CliRunner
-    from hedgehog_nb.cli import app
+    from hedgehog_nb.cli.commands import app
     def hedgehog(*args, code=0):
         r = CliRunner().invoke(app, [str(a) for a in args], prog_name='hedgehog'); assert r.exit_code==code, (r.stdout, r.stderr, r.exception)
         return r
@@ -471,7 +480,7 @@ def test_the_command_line(tmp_path, monkeypatch):
     rows = json.loads(hedgehog('properties', 'tales', '--data', 'embedded', '--by', 'head', '--tokens', 64, '--seq-len', 64, '--json').stdout)['rows']
     assert {r['head'] for r in rows if r['variant']=='hedgehog' and r['layer']==2}=={0,1,4,5,6,7} and {r['head'] for r in rows if r['variant']=='softmax'}==set(range(8))
     r = hedgehog(*args[:5], 'other', '--softmax-heads', '2:2', '--distill-steps', 1, code=1); assert r.stderr.count('\n')==1 and 'head 2 shares its keys with head 3' in r.stderr
-    import hedgehog_nb.training as training
+    from hedgehog_nb.training import distill as training
     def stop(*a, **k): raise OSError(28, 'No space left on device', 'x')
     monkeypatch.setattr(training, 'distill', stop); hedgehog(*args[:5], 'third', '--config', 'run.yaml', code=1)
     r = hedgehog(*args[:5], 'third', '--config', 'run.yaml', '--softmax-heads', '2:4-5', code=1); assert 'other settings (--softmax-heads 2:2-3 there, 2:4-5 here)' in r.stderr

@@ -2,10 +2,12 @@
 import math
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from hedgehog_nb.attention import repeat_kv, visible
-from hedgehog_nb.feature_maps import make_feature_map
-from hedgehog_nb.hedgehog import FORMS, Hedgehog, hedgehog_features, naive_exp_weights, recurrent_exp_attention
-from hedgehog_nb.linear_attention import linear_attention, naive_linear_weights
+from hedgehog_nb.ops.common import repeat_kv, visible
+from hedgehog_nb.attentions.base import make_feature_map
+from hedgehog_nb.ops.hedgehog import FORMS, hedgehog_features, naive_exp_weights, recurrent_exp_attention
+from hedgehog_nb.attentions.hedgehog import Hedgehog
+from hedgehog_nb.functional import linear_attention
+from hedgehog_nb.ops.linear import naive_linear_weights
 
 F64 = torch.float64
 shapes = dict(seed=st.integers(0,10**6), Hkv=st.integers(1,3), G=st.integers(1,3), T=st.integers(1,14), D=st.sampled_from([1,3,8]))

@@ -3,7 +3,7 @@ import copy, json, os
 import pytest, torch
 import integrations
 from integrations import CASES, REAL, SLOW, SUBJECTS, Subject, examine, installed
-from hedgehog_nb.linearize import linear_layers
+from hedgehog_nb.models.attention import linear_layers
 
 PAIRS = [(k, n) for k in CASES for n,(kind,_) in SUBJECTS.items() if kind==k[2]]
 

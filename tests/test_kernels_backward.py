@@ -2,7 +2,8 @@
 import pytest, torch
 from hypothesis import Phase, given, settings, strategies as st
 from hedgehog_nb import linear_attention as attention
-from hedgehog_nb.linear_attention import HAS_TRITON, LinearState, bidirectional_linear_attention, recurrent_linear_attention, _suits_triton
+from hedgehog_nb.functional import _suits_triton, HAS_TRITON
+from hedgehog_nb.ops.linear import bidirectional_linear_attention, LinearState, recurrent_linear_attention
 from interpreter import DEVICE, HERE, kernel, other_masks, python, run_under_interpreter
 from test_kernels_chunk import extras, inputs, rand
 
@@ -277,7 +278,7 @@ def test_suits_triton_and_import_of_the_entry_point():
         assert _suits_triton(x(64), x(64), x(64), map(feature_dim=512, positive=True))==HAS_TRITON
         for fm in (map(feature_dim=513), map(feature_dim=8, positive=False), map(feature_dim=None), lambda q,k: (q, k, None)): assert not _suits_triton(x(8), x(8), x(8), fm)
     res = python('-c', 'import sys, torch; sys.modules["triton"] = None\nfrom hedgehog_nb import linear_attention as f\nx = torch.rand(1,1,4,8); f(x, x, x)\n'
-                 'import hedgehog_nb.linear_attention\nsys.modules["hedgehog_nb.linear_attention"].HAS_TRITON = False\nf(x, x, x, implementation="triton")')
+                 'import hedgehog_nb.functional\nhedgehog_nb.functional.HAS_TRITON = False\nf(x, x, x, implementation="triton")')
     assert res.returncode!=0 and "ValueError: implementation='triton' needs Triton" in res.stderr, res.stderr
 
 def test_import_is_lazy_and_cpu_tensors_are_refused():

@@ -1,7 +1,7 @@
 """Chunked linear attention in Triton against fp64 PyTorch: on a GPU where there is one, else in Triton's interpreter."""
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from hedgehog_nb.linear_attention import LinearState, bidirectional_linear_attention, chunk_linear_attention, recurrent_linear_attention
+from hedgehog_nb.ops.linear import bidirectional_linear_attention, chunk_linear_attention, LinearState, recurrent_linear_attention
 from interpreter import DEVICE, HERE, kernel, python, run_under_interpreter
 
 TOL = {torch.float32:1e-5, torch.float16:2e-3, torch.bfloat16:2e-2} # of the largest reference value; the interpreter cuts bf16 where a GPU rounds

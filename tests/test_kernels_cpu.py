@@ -7,9 +7,10 @@ from hypothesis import given, strategies as st
 
 torch = pytest.importorskip('torch')
 import hedgehog_nb.kernels.cpu as cpu
-from hedgehog_nb.distillation import naive_weight_loss, weight_loss
-from hedgehog_nb.feature_maps import make_feature_map
-from hedgehog_nb.linear_attention import LinearState, linear_attention, naive_linear_attention
+from hedgehog_nb.training.losses import naive_weight_loss, weight_loss
+from hedgehog_nb.attentions.base import make_feature_map
+from hedgehog_nb.ops.linear import LinearState, naive_linear_attention
+from hedgehog_nb.functional import linear_attention
 
 needs_compiler = pytest.mark.skipif(cpu._compiler() is None, reason="no C compiler here")
 
@@ -297,7 +298,7 @@ def test_a_page_does_not_take_the_name_of_its_module():
     x = inputs(1, 2, 2, 70, 16, 16, 'softmax_halves')
     before,page = both(x, True, torch.float32, 'c'),dict(__name__='__main__')
     exec("""from torch import Tensor
-from hedgehog_nb.linear_attention import operation
+from hedgehog_nb.kernels.common import operation
 @operation('c_attention')
 def op(x:Tensor)->Tensor: return x+1""", page)
     assert torch.equal(page['op'](torch.ones(2)), torch.full((2,), 2.)) and page['op']._qualname!=cpu._c_op._qualname

@@ -1,9 +1,9 @@
 """One decode step in Triton against fp64 PyTorch: on a GPU where there is one, else in Triton's interpreter."""
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from hedgehog_nb.feature_maps import make_feature_map
-from hedgehog_nb.hedgehog import FORMS
-from hedgehog_nb.linear_attention import LinearState, recurrent_linear_attention
+from hedgehog_nb.attentions.base import make_feature_map
+from hedgehog_nb.ops.hedgehog import FORMS
+from hedgehog_nb.ops.linear import LinearState, recurrent_linear_attention
 from interpreter import DEVICE, HERE, kernel, other_masks, python, run_under_interpreter
 
 TOL = {torch.float32:1e-5, torch.float16:2e-3, torch.bfloat16:2e-2} # of the largest reference value; the interpreter cuts bf16 where a GPU rounds
@@ -191,7 +191,8 @@ def test_errors_say_what_was_given(message, change):
 def test_import_without_a_gpu_works_and_cpu_tensors_are_refused():
     pytest.importorskip('triton')
     code = '''import torch
-from hedgehog_nb.kernels.decode import decode_step, LinearState
+from hedgehog_nb.kernels.decode import decode_step
+from hedgehog_nb.ops.linear import LinearState
 x = torch.ones(1,1,1,8); decode_step(x, x, x, LinearState.empty(x, x))'''
     res = python('-c', code, TRITON_INTERPRET='0', CUDA_VISIBLE_DEVICES='')
     assert res.returncode!=0 and 'ValueError: the kernel runs on a GPU; given tensors on cpu' in res.stderr

@@ -1,9 +1,9 @@
 """One entry point for all kernels: which one it takes, that it agrees, and what autocast changes: on a GPU where there is one, else in Triton's interpreter."""
 import pytest, torch
 from hedgehog_nb import linear_attention as attention
-from hedgehog_nb.feature_maps import FEATURE_MAPS, make_feature_map
-from hedgehog_nb.hedgehog import FORMS
-from hedgehog_nb.linear_attention import LinearState
+from hedgehog_nb.attentions.base import FEATURE_MAPS, make_feature_map
+from hedgehog_nb.ops.hedgehog import FORMS
+from hedgehog_nb.ops.linear import LinearState
 from interpreter import DEVICE, HERE, kernel, python, run_under_interpreter
 
 TOL = {torch.float32:1e-5, torch.float16:4e-3, torch.bfloat16:3e-2} # of the largest reference value; the interpreter cuts bf16 where a GPU rounds
@@ -113,9 +113,8 @@ def test_autocast_rounds_products_and_keeps_states(name, dtype):
 @kernel
 def test_by_default_the_same_way(monkeypatch):
     "What `implementation=None` takes on a GPU, for which the CPU stands, once a kernel has passed its self-check."
-    import sys
     from hedgehog_nb.kernels import self_check
-    m = sys.modules['hedgehog_nb.linear_attention']
+    from hedgehog_nb import functional as m
     seen,(q,k,v),fm = taken(monkeypatch),inputs(),make()
     monkeypatch.setattr(m, '_runs_kernels', lambda x: False); attention(q, k, v, fm); assert not seen
     monkeypatch.setattr(m, '_runs_kernels', lambda x: True); monkeypatch.setattr(self_check, 'trusts', lambda *a, **kw: True)
@@ -146,7 +145,7 @@ def test_negative_weights_are_refused():
 @pytest.mark.parametrize('T', [1, 20])
 def test_what_is_more_than_a_hedgehog_map_is_not_taken_for_one(T):
     "A subclass may map otherwise, and a hook wants to see the map at work"
-    from hedgehog_nb.hedgehog import Hedgehog
+    from hedgehog_nb.attentions.hedgehog import Hedgehog
     class Other(Hedgehog):
         def map_k(self, k):
             phi,log = super().map_k(k)

@@ -1,9 +1,9 @@
 """One rule for what does not fit, at every door of the kernels: a `ValueError` that says what was given. Empty inputs are among them."""
 import pytest, torch
 from hedgehog_nb import linear_attention
-from hedgehog_nb.feature_maps import make_feature_map
-from hedgehog_nb.linear_attention import LinearState
-from hedgehog_nb.window import WindowState
+from hedgehog_nb.attentions.base import make_feature_map
+from hedgehog_nb.ops.linear import LinearState
+from hedgehog_nb.ops.window import WindowState
 from interpreter import DEVICE, HERE, kernel, run_under_interpreter
 
 if HERE:

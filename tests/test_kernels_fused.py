@@ -1,9 +1,11 @@
 """The map inside the attention against fp64 PyTorch: on a GPU where there is one, else in Triton's interpreter."""
 import os, pytest, torch
 from hypothesis import given, settings, strategies as st
-from hedgehog_nb.feature_maps import per_head
-from hedgehog_nb.hedgehog import FORMS, Hedgehog, hedgehog_features
-from hedgehog_nb.linear_attention import LinearState, bidirectional_linear_attention, chunk_linear_attention, linear_attention
+from hedgehog_nb.ops.features import per_head
+from hedgehog_nb.ops.hedgehog import FORMS, hedgehog_features
+from hedgehog_nb.attentions.hedgehog import Hedgehog
+from hedgehog_nb.ops.linear import bidirectional_linear_attention, chunk_linear_attention, LinearState
+from hedgehog_nb.functional import linear_attention
 from interpreter import DEVICE, HERE, kernel, other_masks, python, run_under_interpreter
 from wgmma import touched_early
 

@@ -1,10 +1,11 @@
 """Window and linear in Triton against fp64 PyTorch: on a GPU where there is one, else in Triton's interpreter."""
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from hedgehog_nb.feature_maps import make_attention, make_feature_map
-from hedgehog_nb.hedgehog import FORMS
-from hedgehog_nb.linear_attention import LinearState
-from hedgehog_nb.window import WindowState, chunk_window_attention, joint_features, naive_window_attention, window_decode_step
+from hedgehog_nb.attentions.base import make_attention, make_feature_map
+from hedgehog_nb.ops.hedgehog import FORMS
+from hedgehog_nb.ops.linear import LinearState
+from hedgehog_nb.ops.window import chunk_window_attention, naive_window_attention, window_decode_step, WindowState
+from hedgehog_nb.attentions.window import joint_features
 from interpreter import DEVICE, HERE, kernel, other_masks, python, run_under_interpreter
 
 TOL = {torch.float32:1e-5, torch.float16:4e-3, torch.bfloat16:4e-2} # of the largest reference value; the interpreter cuts bf16 where a GPU rounds

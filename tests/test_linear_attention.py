@@ -1,8 +1,9 @@
 "Quadratic = recurrent = chunked = the fp64 oracle, in every shape, precision and split."
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from hedgehog_nb.linear_attention import (LinearState, bidirectional_linear_attention, chunk_linear_attention, linear_attention, naive_linear_attention,
-    naive_linear_weights, recurrent_linear_attention)
+from hedgehog_nb.ops.linear import (
+    bidirectional_linear_attention, chunk_linear_attention, LinearState, naive_linear_attention, naive_linear_weights, recurrent_linear_attention)
+from hedgehog_nb.functional import linear_attention
 
 CAUSAL = dict(recurrent=recurrent_linear_attention, chunked=chunk_linear_attention)
 

@@ -1,13 +1,19 @@
 "Conversion of four architectures: equal to its own oracle, trained where it should be, saved whole or not at all."
-import copy
+import copy, sys
 from pathlib import Path
 import pytest, torch, transformers
+import hedgehog_nb.models.attention as models_attention
+from hedgehog_nb import functional
 from transformers import DynamicCache
-from hedgehog_nb.attention import attention_as, repeat_kv
-from hedgehog_nb.data import load_embedded
-from hedgehog_nb.feature_maps import FEATURE_MAPS
-from hedgehog_nb.hedgehog import FORMS
-from hedgehog_nb.linearize import hedgehog_attention, linear_layers, linearize, load_linearized, padding_mask, parse_layers, save_linearized, set_implementation
+from hedgehog_nb.models.interface import attention_as
+from hedgehog_nb.ops.common import repeat_kv
+from hedgehog_nb.data.models import load_embedded
+from hedgehog_nb.attentions.base import FEATURE_MAPS
+from hedgehog_nb.ops.hedgehog import FORMS
+from hedgehog_nb.models.attention import hedgehog_attention, linear_layers, padding_mask, set_implementation
+from hedgehog_nb.models.linearize import linearize
+from hedgehog_nb.models.loading import load_linearized, save_linearized
+from hedgehog_nb.attentions.specs import parse_layers
 from tiny_models import MODELS, VOCAB, bert, gpt2, inputs, llama, shake, tokens, vit
 
 SETTINGS = [(n,{}) for n in sorted(FEATURE_MAPS) if n!='hedgehog'] + [('hedgehog',dict(form=f)) for f in FORMS] + [('hedgehog',dict(form='exp', num_maps=2, bias=True))]
@@ -322,8 +328,7 @@ def test_damaged_lists_of_files(index, tmp_path):
 
 def test_each_map_stays_on_the_device_of_its_layer(tmp_path, monkeypatch):
     "A stand-in for a model over several devices: the second layer's map is made on another one than the model's first weight."
-    import sys
-    m = sys.modules['hedgehog_nb.linearize']; make = m._make
+    m = sys.modules['hedgehog_nb.models.linearize']; make = m._make
     save_linearized(shake(linearize(llama())), tmp_path/'m')
     monkeypatch.setattr(m, '_make', lambda name, call, *a: make(name, call, *a).to('meta' if call.name.split('.')[2]=='1' else 'cpu'))
     maps = [l.feature_map for l in linear_layers(load_linearized(tmp_path/'m')).values()]
@@ -365,8 +370,7 @@ def test_auto_classes_take_the_implementation(tmp_path):
     assert used(load(tmp_path/'m'))=={'recurrent'} and used(load(tmp_path/'m', implementation='chunked'))=={'chunked'}
 
 def test_the_implementation_is_used(monkeypatch):
-    import sys
-    m,seen = sys.modules['hedgehog_nb.linear_attention'],[]
+    m,seen = functional,[]
     f = m._in_torch
     monkeypatch.setattr(m, '_in_torch', lambda *a: seen.append(a[-2]) or f(*a))
     model = linearize(llama(), implementation='chunked', layers='0,2'); logits(model, input_ids=tokens())
@@ -387,8 +391,7 @@ def test_an_implementation_that_there_is_not(feature_map, impl, names, tmp_path)
 def test_a_model_saved_for_triton_runs_on_a_cpu(feature_map, tmp_path, monkeypatch):
     "One warning, the choice by the input, and the setting stays for a GPU."
     import warnings
-    import sys
-    monkeypatch.delenv('TRITON_INTERPRET', raising=False); sys.modules['hedgehog_nb.linearize']._warn_once.cache_clear()
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False); models_attention._warn_once.cache_clear()
     model = linearize(llama(), feature_map); x = inputs(model); want = logits(model, **x)
     set_implementation(model, 'triton'); save_linearized(model, tmp_path/'m')
     with warnings.catch_warnings(record=True) as said:

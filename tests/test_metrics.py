@@ -3,12 +3,16 @@ import math
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from functools import partial
-from hedgehog_nb.attention import capture_attention, repeat_kv, softmax_weights
-from hedgehog_nb.data import load_embedded
-from hedgehog_nb.feature_maps import make_feature_map
-from hedgehog_nb.linearize import linearize
-from hedgehog_nb.metrics import (METRICS, attention_entropy, attention_metrics, attention_report, inverted_pairs, kl_to_softmax, lognormal_fit, map_weights,
-    mass_tokens, monotonicity, pairs, plot_histograms, plot_report, plot_weights_against_scores, ranks, spectral_gap, split_sink)
+from hedgehog_nb.models.interface import capture_attention
+from hedgehog_nb.ops.common import repeat_kv
+from hedgehog_nb.ops.softmax import softmax_weights
+from hedgehog_nb.data.models import load_embedded
+from hedgehog_nb.attentions.base import make_feature_map
+from hedgehog_nb.models.linearize import linearize
+from hedgehog_nb.analysis.report import attention_report, METRICS, plot_histograms, plot_report, plot_weights_against_scores
+from hedgehog_nb.ops.metrics import (
+    attention_entropy, attention_metrics, inverted_pairs, kl_to_softmax, lognormal_fit, map_weights, mass_tokens, monotonicity, pairs, ranks, spectral_gap,
+    split_sink)
 from tiny_models import MODELS, inputs, llama, tokens
 
 PER_ROW = 'entropy','share','sink','entropy_rest','support','tokens90','spearman','inverted','kl'

@@ -108,20 +108,6 @@ def test_name_loads(name):
     import hedgehog_nb
     assert callable(getattr(hedgehog_nb, name)) and getattr(hedgehog_nb, name).__name__ == name
 
-@pytest.mark.parametrize('name,first', [('linear_attention', 'from hedgehog_nb.{0} import {0}'), ('linear_attention', 'import hedgehog_nb.{0}'),
-                                        ('linear_attention', 'from hedgehog_nb import {0}'), ('linearize', 'import hedgehog_nb.{0}')])
-def test_function_wins_over_its_module(name, first, root):
-    "The two names that a module and its function share mean the function, whatever was imported before"
-    code = f'{first.format(name)}\nimport hedgehog_nb, sys\nfrom hedgehog_nb import {name} as f\nassert f is hedgehog_nb.{name} is sys.modules["hedgehog_nb.{name}"].{name}; print(type(f).__name__)'
-    assert py(code, cwd=root) == 'function'
-
-@pytest.mark.parametrize('name,other', [('linearize', 'linear_layers'), ('linear_attention', 'naive_linear_attention')])
-def test_the_name_of_a_module_has_what_the_module_has(name, other, root):
-    "`import a.b as c` binds the attribute of the package, which is the function"
-    code = f'import hedgehog_nb.{name} as c, sys; m = sys.modules["hedgehog_nb.{name}"]; print(c.{other} is m.{other}, all(hasattr(c, n) for n in m.__all__))'
-    assert py(code, cwd=root) == 'True True'
-
-
 # ---- README and site
 
 def squeeze(md):

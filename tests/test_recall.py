@@ -2,8 +2,8 @@
 import json
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from hedgehog_nb.feature_maps import make_attention, ATTENTIONS
-from hedgehog_nb.recall import *
+from hedgehog_nb.attentions.base import ATTENTIONS, make_attention
+from hedgehog_nb.experiments.recall import *
 
 make_attention('hedgehog', 1)
 TINY = RecallTask(vocab_size=8, seq_len=8)

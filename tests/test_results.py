@@ -3,8 +3,9 @@ import json, os, re, subprocess, sys
 from datetime import datetime, timezone
 import pytest
 from hedgehog_nb import results
-from hedgehog_nb.results import (EXPERIMENTS, PAPER, UNITS, code_version, command_line, metrics_of, provenance, read_results, results_folder, results_table,
-    runs_table, trend_rows, write_results)
+from hedgehog_nb.results import (
+    code_version, command_line, EXPERIMENTS, metrics_of, PAPER, provenance, read_results, results_folder, results_table, runs_table, trend_rows, UNITS,
+    write_results)
 
 ROW = dict(experiment='pretrained-wikitext2', model='smollm2-135m', data='wikitext-2', variant='hedgehog', metric='ppl', value=30.25, unit='', tokens=1000, seed=0)
 

@@ -7,7 +7,8 @@ import pytest, torch
 pytest.importorskip('triton')
 from triton.runtime.errors import OutOfResources
 from hedgehog_nb import linear_attention as attention
-from hedgehog_nb.feature_maps import make_attention, make_feature_map
+from hedgehog_nb.attentions.base import make_attention, make_feature_map
+from hedgehog_nb import functional as linear
 from hedgehog_nb.kernels import dispatch, self_check as sc, window as windows
 from hedgehog_nb.kernels.self_check import Case, trusts, verdict_file
 from interpreter import HERE, kernel, python, run_under_interpreter
@@ -15,7 +16,6 @@ from interpreter import HERE, kernel, python, run_under_interpreter
 if not HERE:
     def test_under_the_interpreter(): run_under_interpreter(__file__)
 
-linear = sys.modules['hedgehog_nb.linear_attention']
 CPU,KIND = torch.device('cpu'),dict(dtype=torch.float32, head_dim=8, value_dim=8, feature_dim=16)
 
 @pytest.fixture(autouse=True)
@@ -357,7 +357,7 @@ def test_default_dtype_and_global_randomness_are_left_alone():
 def test_over_processes(tmp_path):
     "A second process finds the first one's verdict."
     code = ("import sys, torch; from unittest.mock import patch; from hedgehog_nb import linear_attention as f; from hedgehog_nb.kernels import self_check as sc; sc.TOKENS = 5; "
-            "q = torch.rand(1, 1, 1, 4); m = sys.modules['hedgehog_nb.linear_attention']; m._runs_kernels = lambda x: True; s = m.LinearState(torch.rand(1, 1, 4, 4), torch.rand(1, 1, 4), torch.zeros(1, 1))\n"
+            "q = torch.rand(1, 1, 1, 4); m = sys.modules['hedgehog_nb.functional']; m._runs_kernels = lambda x: True; s = m.LinearState(torch.rand(1, 1, 4, 4), torch.rand(1, 1, 4), torch.zeros(1, 1))\n"
             "with patch.object(sc, '_run', wraps=sc._run) as run: f(q, q, q, initial_state=s); print(run.call_count)")
     out = [python('-W', 'error', '-c', code, TRITON_INTERPRET='1', XDG_CACHE_HOME=str(tmp_path/'cache')) for _ in range(2)]
     assert [p.stdout.strip() for p in out]==['1', '0'], out

@@ -1,9 +1,10 @@
 "What must stay cheap: importing, asking for help, a forward pass without gradients, one token."
 import pytest, subprocess, sys, torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from hedgehog_nb.feature_maps import make_feature_map
-from hedgehog_nb.hedgehog import FORMS, hedgehog_features
-from hedgehog_nb.linear_attention import chunk_linear_attention, linear_attention, naive_linear_attention, recurrent_linear_attention
+from hedgehog_nb.attentions.base import make_feature_map
+from hedgehog_nb.ops.hedgehog import FORMS, hedgehog_features
+from hedgehog_nb.ops.linear import chunk_linear_attention, naive_linear_attention, recurrent_linear_attention
+from hedgehog_nb.functional import linear_attention
 
 class Watch(TorchDispatchMode):
     "Counts operations and remembers the largest new tensor."
@@ -24,7 +25,7 @@ def test_import_is_quick():
     assert t<.6
 
 def test_help_is_quick():
-    code = "import sys; sys.argv = ['hedgehog','--help']; from hedgehog_nb.cli import app; import io, contextlib\nwith contextlib.redirect_stdout(io.StringIO()): app(standalone_mode=False)\nprint(time.process_time())"
+    code = "import sys; sys.argv = ['hedgehog','--help']; from hedgehog_nb.cli.commands import app; import io, contextlib\nwith contextlib.redirect_stdout(io.StringIO()): app(standalone_mode=False)\nprint(time.process_time())"
     assert min(seconds(code) for _ in range(2))<2
 
 def inputs(B=1, H=4, Hkv=2, T=700, D=16): return torch.randn(B,T,H,D).transpose(1,2), *(torch.randn(B,T,Hkv,D).transpose(1,2) for _ in range(2))
@@ -34,7 +35,7 @@ def inputs(B=1, H=4, Hkv=2, T=700, D=16): return torch.randn(B,T,H,D).transpose(
 def test_features_by_segments_are_the_features(form, masked, monkeypatch):
     "Without gradients the map runs segment by segment; outputs and state are those of the whole, at every segment length."
     import importlib
-    la,(q,k,v) = importlib.import_module('hedgehog_nb.linear_attention'),inputs(B=2)
+    la,(q,k,v) = importlib.import_module('hedgehog_nb.ops.linear'),inputs(B=2)
     m,mask = make_feature_map('hedgehog', 16, 4, 2, form=form),torch.rand(2,700)<.8 if masked else None
     m.w_q.data += .3*torch.randn_like(m.w_q)
     want = naive_linear_attention(*m(q, k)[:2], v, m(q, k)[2], mask=mask)

@@ -3,10 +3,14 @@ import json, math, os, socket, subprocess, sys
 import pytest, torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
-from hedgehog_nb.cli import app
-from hedgehog_nb.distillation import naive_weight_loss
-from hedgehog_nb.linearize import linear_layers, linearize
-from hedgehog_nb.training import Run, distill, finetune, in_pieces, load_state, perplexity, save_state, step_rows, teacher_pass
+from hedgehog_nb.cli.commands import app
+from hedgehog_nb.training.losses import naive_weight_loss
+from hedgehog_nb.models.attention import linear_layers
+from hedgehog_nb.models.linearize import linearize
+from hedgehog_nb.training.checkpoint import load_state, Run, save_state
+from hedgehog_nb.training.distill import distill, in_pieces, teacher_pass
+from hedgehog_nb.training.finetune import finetune, step_rows
+from hedgehog_nb.training.evaluate import perplexity
 from tiny_models import MODELS, VOCAB, corpus, inputs, llama, vit
 from two_processes import train
 
@@ -159,7 +163,7 @@ def test_two_processes_make_the_same_steps(in_processes):
 
 def test_the_command_in_two_processes(root, tmp_path):
     "The same rows as in one, up to rounding; said and written once."
-    (tmp_path/'hedgehog.py').write_text("from hedgehog_nb.cli import app\napp(prog_name='hedgehog')\n")
+    (tmp_path/'hedgehog.py').write_text("from hedgehog_nb.cli.commands import app\napp(prog_name='hedgehog')\n")
     args = 'linearize embedded --data embedded --seq-len 64 --batch-size 4 --eval-tokens 128 --distill-steps 3 --finetune-steps 3 --finetune-lr 1e-3 --lr 0.1 --save-every 2 --json --out'.split()
     r = CliRunner().invoke(app, [*args, str(tmp_path/'a')])
     assert r.exit_code==0, r.stderr
@@ -213,7 +217,7 @@ def test_states_are_safetensors_alone(tmp_path):
         assert json.loads(p.read_bytes()[8:8+n])['__metadata__']['state']
 
 def test_what_a_killed_save_left_goes_with_the_next(tmp_path):
-    code = "import os, sys, torch; from hedgehog_nb.training import save_state; os.replace = lambda *a: os.kill(os.getpid(), 9); save_state(sys.argv[1], x=torch.ones(5))"
+    code = "import os, sys, torch; from hedgehog_nb.training.checkpoint import save_state; os.replace = lambda *a: os.kill(os.getpid(), 9); save_state(sys.argv[1], x=torch.ones(5))"
     assert subprocess.run([sys.executable, '-c', code, str(tmp_path/'s')]).returncode==-9
     assert [p.name for p in tmp_path.iterdir()]==['.s.tmp']
     (tmp_path/'.s.tmp'/'.tmpFrnJEF').write_text('as safetensors leaves one')
@@ -244,7 +248,7 @@ def tree(d): return {p.name:p.read_bytes() for p in d.iterdir()}
 
 @pytest.mark.parametrize('phase', ['distill','finetune'])
 def test_disk_full_leaves_the_last_state(tmp_path, phase, monkeypatch):
-    import hedgehog_nb.training as t
+    import hedgehog_nb.training.checkpoint as t
     with pytest.raises(Stop): go(linearize(llama(layers=2)), tmp_path, phase=phase, on_step=stop_at(4))
     before = tree(tmp_path)
     def full(tensors, path, **kw): path.write_bytes(b'half'); raise OSError(28, 'No space left on device')
@@ -257,7 +261,7 @@ def test_disk_full_leaves_the_last_state(tmp_path, phase, monkeypatch):
 
 def test_a_file_that_cannot_grow(tmp_path):
     "Not simulated: the system refuses to write more than some bytes to a file"
-    code = ("import resource, signal, torch; from hedgehog_nb.training import save_state; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    code = ("import resource, signal, torch; from hedgehog_nb.training.checkpoint import save_state; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "save_state('s', x=torch.ones(10)); resource.setrlimit(resource.RLIMIT_FSIZE, (1000,1000))\n"
         "try: save_state('s', x=torch.ones(10**6))\nexcept OSError as e: print('refused', e)")
     out = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH':os.pathsep.join(sys.path)})

@@ -3,15 +3,19 @@ import pytest, torch
 from tiny_models import MODELS, tokens as token_ids
 from hypothesis import given, settings, strategies as st
 from transformers import DynamicCache
-from hedgehog_nb.attention import softmax_attention, softmax_weights
-from hedgehog_nb.distillation import layer_loss, weight_loss
-from hedgehog_nb.feature_maps import make_attention, make_feature_map
-from hedgehog_nb.hedgehog import FORMS
-from hedgehog_nb.linear_attention import LinearState, naive_linear_attention
-from hedgehog_nb.linearize import linear_layers, linearize, load_linearized, save_linearized, set_implementation
-from hedgehog_nb.training import distill
-from hedgehog_nb.window import (WindowState, linear_shares, set_branch, chunk_window_attention, joint_features, linear_share, naive_window_attention, naive_window_weights,
-                                window_decode_step, window_max)
+from hedgehog_nb.ops.softmax import softmax_attention, softmax_weights
+from hedgehog_nb.training.losses import layer_loss, weight_loss
+from hedgehog_nb.attentions.base import make_attention, make_feature_map
+from hedgehog_nb.ops.hedgehog import FORMS
+from hedgehog_nb.ops.linear import LinearState, naive_linear_attention
+from hedgehog_nb.models.attention import linear_layers, set_implementation
+from hedgehog_nb.models.linearize import linearize
+from hedgehog_nb.models.loading import load_linearized, save_linearized
+from hedgehog_nb.training.distill import distill
+from hedgehog_nb.ops.window import (
+    chunk_window_attention, linear_share, naive_window_attention, naive_window_weights, window_decode_step, window_max, WindowState)
+from hedgehog_nb.models.hybrid import linear_shares, set_branch
+from hedgehog_nb.attentions.window import joint_features
 
 def rand(*s, seed=0, dtype=torch.float64): return torch.randn(*s, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
@@ -163,7 +167,6 @@ def test_window_max():
 @pytest.mark.parametrize('relative', [False, True])
 @pytest.mark.parametrize('form', FORMS)
 def test_as_an_attention(form, relative):
-    import hedgehog_nb.window
     (q,k,v,*_),_ = inputs(1, T=30, dtype=torch.float32)
     att = make_attention('hedgehog-window', 8, 4, 2, window=5, form=form, relative=relative)
     o = att.attend(q, k, v)

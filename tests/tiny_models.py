@@ -1,7 +1,7 @@
 "Small random models of the four architectures, and inputs for them."
 import torch
 from transformers import (BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification)
-from hedgehog_nb.linearize import linear_layers
+from hedgehog_nb.models.attention import linear_layers
 
 VOCAB = 61
 

@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from hedgehog_nb.data import load_model, load_texts, token_blocks
-from hedgehog_nb.linearize import linearize
-from hedgehog_nb.training import distill, finetune, world
+from hedgehog_nb.data.models import load_model
+from hedgehog_nb.data.text import load_texts, token_blocks
+from hedgehog_nb.models.linearize import linearize
+from hedgehog_nb.training.distill import distill, world
+from hedgehog_nb.training.finetune import finetune
 
 def train(folder, steps=4, stop=False):
     torch.set_num_threads(1)

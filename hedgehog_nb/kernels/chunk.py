@@ -13,9 +13,9 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 from torch import Tensor
-from ..attention import check_qkv, full_precision
-from ..linear_attention import EPS, NOTHING, LinearState, _check_cu_seqlens
-from .feature_map import _INTERPRET, _dot, _on, offline_cycles, offline_usage
+from ..ops.common import check_qkv, full_precision
+from ..ops.linear import _check_cu_seqlens, EPS, LinearState, NOTHING
+from .feature_map import _dot, _INTERPRET, _on, offline_cycles, offline_usage
 from .tuning import tuned_launch
 import triton, triton.language as tl
 

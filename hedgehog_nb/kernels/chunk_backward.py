@@ -11,12 +11,14 @@ __all__ = ['triton_linear_attention', 'backward_usage']
 import torch
 from typing import Optional, Sequence
 from torch import Tensor
-from ..attention import full_precision
-from ..linear_attention import LinearState, operation, _check_cu_seqlens
+from ..ops.common import full_precision
+from ..ops.linear import _check_cu_seqlens, LinearState
+from .common import operation
 from .feature_map import _dot, _on, offline_cycles, offline_usage
 from .tuning import tuned_launch
-from .chunk import (_EPS, _NOTHING, _absorb, _along, _check, _constants, _count, _cut, _forward, _keys, _last_slot, _load_state, _maxima, _scan,
-                                       _segment, _states, _store_state, _strides, _tile, _weights)
+from .chunk import (
+    _absorb, _along, _check, _constants, _count, _cut, _EPS, _forward, _keys, _last_slot, _load_state, _maxima, _NOTHING, _scan, _segment, _states,
+    _store_state, _strides, _tile, _weights)
 import triton, triton.language as tl
 
 # %% ../../kernels/03_chunk_backward.ipynb #96d7df69

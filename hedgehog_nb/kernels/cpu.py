@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Optional
 import torch
 from torch import Tensor
-from ..attention import check_qkv, full_precision
-from ..hedgehog import held
-from ..linear_attention import LinearState, operation
+from ..ops.common import check_qkv, full_precision
+from ..ops.hedgehog import held
+from ..ops.linear import LinearState
+from .common import operation
 
 # %% ../../kernels/10_cpu.ipynb #cpuk0008
 FLAGS = ('-march=native','-fopenmp'),('-march=native',),() # The first that the compiler takes

@@ -12,10 +12,11 @@ import torch
 from functools import lru_cache
 from typing import Optional
 from torch import Tensor
-from ..attention import check_qkv
-from ..hedgehog import held
-from ..linear_attention import EPS, LinearState, operation
-from .feature_map import _INTERPRET, _cdiv, _features, _on, offline_usage
+from ..ops.common import check_qkv
+from ..ops.hedgehog import held
+from ..ops.linear import EPS, LinearState
+from .common import operation
+from .feature_map import _cdiv, _features, _INTERPRET, _on, offline_usage
 import triton, triton.language as tl
 
 # %% ../../kernels/05_decode_step.ipynb #9d827722

@@ -10,9 +10,9 @@ __all__ = ['inside', 'kernel_for', 'triton_attention']
 # %% ../../kernels/08_dispatch.ipynb #44978b6f
 import torch
 from torch import Tensor
-from ..attention import full_precision
-from ..hedgehog import held
-from ..linear_attention import LinearState
+from ..ops.common import full_precision
+from ..ops.hedgehog import held
+from ..ops.linear import LinearState
 from .feature_map import products_dtype
 from .chunk_backward import triton_linear_attention
 from .fused import _too_wide, fused_hedgehog_attention

@@ -13,9 +13,9 @@ from contextlib import nullcontext
 from importlib.metadata import version
 from typing import Optional
 from torch import Tensor
-from ..attention import autocast_dtype
-from ..hedgehog import FORMS
-from ..linear_attention import operation
+from ..ops.common import autocast_dtype
+from ..ops.hedgehog import FORMS
+from .common import operation
 
 try: import triton, triton.language as tl
 except ImportError as e:

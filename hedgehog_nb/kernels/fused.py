@@ -12,12 +12,14 @@ import torch
 from functools import lru_cache
 from typing import Optional
 from torch import Tensor
-from ..attention import check_qkv, full_precision
-from ..hedgehog import FORMS
-from ..linear_attention import NOTHING, LinearState, operation, _check_cu_seqlens
-from .feature_map import _INTERPRET, _cdiv, _dot, _features, _features_bwd, _on, offline_cycles, offline_serialized, offline_usage
+from ..ops.common import check_qkv, full_precision
+from ..ops.hedgehog import FORMS
+from ..ops.linear import _check_cu_seqlens, LinearState, NOTHING
+from .common import operation
+from .feature_map import _cdiv, _dot, _features, _features_bwd, _INTERPRET, _on, offline_cycles, offline_serialized, offline_usage
 from .feature_map import _backward as _map_backward, _forward as _map_forward
-from .chunk import _forward as _attention_forward, _count, _weigh, _EPS, _NOTHING, _cummax_within, _last_slot, _plan, _segment, _segments, _tile
+from .chunk import (
+    _count, _cummax_within, _EPS, _forward as _attention_forward, _last_slot, _NOTHING, _plan, _segment, _segments, _tile, _weigh)
 from .chunk_backward import _backward as _attention_backward, _borders, _recall
 from .tuning import neighbours, tuned_launch
 import triton, triton.language as tl

@@ -19,11 +19,13 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional as F
 import hedgehog_nb
-from ..feature_maps import make_feature_map, per_head
-from ..hedgehog import FORMS, hedgehog_features, held
-from ..linear_attention import LinearState, linear_attention
+from ..attentions.base import make_feature_map
+from ..ops.features import per_head
+from ..ops.hedgehog import FORMS, hedgehog_features, held
+from ..ops.linear import LinearState
+from ..functional import linear_attention
 from ..results import source_hash
-from ..window import WindowState, chunk_window_attention
+from ..ops.window import chunk_window_attention, WindowState
 from . import dispatch, feature_map as maps, window as windows
 from .cpu import cache_folder
 from .feature_map import products_dtype

@@ -11,10 +11,11 @@ __all__ = ['triton_window_attention', 'window_usage']
 import torch
 from typing import Optional, Sequence
 from torch import Tensor
-from ..attention import full_precision
-from ..linear_attention import EPS, NOTHING, LinearState, operation
-from ..window import WindowState, _check_state, _check_window
-from .feature_map import _INTERPRET, _LOG2E, _dot, _given, _on, offline_cycles, offline_usage, products_dtype
+from ..ops.common import full_precision
+from ..ops.linear import EPS, LinearState, NOTHING
+from .common import operation
+from ..ops.window import _check_state, _check_window, WindowState
+from .feature_map import _dot, _given, _INTERPRET, _LOG2E, _on, offline_cycles, offline_usage, products_dtype
 from . import chunk
 from .chunk import _tile, _two
 from .chunk_backward import _how, _recall

@@ -1,0 +1,1 @@
+"What softmax attention has, and which attentions keep it."

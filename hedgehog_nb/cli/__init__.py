@@ -1,0 +1,2 @@
+"The command `hedgehog`."
+from .commands import app, main

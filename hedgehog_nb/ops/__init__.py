@@ -1,0 +1,1 @@
+"Functions on tensors, in PyTorch alone: the references, and the fast forms."

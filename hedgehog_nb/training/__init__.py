@@ -1,0 +1,1 @@
+"Distil the maps, finetune the model, save and resume."
