@@ -7,7 +7,7 @@ import torch, transformers
 from hedgehog_nb.models.attention import linear_layers, set_implementation
 from hedgehog_nb.models.linearize import linearize
 from hedgehog_nb.models.loading import load_linearized, save_linearized
-from hedgehog_nb.training.distill import _body, distill, teacher_pass
+from hedgehog_nb.training.distill import base_forward, distill, teacher_pass
 from tiny_models import shake
 
 VOCAB = 61
@@ -221,12 +221,12 @@ def teacher(kind, model, x, soft):
     "What the maps are taught is the attention of the model that was converted, windows and padding included."
     xs,seen,ok = [padded(x, s) for s in ('left','right')] if kind in ('decoder','encoder') else [x],[],True
     model,soft = copy.deepcopy(model).float(),copy.deepcopy(soft).float() # some models' own attention has no double precision
-    for m in (model, soft): _body(m).register_forward_hook(lambda m, a, out: seen.append(out[0]))
+    for m in (model, soft): base_forward(m).register_forward_hook(lambda m, a, out: seen.append(out[0]))
     for x in xs:
         x = {k:v.float() if v.is_floating_point() else v for k,v in x.items()}
         seen.clear()
         teacher_pass(model, x, lambda *a: None)
-        with torch.no_grad(): _body(soft)(**x, **without_cache(soft))
+        with torch.no_grad(): base_forward(soft)(**x, **without_cache(soft))
         real = x['attention_mask'].bool() if 'attention_mask' in x else ...
         ok &= close(seen[0][real], seen[1][real])
     return ok

@@ -3,8 +3,8 @@ import math
 import pytest, torch, transformers
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
-from hedgehog_nb.models.interface import attention_as, capture_attention
-from hedgehog_nb.ops.common import autocast_dtype, check_qkv, full_precision, repeat_kv, visible
+from hedgehog_nb.models.interface import use_attention, capture_attention
+from hedgehog_nb.ops.common import autocast_dtype, check_qkv, no_autocast, repeat_kv, make_attention_mask
 from hedgehog_nb.ops.softmax import fused_softmax_attention, softmax_attention, softmax_weights
 from tiny_models import MODELS, inputs, llama
 
@@ -34,7 +34,7 @@ def test_equals_loops(B, Hkv, G, T, D, causal, masked, scale, data):
     want = loops(q, k, v, causal, scale, mask)
     torch.testing.assert_close(softmax_attention(q, k, v, causal, scale, mask), want, atol=1e-12, rtol=1e-10)
     fused = fused_softmax_attention(q, k, v, causal, scale, mask)
-    seen = visible(Tq, T, causal, mask).any(-1)[...,None].expand_as(want)  # rows that see nothing are free
+    seen = make_attention_mask(Tq, T, causal, mask).any(-1)[...,None].expand_as(want)  # rows that see nothing are free
     torch.testing.assert_close(fused[seen], want[seen], atol=1e-12, rtol=1e-10)
     assert fused.isfinite().all()
 
@@ -83,7 +83,7 @@ def test_repeat_kv_gives_each_group_its_own_head():
     with pytest.raises(ValueError, match='3.*4|4.*3'): repeat_kv(x, 4)
 
 def test_causal_queries_are_the_last_positions():
-    assert visible(2, 4).long().tolist()==[[[[1,1,1,0],[1,1,1,1]]]]
+    assert make_attention_mask(2, 4).long().tolist()==[[[[1,1,1,0],[1,1,1,1]]]]
     q,k,v = qkv(T=7)
     torch.testing.assert_close(softmax_attention(q[:,:,-3:], k, v), softmax_attention(q, k, v)[:,:,-3:])
 
@@ -119,7 +119,7 @@ def test_the_oracle_inside_a_model_is_the_model(name):
     def fn(module, q, k, v, attention_mask, scaling=None, **kw):
         return softmax_attention(q, k, v, name in ('llama','gpt2'), scaling).transpose(1,2), None
     want = model(**x).logits
-    with attention_as(model, fn): got = model(**x).logits
+    with use_attention(model, fn): got = model(**x).logits
     torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-10)
 
 def test_attention_as_gives_back_what_it_borrowed():
@@ -128,7 +128,7 @@ def test_attention_as_gives_back_what_it_borrowed():
     want = model(**x).logits
     def fail(*args, **kw): raise RuntimeError('inside')
     with pytest.raises(RuntimeError, match='inside'):
-        with attention_as(model, fail): model(**x)
+        with use_attention(model, fail): model(**x)
     assert model.config._attn_implementation==before and torch.equal(model(**x).logits, want)
 
 def test_parts_with_a_config_of_their_own_are_reached_and_given_back():
@@ -141,7 +141,7 @@ def test_parts_with_a_config_of_their_own_are_reached_and_given_back():
         seen.append(module)
         weights = (q@k.mT*scaling + (0 if position_bias is None else position_bias)).softmax(-1)
         return (weights@v).transpose(1,2), None
-    with attention_as(model, fn), torch.no_grad(): got = model(**x).logits
+    with use_attention(model, fn), torch.no_grad(): got = model(**x).logits
     assert len(seen)==3 and seen[0] in set(model.encoder.modules()) # self-attention of both, and the decoder's look at the encoder
     assert [m.config._attn_implementation for m in (model, model.encoder, model.decoder)]==['sdpa','eager','sdpa']
     assert torch.equal(model(**x).logits, want)
@@ -151,7 +151,7 @@ def test_parts_with_a_config_of_their_own_are_reached_and_given_back():
 
 @pytest.mark.parametrize('enabled', [False, True])
 def test_full_precision_compiles_into_one_graph(enabled):
-    f = full_precision(lambda x: x@x.mT)
+    f = no_autocast(lambda x: x@x.mT)
     x = torch.randn(3, 5)
     with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
         y = torch.compile(f, fullgraph=True, backend='eager')(x)
@@ -160,4 +160,4 @@ def test_full_precision_compiles_into_one_graph(enabled):
 
 def test_autocast_dtype_is_none_where_a_device_has_no_autocast():
     x = torch.zeros(2, 2, device='meta')
-    with torch.autocast('cpu', torch.bfloat16): assert autocast_dtype(x) is None and full_precision(lambda x: x+1)(x).is_meta
+    with torch.autocast('cpu', torch.bfloat16): assert autocast_dtype(x) is None and no_autocast(lambda x: x+1)(x).is_meta

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, torch
 from hedgehog_nb.experiments import bench
 from hedgehog_nb.experiments.bench import (
-    bench_curves, bench_table, Case, compile_ahead, compile_share, contender, CONTENDERS, CURVES, default_cases, measurements, plot_bench, prepare, resumable,
+    bench_curves, bench_table, Case, compile_ahead, compile_share, register_benchmark, BENCHMARKS, CURVES, default_cases, measurements, plot_bench, prepare, resumable,
     run_benchmark, TURNS, WrongResult)
 from hedgehog_nb.results import read_results, Table, write_results
 
@@ -166,14 +166,14 @@ def test_a_run_that_is_killed_leaves_what_it_measured_and_goes_on(own, tmp_path)
 @pytest.fixture
 def contenders(monkeypatch):
     "Contenders that a test registers are gone after it."
-    for kind in CONTENDERS: monkeypatch.setitem(CONTENDERS, kind, dict(CONTENDERS[kind]))
+    for kind in BENCHMARKS: monkeypatch.setitem(BENCHMARKS, kind, dict(BENCHMARKS[kind]))
 
 def test_by_turns_what_raises_leaves_the_others(contenders, tmp_path):
     calls = []
     def third(): calls.append(1); assert len(calls)<3, 'third call'; return torch.zeros(1)
-    contender('third', 'forward')(lambda c,x: third)
-    contender('never', 'forward')(lambda c,x: 1/0)
-    contender('hedgehog-off', 'forward')(lambda c,x: lambda: x['v'])
+    register_benchmark('third', 'forward')(lambda c,x: third)
+    register_benchmark('never', 'forward')(lambda c,x: 1/0)
+    register_benchmark('hedgehog-off', 'forward')(lambda c,x: lambda: x['v'])
     said = {}
     with pytest.raises(WrongResult, match='hedgehog-off on forward B=1 H=2 T=64 .* hedgehog-off on forward B=1 H=2 T=128'):
         run_benchmark(tmp_path/'b.json', 'cpu', SMALL, ['third','never','hedgehog-off','sdpa'], 1, lambda c,s,*n: said.update({c.T:(s, n)}))
@@ -187,7 +187,7 @@ def test_an_error_in_one_head_or_the_last_tokens_is_seen(contenders, kind):
     c = Case(kind,2,4,2,80,16,F32)
     def spoiled(where):
         def f(c, x):
-            good = CONTENDERS[kind]['hedgehog-torch'](c, x)
+            good = BENCHMARKS[kind]['hedgehog-torch'](c, x)
             def run():
                 o = good(); m = torch.zeros_like(o); m[where] = 1
                 return o*(1+.01*m) if kind=='decode' else o + .01*m*o.detach().norm()/m.norm()*(x['v'].repeat_interleave(2, 1) if kind=='train' else 1)
@@ -195,7 +195,7 @@ def test_an_error_in_one_head_or_the_last_tokens_is_seen(contenders, kind):
         return f
     assert prepare(c, 'hedgehog-torch', 'cpu')[1]<1e-5
     for i,where in enumerate([(0, slice(0,2)), (-1, slice(2,4)), (slice(None), slice(None), slice(-5, None))]):
-        contender(f'hedgehog-{i}', kind)(spoiled(where))
+        register_benchmark(f'hedgehog-{i}', kind)(spoiled(where))
         with pytest.raises(WrongResult, match=r'off by .* of the norm of the fp64 result; allowed 1e-04'): prepare(c, f'hedgehog-{i}', 'cpu')
 
 def test_a_file_of_another_device_commit_or_version_is_not_gone_on_from(tmp_path):
@@ -214,7 +214,7 @@ def test_a_file_of_another_device_commit_or_version_is_not_gone_on_from(tmp_path
 def test_the_order_on_a_gpu():
     todo = measurements(cases := default_cases('cuda'))
     names = [n for _,n in todo]
-    assert len(set(todo))==len(todo)==sum(len(CONTENDERS[c.kind]) for c in cases)
+    assert len(set(todo))==len(todo)==sum(len(BENCHMARKS[c.kind]) for c in cases)
     assert [n for c,n in todo if c==cases[0]][:5]==list(TURNS[0]) and todo[0]==(cases[0], 'hedgehog')
     last = lambda *ns: max(i for i,n in enumerate(names) if n in ns); first = lambda *ns: min(i for i,n in enumerate(names) if n in ns)
     assert last(*TURNS[0]) < first(*TURNS[1]) < last(*TURNS[1]) < first('hedgehog-torch','einsum') < last('hedgehog-torch','einsum') < first(*TURNS[3])
@@ -245,7 +245,7 @@ def test_shares_of_what_an_autotuner_chooses_among(monkeypatch):
 
 def test_compiling_ahead_runs_every_share_in_processes(contenders, monkeypatch):
     ran = []
-    contender('hedgehog-kernels', 'forward')(lambda c,x: lambda: ran.append(c.T))
+    register_benchmark('hedgehog-kernels', 'forward')(lambda c,x: lambda: ran.append(c.T))
     monkeypatch.setenv('HEDGEHOG_TUNE', '1')
     todo = [(c, 'hedgehog-kernels') for c in SMALL]*2
     for i in range(3): compile_share(todo, 'cpu', i, 3)
@@ -259,7 +259,7 @@ def test_compiling_ahead_runs_every_share_in_processes(contenders, monkeypatch):
 def test_the_command_reports_what_is_wrong_and_goes_on(contenders, monkeypatch, tmp_path):
     from typer.testing import CliRunner
     from hedgehog_nb.cli.commands import app
-    contender('hedgehog-off', 'forward')(lambda c,x: lambda: x['v'])
+    register_benchmark('hedgehog-off', 'forward')(lambda c,x: lambda: x['v'])
     monkeypatch.setattr(bench, 'default_cases', lambda device: SMALL)
     out = tmp_path/'b.json'
     call = lambda *args: CliRunner().invoke(app, ['bench', '--device', 'cpu', '--out', str(out), '--only', 'hedgehog-off', '--only', 'sdpa', *args])

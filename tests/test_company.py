@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache
 from hedgehog_nb import linear_attention, make_feature_map
-from hedgehog_nb.models.interface import attention_as, capture_attention, own_attention
+from hedgehog_nb.models.interface import use_attention, capture_attention, own_attention
 from hedgehog_nb.ops.softmax import softmax_attention
 from hedgehog_nb.training.losses import weight_loss
 from hedgehog_nb.models.attention import linear_layers, padding_mask
@@ -110,8 +110,8 @@ def test_borrowing_within_borrowing():
     model = llama(layers=2).double(); x = tokens(); want = logits(model, x)
     named = lambda name, to: lambda m, q, k, v, mask, scaling=None, **kw: (to.append(name), (softmax_attention(q, k, v, scale=scaling).transpose(1,2), None))[1]
     seen = []
-    with attention_as(model.model, named('body', seen)):
-        with attention_as(model, named('whole', seen)): same(logits(model, x), want)
+    with use_attention(model.model, named('body', seen)):
+        with use_attention(model, named('whole', seen)): same(logits(model, x), want)
         assert seen==['whole']*2
         same(logits(model, x), want)
     assert seen==['whole']*2+['body']*2 and model.config._attn_implementation=='sdpa' and torch.equal(logits(model, x), want)
@@ -469,7 +469,7 @@ def in_a_thread(f): return at_once(f)[0]
 @pytest.mark.parametrize('twin', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=['deepcopy','pickle'])
 def test_a_copy_made_during_a_loan_is_the_model(convert, twin):
     model = made() if convert else llama(layers=2).double(); x = tokens(); want = logits(model, x)
-    with attention_as(model, doubled): copied = in_a_thread(lambda: twin(model))
+    with use_attention(model, doubled): copied = in_a_thread(lambda: twin(model))
     assert torch.equal(logits(copied, x), want) and torch.equal(logits(copy.deepcopy(copied), x), want)
     assert own_attention(copied.config)==model.config._attn_implementation
     if convert: assert torch.equal(copied.generate(x, max_new_tokens=4, **FREE), model.generate(x, max_new_tokens=4, **FREE))
@@ -478,7 +478,7 @@ def test_a_copy_made_during_a_loan_is_the_model(convert, twin):
 def test_an_attention_that_is_set_during_a_loan_stays_and_the_borrower_is_told(change):
     model = llama(layers=2)
     with pytest.raises(RuntimeError, match='was set to .* while it was looked at'):
-        with attention_as(model, doubled): in_a_thread(lambda: change(model))
+        with use_attention(model, doubled): in_a_thread(lambda: change(model))
     assert model.config._attn_implementation==('eager' if change is not linearize else 'hedgehog')
     model = made(double=False); hook = model.model.layers[0].register_forward_pre_hook(lambda *a: in_a_thread(lambda: model.set_attn_implementation('sdpa')))
     with pytest.raises(RuntimeError, match='while it was looked at'): distill(model, [tokens()], steps=1)
@@ -486,7 +486,7 @@ def test_an_attention_that_is_set_during_a_loan_stays_and_the_borrower_is_told(c
 def test_a_loan_that_ends_elsewhere_ends():
     model = llama(layers=2); x = tokens(); want = logits(model, x)
     def lend():
-        with attention_as(model, doubled): yield
+        with use_attention(model, doubled): yield
     g = lend(); contextvars.copy_context().run(next, g); g.close()
     assert model.config._attn_implementation=='sdpa' and torch.equal(logits(copy.deepcopy(model), x), want)
 
@@ -572,7 +572,7 @@ def test_padding_anywhere_takes_places_in_a_window(holes):
     def oracle(module, q, k, v, m, scaling=None, **kw): # the weights themselves
         w = module.feature_map.weights(q, k, True, m)
         return (w@v.repeat_interleave(2, 1)).transpose(1,2), None
-    with attention_as(narrow, oracle, padding_mask): want = at(narrow)
+    with use_attention(narrow, oracle, padding_mask): want = at(narrow)
     same(at(narrow)[real], want[real])
 
 # --- quantised bodies (with the quantisers themselves: test_integrations.py)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 from hedgehog_nb.data import models, text as texts
-from hedgehog_nb.data.text import batches, block_marks, cut_split, DataError, load_texts, read_docs, token_blocks, write_stories, write_texts
+from hedgehog_nb.data.text import batches, block_marks, split_texts, DataError, load_texts, read_docs, token_blocks, write_stories, write_texts
 from hedgehog_nb.data.models import convert_llama2c, embedded_model_path, load_embedded, load_model, ModelError, naive_llama2c_encode, read_llama2c
 
 torch = pytest.importorskip('torch')
@@ -173,7 +173,7 @@ def test_several(here):
 @pytest.mark.parametrize('n', [1,7,19,20,21,100])
 def test_cut(n):
     docs = [f'{i:03} '*60 for i in range(n)]
-    parts = [cut_split(docs, s) for s in ('train','validation','test')]
+    parts = [split_texts(docs, s) for s in ('train','validation','test')]
     if n>=20: assert sum(parts, [])==docs
     else: assert [''.join(p) for p in zip(*parts)]==docs
 

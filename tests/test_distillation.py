@@ -2,8 +2,8 @@
 import math
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from hedgehog_nb.ops.common import repeat_kv, visible
-from hedgehog_nb.training.losses import distill_map, layer_loss, naive_order_loss, naive_weight_loss, OBJECTIVES, order_loss, output_loss, weight_loss
+from hedgehog_nb.ops.common import repeat_kv, make_attention_mask
+from hedgehog_nb.training.losses import distill_map, layer_loss, naive_order_loss, naive_weight_loss, LOSSES, order_loss, output_loss, weight_loss
 from hedgehog_nb.attentions.base import make_feature_map
 from hedgehog_nb.ops.hedgehog import FORMS
 from hedgehog_nb.attentions.hedgehog import Hedgehog
@@ -75,7 +75,7 @@ def test_streamed_is_naive(B, Hkv, G, T, D, rows, form, causal, num_maps, seed):
 
 @pytest.mark.parametrize('causal', [True,False])
 def test_it_is_the_divergence_at_infinite_temperature(causal):
-    m = shaken(Hedgehog(8, 4, 2)); q,k,_ = qkv(); k4,ok = repeat_kv(k, 4),visible(13, 13, causal)
+    m = shaken(Hedgehog(8, 4, 2)); q,k,_ = qkv(); k4,ok = repeat_kv(k, 4),make_attention_mask(13, 13, causal)
     s,lu = 8**-.5*q@k4.mT, (m(q, k)[0]@repeat_kv(m(q, k)[1], 4).mT).log()
     gaps = []
     for tau in (1e2,1e3):
@@ -121,12 +121,12 @@ def test_low_precision_inputs_are_taken_as_they_are(loss):
 
 # --- objectives
 
-@pytest.mark.parametrize('objective', OBJECTIVES)
+@pytest.mark.parametrize('objective', LOSSES)
 @pytest.mark.parametrize('causal', [True,False])
 def test_objectives_are_sums(objective, causal):
     m = shaken(Hedgehog(8, 4, 2)); q,k,v = qkv()
     parts = dict(weights=naive_weight_loss(q, k, m, causal, .5, MASK).mean(), order=naive_order_loss(q, k, m, causal, .5, MASK).mean(), outputs=output_loss(q, k, v, m, causal, .5, MASK).mean())
-    same(layer_loss(objective, m, q, k, v, causal, .5, MASK), sum(parts[p] for p in OBJECTIVES[objective]))
+    same(layer_loss(objective, m, q, k, v, causal, .5, MASK), sum(parts[p] for p in LOSSES[objective]))
 
 def test_objectives_that_do_not_fit():
     m = Hedgehog(8, 4, 2); q,k,_ = qkv(dtype=torch.float32)
@@ -144,7 +144,7 @@ def layer(N=8, T=24, D=8):
 
 def order_of(m, q, k): return monotonicity(m(q, k)[0]@m(q, k)[1].mT, q@k.mT)[...,4:].mean().item()
 
-@pytest.mark.parametrize('objective', OBJECTIVES)
+@pytest.mark.parametrize('objective', LOSSES)
 def test_each_objective_falls(objective):
     q,k,v = layer(); m = Hedgehog(8, 2)
     before = layer_loss(objective, m, q, k, v).item()

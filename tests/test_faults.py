@@ -181,7 +181,7 @@ def full(*a, **k): raise OSError(28, 'No space left on device')
 def test_disk_full(monkeypatch):
     "A failure while the folder is being filled: what was trained is kept, and only has to be written"
     with monkeypatch.context() as m:
-        m.setattr(cli.Camera, 'attention', full)
+        m.setattr(cli.AttentionSnapshots, 'attention', full)
         r = CliRunner().invoke(app, ['linearize','embedded','--data','embedded','--out','out',*TINY])
         assert r.exit_code==1 and left()==['.out-run']
         says(r.stderr.splitlines()[-1], 'No space left', 'kept in .out-run', 'same command goes on')
@@ -218,7 +218,7 @@ def test_lora_targets(): says(linearize('embedded', '--lora-rank', '4', '--lora-
 
 def test_unexpected_error_is_one_line_unless_debug(monkeypatch):
     def broken(*a, **k): raise RuntimeError('the inner\nworkings')
-    monkeypatch.setattr(cli, 'write_story', broken)
+    monkeypatch.setattr(cli, 'generate_text', broken)
     says(fails('generate', 'embedded', '--prompt', 'x'), 'unexpected RuntimeError: the inner workings', '--debug')
     r = CliRunner().invoke(app, ['generate','embedded','--prompt','x','--debug'])
     assert isinstance(r.exception, RuntimeError)
@@ -248,7 +248,7 @@ def test_stopped_run_says_where_it_is(here, root, sig, phase):
     says(linearize('embedded', '--lr', '0.3'), '.out-run keeps an unfinished run with other settings', '--num-maps 2 there, not given here', '--restart')
 
 def test_stopped_before_anything_was_done(here, root, monkeypatch):
-    def stop(*a, **k): raise cli.Stopped(15)
+    def stop(*a, **k): raise cli.Terminated(15)
     monkeypatch.setattr(cli, '_prepare', stop)
     r = CliRunner().invoke(app, ['linearize','embedded','--data','embedded','--out','out',*TINY])
     assert r.exit_code==143 and r.stderr=='hedgehog: stopped; nothing was written\n' and left()==[]

@@ -274,7 +274,7 @@ def test_output_loss_by_hand():
     mask = torch.ones(2,10, dtype=torch.bool); mask[:,7:] = False
     same(output_loss(q, k, v, m, mask=mask), output_loss(q[:,:,:7], k[:,:,:7], v[:,:,:7], m))
 
-@pytest.mark.parametrize('name,kw', [v for v in VARIANTS if FEATURE_MAPS[v[0]].learned], ids=ids)
+@pytest.mark.parametrize('name,kw', [v for v in VARIANTS if FEATURE_MAPS[v[0]].trainable], ids=ids)
 def test_distillation_learns(name, kw):
     torch.manual_seed(3)
     basis = torch.randn(2,8,8)

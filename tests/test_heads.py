@@ -2,17 +2,17 @@
 import copy, json, math
 import pytest, torch
 from transformers import AutoModel, AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, DynamicCache, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
-from hedgehog_nb.models.interface import attention_as
+from hedgehog_nb.models.interface import use_attention
 from hedgehog_nb.ops.common import repeat_kv
 from hedgehog_nb.ops.softmax import softmax_attention, softmax_weights
-from hedgehog_nb.training.losses import layer_loss, OBJECTIVES
+from hedgehog_nb.training.losses import layer_loss, LOSSES
 from hedgehog_nb.attentions.base import make_attention
-from hedgehog_nb.attentions.mixed_heads import KeptHeads, KeptState
-from hedgehog_nb.attentions.specs import parse_heads, spell_heads
-from hedgehog_nb.analysis.heads import pick_heads
+from hedgehog_nb.attentions.mixed_heads import MixedHeadAttention, MixedHeadState
+from hedgehog_nb.attentions.specs import parse_heads, format_heads
+from hedgehog_nb.analysis.heads import select_softmax_heads
 from hedgehog_nb.models.hub import model_card
 from hedgehog_nb.models.attention import linear_layers, padding_mask, set_implementation
-from hedgehog_nb.models.linearize import linearize, plan_maps
+from hedgehog_nb.models.linearize import linearize, build_attentions
 from hedgehog_nb.models.loading import load_linearized, save_linearized
 from hedgehog_nb.analysis.report import attention_report
 from hedgehog_nb.models.cache import cache_bytes, decode_costs
@@ -20,7 +20,7 @@ from hedgehog_nb.training.distill import distill, teacher_pass
 from hedgehog_nb.training.finetune import finetune
 from hedgehog_nb.training.evaluate import perplexity
 from hedgehog_nb.attentions.window import WindowAttention
-from hedgehog_nb.models.hybrid import linear_shares, set_branch
+from hedgehog_nb.models.hybrid import linear_weight_share, set_branch
 from tiny_models import MODELS, VOCAB, bert, corpus, gpt2, inputs, llama, shake, tokens
 from test_generation import FREE, forward, left_padded
 
@@ -41,8 +41,8 @@ def logits(model, **x): return model(**x).logits
 @torch.no_grad()
 def pair(name, kept, H=4, Hkv=2, D=8, **kw):
     "An attention with kept heads, and the one that keeps none, with the same parameters, off their start."
-    whole,att = make_attention(name, D, H, Hkv, **kw).double(),KeptHeads(name, kept, D, H, Hkv, **kw).double()
-    rest = [h for h in range(H) if h not in att.kept]
+    whole,att = make_attention(name, D, H, Hkv, **kw).double(),MixedHeadAttention(name, kept, D, H, Hkv, **kw).double()
+    rest = [h for h in range(H) if h not in att.softmax_heads]
     for i,(n,p) in enumerate(whole.named_parameters()):
         p += .2*rand(*p.shape, seed=50+i)
         att.rest.get_parameter(n).copy_(p[rest if len(p)==H else [h//(H//Hkv) for h in rest[::H//Hkv]]])
@@ -57,7 +57,7 @@ inner = pytest.mark.parametrize('name,kw', INNER, ids=ids)
 def by_hand(att, whole, q, k, v, causal=True, mask=None):
     "The map's heads, and softmax's in their place."
     o = whole.attend(q, k, v, causal, mask).clone()
-    o[:,att.kept] = softmax_attention(q, k, v, causal, whole.scale, mask)[:,att.kept]
+    o[:,att.softmax_heads] = softmax_attention(q, k, v, causal, whole.scale, mask)[:,att.softmax_heads]
     return o
 
 @inner
@@ -76,7 +76,7 @@ def test_each_head_by_its_own_definition(name, kw, H, Hkv, kept, causal):
 def test_scales_and_odd_sizes():
     for T,D in ((1,8), (17,12), (70,60)):
         q,k,v = qkv(T=T, D=D)
-        att = KeptHeads('taylor', '2-3', D, 4, 2, scale=.3)
+        att = MixedHeadAttention('taylor', '2-3', D, 4, 2, scale=.3)
         o = att.attend(q, k, v)
         same(o[:,2:], softmax_attention(q, k, v, scale=.3)[:,2:]); same(o[:,:2], make_attention('taylor', D, 2, 1, .3).attend(q[:,:2], k[:,:1], v[:,:1]))
 
@@ -128,7 +128,7 @@ def test_what_is_kept_is_views_and_what_is_remembered_is_its_own():
 
 @torch.no_grad()
 def test_keys_stay_in_their_dtype():
-    att,x = KeptHeads('hedgehog', [0,1], 8, 4, 2),[t.bfloat16() for t in qkv()]
+    att,x = MixedHeadAttention('hedgehog', [0,1], 8, 4, 2),[t.bfloat16() for t in qkv()]
     o,s = att.attend(*x, output_final_state=True); o2,s = att.attend(*x, initial_state=s, output_final_state=True)
     assert o.dtype==o2.dtype==s.k.dtype==s.v.dtype==torch.bfloat16 and all(t.dtype==torch.float32 for t in leaves(s.rest)) and s.k.shape[2]==46
 
@@ -136,7 +136,7 @@ def test_keys_stay_in_their_dtype():
 @torch.no_grad()
 def test_heads_kept_in_a_layer_with_a_window_keep_it(w):
     (q,k,v),mask = qkv(),masked()
-    att = KeptHeads('elu', [0,1], 8, 4, 2, sliding_window=w).double()
+    att = MixedHeadAttention('elu', [0,1], 8, 4, 2, sliding_window=w).double()
     for causal in (True, False):
         near = torch.ones(23, 23).triu(1-w).tril(0 if causal else w-1).bool() & mask[:,None,None]
         a = (q[:,:2] @ k[:,:1].mT*8**-.5).masked_fill(~near, -torch.inf).softmax(-1).nan_to_num(0)
@@ -164,7 +164,7 @@ SHAPES = [(4,4), (8,4), (6,2), (12,2)]
 @pytest.mark.parametrize('given,want', [(None,''), ('',''), ({},''), ('0:2','0:2'), ('1:2-3, 6-7 ; 0:0,1','0:0-1;1:2-3,6-7'), ({2:[5,3,4], 0:1},'0:1;2:3-5'), ({'1':'6-7'},'1:6-7'), ('0:0;0:2','0:0,2'), ('0:0-3:2','0:0,2'), ('1:4;1:5','1:4-5'), ({3:range(6)},'3:0-5'), ({0:(3,)},'0:3')], ids=str)
 def test_heads_are_read_and_written_one_way(given, want):
     got = parse_heads(given, SHAPES, [0,1,2,3])
-    assert spell_heads(got)==want and parse_heads(want, SHAPES, [0,1,2,3])==got
+    assert format_heads(got)==want and parse_heads(want, SHAPES, [0,1,2,3])==got
 
 @pytest.mark.parametrize('given,says', [('9:0', 'the model has layers 0 to 3; given .9.'), ('2:0-2', r"layer 2 stays softmax as a whole.*converted, 0-1,3; given '2:0-2'"), ('0:4', 'layer 0 has heads 0 to 3; given .4.'),
     ('0:0-3', 'layer 0 would keep softmax in all its 4 heads'), ('0:all', 'layer 0 would keep softmax in all its 4 heads'), ('1:2', 'layer 1: head 2 shares its keys with head 3: keep all of them or none; given 2'),
@@ -175,13 +175,13 @@ def test_what_cannot_be_kept(given, says):
 
 def test_a_module_checks_its_heads_too():
     for kept,says in (([1], 'this attention: head 1 shares its keys with head 0'), ([4], 'this attention has heads 0 to 3'), ([0,1,2,3], 'all its 4 heads'), ('', 'heads')):
-        with pytest.raises(ValueError, match=says): KeptHeads('hedgehog', kept, 8, 4, 2)
-    with pytest.raises(ValueError, match='takes queries of 4 heads'): KeptHeads('hedgehog', [0,1], 8, 4, 2).attend(*(t.float() for t in qkv(8, 4)))
+        with pytest.raises(ValueError, match=says): MixedHeadAttention('hedgehog', kept, 8, 4, 2)
+    with pytest.raises(ValueError, match='takes queries of 4 heads'): MixedHeadAttention('hedgehog', [0,1], 8, 4, 2).attend(*(t.float() for t in qkv(8, 4)))
 
 @pytest.mark.parametrize('kw', [dict(softmax_heads='1:0'), dict(softmax_heads='7:0'), dict(softmax_heads='0:0-1', layers='1-2'), dict(softmax_heads='0:0-3'), dict(softmax_heads='0-1'), dict(softmax_heads='0:0-1', form='halves'), dict(softmax_heads='0:0-1', feature_map='latte')], ids=ids)
 def test_a_refused_model_is_as_it_was(kw):
     model = llama(); names,hooks = list(model.state_dict()),[len(m._forward_pre_hooks) for m in model.modules()]
-    for f in (linearize, plan_maps):
+    for f in (linearize, build_attentions):
         with pytest.raises(ValueError) as e: f(model, **kw)
         assert '\n' not in str(e.value)
     assert list(model.state_dict())==names and not hasattr(model.config, 'hedgehog') and [len(m._forward_pre_hooks) for m in model.modules()]==hooks
@@ -196,8 +196,8 @@ def oracle(causal):
     "Attention by definition, T × T and head by head."
     def fn(module, q, k, v, attention_mask, scaling=None, **kw):
         H,T = q.shape[1:3]; k,v,fm,outs = repeat_kv(k, H),repeat_kv(v, H),getattr(module, 'feature_map', None),[]
-        rest = [h for h in range(H) if fm is not None and h not in fm.kept]
-        lin = None if fm is None else (fm.rest if len(fm.kept) else fm).weights(q[:,rest], k[:,rest[::H//module_kv(module, H)]], causal, attention_mask)
+        rest = [h for h in range(H) if fm is not None and h not in fm.softmax_heads]
+        lin = None if fm is None else (fm.rest if len(fm.softmax_heads) else fm).weights(q[:,rest], k[:,rest[::H//module_kv(module, H)]], causal, attention_mask)
         for h in range(H):
             if h in rest: a = lin[:,rest.index(h)]
             else:
@@ -211,7 +211,7 @@ def oracle(causal):
 def module_kv(module, H): return getattr(getattr(module, 'config', None), 'num_key_value_heads', None) or H
 
 def by_definition(model, name, **x):
-    with torch.no_grad(), attention_as(model, oracle(name in CAUSAL), padding_mask): return model(**x, **({'use_cache':False} if name in CAUSAL else {})).logits
+    with torch.no_grad(), use_attention(model, oracle(name in CAUSAL), padding_mask): return model(**x, **({'use_cache':False} if name in CAUSAL else {})).logits
 
 @pytest.mark.parametrize('name', MODELS)
 @pytest.mark.parametrize('kw', [*KINDS, dict(layers='0,2', form='exp')], ids=ids)
@@ -322,7 +322,7 @@ def test_the_target_is_the_teacher_s_within_its_window():
 def test_the_cache_is_reordered_repeated_selected_and_counted():
     model = linearize(llama(), softmax_heads=HEADS); x,mask = tokens(3, 6),torch.ones(3, 6, dtype=torch.long); mask[1,:4] = 0
     cache = DynamicCache(); logits(model, input_ids=x, attention_mask=mask, past_key_values=cache)
-    assert [type(l.state) is KeptState for l in cache.layers]==[True,False,True] and not cache.layers[0].state.real[1,:4].any()
+    assert [type(l.state) is MixedHeadState for l in cache.layers]==[True,False,True] and not cache.layers[0].state.real[1,:4].any()
     for f,idx in ((lambda: cache.reorder_cache(torch.tensor([2,0,0])), [2,0,0]), (lambda: cache.batch_repeat_interleave(2), [0,0,1,1,2,2]), (lambda: cache.batch_select_indices(torch.tensor([5,1])), [5,1])):
         before = [leaves(l.state) for l in cache.layers]; f()
         for l,s in zip(cache.layers, before): assert all(torch.equal(a, b[idx]) for a,b in zip(leaves(l.state), s))
@@ -355,14 +355,14 @@ def test_saved_and_loaded_bit_for_bit(tmp_path, name, kw):
     path = save_linearized(model, tmp_path/'m'); again = load_linearized(path)
     a,b = model.state_dict(),again.state_dict()
     assert a.keys()==b.keys() and all(torch.equal(a[n], b[n]) and a[n].dtype==b[n].dtype for n in a) and again.config.hedgehog==model.config.hedgehog
-    assert [m.feature_map.kept for m in linear_layers(again).values()]==[[0,1],(),[2,3]]
+    assert [m.feature_map.softmax_heads for m in linear_layers(again).values()]==[[0,1],(),[2,3]]
     same(logits(again, **x), logits(model, **x), 1e-5)
     second = save_linearized(again, tmp_path/'n')
     for f in path.iterdir(): assert f.read_bytes()==(second/f.name).read_bytes(), f.name
     card = (path/'README.md').read_text(); assert '| heads of these that stay softmax (layer:heads) | 0:0-1;2:2-3 |' in card and 'softmax_heads' not in card
     if name=='llama':
         same(logits(AutoModelForCausalLM.from_pretrained(path), **x), logits(model, **x), 1e-5)
-        assert [m.feature_map.kept for m in linear_layers(AutoModel.from_pretrained(path)).values()]==[[0,1],(),[2,3]]
+        assert [m.feature_map.softmax_heads for m in linear_layers(AutoModel.from_pretrained(path)).values()]==[[0,1],(),[2,3]]
 
 def test_without_kept_heads_nothing_is_noted():
     for given in (None, {}, ''): assert 'softmax_heads' not in linearize(llama(), softmax_heads=given).config.hedgehog
@@ -382,13 +382,13 @@ def data_of(model, name, n):
     return [dict(input_ids=corpus(4, seed=i), attention_mask=mask) for i in range(n)]
 
 @pytest.mark.parametrize('name', MODELS)
-@pytest.mark.parametrize('objective', OBJECTIVES)
+@pytest.mark.parametrize('objective', LOSSES)
 def test_distillation_teaches_the_other_heads_maps_alone(name, objective):
     model = shake(linearize(MODELS[name](layers=2), softmax_heads='0:0-1')); batches = data_of(model, name, 1)*12
     before,want = {k:v.clone() for k,v in model.state_dict().items()},[]
     def by_hand(module, q, k, v, causal, scale, mask, o): # slices and target of the heads by number
         fm = module.feature_map
-        if fm.kept: q,k,v,o,fm = q[:,2:],k[:,k.shape[1]//2:],v[:,k.shape[1]//2:],o[:,2:],fm.rest
+        if fm.softmax_heads: q,k,v,o,fm = q[:,2:],k[:,k.shape[1]//2:],v[:,k.shape[1]//2:],o[:,2:],fm.rest
         want.append(layer_loss(objective, fm, q, k, v, causal, scale, mask, o).item())
     teacher_pass(model, batches[0], by_hand)
     history = distill(model, batches, 12, objective=objective)
@@ -435,25 +435,25 @@ def test_shares_and_branches_count_heads_as_the_model_does():
     x,mask = tokens(2, 30),torch.ones(2, 30, dtype=torch.long); mask[1,:20] = 0
     kw = dict(feature_map='hedgehog-window', window=6, layers='1-2')
     kept,whole = linearize(llama().double(), softmax_heads='1:0-1', **kw),linearize(llama().double(), **kw)
-    rows,want = ({(r['layer'],r['head']):r for r in linear_shares(m, input_ids=x, attention_mask=mask)} for m in (kept, whole))
+    rows,want = ({(r['layer'],r['head']):r for r in linear_weight_share(m, input_ids=x, attention_mask=mask)} for m in (kept, whole))
     assert [*rows]==[(0,2),(0,3),*((1,h) for h in range(4))]
     for h in (2,3): assert rows[0,h]==pytest.approx(want[0,h], rel=1e-6)      # the first converted layer sees the same in both
     both = logits(kept, input_ids=x)
-    set_branch(kept, 'window'); alone = logits(kept, input_ids=x); assert (alone-both).abs().max()>1e-3 and all(r['share']<1e-6 for r in linear_shares(kept, input_ids=x))
+    set_branch(kept, 'window'); alone = logits(kept, input_ids=x); assert (alone-both).abs().max()>1e-3 and all(r['share']<1e-6 for r in linear_weight_share(kept, input_ids=x))
     assert {m.branch for m in kept.modules() if isinstance(m, WindowAttention)}=={'window'}
     set_branch(kept); assert torch.equal(logits(kept, input_ids=x), both)
 
 def test_heads_are_picked_by_what_was_measured():
     report = [dict(variant=v, layer=l, head=h, kl=(1 if v=='softmax' else -1)*(l*4+(0,7,3,3)[h])) for v in ('hedgehog','softmax') for l in range(3) for h in range(4)] # pairs of a layer measure 4l+3.5 and 4l+3
-    for n,want in ((0, ([0,1,2], '')), (1, ([0,1,2], '2:0-1')), (2, ([0,1], '')), (3, ([0,1], '1:0-1')), (5, ([0], '0:0-1'))): assert pick_heads(report, n, 2, variant='softmax')==dict(zip(('layers','softmax_heads'), want))
-    assert pick_heads(report, 3, 2)==dict(layers=[1,2], softmax_heads='1:2-3') and pick_heads(report, 3, 2, largest=False)==pick_heads(report, 3, 2, variant='softmax')
-    assert pick_heads(report, 2, 4, variant='softmax')==dict(layers=[0,1,2], softmax_heads='1:1;2:1')
+    for n,want in ((0, ([0,1,2], '')), (1, ([0,1,2], '2:0-1')), (2, ([0,1], '')), (3, ([0,1], '1:0-1')), (5, ([0], '0:0-1'))): assert select_softmax_heads(report, n, 2, variant='softmax')==dict(zip(('layers','softmax_heads'), want))
+    assert select_softmax_heads(report, 3, 2)==dict(layers=[1,2], softmax_heads='1:2-3') and select_softmax_heads(report, 3, 2, largest=False)==select_softmax_heads(report, 3, 2, variant='softmax')
+    assert select_softmax_heads(report, 2, 4, variant='softmax')==dict(layers=[0,1,2], softmax_heads='1:1;2:1')
     for n in (-1, 6):
-        with pytest.raises(ValueError, match=f'of 6 key-value heads 0 to 5 can be kept; given {n}'): pick_heads(report, n, 2)
+        with pytest.raises(ValueError, match=f'of 6 key-value heads 0 to 5 can be kept; given {n}'): select_softmax_heads(report, n, 2)
     for kw in (dict(variant='elu'), dict(by='entropy')):
-        with pytest.raises(ValueError, match='there are hedgehog, softmax'): pick_heads(report, 1, 2, **kw)
-    model,x = llama(),tokens(2, 24); choice = pick_heads(attention_report(linearize(llama()), x, min_keys=4), 3, 2)
-    assert sum(len(m.feature_map.kept)//2 for m in linear_layers(linearize(model, **choice)).values())+2*(3-len(choice['layers']))==3
+        with pytest.raises(ValueError, match='there are hedgehog, softmax'): select_softmax_heads(report, 1, 2, **kw)
+    model,x = llama(),tokens(2, 24); choice = select_softmax_heads(attention_report(linearize(llama()), x, min_keys=4), 3, 2)
+    assert sum(len(m.feature_map.softmax_heads)//2 for m in linear_layers(linearize(model, **choice)).values())+2*(3-len(choice['layers']))==3
 
 def test_reports_and_pictures():
     from hedgehog_nb.cli.console import attention_maps
@@ -475,7 +475,7 @@ def test_the_command_line(tmp_path, monkeypatch):
     args = 'linearize','embedded','--data','embedded','--out','tales','--config','run.yaml'
     r = hedgehog(*args, '--record', 'run.json')
     assert 'in 5 layers but for heads 2:2-3' in r.stderr and '--softmax-heads 2:2-3' in json.loads((tmp_path/'run.json').read_text())['command']
-    model = load_linearized('tales'); assert model.config.hedgehog['softmax_heads']=='2:2-3' and model.model.layers[2].self_attn.feature_map.kept==[2,3]
+    model = load_linearized('tales'); assert model.config.hedgehog['softmax_heads']=='2:2-3' and model.model.layers[2].self_attn.feature_map.softmax_heads==[2,3]
     j = json.loads(hedgehog('generate', 'tales', '-p', 'Lily', '-n', 6, '--json').stdout); assert j['last_bytes']-j['first_bytes']==5*(2*8*4+1)
     rows = json.loads(hedgehog('properties', 'tales', '--data', 'embedded', '--by', 'head', '--tokens', 64, '--seq-len', 64, '--json').stdout)['rows']
     assert {r['head'] for r in rows if r['variant']=='hedgehog' and r['layer']==2}=={0,1,4,5,6,7} and {r['head'] for r in rows if r['variant']=='softmax'}==set(range(8))

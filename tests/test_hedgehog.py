@@ -2,7 +2,7 @@
 import math
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from hedgehog_nb.ops.common import repeat_kv, visible
+from hedgehog_nb.ops.common import repeat_kv, make_attention_mask
 from hedgehog_nb.attentions.base import make_feature_map
 from hedgehog_nb.ops.hedgehog import FORMS, hedgehog_features, naive_exp_weights, recurrent_exp_attention
 from hedgehog_nb.attentions.hedgehog import Hedgehog
@@ -31,7 +31,7 @@ def log_oracle(y_q, y_k, causal=True):
     "Weights as softmax over keys of log Σ_f 2cosh(y_q + y_k), log cosh written without overflow."
     y = (y_q[:,:,:,None] + repeat_kv(y_k, y_q.shape[1])[:,:,None]).abs()
     s = (y + (-2*y).exp().log1p()).logsumexp(-1)
-    return s.masked_fill(~visible(*s.shape[-2:], causal), -torch.inf).softmax(-1)
+    return s.masked_fill(~make_attention_mask(*s.shape[-2:], causal), -torch.inf).softmax(-1)
 
 # --- scalars
 
@@ -45,7 +45,7 @@ def test_a_factor_on_a_query_cancels_and_one_on_a_key_reweights(form, seed, Hkv,
     cq,ck = (spread*draw(seed+9, *x.shape[:3], 1) for x in (q,k))
     same(naive_linear_weights(cq.exp()*phi_q, phi_k, log_k), a)
     want = a.log() + repeat_kv(ck, Hkv*G)[...,0][:,:,None]      # key j gains c_j, rows sum to one again
-    want = want.masked_fill(~visible(T, T), -torch.inf).softmax(-1)
+    want = want.masked_fill(~make_attention_mask(T, T), -torch.inf).softmax(-1)
     same(naive_linear_weights(phi_q, ck.exp()*phi_k, log_k), want)
     same(naive_linear_weights(phi_q, phi_k, ck[...,0] + (0 if log_k is None else log_k)), want) # as a log weight: the same
     if T>1: assert (want-a).abs().max()>0
@@ -94,7 +94,7 @@ def test_exp_is_a_sum_of_hyperbolic_cosines(seed, Hkv, G, T, D, num_maps, bias, 
     m = shaken(Hedgehog(D, Hkv*G, Hkv, form='exp', num_maps=num_maps, bias=bias), seed)
     y_q,y_k = projected(m, q, k)
     u = 2*(y_q[:,:,:,None]+repeat_kv(y_k, Hkv*G)[:,:,None]).cosh().sum(-1)
-    want = (u*visible(T, T, causal)); want = want/want.sum(-1, keepdim=True)
+    want = (u*make_attention_mask(T, T, causal)); want = want/want.sum(-1, keepdim=True)
     same(m.weights(q, k, causal), want); same(naive_exp_weights(y_q, y_k, causal), want)
 
 # --- biases and temperatures
@@ -137,10 +137,10 @@ def test_from_even_weights_to_the_one_best_direction(seed, T, D):
     q,k = qk(seed, 1, 1, T, D, B=1)
     best = (q[:,:,:,None]+k[:,:,None]).abs().amax(-1)
     cold = recurrent_exp_attention(300*q, 300*k, torch.eye(T, dtype=F64)[None,None])
-    want = (300*best).masked_fill(~visible(T, T), -torch.inf)
+    want = (300*best).masked_fill(~make_attention_mask(T, T), -torch.inf)
     gap = want.topk(2).values.diff().abs()[0,0,1:,0]>20            # rows with one clear winner
     same(cold.argmax(-1)[0,0,1:][gap].double(), want.argmax(-1)[0,0,1:][gap].double())
-    even = visible(T, T)/torch.arange(1, T+1)[:,None]
+    even = make_attention_mask(T, T)/torch.arange(1, T+1)[:,None]
     same(recurrent_exp_attention(1e-6*q, 1e-6*k, torch.eye(T, dtype=F64)[None,None]), even, 1e-8)
 
 @settings(max_examples=15)
@@ -183,7 +183,7 @@ def test_one_maximum_per_key_is_exact_while_peaks_meet(dtype, implementation, se
     assert a.isfinite().all() and (a>=0).all() and (a.sum(-1)<1+1e-4).all()
     q,k = q.double(),repeat_kv(k.double(), Hkv*G)
     log_u = torch.cat([q,-q], -1)[:,:,:,None]+torch.cat([k,-k], -1)[:,:,None]
-    past = log_u.logsumexp(-1).masked_fill(~visible(T, T), -torch.inf).amax(-1)   # the best product in the row ...
+    past = log_u.logsumexp(-1).masked_fill(~make_attention_mask(T, T), -torch.inf).amax(-1)   # the best product in the row ...
     top = k.abs().amax(-1).cummax(-1).values                                      # ... in the unit that the state has there
     live = past-q.abs().amax(-1)-top > -50
     same(a[live], log_oracle(q, k)[live], 1e-5+4e-6*10**power)

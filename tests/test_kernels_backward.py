@@ -2,7 +2,8 @@
 import pytest, torch
 from hypothesis import Phase, given, settings, strategies as st
 from hedgehog_nb import linear_attention as attention
-from hedgehog_nb.functional import _suits_triton, HAS_TRITON
+from hedgehog_nb import functional
+from hedgehog_nb.functional import HAS_TRITON
 from hedgehog_nb.ops.linear import bidirectional_linear_attention, LinearState, recurrent_linear_attention
 from interpreter import DEVICE, HERE, kernel, other_masks, python, run_under_interpreter
 from test_kernels_chunk import extras, inputs, rand
@@ -267,23 +268,24 @@ def test_errors_say_what_was_given(message, change):
     move = lambda x: x.to(DEVICE) if isinstance(x, torch.Tensor) and x.device.type!='meta' else x
     with pytest.raises(ValueError, match=message): triton_linear_attention(**dict(phi_q=q, phi_k=k, v=v) | {n: move(x) for n,x in change(q, k, v).items()})
 
-def test_suits_triton_and_import_of_the_entry_point():
+def test_what_triton_takes_and_import_of_the_entry_point():
     "What is chosen on a GPU, asked of tensors that only claim to lie there; and the library needs no Triton."
     from torch._subclasses.fake_tensor import FakeTensorMode
+    fits = lambda *args: functional._triton_fits(functional.LinearCall(*args))
     with FakeTensorMode():
         x = lambda F, dtype=torch.bfloat16, device='cuda': torch.empty(1, 2, 8, F, dtype=dtype, device=device)
-        assert _suits_triton(x(512), x(512), x(256))==HAS_TRITON and _suits_triton(x(16, torch.float32), x(16), x(16, torch.float16))==HAS_TRITON
-        for q,k,v in ((x(513), x(513), x(8)), (x(8), x(8), x(257)), (x(8, torch.float64), x(8), x(8)), (x(8), x(8), x(8, torch.float64)), [x(8, device='cpu')]*3): assert not _suits_triton(q, k, v)
+        assert fits(x(512), x(512), x(256))==HAS_TRITON and fits(x(16, torch.float32), x(16), x(16, torch.float16))==HAS_TRITON
+        for q,k,v in ((x(513), x(513), x(8)), (x(8), x(8), x(257)), (x(8, torch.float64), x(8), x(8)), (x(8), x(8), x(8, torch.float64)), [x(8, device='cpu')]*3): assert not fits(q, k, v)
         map = lambda **kw: type('Map', (), kw)()
-        assert _suits_triton(x(64), x(64), x(64), map(feature_dim=512, positive=True))==HAS_TRITON
-        for fm in (map(feature_dim=513), map(feature_dim=8, positive=False), map(feature_dim=None), lambda q,k: (q, k, None)): assert not _suits_triton(x(8), x(8), x(8), fm)
+        assert fits(x(64), x(64), x(64), map(feature_dim=512, positive=True))==HAS_TRITON
+        for fm in (map(feature_dim=513), map(feature_dim=8, positive=False), map(feature_dim=None), lambda q,k: (q, k, None)): assert not fits(x(8), x(8), x(8), fm)
     res = python('-c', 'import sys, torch; sys.modules["triton"] = None\nfrom hedgehog_nb import linear_attention as f\nx = torch.rand(1,1,4,8); f(x, x, x)\n'
                  'import hedgehog_nb.functional\nhedgehog_nb.functional.HAS_TRITON = False\nf(x, x, x, implementation="triton")')
     assert res.returncode!=0 and "ValueError: implementation='triton' needs Triton" in res.stderr, res.stderr
 
 def test_import_is_lazy_and_cpu_tensors_are_refused():
     pytest.importorskip('triton')
-    res = python('-c', 'import sys, torch\nfrom hedgehog_nb import linear_attention as f\nx = torch.rand(1,1,4,8); f(x, x, x); assert "triton" not in sys.modules and not any(m.startswith("hedgehog_nb.kernels.") and m!="hedgehog_nb.kernels.cpu" for m in sys.modules)\nf(x, x, x, implementation="triton")',
+    res = python('-c', 'import sys, torch\nfrom hedgehog_nb import linear_attention as f\nx = torch.rand(1,1,4,8); f(x, x, x); assert "triton" not in sys.modules and not any(m.startswith("hedgehog_nb.kernels.") and m not in ("hedgehog_nb.kernels.cpu", "hedgehog_nb.kernels.common") for m in sys.modules)\nf(x, x, x, implementation="triton")',
                  TRITON_INTERPRET='0', CUDA_VISIBLE_DEVICES='')
     assert res.returncode!=0 and 'ValueError: the kernel runs on a GPU; given tensors on cpu' in res.stderr, res.stderr
 

@@ -298,8 +298,8 @@ def test_a_page_does_not_take_the_name_of_its_module():
     x = inputs(1, 2, 2, 70, 16, 16, 'softmax_halves')
     before,page = both(x, True, torch.float32, 'c'),dict(__name__='__main__')
     exec("""from torch import Tensor
-from hedgehog_nb.kernels.common import operation
-@operation('c_attention')
+from hedgehog_nb.kernels.common import custom_op
+@custom_op('c_attention')
 def op(x:Tensor)->Tensor: return x+1""", page)
     assert torch.equal(page['op'](torch.ones(2)), torch.full((2,), 2.)) and page['op']._qualname!=cpu._c_op._qualname
     after = both(x, True, torch.float32, 'c')

@@ -181,7 +181,7 @@ def test_compiles_into_one_graph():
     ('z of the state is contiguous float32', lambda a: dict(state=a['state']._replace(z=a['state'].z.bfloat16()))), ('m of the state', lambda a: dict(state=a['state']._replace(m=a['state'].m[:,:0]))),
     ('log_k only with features', lambda a: dict(log_k=torch.zeros(1, 1, 1))), ('log_k is', lambda a: dict(feature_map=None, log_k=torch.zeros(1, 2, 1), state=before(1, 1, 8, 8))), ('mask is', lambda a: dict(mask=torch.ones(1, 2))),
     ('out is', lambda a: dict(out=torch.empty(1, 2, 1, 9))), ('out is float32', lambda a: dict(out=torch.empty(1, 2, 1, 8).long())), ('tickets are', lambda a: dict(tickets=torch.zeros(1))), ('up to 512', lambda a: dict(q=torch.ones(1, 2, 1, 513), k=torch.ones(1, 1, 1, 513), feature_map=None)),
-    ('must lie on', lambda a: dict(mask=torch.ones(1, 1, device='meta'))), ('looks at positions', lambda a: dict(feature_map=type('Rotary', (torch.nn.Module,), dict(positional=True))())),
+    ('must lie on', lambda a: dict(mask=torch.ones(1, 1, device='meta'))), ('looks at positions', lambda a: dict(feature_map=type('Rotary', (torch.nn.Module,), dict(uses_positions=True))())),
 ])
 def test_errors_say_what_was_given(message, change):
     q,k,v = inputs(T=1)

@@ -1,6 +1,7 @@
 """One entry point for all kernels: which one it takes, that it agrees, and what autocast changes: on a GPU where there is one, else in Triton's interpreter."""
 import pytest, torch
 from hedgehog_nb import linear_attention as attention
+from hedgehog_nb import functional
 from hedgehog_nb.attentions.base import FEATURE_MAPS, make_feature_map
 from hedgehog_nb.ops.hedgehog import FORMS
 from hedgehog_nb.ops.linear import LinearState
@@ -8,7 +9,7 @@ from interpreter import DEVICE, HERE, kernel, python, run_under_interpreter
 
 TOL = {torch.float32:1e-5, torch.float16:4e-3, torch.bfloat16:3e-2} # of the largest reference value; the interpreter cuts bf16 where a GPU rounds
 
-if HERE: from hedgehog_nb.kernels import dispatch
+if HERE: from hedgehog_nb.kernels import chunk_backward, decode, dispatch, fused
 else:
     def test_under_the_interpreter(): run_under_interpreter(__file__)
 
@@ -30,9 +31,9 @@ def whole(s): return s.S*s.m[...,None,None].exp(), s.z*s.m[...,None].exp()
 def taken(monkeypatch):
     "Names of the kernels' functions as they are called."
     seen = []
-    for n in ('decode_step', 'fused_hedgehog_attention', 'triton_linear_attention'):
-        def f(*a, _n=n, _f=getattr(dispatch, n), **kw): seen.append(_n); return _f(*a, **kw)
-        monkeypatch.setattr(dispatch, n, f)
+    for m,n in ((decode, 'decode_step'), (fused, 'fused_hedgehog_attention'), (chunk_backward, 'triton_linear_attention')):
+        def f(*a, _n=n, _f=getattr(m, n), **kw): seen.append(_n); return _f(*a, **kw)
+        monkeypatch.setattr(m, n, f)
     return seen
 
 @kernel
@@ -124,7 +125,7 @@ def test_by_default_the_same_way(monkeypatch):
 @pytest.mark.parametrize('schedule', ['scan', 'parallel', 3])
 def test_the_schedule_is_handed_on(schedule):
     (q,k,v),fm = inputs(T=130),make()
-    for m in (fm, make('elu')): close(dispatch.triton_attention(q, k, v, m, schedule=schedule), attention(q, k, v, m, implementation='chunked'), TOL[torch.float32])
+    for m in (fm, make('elu')): close(functional._triton(functional.LinearCall(q, k, v, m), schedule=schedule), attention(q, k, v, m, implementation='chunked'), TOL[torch.float32])
 
 @kernel
 def test_compiles_into_one_graph():

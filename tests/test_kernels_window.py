@@ -5,7 +5,7 @@ from hedgehog_nb.attentions.base import make_attention, make_feature_map
 from hedgehog_nb.ops.hedgehog import FORMS
 from hedgehog_nb.ops.linear import LinearState
 from hedgehog_nb.ops.window import chunk_window_attention, naive_window_attention, window_decode_step, WindowState
-from hedgehog_nb.attentions.window import joint_features
+from hedgehog_nb.attentions.window import features_with_log_weights
 from interpreter import DEVICE, HERE, kernel, other_masks, python, run_under_interpreter
 
 TOL = {torch.float32:1e-5, torch.float16:4e-3, torch.bfloat16:4e-2} # of the largest reference value; the interpreter cuts bf16 where a GPU rounds
@@ -24,7 +24,7 @@ def inputs(B=1, H=2, Hkv=1, T=20, D=8, Dv=None, form='exp', dtype=torch.float32,
     q,k,v = (rand(B, h, T, d, seed=seed+i) for i,(h,d) in enumerate(((H, D), (Hkv, D), (Hkv, Dv or D))))
     fm = make_feature_map('hedgehog', D, H, Hkv, form=form).to(DEVICE)
     for i,p in enumerate(fm.parameters()): p.data = rand(*p.shape, seed=seed+9+i)*D**-.5
-    with torch.no_grad(): phi_q,phi_k,log_q,log_k = joint_features(fm, q, k)
+    with torch.no_grad(): phi_q,phi_k,log_q,log_k = features_with_log_weights(fm, q, k)
     mask = None
     if masked:
         mask = rand(B, T, seed=seed+5) > -1

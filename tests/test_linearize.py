@@ -5,7 +5,7 @@ import pytest, torch, transformers
 import hedgehog_nb.models.attention as models_attention
 from hedgehog_nb import functional
 from transformers import DynamicCache
-from hedgehog_nb.models.interface import attention_as
+from hedgehog_nb.models.interface import use_attention
 from hedgehog_nb.ops.common import repeat_kv
 from hedgehog_nb.data.models import load_embedded
 from hedgehog_nb.attentions.base import FEATURE_MAPS
@@ -36,7 +36,7 @@ def oracle(causal):
     return fn
 
 def by_definition(model, name, **x):
-    with torch.no_grad(), attention_as(model, oracle(name in CAUSAL), padding_mask): return model(**x, **({'use_cache':False} if name in CAUSAL else {})).logits
+    with torch.no_grad(), use_attention(model, oracle(name in CAUSAL), padding_mask): return model(**x, **({'use_cache':False} if name in CAUSAL else {})).logits
 
 @torch.no_grad()
 def logits(model, **x): return model(**x).logits
@@ -59,7 +59,7 @@ def test_weights_are_those_it_uses(name, settings, padded):
     def fn(module, q, k, v, attention_mask, scaling=None, **kw):
         o,w = hedgehog_attention(module, q, k, v, attention_mask, scaling, **kw)
         seen.append((w, (w@repeat_kv(v, q.shape[1])).transpose(1,2), o)); return o,w
-    with torch.no_grad(), attention_as(model, fn, padding_mask): asked = model(**x, output_attentions=True).attentions
+    with torch.no_grad(), use_attention(model, fn, padding_mask): asked = model(**x, output_attentions=True).attentions
     real = x['attention_mask'].bool() if padded else torch.ones(seen[0][2].shape[:2], dtype=torch.bool)
     assert len(asked)==len(seen)==3
     for a,(w,by_weights,o) in zip(asked, seen):
@@ -177,7 +177,7 @@ def test_gradients_are_the_oracles(name):
         if isinstance(m, torch.nn.Dropout): m.p = 0.
     def grads(): return torch.autograd.grad(model(**x).logits.square().mean(), list(model.parameters()), allow_unused=True)
     got = grads()
-    with attention_as(model, oracle(name in CAUSAL), padding_mask): want = grads()
+    with use_attention(model, oracle(name in CAUSAL), padding_mask): want = grads()
     for (n,_),a,b in zip(model.named_parameters(), got, want):
         assert (a is None)==(b is None), n
         if a is not None: same(a, b, 1e-9)
@@ -371,8 +371,8 @@ def test_auto_classes_take_the_implementation(tmp_path):
 
 def test_the_implementation_is_used(monkeypatch):
     m,seen = functional,[]
-    f = m._in_torch
-    monkeypatch.setattr(m, '_in_torch', lambda *a: seen.append(a[-2]) or f(*a))
+    f = m.linear_attention_in_torch
+    monkeypatch.setattr(m, 'linear_attention_in_torch', lambda *a: seen.append(a[-2]) or f(*a))
     model = linearize(llama(), implementation='chunked', layers='0,2'); logits(model, input_ids=tokens())
     assert seen==['chunked']*2
 

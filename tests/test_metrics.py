@@ -11,8 +11,8 @@ from hedgehog_nb.attentions.base import make_feature_map
 from hedgehog_nb.models.linearize import linearize
 from hedgehog_nb.analysis.report import attention_report, METRICS, plot_histograms, plot_report, plot_weights_against_scores
 from hedgehog_nb.ops.metrics import (
-    attention_entropy, attention_metrics, inverted_pairs, kl_to_softmax, lognormal_fit, map_weights, mass_tokens, monotonicity, pairs, ranks, spectral_gap,
-    split_sink)
+    attention_entropy, attention_metrics, inverted_pairs, kl_to_softmax, lognormal_fit, map_weights, top_p_tokens, monotonicity, valid_pairs, ranks, spectral_gap,
+    remove_sink)
 from tiny_models import MODELS, inputs, llama, tokens
 
 PER_ROW = 'entropy','share','sink','entropy_rest','support','tokens90','spearman','inverted','kl'
@@ -75,13 +75,13 @@ def test_long_rows_of_few_values():
     torch.testing.assert_close(inverted_pairs(a, s, torch.ones(3,300, dtype=torch.bool)), want.double(), rtol=0, atol=1e-7)
 
 def test_known_cases():
-    ok = pairs(11, 11); n = torch.arange(1,12).double()
+    ok = valid_pairs(11, 11); n = torch.arange(1,12).double()
     even = ok.double()/n[:,None]
     torch.testing.assert_close(attention_entropy(even)[0,0], n.log())
     torch.testing.assert_close(attention_entropy(even, share=True)[0,0,1:], torch.ones(10).double())
-    assert mass_tokens(even)[0,0].tolist()==[math.ceil(.9*i-1e-6) for i in range(1,12)]
+    assert top_p_tokens(even)[0,0].tolist()==[math.ceil(.9*i-1e-6) for i in range(1,12)]
     one = torch.eye(11).double()[None,None]
-    assert attention_entropy(one).abs().max()==0 and (mass_tokens(one)==1).all() and spectral_gap(one)==0
+    assert attention_entropy(one).abs().max()==0 and (top_p_tokens(one)==1).all() and spectral_gap(one)==0
     assert monotonicity(even, torch.randn(1,1,11,11).double()).abs().max()==0  # nothing to rank
     torch.testing.assert_close(kl_to_softmax(one, even)[0,0], n.log())
     assert kl_to_softmax(even, one).max()>50  # a key that is not seen is dear, not infinite
@@ -106,8 +106,8 @@ def test_large_scores_stay_monotone():
     assert m['spearman'].min()>1-1e-9 and m['inverted'].max()==0
 
 def test_sink_is_the_first_visible_key():
-    a = torch.tensor([[0,.9,.1,0],[0,.6,.2,.2]])[None,None]; ok = pairs(2, 4, mask=torch.tensor([[0,1,1,1]]))
-    sink,rest = split_sink(a, ok)
+    a = torch.tensor([[0,.9,.1,0],[0,.6,.2,.2]])[None,None]; ok = valid_pairs(2, 4, mask=torch.tensor([[0,1,1,1]]))
+    sink,rest = remove_sink(a, ok)
     torch.testing.assert_close(sink[0,0], torch.tensor([.9,.6])); torch.testing.assert_close(rest[0,0], torch.tensor([[0,0,1,0],[0,0,.5,.5]]))
 
 def test_gap_of_a_padded_batch_is_that_of_its_sequences():
@@ -121,7 +121,7 @@ def test_gap_of_a_padded_batch_is_that_of_its_sequences():
     with pytest.raises(ValueError, match='square'): spectral_gap(torch.ones(1,1,2,3))
 
 def test_lognormal_fit_finds_sigma_and_ignores_zeros():
-    a = torch.randn(2,3,150,150).mul(torch.tensor([.3,1.,3.])[:,None,None]).softmax(-1); ok = pairs(150, 150, causal=False)
+    a = torch.randn(2,3,150,150).mul(torch.tensor([.3,1.,3.])[:,None,None]).softmax(-1); ok = valid_pairs(150, 150, causal=False)
     a[...,5] = 0
     sigma,ks = lognormal_fit(a, ok)
     torch.testing.assert_close(sigma, torch.tensor([.3,1.,3.]), rtol=.02, atol=0); assert ks.max()<.01
@@ -188,4 +188,4 @@ def test_bad_input_says_what_fits():
     with pytest.raises(ValueError, match='no feature map is called'): attention_report(model, tokens(), feature_map='elo')
     with pytest.raises(ValueError, match='min_keys'): attention_report(model, tokens(T=4))
     with pytest.raises(ValueError, match='every'): attention_report(model, tokens(), every=0)
-    with pytest.raises(ValueError, match='mass'): mass_tokens(torch.ones(1,1,1,1), 1.5)
+    with pytest.raises(ValueError, match='mass'): top_p_tokens(torch.ones(1,1,1,1), 1.5)

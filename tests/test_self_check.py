@@ -9,7 +9,7 @@ from triton.runtime.errors import OutOfResources
 from hedgehog_nb import linear_attention as attention
 from hedgehog_nb.attentions.base import make_attention, make_feature_map
 from hedgehog_nb import functional as linear
-from hedgehog_nb.kernels import dispatch, self_check as sc, window as windows
+from hedgehog_nb.kernels import decode, fused, self_check as sc, window as windows
 from hedgehog_nb.kernels.self_check import Case, trusts, verdict_file
 from interpreter import HERE, kernel, python, run_under_interpreter
 
@@ -22,7 +22,7 @@ CPU,KIND = torch.device('cpu'),dict(dtype=torch.float32, head_dim=8, value_dim=8
 def fresh(monkeypatch, tmp_path):
     "The CPU taken for a GPU, small checks, and an empty cache folder."
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path)); monkeypatch.delenv('HEDGEHOG_TRITON', raising=False)
-    monkeypatch.setattr(linear, '_runs_kernels', lambda x: True); monkeypatch.setattr(linear, '_suits_c', lambda *a: False); monkeypatch.setattr(sc, 'TOKENS', 17)
+    monkeypatch.setattr(linear, '_runs_kernels', lambda x: True); monkeypatch.setitem(linear.LINEAR, 'c', linear.LINEAR['c']._replace(auto=lambda c: False)); monkeypatch.setattr(sc, 'TOKENS', 17)
     next_process()
     yield
     next_process()
@@ -171,8 +171,8 @@ def test_asked_when_a_graph_is_traced_by_the_compiler(monkeypatch, found, dynami
     "One graph, and the answer is a constant of it; on the CPU with a stand-in for the kernel."
     torch._dynamo.reset()
     r = runs(monkeypatch, found)
-    monkeypatch.setattr(linear, '_triton', lambda q, k, v, *a, **kw: v+100); monkeypatch.setattr(linear, '_in_torch', lambda q, k, v, *a, **kw: v-100)
-    monkeypatch.setattr(linear, '_suits_c', lambda *a: False)
+    monkeypatch.setitem(linear.LINEAR, 'triton', linear.LINEAR['triton']._replace(run=lambda c: c.v+100)); monkeypatch.setattr(linear, 'linear_attention_in_torch', lambda q, k, v, *a, **kw: v-100)
+    monkeypatch.setitem(linear.LINEAR, 'c', linear.LINEAR['c']._replace(auto=lambda c: False))
     q,k,v = (torch.rand(1, h, 12, 8) for h in (4, 2, 2))
     f = torch.compile(lambda q, k, v: attention(q, k, v), backend='aot_eager', fullgraph=True, dynamic=dynamic)
     with warnings.catch_warnings(record=True) as said, torch.no_grad():
@@ -184,7 +184,7 @@ def kinds(monkeypatch):
     "Cases that `linear_attention` asks for; the kernels' place is taken."
     seen = []
     monkeypatch.setattr(sc, 'trusts', lambda device, family, **kind: seen.append(Case(family, **kind)) or True)
-    monkeypatch.setattr(linear, '_triton', lambda *a, **kw: 'kernel')
+    monkeypatch.setitem(linear.LINEAR, 'triton', linear.LINEAR['triton']._replace(run=lambda c: 'kernel'))
     return seen
 
 def qkv(T=12, H=4, Hkv=2, D=8, B=1, dtype=torch.float32):
@@ -225,7 +225,7 @@ def test_the_window_asks_too(monkeypatch):
     assert a.attend(q, k, v, initial_state=state.apply(lambda x: x.detach()))=='kernel'
     assert a.attend(q, k, v, initial_state=state.apply(lambda x: x.detach().requires_grad_()))!='kernel'  # the kernel gives a state no gradient
     assert a.attend(q.transpose(2, 3).contiguous().transpose(2, 3), k, v)!='kernel'                     # channels that do not lie side by side
-    with pytest.raises(ValueError, match="naive, chunked, triton; given 'c'"): a.attend(q, k, v, implementation='c')
+    with pytest.raises(ValueError, match="naive, chunked, triton, or None; given 'c'"): a.attend(q, k, v, implementation='c')
 
 def test_a_triton_that_does_not_import_leaves_pytorch(monkeypatch):
     monkeypatch.setitem(sys.modules, 'hedgehog_nb.kernels.self_check', None) # import raises ImportError
@@ -305,7 +305,7 @@ def spoil(monkeypatch, module, name, fault):
 @kernel
 @pytest.mark.parametrize('fault', FAULTS, ids=lambda f: f.__name__)
 def test_a_wrong_kernel_is_found_and_pytorch_takes_its_place(monkeypatch, fault):
-    calls = spoil(monkeypatch, dispatch, 'fused_hedgehog_attention', fault)
+    calls = spoil(monkeypatch, fused, 'fused_hedgehog_attention', fault)
     (q,k,v),fm = qkv(H=1, Hkv=1),make_feature_map('hedgehog', 8)
     def both(**kw): # output, and a gradient
         o = attention(q, k, v, fm, **kw)
@@ -321,14 +321,14 @@ def test_a_wrong_kernel_is_found_and_pytorch_takes_its_place(monkeypatch, fault)
 
 @kernel
 def test_a_right_kernel_serves_the_next_calls(monkeypatch):
-    calls = spoil(monkeypatch, dispatch, 'fused_hedgehog_attention', lambda f, *a, **kw: f(*a, **kw))
+    calls = spoil(monkeypatch, fused, 'fused_hedgehog_attention', lambda f, *a, **kw: f(*a, **kw))
     (q,k,v),fm = qkv(H=1, Hkv=1),make_feature_map('hedgehog', 8).requires_grad_(False)
     with warnings.catch_warnings(): warnings.simplefilter('error', RuntimeWarning); os = [attention(q, k, v, fm) for _ in range(2)]
     assert len(calls)==4+2 and torch.equal(*os) and torch.allclose(os[0], attention(q, k, v, fm, implementation='chunked'), atol=1e-5)
 
 @kernel
 def test_a_wrong_decode_step_and_a_wrong_window(monkeypatch):
-    spoil(monkeypatch, dispatch, 'decode_step', off); spoil(monkeypatch, windows, 'triton_window_attention', off)
+    spoil(monkeypatch, decode, 'decode_step', off); spoil(monkeypatch, windows, 'triton_window_attention', off)
     (q,k,v),fm = qkv(T=1),make_feature_map('hedgehog', 8, 4, 2)
     state = linear.LinearState(torch.rand(1, 2, 16, 8), torch.rand(1, 2, 16), torch.zeros(1, 2))
     with torch.no_grad(), pytest.warns(RuntimeWarning, match='decode kernel'): o = attention(q, k, v, fm, initial_state=state)
@@ -340,7 +340,7 @@ def test_a_wrong_decode_step_and_a_wrong_window(monkeypatch):
 
 @kernel
 def test_no_kernel_of_one_family_speaks_for_another(monkeypatch):
-    spoil(monkeypatch, dispatch, 'decode_step', nan)
+    spoil(monkeypatch, decode, 'decode_step', nan)
     q,k,v = qkv(D=4, H=1, Hkv=1)
     with warnings.catch_warnings(): warnings.simplefilter('error', RuntimeWarning); attention(q, k, v)
     assert {c.family:v.ok for (_,c),v in sc.VERDICTS.items()}=={'chunked':True}

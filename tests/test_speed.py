@@ -41,7 +41,7 @@ def test_features_by_segments_are_the_features(form, masked, monkeypatch):
     want = naive_linear_attention(*m(q, k)[:2], v, m(q, k)[2], mask=mask)
     _,end = recurrent_linear_attention(*m(q, k)[:2], v, m(q, k)[2], mask=mask, output_final_state=True)
     for size in (1, 3*2*4*32*16, 2**17):
-        monkeypatch.setattr(la, 'IN_CACHE', size)
+        monkeypatch.setattr(la, 'L2_NUMEL', size)
         with torch.no_grad(): o,s = linear_attention(q, k, v, m, mask=mask, output_final_state=True)
         torch.testing.assert_close(o, want, atol=2e-5, rtol=2e-5)
         for a,b in zip(s, end): torch.testing.assert_close(a, b, atol=2e-4, rtol=2e-4)

@@ -7,9 +7,9 @@ from hedgehog_nb.cli.commands import app
 from hedgehog_nb.training.losses import naive_weight_loss
 from hedgehog_nb.models.attention import linear_layers
 from hedgehog_nb.models.linearize import linearize
-from hedgehog_nb.training.checkpoint import load_state, Run, save_state
-from hedgehog_nb.training.distill import distill, in_pieces, teacher_pass
-from hedgehog_nb.training.finetune import finetune, step_rows
+from hedgehog_nb.training.checkpoint import load_state, TrainingCheckpoint, save_state
+from hedgehog_nb.training.distill import distill, split_batch, teacher_pass
+from hedgehog_nb.training.finetune import finetune, batch_indices
 from hedgehog_nb.training.evaluate import perplexity
 from tiny_models import MODELS, VOCAB, corpus, inputs, llama, vit
 from two_processes import train
@@ -105,17 +105,17 @@ def test_pieces_make_the_same_step(name, accumulate):
 
 def test_in_pieces():
     x = dict(input_ids=torch.arange(12).view(4,3), attention_mask=torch.tensor([[1,1,1],[0,1,1],[0,0,0],[0,0,0]]), use_cache=False)
-    pieces = in_pieces(x, 4)
+    pieces = split_batch(x, 4)
     assert [s for _,s in pieces]==[3/5,2/5] and all(p['use_cache'] is False for p,_ in pieces)
-    assert torch.equal(torch.cat([p['input_ids'] for p,_ in in_pieces(x, 3)]), x['input_ids'][:2]) and len(in_pieces(dict(input_ids=torch.ones(2,3)), 9))==2
+    assert torch.equal(torch.cat([p['input_ids'] for p,_ in split_batch(x, 3)]), x['input_ids'][:2]) and len(split_batch(dict(input_ids=torch.ones(2,3)), 9))==2
     with pytest.raises(ValueError, match='accumulate=0'): distill(linearize(llama()), [corpus(2)], 1, accumulate=0)
 
 @pytest.mark.parametrize('n,batch_size,parts,world', [(10,4,1,2), (9,4,2,2), (5,8,3,1), (7,3,4,1), (16,4,2,1)])
 def test_rows_of_all_processes_are_the_batch(n, batch_size, parts, world):
     "Each row of a batch is there equally often, and pieces are equally large."
     steps,per_epoch = 7,math.ceil(n/batch_size)
-    whole = step_rows(n, steps, batch_size, seed=3)
-    ranks = [step_rows(n, steps, batch_size, 3, parts, r, world) for r in range(world)]
+    whole = batch_indices(n, steps, batch_size, seed=3)
+    ranks = [batch_indices(n, steps, batch_size, 3, parts, r, world) for r in range(world)]
     assert len(whole)==steps and all(len(r)==steps*parts for r in ranks)
     for i,rows in enumerate(whole):
         mine = [p for r in ranks for p in r[i*parts:(i+1)*parts]]
@@ -206,7 +206,7 @@ def test_taken_up_it_is_the_same(tmp_path, name, phase, at, lora):
     a = go(make(), tmp_path/'a', phase=phase, on_step=lambda *s: seen.append(s[:2]), **kw)
     b = go(make(), tmp_path/'b', phase=phase, **kw)
     assert equal(a, b) and [s for s,_ in seen]==list(range(1,9))
-    assert [l for _,l in seen]==Run(8, path=tmp_path/'b'/phase).losses
+    assert [l for _,l in seen]==TrainingCheckpoint(8, path=tmp_path/'b'/phase).losses
     assert equal(go(make(), tmp_path/'a', phase=phase, **kw), b)  # and once more, when it is done
 
 def test_states_are_safetensors_alone(tmp_path):

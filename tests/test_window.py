@@ -14,8 +14,8 @@ from hedgehog_nb.models.loading import load_linearized, save_linearized
 from hedgehog_nb.training.distill import distill
 from hedgehog_nb.ops.window import (
     chunk_window_attention, linear_share, naive_window_attention, naive_window_weights, window_decode_step, window_max, WindowState)
-from hedgehog_nb.models.hybrid import linear_shares, set_branch
-from hedgehog_nb.attentions.window import joint_features
+from hedgehog_nb.models.hybrid import linear_weight_share, set_branch
+from hedgehog_nb.attentions.window import features_with_log_weights
 
 def rand(*s, seed=0, dtype=torch.float64): return torch.randn(*s, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
@@ -24,7 +24,7 @@ def inputs(B=1, H=4, Hkv=2, T=17, D=8, form='exp', dtype=torch.float64, seed=0, 
     q,k,v = (rand(B, h, T, D, seed=seed+i, dtype=dtype) for i,h in enumerate((H, Hkv, Hkv)))
     fm = make_feature_map('hedgehog', D, H, Hkv, form=form, num_maps=maps).to(dtype)
     for i,p in enumerate(fm.parameters()): p.data = rand(*p.shape, seed=seed+9+i, dtype=dtype)*D**-.5
-    with torch.no_grad(): phi_q,phi_k,log_q,log_k = joint_features(fm, q, k)
+    with torch.no_grad(): phi_q,phi_k,log_q,log_k = features_with_log_weights(fm, q, k)
     mask = None
     if masked:
         mask = rand(B, T, seed=seed+5) > -1
@@ -296,12 +296,12 @@ def test_what_cannot_be_a_hybrid(name, kw, says):
 def test_shares_and_branches_of_a_model():
     model = linearize(MODELS['llama'](), 'hedgehog-window', window=6, layers='0,2')
     x,mask = token_ids(2, 30),torch.ones(2, 30, dtype=torch.long); mask[1,:20] = 0
-    rows = linear_shares(model, input_ids=x, attention_mask=mask)
+    rows = linear_weight_share(model, input_ids=x, attention_mask=mask)
     assert [(r['layer'], r['head']) for r in rows]==[(i, h) for i in (0, 1) for h in range(4)] and all(0<r[n]<1 for r in rows for n in ('share','softmax'))
     whole = model(input_ids=x).logits
     set_branch(model, 'window'); assert not torch.allclose(model(input_ids=x).logits, whole)
-    assert all(r['share']<1e-6 for r in linear_shares(model, input_ids=x))
+    assert all(r['share']<1e-6 for r in linear_weight_share(model, input_ids=x))
     set_branch(model); assert torch.equal(model(input_ids=x).logits, whole)
-    for f,says in ((lambda: set_branch(model, 'left'), 'both, window, linear'), (lambda: linear_shares(model, input_ids=x[:,:6]), 'no token .* window of 6'),
-                   (lambda: set_branch(linearize(MODELS['llama']())), 'no hybrid layers'), (lambda: linear_shares(MODELS['llama'](), input_ids=x), 'no hybrid layers')):
+    for f,says in ((lambda: set_branch(model, 'left'), 'both, window, linear'), (lambda: linear_weight_share(model, input_ids=x[:,:6]), 'no token .* window of 6'),
+                   (lambda: set_branch(linearize(MODELS['llama']())), 'no hybrid layers'), (lambda: linear_weight_share(MODELS['llama'](), input_ids=x), 'no hybrid layers')):
         with pytest.raises(ValueError, match=says): f()

@@ -8,12 +8,12 @@ from safetensors.torch import save_file
 from hedgehog_nb.data.models import load_model
 from hedgehog_nb.data.text import load_texts, token_blocks
 from hedgehog_nb.models.linearize import linearize
-from hedgehog_nb.training.distill import distill, world
+from hedgehog_nb.training.distill import distill, distributed_info
 from hedgehog_nb.training.finetune import finetune
 
 def train(folder, steps=4, stop=False):
     torch.set_num_threads(1)
-    rank,_ = world()
+    rank,_ = distributed_info()
     model,tok = load_model('embedded')
     linearize(model, num_maps=2)
     data = token_blocks(load_texts('embedded'), tok, 64, max_tokens=13*64, seed=0)  # the last batch of an epoch is smaller

@@ -84,7 +84,7 @@ def attention_report(
         layer = layers.setdefault(c.name, len(layers))
         for variant,fm in _variants(c, feature_map).items():
             m = attention_metrics(c.q, c.k, fm, c.causal, c.scale, mask, every, min_keys)
-            report += [dict(variant=variant, layer=layer, head=h, name=c.name, **{n:v[h].item() for n,v in m.items()}) for h in range(c.q.shape[1]) if h not in getattr(fm, 'kept', ())]
+            report += [dict(variant=variant, layer=layer, head=h, name=c.name, **{n:v[h].item() for n,v in m.items()}) for h in range(c.q.shape[1]) if h not in getattr(fm, 'softmax_heads', ())]
     return report
 
 # %% ../../nbs/03_softmax_properties.ipynb #75808a02

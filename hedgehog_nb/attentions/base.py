@@ -11,19 +11,21 @@ __all__ = ['ATTENTIONS', 'FEATURE_MAPS', 'Attention', 'FeatureMap', 'register_at
 import inspect, torch
 from fastcore.basics import patch
 from torch import nn, Tensor
-from ..functional import linear_attention
-from ..ops.common import check_qkv, full_precision
+from ..functional import LINEAR, linear_attention
+from ..ops.common import check_qkv, no_autocast
 from ..ops.linear import naive_linear_weights
 
 # %% ../../nbs/04_feature_maps.ipynb #0ce4e77c
 class Attention(nn.Module):
     "Base of all attentions. A subclass defines `_attend(q, k, v, causal, mask)`, linear in v."
-    learned = False          # Has parameters to distil?
+    trainable = False        # Has parameters to distil?
     positive = True          # Are its weights never negative?
     directions = True,False  # Values of `causal` it can do
-    stateful = False         # Can it carry on from a state, as text that is written token by token needs?
+    is_recurrent = False     # Can it carry on from a state, as text that is written token by token needs?
     feature_dim = None       # Features F per head, where it has such
-    kept = ()                # Query heads that stay softmax, where some do
+    softmax_heads = ()       # Query heads that stay softmax, where some do
+    @property
+    def implementations(self): return tuple(LINEAR) # Names that `attend` takes
     def __init__(self,
         head_dim:int, # Channels D of one head
         num_heads:int=1, # Query heads H
@@ -51,7 +53,7 @@ class Attention(nn.Module):
 
 # %% ../../nbs/04_feature_maps.ipynb #ebae16fd
 @patch
-@full_precision
+@no_autocast
 def attend(self:Attention,
     q:Tensor, # (B, H, T, D) queries
     k:Tensor, # (B, Hkv, T, D) keys
@@ -78,14 +80,15 @@ def weights(self:Attention,
 # %% ../../nbs/04_feature_maps.ipynb #9a07d4e9
 class FeatureMap(Attention):
     "Base of all feature maps φ: head_dim → feature_dim. A subclass defines `phi`, or `map_q` and `map_k`."
-    stateful = True
-    positional = False  # Does φ look at the position of a token?
+    is_recurrent = True
+    uses_positions = False  # Does φ look at the position of a token?
     @property
     def feature_dim(self): return self.head_dim # Features F per head
     def phi(self, x): raise NotImplementedError(f"{type(self).__name__} defines neither phi nor map_q and map_k")
     def map_q(self, q): return self.phi(q) # (B, H, T, D) -> (B, H, T, F)
     def map_k(self, k): return self.phi(k), None # (B, Hkv, T, D) -> (B, Hkv, T, F), and (B, Hkv, T) log weights or None
     def log_q(self, q): return None # (B, H, T) log of what was taken out of a query's features; it cancels, but beside a softmax window it counts
+    def kernel_params(self): return None # Tensors and settings for a kernel that applies the map itself, where there is such a kernel
     def _inputs(self, q, k): # Checked, in at least fp32
         self._check(q, self.num_heads, 'queries'); self._check(k, self.num_kv_heads, 'keys')
         return q.to(torch.promote_types(q.dtype, torch.float32)), k.to(torch.promote_types(k.dtype, torch.float32))

@@ -10,17 +10,17 @@ __all__ = ['Hedgehog']
 # %% ../../nbs/05_hedgehog.ipynb #e7b590i1
 import math, torch
 from numbers import Real
+from fastcore.basics import patch
 from torch import nn
 from .base import FeatureMap, register_attention
 from ..ops.features import per_head
-from ..ops.hedgehog import _exp2_features, _one_exp, _plain_features, FORMS, hedgehog_features, LOG2E
+from ..ops.hedgehog import exp2_features, one_exp_is_faster, plain_features, FORMS, hedgehog_features, LOG2E
 
 # %% ../../nbs/05_hedgehog.ipynb #24746602
 @register_attention('hedgehog')
 class Hedgehog(FeatureMap):
     "The learned map of the paper (Eq. 6): φ(x) = [exp(Wx+b), exp(−Wx−b)], or one of its normalised forms."
-    learned = True
-    in_kernels = True # of this class, not of subclasses; see `held`
+    trainable = True
     def __init__(self,
         head_dim:int, # Channels D of one head
         num_heads:int=1, # Query heads H
@@ -50,10 +50,17 @@ class Hedgehog(FeatureMap):
     @property
     def feature_dim(self): return 2*self.num_maps*self.head_dim
     def _features(self, x, w, b):
-        if torch.is_grad_enabled() or not _one_exp(x): return hedgehog_features(per_head(x, w, b), self.form)
+        if torch.is_grad_enabled() or not one_exp_is_faster(x): return hedgehog_features(per_head(x, w, b), self.form)
         y = per_head(x*LOG2E, w, None if b is None else b*LOG2E).to(torch.promote_types(x.dtype, torch.float32)) # scaled on the way in
-        return _exp2_features(y, self.form) or _plain_features(y/LOG2E, self.form)
+        return exp2_features(y, self.form) or plain_features(y/LOG2E, self.form)
     def map_q(self, q): return self._features(q, self.w_q, self.b_q)[0]
     def map_k(self, k): return self._features(k, self.w_k, self.b_k)
     def log_q(self, q): return self._features(q, self.w_q, self.b_q)[1]
     def extra_repr(self): return f"{super().extra_repr()}, form={self.form!r}, num_maps={self.num_maps}"
+
+# %% ../../nbs/05_hedgehog.ipynb #held0002
+@patch
+def kernel_params(self:Hedgehog)->dict: # w_q, w_k, b_q, b_k and form
+    "What a kernel needs to apply the map itself. None for subclasses and where hooks are set: there is more to those than the matrices."
+    if type(self) is not Hedgehog or self._forward_hooks or self._forward_pre_hooks: return None
+    return {n:getattr(self, n) for n in ('w_q','w_k','b_q','b_k','form')}

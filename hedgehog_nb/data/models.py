@@ -6,7 +6,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/data.html.md"""
 
 # %% auto #0
 __all__ = ['read_llama2c', 'rotary_rows', 'llama2c_state_dict', 'read_llama2c_vocab', 'naive_llama2c_encode', 'llama2c_tokenizer',
-           'convert_llama2c', 'embedded_model_path', 'ModelError', 'as_dtype', 'model_class', 'load_model',
+           'convert_llama2c', 'embedded_model_path', 'ModelError', 'parse_dtype', 'model_class', 'load_model',
            'load_embedded']
 
 # %% ../../nbs/91_data.ipynb #097f1732
@@ -140,7 +140,7 @@ class ModelError(ValueError):
 
 def _line(e): return shorten(str(e) or type(e).__name__, 200, placeholder=' …')   # an exception in one line
 
-def as_dtype(
+def parse_dtype(
     dtype, # None, `torch.dtype`, or a name: float32, fp32, bfloat16, bf16, float16, fp16, half
 ): # `torch.dtype` or None
     "Read a dtype by name. Raises `ModelError` on a name that is none."
@@ -227,7 +227,7 @@ def load_model(
     "Load a model and its tokenizer, the class by its config. Raises `ModelError`, one line, where it cannot."
     from transformers import AutoConfig, AutoTokenizer
     name,kw = _local_model(embedded_model_path() if str(spec)=='embedded' else spec)
-    dtype = as_dtype(dtype)
+    dtype = parse_dtype(dtype)
     try:
         with _hub(name), _quiet(name):
             config = AutoConfig.from_pretrained(name, trust_remote_code=False, **kw)

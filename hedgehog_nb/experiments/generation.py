@@ -11,7 +11,7 @@ __all__ = ['ReservedLayer', 'greedy', 'benchmark_models', 'models_table']
 import gc, json, math, statistics, time, torch
 from pathlib import Path
 from transformers.cache_utils import DynamicCache, DynamicLayer
-from ..models.cache import _remembering, cache_bytes
+from ..models.cache import filled_cache, cache_bytes
 from ..results import code_version, device_name, Table, write_results
 
 # %% ../../nbs/09_generation.ipynb #gpud0003
@@ -93,7 +93,7 @@ def _prefill(model, B, T, steps, compiled):
 @torch.no_grad()
 def _decode(model, B, T, steps, compiled):
     "Seconds, tokens, and the cache, for `steps` tokens after a context; on a GPU as one CUDA graph."
-    cache,x = _remembering(model, T, B, _reserved(model, T+steps)),torch.ones(B, 1, dtype=torch.long, device=model.device)
+    cache,x = filled_cache(model, T, B, _reserved(model, T+steps)),torch.ones(B, 1, dtype=torch.long, device=model.device)
     back,step = _back_to(cache),torch.compile(model.forward) if compiled else model
     def f(): back(); greedy(step, x, cache, steps)
     s = _seconds(_graph(f) if x.is_cuda else f, model.device)

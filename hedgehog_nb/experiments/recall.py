@@ -288,7 +288,7 @@ def convert_recall(
     h,kl = teacher.embed(data['train'][0][:512]).detach(),[]
     for old,new in zip(teacher.layers, model.layers):
         with torch.no_grad(): q,k,_ = old.project(h); h = old(h)
-        if isinstance(new.attention, FeatureMap) and new.attention.learned: kl.append(distill_map(new.attention, q, k, steps=distill_steps, batch_size=16, seed=seed)[-1])
+        if isinstance(new.attention, FeatureMap) and new.attention.trainable: kl.append(distill_map(new.attention, q, k, steps=distill_steps, batch_size=16, seed=seed)[-1])
     swapped = recall_accuracy(model, *data['test'], task.num_pairs is None)
     tuned = train_recall(attention, task, seed, lr, finetune_steps, data=data, model=model)['accuracy'] if finetune_steps else None
     return dict(kl=kl, swapped=swapped, accuracy=tuned, model=model)

@@ -13,14 +13,14 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 from torch import Tensor
-from ..ops.common import check_qkv, full_precision
-from ..ops.linear import _check_cu_seqlens, EPS, LinearState, NOTHING
+from ..ops.common import check_qkv, no_autocast
+from ..ops.linear import check_cu_seqlens, EPS, LinearState, LOG_ZERO
 from .feature_map import _dot, _INTERPRET, _on, offline_cycles, offline_usage
 from .tuning import tuned_launch
 import triton, triton.language as tl
 
 # %% ../../kernels/02_chunk_forward.ipynb #796f8395
-_EPS, _NOTHING = tl.constexpr(EPS), tl.constexpr(NOTHING)
+_EPS, _NOTHING = tl.constexpr(EPS), tl.constexpr(LOG_ZERO)
 
 @triton.jit
 def _tile(ptr, t, c, stride_t, rows, WIDTH:tl.constexpr):
@@ -198,8 +198,8 @@ def _weights(phi_k, log_k, mask, state, plan=_Plan(1, 1)):
     pad = None if mask is None else mask.bool().to(torch.int8).contiguous()
     if log_k is None and state is None: return None, None, pad
     log = torch.zeros_like(phi_k[...,0], dtype=torch.float32) if log_k is None else log_k.float()
-    if mask is not None and log_k is not None: log = log.masked_fill(~mask.bool()[:,None], NOTHING)
-    m0 = log.new_full((*log.shape[:2], plan.sequences), NOTHING) if state is None else plan.rows(state.m.float())
+    if mask is not None and log_k is not None: log = log.masked_fill(~mask.bool()[:,None], LOG_ZERO)
+    m0 = log.new_full((*log.shape[:2], plan.sequences), LOG_ZERO) if state is None else plan.rows(state.m.float())
     return log.contiguous(), _running_max(log, m0, plan), pad
 
 # %% ../../kernels/02_chunk_forward.ipynb #a0e31a95
@@ -409,7 +409,7 @@ def _check(phi_q, phi_k, v, log_k, causal, mask, state, cu_seqlens, schedule, pr
         raise ValueError(f"the kernel runs on a GPU; given tensors on {v.device}. Use chunk_linear_attention there, or set TRITON_INTERPRET=1 before Python starts to try the kernel in Triton's interpreter")
 
 # %% ../../kernels/02_chunk_forward.ipynb #58adc69a
-@full_precision
+@no_autocast
 @torch.no_grad()
 def chunk_forward(
     phi_q:Tensor, # (B, H, Tq, F) mapped queries in fp32, fp16 or bf16; any strides, the last 1; F up to 512
@@ -426,7 +426,7 @@ def chunk_forward(
 ): # (B, H, Tq, D) outputs in v's dtype; with `output_final_state` the pair (outputs, `LinearState`), n states of packed sequences
     "Linear attention (paper, Eq. 2) on mapped features in Triton, without gradient. Raises `ValueError` on inputs that do not fit, empty ones too."
     _check(phi_q, phi_k, v, log_k, causal, mask, initial_state, cu_seqlens, schedule, precision)
-    borders = None if cu_seqlens is None else _check_cu_seqlens(cu_seqlens, phi_q)
+    borders = None if cu_seqlens is None else check_cu_seqlens(cu_seqlens, phi_q)
     o,_,*state = _forward(phi_q, phi_k, v, log_k, initial_state, mask, causal, output_final_state, schedule, precision, borders)
     return (o, LinearState(*state)) if output_final_state else o
 

@@ -11,9 +11,9 @@ __all__ = ['triton_linear_attention', 'backward_usage']
 import torch
 from typing import Optional, Sequence
 from torch import Tensor
-from ..ops.common import full_precision
-from ..ops.linear import _check_cu_seqlens, LinearState
-from .common import operation
+from ..ops.common import no_autocast
+from ..ops.linear import check_cu_seqlens, LinearState
+from .common import custom_op
 from .feature_map import _dot, _on, offline_cycles, offline_usage
 from .tuning import tuned_launch
 from .chunk import (
@@ -347,11 +347,11 @@ def _backward(do, dS, dz, dm, phi_q, phi_k, v, log_k, state, mask, o, den, after
     return [x if n else None for x,n in zip(res, need)]
 
 # %% ../../kernels/03_chunk_backward.ipynb #bd4f3753
-def _borders(cu_seqlens, phi_q): return None if cu_seqlens is None else _check_cu_seqlens(cu_seqlens, phi_q)
+def _borders(cu_seqlens, phi_q): return None if cu_seqlens is None else check_cu_seqlens(cu_seqlens, phi_q)
 def _state(S, z, m): return None if S is None else LinearState(S.float(), z.float(), m.float())
 def _how(schedule): return int(schedule) if schedule.isdigit() else schedule or None
 
-@operation('linear_attention')
+@custom_op('linear_attention')
 def _attention_op(phi_q:Tensor, phi_k:Tensor, v:Tensor, log_k:Optional[Tensor], S:Optional[Tensor], z:Optional[Tensor], m:Optional[Tensor], mask:Optional[Tensor], cu_seqlens:Optional[Tensor],
                   causal:bool, output_final_state:bool, schedule:str, precision:str)->tuple[Tensor,Tensor,Tensor,Tensor,Tensor]:
     "Outputs, normalisers, and the final state; where it is not asked for, three empty tensors."
@@ -365,7 +365,7 @@ def _(phi_q, phi_k, v, log_k, S, z, m, mask, cu_seqlens, causal, output_final_st
     return v.new_empty(*phi_q.shape[:3], D), new(*phi_q.shape[:3]), *((new(n, Hkv, F, D), new(n, Hkv, F), new(n, Hkv)) if output_final_state else (new(0), new(0), new(0)))
 
 # %% ../../kernels/03_chunk_backward.ipynb #d11fff98
-@operation('linear_attention_backward')
+@custom_op('linear_attention_backward')
 def _attention_bwd_op(do:Tensor, dS:Optional[Tensor], dz:Optional[Tensor], dm:Optional[Tensor], phi_q:Tensor, phi_k:Tensor, v:Tensor, log_k:Optional[Tensor], S:Optional[Tensor], z:Optional[Tensor],
                       m:Optional[Tensor], mask:Optional[Tensor], cu_seqlens:Optional[Tensor], o:Tensor, den:Tensor, S_end:Tensor, z_end:Tensor, causal:bool, schedule:str, precision:str,
                       need:Sequence[bool])->tuple[Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor]:
@@ -398,7 +398,7 @@ def _gradient(ctx, do, _, *d_state):
 _attention_op.register_autograd(_gradient, setup_context=_save)
 
 # %% ../../kernels/03_chunk_backward.ipynb #72c61ee0
-@full_precision
+@no_autocast
 def triton_linear_attention(
     phi_q:Tensor, # (B, H, Tq, F) mapped queries in fp32, fp16 or bf16; any strides, the last 1; F up to 512
     phi_k:Tensor, # (B, Hkv, T, F) mapped keys; Hkv divides H

@@ -7,7 +7,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/cpu.html.md"""
 # %% auto #0
 __all__ = ['FLAGS', 'PRODUCT', 'TRANSPOSE', 'EXP', 'FEATURES', 'SIZES', 'DATA', 'CHUNK', 'RECORDS', 'MOVES', 'FORWARD', 'STEP',
            'BACKWARD', 'LOSS', 'FORMS', 'cache_folder', 'compile_c', 'holds_numbers', 'library', 'for_all_threads',
-           'suits', 'attend', 'c_attention', 'loss_sums']
+           'suits', 'unsupported', 'attend', 'c_attention', 'loss_sums']
 
 # %% ../../kernels/10_cpu.ipynb #cpuk0004
 import ctypes, hashlib, os, platform, shutil, subprocess, tempfile
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Optional
 import torch
 from torch import Tensor
-from ..ops.common import check_qkv, full_precision
-from ..ops.hedgehog import held
+from ..ops.common import check_qkv, no_autocast
+from .common import check_map, kernel_params
 from ..ops.linear import LinearState
-from .common import operation
+from .common import custom_op
 
 # %% ../../kernels/10_cpu.ipynb #cpuk0008
 FLAGS = ('-march=native','-fopenmp'),('-march=native',),() # The first that the compiler takes
@@ -685,16 +685,14 @@ def _outputs(q, k, v, w_q, form, causal, keep):
 
 def _or_none(x): return x if x is not None and x.numel() else None
 
-def _forward(q, k, v, w_q, w_k, b_q, b_k, S, z, mask, form, causal, keep):
+def _forward(q:Tensor, k:Tensor, v:Tensor, w_q:Optional[Tensor], w_k:Optional[Tensor], b_q:Optional[Tensor], b_k:Optional[Tensor],
+             S:Optional[Tensor], z:Optional[Tensor], mask:Optional[Tensor], form:str, causal:bool, keep:bool)->tuple[Tensor,Tensor,Tensor,Tensor,Tensor]:
     o,S1,z1,den,states = out = _outputs(q, k, v, w_q, form, causal, keep)
     sizes = _sizes(q, k, v, w_q, form, causal)
     _call('attention_forward', dict(q=q, k=k, v=v, wq=w_q, wk=w_k, bq=b_q, bk=b_k, mask=mask, S0=S, z0=z, o=o, S=S1, z=z1, den=_or_none(den), states=_or_none(states), sums=_sums(v, sizes)), sizes+(keep,))
     return out
 
-@operation('c_attention')
-def _c_op(q:Tensor, k:Tensor, v:Tensor, w_q:Optional[Tensor], w_k:Optional[Tensor], b_q:Optional[Tensor], b_k:Optional[Tensor], S:Optional[Tensor], z:Optional[Tensor], mask:Optional[Tensor],
-          form:str, causal:bool, keep:bool)->tuple[Tensor,Tensor,Tensor,Tensor,Tensor]:
-    return _forward(q, k, v, w_q, w_k, b_q, b_k, S, z, mask, form, causal, keep)
+_c_op = custom_op('c_attention')(_forward)
 
 @_c_op.register_fake
 def _(q, k, v, w_q, w_k, b_q, b_k, S, z, mask, form, causal, keep): return _outputs(q, k, v, w_q, form, causal, keep)
@@ -707,7 +705,7 @@ def _gradients(q, k, v, w_q, w_k, b_q, b_k, S, z):
     turned = lambda x: x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1,2)
     return *(turned(x) for x in (q, k, v)), *(new(x) for x in (w_q, w_k, b_q, b_k)), torch.empty_like(S), torch.empty_like(z)
 
-@operation('c_attention_backward')
+@custom_op('c_attention_backward')
 def _c_bwd_op(do:Tensor, dS:Optional[Tensor], dz:Optional[Tensor], q:Tensor, k:Tensor, v:Tensor, w_q:Optional[Tensor], w_k:Optional[Tensor], b_q:Optional[Tensor], b_k:Optional[Tensor], mask:Optional[Tensor],
               o:Tensor, S:Tensor, z:Tensor, den:Tensor, states:Tensor, form:str, causal:bool)->tuple[Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor]:
     dq,dk,dv,dwq,dwk,dbq,dbk,dS0,dz0 = grads = _gradients(q, k, v, w_q, w_k, b_q, b_k, S, z)
@@ -739,7 +737,7 @@ _c_op.register_autograd(_gradient, setup_context=_save)
 # %% ../../kernels/10_cpu.ipynb #cpuk0050
 def _held(feature_map):
     "The map's matrices and biases, and its form, where the kernel does its work; else None."
-    h = held(feature_map)
+    h = kernel_params(feature_map)
     return h and h['form'] in FORMS and ([h[n] for n in ('w_q','w_k','b_q','b_k')], h['form'])
 
 def for_all_threads():
@@ -770,28 +768,31 @@ def _plain(state): # S and z of a state whose log weights are 0 or less
 
 def _fits(q, k, v, feature_map, form, state, ins):
     "Raise `ValueError` where a map, or a state, was not made for these inputs, or something lies elsewhere: the kernel looks at none of this."
-    if form!='features': feature_map._check(q, feature_map.num_heads, 'queries'); feature_map._check(k, feature_map.num_kv_heads, 'keys')
+    if form!='features': check_map(kernel_params(feature_map), q, k)
     (B,N),F = k.shape[:2],k.shape[3] if form=='features' else feature_map.feature_dim
     if state is not None and [tuple(x.shape) for x in state]!=[(B,N,F,v.shape[3]), (B,N,F), (B,N)]:
         raise ValueError(f"initial_state has shapes {[tuple(x.shape) for x in state]}; these inputs need {[(B,N,F,v.shape[3]), (B,N,F), (B,N)]}")
     if any(x is not None and x.device.type!='cpu' for x in ins): raise ValueError(f"the kernel in C takes tensors, maps, masks and states on a CPU; given {sorted({str(x.device) for x in ins if x is not None})}")
 
-def _check(q, k, v, mask, cu_seqlens):
-    "Raise `ValueError` on what the kernel does not take."
-    check_qkv(q, k, v, mask)
-    if library()[0] is None: raise ValueError(f"implementation='c' needs a compiled kernel: {library()[1]}")
+def unsupported(
+    q:Tensor, # (B, H, Tq, D) queries
+    k:Tensor, # (B, Hkv, T, D) keys
+    v:Tensor, # (B, Hkv, T, Dv) values
+    cu_seqlens=None, # Borders of packed sequences
+)->str: # '' where it can
+    "Why the kernel cannot take these."
     if any(x.device.type!='cpu' or x.dtype not in (torch.float32, torch.float16, torch.bfloat16) for x in (q, k, v)):
-        raise ValueError(f"implementation='c' takes float32, float16 or bfloat16 on a CPU; given {[(str(x.dtype), x.device.type) for x in (q, k, v)]}")
-    if q.shape[2]!=k.shape[2]: raise ValueError(f"implementation='c' needs as many queries as keys; given {q.shape[2]} and {k.shape[2]}")
-    if cu_seqlens is not None: raise ValueError("implementation='c' takes no packed sequences (cu_seqlens): choose None or 'chunked'")
+        return f"implementation='c' takes float32, float16 or bfloat16 on a CPU; given {[(str(x.dtype), x.device.type) for x in (q, k, v)]}"
+    if q.shape[2]!=k.shape[2]: return f"implementation='c' needs as many queries as keys; given {q.shape[2]} and {k.shape[2]}"
+    if cu_seqlens is not None: return "implementation='c' takes no packed sequences (cu_seqlens): choose None or 'chunked'"
+    return '' if library()[0] is not None else f"implementation='c' needs a compiled kernel: {library()[1]}"
 
 # %% ../../kernels/10_cpu.ipynb #cpuk0051
-@full_precision
 def attend(q, k, v, feature_map, causal=True, mask=None, initial_state=None, output_final_state=False, **at):
     "`c_attention` of what it takes, not checked again."
     maps,form = _held(feature_map) or ([None]*4, 'features')
     if feature_map is not None and maps[0] is None:
-        q,k,log_k = feature_map(q, k, **at)
+        q,k,log_k = no_autocast(feature_map)(q, k, **at)
         if log_k is not None: raise ValueError(f"implementation='c' has no log weights, and {type(feature_map).__name__} has: choose None or 'chunked'")
         check_qkv(q, k, v, mask)
     _fits(q, k, v, feature_map, form, initial_state, (q, k, v, mask, *maps, *(initial_state or ())))
@@ -815,7 +816,8 @@ def c_attention(
     **at # `offset` for a map that looks at positions
 ): # (B, H, T, Dv) outputs in v's dtype; with `output_final_state` the pair (outputs, `LinearState`)
     "`linear_attention` in one compiled call, differentiable. Raises `ValueError` on what it does not take, and where nothing could be compiled."
-    _check(q, k, v, mask, cu_seqlens)
+    check_qkv(q, k, v, mask)
+    if why := unsupported(q, k, v, cu_seqlens): raise ValueError(why)
     return attend(q, k, v, feature_map, causal, mask, initial_state, output_final_state, **at)
 
 # %% ../../kernels/10_cpu.ipynb #cpuk0070

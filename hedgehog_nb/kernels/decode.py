@@ -13,9 +13,9 @@ from functools import lru_cache
 from typing import Optional
 from torch import Tensor
 from ..ops.common import check_qkv
-from ..ops.hedgehog import held
+from .common import check_map, kernel_params
 from ..ops.linear import EPS, LinearState
-from .common import operation
+from .common import custom_op
 from .feature_map import _cdiv, _features, _INTERPRET, _on, offline_usage
 import triton, triton.language as tl
 
@@ -142,7 +142,7 @@ def _launch(q, k, v, state, weights, form, log_k, mask, out, tickets, after):
         k.shape[1], HAS_BIAS=b_q is not None, HAS_LOG=log_k is not None, HAS_MASK=mask is not None, **c)
     return out
 
-@operation('decode_step')
+@custom_op('decode_step')
 def _decode_op(q:Tensor, k:Tensor, v:Tensor, S:Tensor, z:Tensor, m:Tensor, w_q:Optional[Tensor], w_k:Optional[Tensor], b_q:Optional[Tensor], b_k:Optional[Tensor],
                form:str, log_k:Optional[Tensor], mask:Optional[Tensor])->tuple[Tensor,Tensor,Tensor,Tensor]:
     "The output and a state of its own."
@@ -170,11 +170,11 @@ def decode_step(
     "One step of linear attention (paper, Eq. 2) with the map inside, one launch, no gradient. Raises `ValueError` on inputs that do not fit, empty ones too."
     check_qkv(q, k, v, mask)
     if feature_map is not None and log_k is not None: raise ValueError("the map makes its own log weights: give log_k only with features")
-    if getattr(feature_map, 'positional', False): raise ValueError(f"{type(feature_map).__name__} looks at positions: map the token yourself and give the features")
+    if getattr(feature_map, 'uses_positions', False): raise ValueError(f"{type(feature_map).__name__} looks at positions: map the token yourself and give the features")
     weights,form = None,'given'
-    if held(feature_map):
-        feature_map._check(q, feature_map.num_heads, 'queries'); feature_map._check(k, feature_map.num_kv_heads, 'keys')
-        weights,form = (feature_map.w_q, feature_map.w_k, feature_map.b_q, feature_map.b_k),feature_map.form
+    if params := kernel_params(feature_map):
+        check_map(params, q, k)
+        *weights,form = params.values()
     elif feature_map is not None: q,k,log_k = feature_map(q, k)
     _check(q, k, v, state, weights, log_k, mask, out, tickets)
     log_k,mask = None if log_k is None else log_k.float().contiguous(),None if mask is None else mask.bool().view(torch.uint8).contiguous()

@@ -15,7 +15,7 @@ from typing import Optional
 from torch import Tensor
 from ..ops.common import autocast_dtype
 from ..ops.hedgehog import FORMS
-from .common import operation
+from .common import custom_op
 
 try: import triton, triton.language as tl
 except ImportError as e:
@@ -216,7 +216,7 @@ def _backward(x, weight, bias, g, g_m, form, precision, need_dx=True, need_dw=Tr
 # %% ../../kernels/01_triton_primer.ipynb #142f6fde
 def _given(x, other): return other.new_empty(0) if x is None else x # operations return no None
 
-@operation('feature_map')
+@custom_op('feature_map')
 def _map_op(x:Tensor, weight:Tensor, bias:Optional[Tensor], form:str, out_dtype:torch.dtype, precision:str)->tuple[Tensor,Tensor]:
     "Features, and log weights or an empty tensor."
     phi,m = _forward(x, weight, bias, form, out_dtype, precision)
@@ -228,7 +228,7 @@ def _(x, weight, bias, form, out_dtype, precision):
     return phi, x.new_empty(x.shape[:3], dtype=torch.float32) if form=='exp' else phi.new_empty(0)
 
 # %% ../../kernels/01_triton_primer.ipynb #26b28e25
-@operation('feature_map_backward')
+@custom_op('feature_map_backward')
 def _map_bwd_op(g:Tensor, g_m:Tensor, x:Tensor, weight:Tensor, bias:Optional[Tensor], form:str, precision:str, need_x:bool, need_w:bool)->tuple[Tensor,Tensor,Tensor]:
     "Gradients of x, weight and bias, empty where not needed."
     return tuple(_given(d, x) for d in _backward(x, weight, bias, g, g_m, form, precision, need_x, need_w))

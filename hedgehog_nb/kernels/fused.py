@@ -12,10 +12,10 @@ import torch
 from functools import lru_cache
 from typing import Optional
 from torch import Tensor
-from ..ops.common import check_qkv, full_precision
+from ..ops.common import check_qkv, no_autocast
 from ..ops.hedgehog import FORMS
-from ..ops.linear import _check_cu_seqlens, LinearState, NOTHING
-from .common import operation
+from ..ops.linear import check_cu_seqlens, LinearState, LOG_ZERO
+from .common import custom_op
 from .feature_map import _cdiv, _dot, _features, _features_bwd, _INTERPRET, _on, offline_cycles, offline_serialized, offline_usage
 from .feature_map import _backward as _map_backward, _forward as _map_forward
 from .chunk import (
@@ -313,7 +313,7 @@ def _key_states(k, v, w_k, b_k, S, z, m, pad, plan, every, log, c):
     (B,Hkv,T,DV),F,slots = v.shape,2*c['E'],plan.segments+plan.sequences
     tiles,parts = _cdiv(DV, c['BLOCK_V']),plan.segments if every or plan.table is not None else plan.segments-1
     states = v.new_empty(B, Hkv, slots, F*(DV + tiles), dtype=torch.float32)
-    M = v.new_full((B, Hkv, slots), NOTHING, dtype=torch.float32) if log else None
+    M = v.new_full((B, Hkv, slots), LOG_ZERO, dtype=torch.float32) if log else None
     _fill(states, plan.slots(after=False), S, z, tiles, plan)
     if m is not None: M[...,plan.slots(after=False)] = plan.rows(m)
     if not every and plan.segments==plan.sequences: return states, M
@@ -636,7 +636,7 @@ def _backward(do, dS, dz, q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, o, rows, s
     return tuple(v.new_empty(0, dtype=torch.float32) if g is None else g for g in (*grads, dm))
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #42df6946
-@operation('fused_attention')
+@custom_op('fused_attention')
 def _fused_op(q:Tensor, k:Tensor, v:Tensor, w_q:Tensor, w_k:Tensor, b_q:Optional[Tensor], b_k:Optional[Tensor], S:Optional[Tensor], z:Optional[Tensor], m:Optional[Tensor], mask:Optional[Tensor],
               cu_seqlens:Optional[Tensor], form:str, causal:bool, final:bool, save:bool, keep:bool, schedule:int, precision:str)->tuple[Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor]:
     return _forward(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, form, causal, final, save, keep, schedule, precision, _borders(cu_seqlens, q))
@@ -652,7 +652,7 @@ def _(q, k, v, w_q, w_k, b_q, b_k, S, z, m, mask, cu_seqlens, form, causal, fina
             new(B, Hkv, n+1) if kept and log else new(0), *((new(N, Hkv, F, DV), new(N, Hkv, F), new(N, Hkv)) if final else (new(0), new(0), new(0))))
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #60de38ec
-@operation('fused_attention_backward')
+@custom_op('fused_attention_backward')
 def _fused_bwd_op(do:Tensor, dS:Optional[Tensor], dz:Optional[Tensor], q:Tensor, k:Tensor, v:Tensor, w_q:Tensor, w_k:Tensor, b_q:Optional[Tensor], b_k:Optional[Tensor],
                   S:Optional[Tensor], z:Optional[Tensor], m:Optional[Tensor], mask:Optional[Tensor], cu_seqlens:Optional[Tensor], o:Tensor, rows:Tensor, states:Tensor, M:Tensor,
                   form:str, causal:bool, schedule:int, precision:str)->tuple[Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor]:
@@ -735,7 +735,7 @@ def fused_hedgehog_attention(
 ): # (B, H, Tq, Dv) outputs in v's dtype; with `output_final_state` the pair (outputs, `LinearState`), n states of packed sequences
     "Linear attention with the Hedgehog map (paper, Eq. 2 and 6) in one kernel, differentiable in all tensors. Raises `ValueError` on inputs that do not fit, empty ones too."
     _check(q, k, v, w_q, w_k, b_q, b_k, form, causal, mask, initial_state, cu_seqlens, schedule, precision)
-    if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor): cu_seqlens = torch.tensor(_check_cu_seqlens(cu_seqlens, q))
+    if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor): cu_seqlens = torch.tensor(check_cu_seqlens(cu_seqlens, q))
     cast = lambda x: None if x is None else x.to(q.dtype).contiguous()
     state = (None,)*3 if initial_state is None else tuple(x.float().contiguous() for x in initial_state)
     ins = q, k, v, cast(w_q), cast(w_k), cast(b_q), cast(b_k), *state

@@ -16,17 +16,16 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
-from torch import Tensor
+from torch import nn, Tensor
 from torch.nn import functional as F
 import hedgehog_nb
-from ..attentions.base import make_feature_map
 from ..ops.features import per_head
-from ..ops.hedgehog import FORMS, hedgehog_features, held
-from ..ops.linear import LinearState
-from ..functional import linear_attention
+from .common import kernel_params
+from ..ops.hedgehog import hedgehog_features
+from ..ops.linear import linear_attention_in_torch, LinearState
 from ..results import source_hash
 from ..ops.window import chunk_window_attention, WindowState
-from . import dispatch, feature_map as maps, window as windows
+from . import chunk_backward, decode, dispatch, feature_map as maps, fused, window as windows
 from .cpu import cache_folder
 from .feature_map import products_dtype
 from .tuning import _read, _write, assemblers
@@ -97,10 +96,24 @@ def _linear_state(n, Hkv, F, D): # as if about 40 tokens had been read
 
 def _whole(s): return dict(S=s.S*s.m[...,None,None].exp(), z=s.z*s.m[...,None].exp())
 
+class _Map(nn.Module):
+    "A Hedgehog map with matrices near the identity, of the case's form and width."
+    def __init__(self, c, H, Hkv):
+        super().__init__()
+        E,D = c.feature_dim//2,c.head_dim
+        put = lambda x, seed: nn.Parameter((x + _rand(*x.shape, seed=seed)*D**-.5).to(c.weights))
+        w,b = torch.eye(D, device='cpu').repeat(1, E//D, 1),torch.zeros(1, E, device='cpu')
+        for i,(name,h) in enumerate((('q', H), ('k', Hkv))):
+            setattr(self, f'w_{name}', put(w.repeat(h, 1, 1), 10+2*i))
+            setattr(self, f'b_{name}', put(b.repeat(h, 1), 11+2*i) if c.bias else None)
+        self.form,self.feature_dim,self.num_heads,self.num_kv_heads = c.form,c.feature_dim,H,Hkv
+    def kernel_params(self): return {n:getattr(self, n) for n in ('w_q','w_k','b_q','b_k','form')}
+    def forward(self, q, k):
+        phi_q,phi_k = (hedgehog_features(per_head(x, w, b), self.form) for x,w,b in ((q, self.w_q, self.b_q), (k, self.w_k, self.b_k)))
+        return phi_q[0], *phi_k
+
 def _hedgehog(c, H, Hkv, place):
-    "A map with matrices near the identity, of the case's form and width."
-    m = make_feature_map('hedgehog', c.head_dim, H, Hkv, form=c.form, num_maps=c.feature_dim//(2*c.head_dim), bias=c.bias).to(c.weights)
-    for i,p in enumerate(m.parameters()): p.data += (_rand(*p.shape, seed=10+i)*c.head_dim**-.5).to(p.dtype)
+    m = _Map(c, H, Hkv)
     return (m.double() if place.exact else m.to(place.device)).requires_grad_(torch.is_grad_enabled())
 
 # %% ../../kernels/11_self_check.ipynb #self0017
@@ -116,8 +129,12 @@ def _attention(c, place, schedule=None):
     elif c.logs: leaves['log_k'] = log = place.put(_rand(B, Hkv, T, seed=3), torch.float32); m = lambda q, k: (q, k, log)
     state = LinearState(*place.state(*_linear_state(n, Hkv, c.feature_dim, c.value_dim))) if c.state else None
     kw = dict(causal=c.causal, mask=place.on(_mask(c, B, T)), initial_state=state, output_final_state=c.final, cu_seqlens=[0, 5, T//2, T] if c.packed else None)
-    args = (*list(leaves.values())[:3], m)
-    res = linear_attention(*args, **kw, implementation='chunked') if place.exact else dispatch.triton_attention(*args, **kw, schedule=None if c.family=='decode' else schedule)
+    q,k,v = [*leaves.values()][:3]
+    if place.exact: res = linear_attention_in_torch(q, k, v, m, **kw)
+    elif c.family=='decode': res = decode.decode_step(q, k, v, state and state.apply(torch.Tensor.contiguous), m, mask=kw['mask'], inplace=False)
+    elif c.family=='fused': res = fused.fused_hedgehog_attention(q, k, v, **m.kernel_params(), **kw, schedule=schedule)
+    else: res = chunk_backward.triton_linear_attention(*((q, k, v) if m is None else (*m(q, k)[:2], v, m(q, k)[2])), **kw, schedule=schedule)
+    if c.family=='decode' and not place.exact and not c.final: res = res[0]
     return leaves, dict(output=res[0], **_whole(res[1])) if c.final else dict(output=res)
 
 # %% ../../kernels/11_self_check.ipynb #self0018
@@ -341,7 +358,7 @@ def trusts_attention(
     q:Tensor, k:Tensor, v:Tensor, feature_map, causal:bool, mask, initial_state, output_final_state:bool, cu_seqlens # As for `linear_attention`
 )->bool:
     "May a kernel serve this call of `linear_attention`?"
-    family,inside = dispatch.kernel_for(q, k, v, feature_map, causal, initial_state, cu_seqlens),held(feature_map)
+    family,inside = dispatch.kernel_for(q, k, v, feature_map, causal, initial_state, cu_seqlens),kernel_params(feature_map)
     kind = dict(_common(q, k, v), feature_dim=_int(q.shape[-1] if feature_map is None else feature_map.feature_dim), mask=mask is not None)
     if inside and family!='chunked': kind |= dict(form=inside['form'], bias=inside['b_q'] is not None, weights=inside['w_q'].dtype if family=='decode' else kind['dtype'])
     if family=='decode': kind |= dict(state=True, final=True)

@@ -11,10 +11,10 @@ __all__ = ['triton_window_attention', 'window_usage']
 import torch
 from typing import Optional, Sequence
 from torch import Tensor
-from ..ops.common import full_precision
-from ..ops.linear import EPS, LinearState, NOTHING
-from .common import operation
-from ..ops.window import _check_state, _check_window, WindowState
+from ..ops.common import no_autocast
+from ..ops.linear import EPS, LinearState, LOG_ZERO
+from .common import custom_op
+from ..ops.window import check_window_state, check_window, WindowState
 from .feature_map import _dot, _given, _INTERPRET, _LOG2E, _on, offline_cycles, offline_usage, products_dtype
 from . import chunk
 from .chunk import _tile, _two
@@ -24,7 +24,7 @@ from .tuning import tuned_launch
 import triton, triton.language as tl
 
 # %% ../../kernels/06_window.ipynb #6349c811
-_EPS, _NOTHING = tl.constexpr(EPS), tl.constexpr(NOTHING)
+_EPS, _NOTHING = tl.constexpr(EPS), tl.constexpr(LOG_ZERO)
 
 @triton.jit
 def _exp(x): return tl.exp2(x*_LOG2E) # one instruction, and results below 1e-38 are 0
@@ -251,7 +251,7 @@ def _plan(q, k, v, phi_k, c, schedule, backward=False):
 def _summed(kernel, args, rest, plan, tiles, first, shape, constants):
     "States (B, Hkv, segments, F·(D + 1)) and largest log weights (B, Hkv, segments) to start from: `first`, if given, and with what the segments add, which `kernel` writes."
     B,Hkv,F,D = shape
-    states,m = args[0].new_empty(B, Hkv, plan.segments, F*(D+1), dtype=torch.float32),args[0].new_full((B, Hkv, plan.segments), NOTHING, dtype=torch.float32)
+    states,m = args[0].new_empty(B, Hkv, plan.segments, F*(D+1), dtype=torch.float32),args[0].new_full((B, Hkv, plan.segments), LOG_ZERO, dtype=torch.float32)
     states[:,:,0] = torch.cat([first[0].flatten(2), first[1]], -1) if first else 0
     if first: m[...,0] = first[2]
     if plan.segments==1: return states, m
@@ -530,7 +530,7 @@ def _backward(do, o, L, q, k, v, phi_q, phi_k, log_q, log_k, log_gamma, mask, pa
     return dq, dk, _total(dv, v.dtype), dphi_q, dphi_k, *small
 
 # %% ../../kernels/06_window.ipynb #ff0170f5
-@operation('window_attention')
+@custom_op('window_attention')
 def _window_op(q:Tensor, k:Tensor, v:Tensor, phi_q:Tensor, phi_k:Tensor, log_q:Optional[Tensor], log_k:Optional[Tensor], log_gamma:Optional[Tensor], mask:Optional[Tensor], past:Sequence[Tensor],
                window:int, scale:float, end:bool, schedule:str, precision:str)->tuple[Tensor,Tensor,Tensor,Tensor,Tensor]:
     "Outputs, L, and the linear state after them; where it is not asked for, three empty tensors."
@@ -542,7 +542,7 @@ def _(q, k, v, phi_q, phi_k, log_q, log_k, log_gamma, mask, past, window, scale,
     return v.new_empty(*q.shape[:3], D), new(*q.shape[:3]), *((new(B, Hkv, F, D), new(B, Hkv, F), new(B, Hkv)) if end else (new(0), new(0), new(0)))
 
 # %% ../../kernels/06_window.ipynb #e655bdaa
-@operation('window_attention_backward')
+@custom_op('window_attention_backward')
 def _window_bwd_op(do:Tensor, o:Tensor, L:Tensor, q:Tensor, k:Tensor, v:Tensor, phi_q:Tensor, phi_k:Tensor, log_q:Optional[Tensor], log_k:Optional[Tensor], log_gamma:Optional[Tensor], mask:Optional[Tensor],
                    past:Sequence[Tensor], window:int, scale:float, schedule:str, precision:str)->tuple[Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor]:
     "Gradients of the first eight inputs of the operation; empty where there is none."
@@ -570,7 +570,7 @@ _window_op.register_autograd(_gradient, setup_context=_save)
 # %% ../../kernels/06_window.ipynb #08d48825
 def _check(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, mask, state, schedule, precision):
     "Raise `ValueError` on arguments that do not fit, saying what was given."
-    _check_window(q, k, v, phi_q, phi_k, window, log_q, log_gamma, mask); _check_state(state, k, v, phi_k, window)
+    check_window(q, k, v, phi_q, phi_k, window, log_q, log_gamma, mask); check_window_state(state, k, v, phi_k, window)
     before = () if state is None else (*state[:4], *state.linear)
     if torch.is_grad_enabled() and any(x.requires_grad for x in before): raise ValueError("the kernel takes no gradient of initial_state: detach it, or use chunk_window_attention")
     F_,C,D = phi_k.shape[-1],k.shape[-1],v.shape[-1]
@@ -590,11 +590,11 @@ def _state_after(k, v, phi_k, log_k, mask, window, state, linear):
     "The `WindowState` after these keys: `linear`, and the last `window` of the ones before and these."
     log_k,late = torch.zeros_like(phi_k[...,0]) if log_k is None else log_k,slice(max(0, k.shape[2]-window), None)
     new = [x[:,:,late].detach().float() for x in (k, v, phi_k, log_k)]
-    if mask is not None: real = mask[:,None,late].bool(); new[2:] = new[2]*real[...,None], new[3].masked_fill(~real, NOTHING)
+    if mask is not None: real = mask[:,None,late].bool(); new[2:] = new[2]*real[...,None], new[3].masked_fill(~real, LOG_ZERO)
     before = WindowState.empty(*new[:3], window) if state is None else state
     return WindowState(*(torch.cat([a[:,:,b.shape[2]:].float(), b], 2) for a,b in zip(before, new)), linear)
 
-@full_precision
+@no_autocast
 def _attend(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, mask, state, end, schedule, precision):
     "Outputs, and with `end` the state after them, else None; all of one dtype, checked."
     near,past = (min(window, q.shape[2]),[]) if state is None else (window,[x.float() for x in (*state[:4], *state.linear)])

@@ -17,7 +17,7 @@ from safetensors import safe_open, SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from .attention import linear_layers
-from .hub import is_hub_name, LOCK, reversible
+from .hub import is_hub_name, UNLOADABLE_ATTN_IMPLEMENTATION, reversible
 from .linearize import linearize
 
 # %% ../../nbs/08_linearize.ipynb #8ccf0e68
@@ -224,7 +224,7 @@ class HedgehogConfig(PreTrainedConfig):
     "What `config.json` of a converted model holds, for the Auto classes of transformers; settings that are not in it are those of the original's config."
     model_type = 'hedgehog_nb'
     def __init__(self, attn_implementation=None, **kwargs): # LOCK is for other classes
-        super().__init__(attn_implementation=None if attn_implementation==LOCK else attn_implementation, **kwargs)
+        super().__init__(attn_implementation=None if attn_implementation==UNLOADABLE_ATTN_IMPLEMENTATION else attn_implementation, **kwargs)
     def __getattr__(self, name):
         kept = vars(self)
         if name.startswith('_') or 'base_model_type' not in kept: raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")

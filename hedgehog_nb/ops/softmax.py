@@ -11,10 +11,10 @@ __all__ = ['softmax_weights', 'softmax_attention', 'fused_softmax_attention']
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from .common import check_qkv, full_precision, repeat_kv, visible
+from .common import check_qkv, no_autocast, repeat_kv, make_attention_mask
 
 # %% ../../nbs/01_softmax_attention.ipynb #5f697ea7
-@full_precision
+@no_autocast
 def softmax_weights(
     q:Tensor, # (B, H, Tq, D) queries
     k:Tensor, # (B, Hkv, T, D) keys
@@ -26,11 +26,11 @@ def softmax_weights(
     "The weights of softmax attention (paper, Eq. 1), in memory T²."
     dt = torch.promote_types(q.dtype, torch.float32)
     s = q.to(dt) @ repeat_kv(k, q.shape[1]).to(dt).mT * (q.shape[-1]**-0.5 if scale is None else scale)
-    ok = visible(q.shape[2], k.shape[2], causal, mask, q.device, window)
+    ok = make_attention_mask(q.shape[2], k.shape[2], causal, mask, q.device, window)
     return s.masked_fill(~ok, -torch.inf).softmax(-1).masked_fill(~ok, 0)
 
 # %% ../../nbs/01_softmax_attention.ipynb #4154f39e
-@full_precision
+@no_autocast
 def softmax_attention(
     q:Tensor, # (B, H, Tq, D) queries
     k:Tensor, # (B, Hkv, T, D) keys; Hkv divides H
@@ -63,6 +63,6 @@ def fused_softmax_attention(
     H,Tq,T = q.shape[1],q.shape[2],k.shape[2]
     k,v,ok = repeat_kv(k, H),repeat_kv(v, H),None
     if mask is not None or window is not None or (causal and Tq!=T):
-        ok = visible(Tq, T, causal, mask, q.device, window)
+        ok = make_attention_mask(Tq, T, causal, mask, q.device, window)
         ok = ok | ~ok.any(-1, keepdim=True)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=ok, dropout_p=dropout, is_causal=causal and ok is None, scale=scale)

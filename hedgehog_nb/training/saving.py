@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from ..models.attention import linear_layers
-from ..models.linearize import linearize, plan_maps
+from ..models.linearize import linearize, build_attentions
 from ..models.loading import new_folder
 from .checkpoint import load_state, save_state
 from .finetune import _check_merge, merge_lora
@@ -154,7 +154,7 @@ def read_trained(
 
 def _check_maps(model, kept, path, inputs):
     "Raise `ValueError` where `model` would need other maps than those that were kept."
-    try: planned = plan_maps(model, inputs=inputs, **kept['hedgehog'])[1]
+    try: planned = build_attentions(model, inputs=inputs, **kept['hedgehog'])[1]
     except (TypeError,ValueError) as e: raise ValueError(f"{path} cannot convert this model: {e}") from e
     names = {m:n for n,m in model.named_modules()}
     maps = {names[m]:f for m,f in planned.items()}
