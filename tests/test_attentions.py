@@ -261,7 +261,7 @@ def test_your_own():
         def phi(self, x): return x**3
     try:
         assert make_feature_map('cube', 4).name=='cube' and 'cube' in ATTENTIONS and 'cube' in FEATURE_MAPS
-        assert linearize(llama(), 'cube').config.hedgehog['feature_map']=='cube'
+        assert linearize(llama(), 'cube').config.hedgehog['attention']=='cube'
     finally: del ATTENTIONS['cube'], FEATURE_MAPS['cube']
 
 @pytest.mark.parametrize('make,says', [

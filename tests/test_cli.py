@@ -232,7 +232,7 @@ def test_properties_of_a_converted_model(converted):
 def test_a_hybrid_and_how_much_its_linear_branch_carries(here):
     r = hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', here/'h', '--map', 'hedgehog-window', '--window', 8, '--relative', '--distill-steps', 1, '--finetune-steps', 0, '--json', *SHORT)
     assert [x['variant'] for x in json.loads(r.stdout)['rows'] if x['metric']=='ppl']==['softmax-zero-shot','swapped','hedgehog-window-distilled']
-    assert json.loads((here/'h'/'config.json').read_text())['hedgehog']==dict(feature_map='hedgehog-window', layers=[0,1,2,3,4], window=8, relative=True)
+    assert json.loads((here/'h'/'config.json').read_text())['hedgehog']==dict(attention='hedgehog-window', layers=[0,1,2,3,4], attention_kwargs=dict(window=8, relative=True))
     r = hedgehog('properties', here/'h', '--data', 'embedded', '--seq-len', 64, '--tokens', 64, '--json')
     older = json.loads(r.stdout)['older_keys']
     assert len(older['layers'])==5 and all(0<older[k]<1 for k in ('share','softmax'))

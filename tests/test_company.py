@@ -45,7 +45,7 @@ def at_once(*fs):
 
 # --- threads
 
-KINDS = dict(linear={}, hybrid=dict(feature_map='hedgehog-window', window=4), heads=dict(softmax_heads='0:0,1'))
+KINDS = dict(linear={}, hybrid=dict(attention='hedgehog-window', window=4), heads=dict(softmax_heads='0:0,1'))
 
 @pytest.mark.parametrize('threads,requests,kw', [(8, 20, KINDS['linear']), (4, 4, KINDS['hybrid']), (4, 4, KINDS['heads'])], ids=KINDS)
 def test_threads_that_write_with_one_model(threads, requests, kw):
@@ -119,7 +119,7 @@ def test_borrowing_within_borrowing():
 # --- masks made before a state has its place
 
 @pytest.mark.parametrize('name', [llama, gpt2])
-@pytest.mark.parametrize('kw', [{}, dict(feature_map='hedgehog-window', window=4), dict(form='exp')], ids=['softmax','window','exp'])
+@pytest.mark.parametrize('kw', [{}, dict(attention='hedgehog-window', window=4), dict(form='exp')], ids=['softmax','window','exp'])
 def test_a_cache_of_fixed_length_and_padding(name, kw):
     model = made(name, **kw); short,long = tokens(1, 7),tokens(1, 15, seed=2)
     x = torch.cat([long, torch.cat([torch.zeros(1, 8, dtype=torch.long), short], 1)]); mask = (x>0).long()
@@ -564,7 +564,7 @@ def test_a_model_is_loaded_from_a_folder():
 def test_padding_anywhere_takes_places_in_a_window(holes):
     "Padded tokens take places: a window that reaches over everything is softmax, a short one sees as much less as there is padding in it."
     x = tokens(2, 20); mask = torch.ones_like(x); mask[:,holes] = 0; real = mask.bool()
-    (wide,narrow),soft = (made(feature_map='hedgehog-window', window=w) for w in (20, 5)),llama(layers=2).double()
+    (wide,narrow),soft = (made(attention='hedgehog-window', window=w) for w in (20, 5)),llama(layers=2).double()
     at = lambda m: logits(m, x, attention_mask=mask, use_cache=False)
     same(at(wide)[real], at(soft)[real])
     other = torch.where(real, x, 5)

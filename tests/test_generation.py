@@ -11,7 +11,7 @@ from tiny_models import gpt2, llama, tokens
 
 def embedded(seed=0, **kw): return load_embedded()[0]
 MODELS = dict(llama=llama, gpt2=gpt2, embedded=embedded)
-SETTINGS = [{}, dict(feature_map='hedgehog-window', window=4), dict(form='exp'), dict(form='softmax_joint', num_maps=2), dict(feature_map='elu'), dict(layers='0'), dict(layers='1-2', form='exp')]
+SETTINGS = [{}, dict(attention='hedgehog-window', window=4), dict(form='exp'), dict(form='softmax_joint', num_maps=2), dict(attention='elu'), dict(layers='0'), dict(layers='1-2', form='exp')]
 ids = lambda kw: '-'.join(f'{k}={v}' for k,v in kw.items()) or 'plain'
 FREE = dict(do_sample=False, eos_token_id=None, pad_token_id=0)   # write on to the end
 
@@ -244,7 +244,7 @@ def test_a_real_model():
     same(torch.stack(a.logits)[:2], torch.stack(b.logits)[:2], 1e-2)
     assert torch.equal(a.sequences, b.sequences)
 
-@pytest.mark.parametrize('kw', [{}, dict(form='exp'), dict(feature_map='hedgehog-window', window=5)], ids=str)
+@pytest.mark.parametrize('kw', [{}, dict(form='exp'), dict(attention='hedgehog-window', window=5)], ids=str)
 @torch.no_grad()
 def test_a_step_compiles_into_one_graph_for_any_context(kw):
     graphs = []
@@ -258,7 +258,7 @@ def test_a_step_compiles_into_one_graph_for_any_context(kw):
 
 # --- caches that are sent away, or handed on
 
-@pytest.mark.parametrize('name,kw', [('linear',{}), ('hybrid',dict(feature_map='hedgehog-window', window=4)), ('heads',dict(softmax_heads='0:0,1')), ('partly',dict(layers=[0]))])
+@pytest.mark.parametrize('name,kw', [('linear',{}), ('hybrid',dict(attention='hedgehog-window', window=4)), ('heads',dict(softmax_heads='0:0,1')), ('partly',dict(layers=[0]))])
 def test_an_offloaded_cache(name, kw, monkeypatch):
     "transformers sends a layer away between `update` and its attention; streams are stood for, since a CPU has none."
     class NoStream:

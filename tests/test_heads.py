@@ -12,7 +12,8 @@ from hedgehog_nb.attentions.specs import parse_heads, format_heads
 from hedgehog_nb.analysis.heads import select_softmax_heads
 from hedgehog_nb.models.hub import model_card
 from hedgehog_nb.models.attention import linear_layers, padding_mask, set_implementation
-from hedgehog_nb.models.linearize import linearize, build_attentions
+from hedgehog_nb.models.config import LinearizeConfig
+from hedgehog_nb.models.linearize import build_attentions, linearize
 from hedgehog_nb.models.loading import load_linearized, save_linearized
 from hedgehog_nb.analysis.report import attention_report
 from hedgehog_nb.models.cache import cache_bytes, decode_costs
@@ -178,17 +179,17 @@ def test_a_module_checks_its_heads_too():
         with pytest.raises(ValueError, match=says): MixedHeadAttention('hedgehog', kept, 8, 4, 2)
     with pytest.raises(ValueError, match='takes queries of 4 heads'): MixedHeadAttention('hedgehog', [0,1], 8, 4, 2).attend(*(t.float() for t in qkv(8, 4)))
 
-@pytest.mark.parametrize('kw', [dict(softmax_heads='1:0'), dict(softmax_heads='7:0'), dict(softmax_heads='0:0-1', layers='1-2'), dict(softmax_heads='0:0-3'), dict(softmax_heads='0-1'), dict(softmax_heads='0:0-1', form='halves'), dict(softmax_heads='0:0-1', feature_map='latte')], ids=ids)
+@pytest.mark.parametrize('kw', [dict(softmax_heads='1:0'), dict(softmax_heads='7:0'), dict(softmax_heads='0:0-1', layers='1-2'), dict(softmax_heads='0:0-3'), dict(softmax_heads='0-1'), dict(softmax_heads='0:0-1', form='halves'), dict(softmax_heads='0:0-1', attention='latte')], ids=ids)
 def test_a_refused_model_is_as_it_was(kw):
     model = llama(); names,hooks = list(model.state_dict()),[len(m._forward_pre_hooks) for m in model.modules()]
-    for f in (linearize, build_attentions):
+    for f in (linearize, lambda m, **kw: build_attentions(m, LinearizeConfig(**{'attention_kwargs':{k:kw.pop(k) for k in ('form',) if k in kw}, **kw}))):
         with pytest.raises(ValueError) as e: f(model, **kw)
         assert '\n' not in str(e.value)
     assert list(model.state_dict())==names and not hasattr(model.config, 'hedgehog') and [len(m._forward_pre_hooks) for m in model.modules()]==hooks
 
 # --- models
 
-KINDS = [{}, dict(form='exp', num_maps=2, bias=True), dict(feature_map='hedgehog-window', window=4), dict(feature_map='elu')]
+KINDS = [{}, dict(form='exp', num_maps=2, bias=True), dict(attention='hedgehog-window', window=4), dict(attention='elu')]
 
 def model_of(name, seed=0, softmax_heads=HEADS, **kw): return shake(linearize(MODELS[name](seed).double(), softmax_heads=softmax_heads, **kw)).double().eval()
 
@@ -255,7 +256,7 @@ def test_half_precision_and_autocast(dtype):
 
 # --- writing
 
-WRITES = [{}, dict(feature_map='hedgehog-window', window=4), dict(form='exp', layers='0,2'), dict(feature_map='cosformer')]
+WRITES = [{}, dict(attention='hedgehog-window', window=4), dict(form='exp', layers='0,2'), dict(attention='cosformer')]
 writes = pytest.mark.parametrize('name,kw', [(n,kw) for n in CAUSAL for kw in WRITES], ids=ids)
 
 @writes
@@ -263,7 +264,7 @@ def test_greedy_left_padded_and_continued(name, kw):
     model = model_of(name, **kw); x = tokens(2, 11)
     assert torch.equal(model.generate(x, max_new_tokens=12, **FREE), forward(model, x, n=12))
     x,mask = left_padded([9,1,14,5]); out = model.generate(input_ids=x, attention_mask=mask, max_new_tokens=9, **FREE)
-    if kw.get('feature_map')!='cosformer':                 # which counts places, not real tokens
+    if kw.get('attention')!='cosformer':                 # which counts places, not real tokens
         assert torch.equal(out, forward(model, x, mask, 9))
         for b,n in enumerate((9,1,14,5)): assert torch.equal(out[b,-9:], model.generate(x[b:b+1,-n:], max_new_tokens=9, **FREE)[0,-9:])
     cache,x = DynamicCache(config=model.config),tokens(1, 7)
@@ -347,7 +348,7 @@ def test_a_step_compiles_for_any_context():
 # --- saving
 
 @pytest.mark.parametrize('name', MODELS)
-@pytest.mark.parametrize('kw', [{}, dict(feature_map='hedgehog-window', window=4)], ids=ids)
+@pytest.mark.parametrize('kw', [{}, dict(attention='hedgehog-window', window=4)], ids=ids)
 def test_saved_and_loaded_bit_for_bit(tmp_path, name, kw):
     if kw and name not in CAUSAL: return
     model = shake(linearize(MODELS[name](), softmax_heads={2:[3,2], 0:'0-1'}, **kw)); x = inputs(model)
@@ -433,7 +434,7 @@ def test_finetuning_reaches_both_kinds_of_heads(lora):
 
 def test_shares_and_branches_count_heads_as_the_model_does():
     x,mask = tokens(2, 30),torch.ones(2, 30, dtype=torch.long); mask[1,:20] = 0
-    kw = dict(feature_map='hedgehog-window', window=6, layers='1-2')
+    kw = dict(attention='hedgehog-window', window=6, layers='1-2')
     kept,whole = linearize(llama().double(), softmax_heads='1:0-1', **kw),linearize(llama().double(), **kw)
     rows,want = ({(r['layer'],r['head']):r for r in linear_weight_share(m, input_ids=x, attention_mask=mask)} for m in (kept, whole))
     assert [*rows]==[(0,2),(0,3),*((1,h) for h in range(4))]
@@ -480,7 +481,7 @@ def test_the_command_line(tmp_path, monkeypatch):
     rows = json.loads(hedgehog('properties', 'tales', '--data', 'embedded', '--by', 'head', '--tokens', 64, '--seq-len', 64, '--json').stdout)['rows']
     assert {r['head'] for r in rows if r['variant']=='hedgehog' and r['layer']==2}=={0,1,4,5,6,7} and {r['head'] for r in rows if r['variant']=='softmax'}==set(range(8))
     r = hedgehog(*args[:5], 'other', '--softmax-heads', '2:2', '--distill-steps', 1, code=1); assert r.stderr.count('\n')==1 and 'head 2 shares its keys with head 3' in r.stderr
-    from hedgehog_nb.training import distill as training
+    from hedgehog_nb.training import recipe as training
     def stop(*a, **k): raise OSError(28, 'No space left on device', 'x')
     monkeypatch.setattr(training, 'distill', stop); hedgehog(*args[:5], 'third', '--config', 'run.yaml', code=1)
     r = hedgehog(*args[:5], 'third', '--config', 'run.yaml', '--softmax-heads', '2:4-5', code=1); assert 'other settings (--softmax-heads 2:2-3 there, 2:4-5 here)' in r.stderr

@@ -20,8 +20,8 @@ def imports(path, root):
             if isinstance(n, ast.ImportFrom):
                 base = '.'.join(package[:len(package)-n.level+1] if n.level else [])
                 module = '.'.join(filter(None, [base, n.module]))
-                if module.split('.')[0]==root.name or n.level: yield from ((module, a.name, inside, n.lineno) for a in n.names)
-            elif isinstance(n, ast.Import): yield from ((a.name, '', inside, n.lineno) for a in n.names if a.name.split('.')[0]==root.name)
+                if module.split('.')[0]==package[0]: yield from ((module, a.name, inside, n.lineno) for a in n.names)
+            elif isinstance(n, ast.Import): yield from ((a.name, '', inside, n.lineno) for a in n.names if a.name.split('.')[0]==package[0])
             else: yield from walk(n, inside or isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
     return list(walk(ast.parse(path.read_text(encoding='utf-8')), False))
 
@@ -33,11 +33,13 @@ def faults(package):
     for name,path in modules.items():
         if name==package.name: continue  # the package itself loads names when they are asked for
         floor = name.split('.')[1]
-        for module,what,inside,line in imports(path, root) if True else ():
+        for module,what,inside,line in imports(path, root):
             target = f'{module}.{what}' if f'{module}.{what}' in modules else module
             if target==package.name: continue
             other,at = target.split('.')[1],f'{name}:{line}'
-            if floor not in RANK and floor not in BESIDE: res.append(f'{at} lies in no layer')
+            if not {floor, other}<={*RANK, *BESIDE}:
+                res.append(f'{at} lies in no layer')
+                continue
             arrows.setdefault(name, set()).add(target)
             if other!=floor:
                 if floor in BESIDE: res.append(f'{at} imports {target}, and {floor} stands beside the layers')

@@ -49,7 +49,7 @@ def same(a, b, tol): torch.testing.assert_close(a.double(), b.double(), atol=tol
 
 # --- what it looks at
 
-ASKED = [*((n,{}) for n in ('llama','bert','vit')), ('llama',dict(layers='0,2')), ('bert',dict(layers='1')), ('llama',dict(layers='0,1', softmax_heads='1:0-1')), ('llama',dict(feature_map='hedgehog-window', window=4)), ('llama',dict(feature_map='elu'))]
+ASKED = [*((n,{}) for n in ('llama','bert','vit')), ('llama',dict(layers='0,2')), ('bert',dict(layers='1')), ('llama',dict(layers='0,1', softmax_heads='1:0-1')), ('llama',dict(attention='hedgehog-window', window=4)), ('llama',dict(attention='elu'))]
 
 @pytest.mark.parametrize('name,settings,padded', [(n,kw,p) for n,kw in ASKED for p in (False,True) if not p or n!='vit'])
 def test_weights_are_those_it_uses(name, settings, padded):
@@ -151,7 +151,7 @@ def test_layers_are_read():
     for bad in ('', '3', '0-3', 'x', '-1', '1-', [3], [-1], [], '0,,1', '0-2:', '0-2:0', '1:2'):
         with pytest.raises(ValueError, match='layers'): parse_layers(bad, 3)
 
-BAD = [dict(feature_map='hedghog'), dict(layers='0-9'), dict(layers='first'), dict(form='halves'), dict(feature_map='elu', form='exp'), dict(num_maps=0), dict(inputs=dict(nonsense=1))]
+BAD = [dict(attention='hedghog'), dict(layers='0-9'), dict(layers='first'), dict(form='halves'), dict(attention='elu', form='exp'), dict(num_maps=0), dict(inputs=dict(nonsense=1))]
 
 @pytest.mark.parametrize('kw', BAD, ids=ids)
 @pytest.mark.parametrize('training', [True,False])
@@ -186,7 +186,7 @@ def test_gradients_are_the_oracles(name):
 
 @pytest.mark.parametrize('name', MODELS)
 @pytest.mark.parametrize('dtype', [torch.float32,torch.bfloat16])
-@pytest.mark.parametrize('kw', [{}, dict(form='exp', num_maps=2, bias=True, layers='1-2'), dict(feature_map='elu')], ids=ids)
+@pytest.mark.parametrize('kw', [{}, dict(form='exp', num_maps=2, bias=True, layers='1-2'), dict(attention='elu')], ids=ids)
 def test_what_is_saved_comes_back_bit_for_bit(tmp_path, name, dtype, kw):
     MODELS[name]().save_pretrained(tmp_path/'base')
     model = shake(linearize(type(MODELS[name]()).from_pretrained(tmp_path/'base', dtype=dtype), **kw))
@@ -282,7 +282,7 @@ TAMPERED = dict(
     fewer_layers=(lambda p: config(p, hedgehog=dict(feature_map='hedgehog', layers=[0])), r'does not fit together: model\.layers\.1\.self_attn\.feature_map\.\S+ is in its weights, and in no map'),
     other_map=(lambda p: config(p, hedgehog=dict(feature_map='elu')), r'feature_map\.\S+ is in its weights, and in no map'),
     layers=(lambda p: config(p, hedgehog=dict(feature_map='hedgehog', layers=3)), r'config\.json says hedgehog: .*layers.* 3'),
-    model=(lambda p: config(p, hedgehog=dict(model=3)), r'config\.json says hedgehog: .*multiple values'),
+    model=(lambda p: config(p, hedgehog=dict(model=3)), r'config\.json says hedgehog: .*settings attention.*given model'),
     no_file=(lambda p: (p/'model.safetensors').unlink(), r'holds no weights'),
     no_config=(lambda p: (p/'config.json').write_text('{"a'), r'config\.json is no config'),
     config_list=(lambda p: (p/'config.json').write_text('[]'), r'config\.json is no config'),

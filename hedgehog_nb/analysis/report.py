@@ -13,6 +13,7 @@ from torch import Tensor
 from ..models.interface import capture_attention
 from ..ops.common import repeat_kv
 from ..ops.metrics import attention_entropy, attention_metrics, map_weights, monotonicity
+from ..attentions.base import make_feature_map
 
 # %% ../../nbs/03_softmax_properties.ipynb #985bd133
 METRICS = dict(entropy='entropy, nats', share='entropy / log n', sink='sink weight', entropy_rest='entropy without sink, nats', support='support, tokens',
@@ -58,7 +59,6 @@ def _variants(call, feature_map):
     if feature_map is None:
         own = getattr(call.module, 'feature_map', None)
         return {'softmax':None} | ({} if own is None else {getattr(own, 'name', type(own).__name__):own})
-    from hedgehog_nb.attentions.base import make_feature_map
     if not hasattr(feature_map, 'items'): feature_map = {n: functools.partial(make_feature_map, n) for n in ([feature_map] if isinstance(feature_map, str) else feature_map)}
     made = {n: f(call.q.shape[-1], call.q.shape[1], call.k.shape[1], call.scale) for n,f in feature_map.items()}
     return {'softmax':None} | {n: m.to(call.q.device) if hasattr(m, 'to') else m for n,m in made.items()}

@@ -19,7 +19,6 @@ from ..data.files import atomic_write
 from .options import (
     _command, _examples, _Group, _opt, _expand_config, _version, AutocastOpt, BaseOpt, BatchOpt, BlockBosOpt, ColumnOpt, ConfigOpt, DataOpt, DebugOpt, DeviceOpt,
     DtypeOpt, EvalOpt, ImplOpt, JsonOpt, LenOpt, ModelArg, SeedOpt, Terminated)
-from ..training.recipe import barrier, convert, is_main_process, EvalLog, read_eval_log, steps_for, tokens_after
 
 # %% ../../nbs/93_cli.ipynb #97e5ad1a
 def is_trained(
@@ -75,6 +74,7 @@ def keep_run_dir(
     work:Path, # Working folder of the run
 ):
     "Whatever ends the block early says where the work is; a folder in which nothing is done yet goes."
+    from hedgehog_nb.training.recipe import is_main_process
     try: yield
     except BaseException as e:
         if is_main_process() and [p.name for p in work.glob('*')] in ([], ['command.json']): shutil.rmtree(work, ignore_errors=True)
@@ -169,13 +169,11 @@ def _said_start(start):
 
 def map_plan(
     model, # A model not converted yet; it stays so
-    feature_map:str, # Name of the map
-    layers='all', # Layers to convert
-    **map_kwargs # Settings of the map
+    config, # A `LinearizeConfig`
 )->tuple: # (numbers of the layers to convert, parameters of their maps)
     "What converting would add. Raises `ValueError` where it cannot be done."
     from hedgehog_nb.models.linearize import build_attentions
-    which,maps = build_attentions(model, feature_map, layers, **map_kwargs)
+    which,maps = build_attentions(model, config)
     return which, sum(p.numel() for m in maps.values() for p in m.parameters())
 
 # %% ../../nbs/93_cli.ipynb #0677487b
@@ -194,6 +192,7 @@ def _name(spec): return spec if spec=='embedded' else Path(spec).name
 
 def _plan(model, spec, feature_map, layers, extra, train, test, steps, batch_size, lora, heads=None, start=''):
     "What is about to happen, a line each."
+    from hedgehog_nb.training.recipe import tokens_after
     n,(_,T) = model.num_parameters(),test.shape
     lines = [('convert', f"[bold]{_name(spec)}[/], {type(model).__name__}, {n:,} parameters, {str(model.dtype)[6:]} on {model.device.type}"),
         ('to', f"[bold]{feature_map}[/] attention in {layers} layers{f' but for heads {heads}' if heads else ''}, {extra:,} parameters of maps ({extra/n:.2%})")]
@@ -202,8 +201,9 @@ def _plan(model, spec, feature_map, layers, extra, train, test, steps, batch_siz
     return '\n'.join(f'  [dim]{w:<9}[/] {l}' for w,l in [*lines, ('measure', f'{test.numel():,} tokens in blocks of {T}{start}')])+'\n'
 
 # %% ../../nbs/93_cli.ipynb #2a80a9b0
-def _prepare(model, data, eval_data, text_column, feature_map, layers, kw, seq_len, batch_size, eval_tokens, budgets, dtype, device, seed, block_bos, adapted):
+def _prepare(model, data, eval_data, text_column, config, seq_len, batch_size, eval_tokens, budgets, dtype, device, seed, block_bos, adapted):
     "Everything that can fail before the first step: (model, tokenizer, train, test, numbers of the layers, parameters of their maps, steps of each phase)."
+    from hedgehog_nb.training.recipe import steps_for
     if is_converted(model): raise ValueError(f"{model} is converted already; name the model it came from")
     m,tok = open_model(model, dtype, device)
     tunes = budgets[1][0] if budgets[1][1] is None else budgets[1][1]
@@ -211,7 +211,7 @@ def _prepare(model, data, eval_data, text_column, feature_map, layers, kw, seq_l
         raise ValueError(f"{model} is quantised, and such weights are not trained: say --lora-rank 8 --save trained, which trains adapters beside them, "
             "or --finetune-tokens 0, which trains the maps alone")
     if block_bos is not None: tok.init_kwargs['block_bos'] = block_bos   # saved with the converted model, which is measured as it was trained
-    which,extra = map_plan(m, feature_map, layers, **kw)
+    which,extra = map_plan(m, config)
     if not extra: budgets = [(0,0), budgets[1]]   # a map without parameters has nothing to distil
     tokens = max(seq_len, *(t if s is None else s*batch_size*seq_len for t,s in budgets))
     train = open_blocks(data, 'train', m, tok, seq_len, math.ceil(tokens/seq_len)*seq_len, seed, text_column)
@@ -309,8 +309,12 @@ def linearize_command(ctx:typer.Context,
     A run that was stopped, killed, or ran out of disk goes on when the same command is given again, and ends as it would have. What it has done so far is in a hidden folder beside --out.
 
     Without a GPU expect about a minute for the embedded model, and hours for a hundred million parameters; smaller budgets and [cyan]--eval-tokens[/] make it shorter. Out of memory: [cyan]--grad-accum[/]. Several processes or GPUs share each batch under [cyan]torchrun --nproc_per_node 2 --no-python hedgehog linearize …[/]."""
+    from hedgehog_nb.training.recipe import barrier, convert, is_main_process, read_eval_log
     from hedgehog_nb.results import code_version, command_line
-    start,commit,screen,kw = time.perf_counter(),code_version(),Terminal(as_json),{k:v for k,v in dict(form=form, num_maps=num_maps, bias=bias, window=window, relative=relative, branch=branch, softmax_heads=softmax_heads, implementation=implementation).items() if v is not None}
+    from hedgehog_nb.models.config import LinearizeConfig
+    start,commit,screen = time.perf_counter(),code_version(),Terminal(as_json)
+    given = dict(form=form, num_maps=num_maps, bias=bias, window=window, relative=relative, branch=branch)
+    how = LinearizeConfig(feature_map, layers, softmax_heads, {k:v for k,v in given.items() if v is not None}, implementation)
     out,settings = out.expanduser(),_settings(ctx)
     work = out.with_name(f'.{out.name}-run')
     written = [not restart and _same(p, work/'results.json') for p in (out/'results.json', record)] # by a run that was killed as it ended
@@ -322,14 +326,14 @@ def linearize_command(ctx:typer.Context,
         barrier()
         before = read_eval_log(work/'measured.json')['wall_s']
         with screen.wait(f'loading {model}'):
-            m,tok,train,test,which,extra,steps = _prepare(model, data, eval_data, text_column, feature_map, layers, kw, seq_len, batch_size, eval_tokens,
+            m,tok,train,test,which,extra,steps = _prepare(model, data, eval_data, text_column, how, seq_len, batch_size, eval_tokens,
                 [(distill_tokens,distill_steps), (finetune_tokens,finetune_steps)], dtype, device, seed, block_bos, bool(lora_rank and trained))
         lora = _lora(m, lora_rank, lora_targets)
         begin = block_start(tok)
         screen.say(_plan(m, model, feature_map, len(which), extra, train, test, steps, batch_size, lora, softmax_heads, _said_start(begin)))
         camera = AttentionSnapshots(test[:1,:24], tok, which[len(which)//2], feature_map)
         with screen.progress:
-            rows = convert(m, train, test, feature_map, layers, kw, *steps, batch_size, lr, finetune_lr, objective, evals, baseline=baseline, autocast=autocast, seed=seed,
+            rows = convert(m, train, test, how, *steps, batch_size, lr, finetune_lr, objective, evals, baseline=baseline, autocast=autocast, seed=seed,
                 on_event=tee(screen.progress, camera), accumulate=grad_accum, lora=lora, work=work, save_every=save_every, trained=trained, base=model)
         rows = [dict(experiment=experiment, model=_name(model), data='+'.join(map(_name, data)), **r, seq_len=seq_len, block_start=begin, eval_tokens=test.numel()) for r in rows]
         if not is_main_process(): return
@@ -351,6 +355,7 @@ def evaluate_command(
     dtype:DtypeOpt=None, implementation:ImplOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
     "[bold]Measure perplexity[/] of a model, converted or not."
+    from hedgehog_nb.training.recipe import EvalLog
     screen = Terminal(as_json)
     with screen.wait(f'loading {model}'):
         m,tok = open_model(model, dtype, device, base, implementation)
@@ -524,11 +529,13 @@ DEMO = dict(seq_len=256, batch_size=8, distill_steps=100, finetune_steps=120, lr
 # %% ../../nbs/93_cli.ipynb #f96e7292
 def _demo_rows(train, test, quick, listeners, seed):
     "(converted model, rows): Hedgehog, then 1+ELU with as many steps in all."
+    from hedgehog_nb.training.recipe import convert
     from hedgehog_nb.data.models import load_embedded
+    from hedgehog_nb.models.config import LinearizeConfig
     m,n = load_embedded()[0],DEMO['quick'] if quick else 1
     a,b = DEMO['distill_steps']//n,DEMO['finetune_steps']//n
     kw = dict(batch_size=DEMO['batch_size'], lr=DEMO['lr'], finetune_lr=DEMO['finetune_lr'], seed=seed)
-    rows = convert(m, train, test, map_kwargs=DEMO['map'], distill_steps=a, finetune_steps=b, on_event=tee(*listeners), **kw)
+    rows = convert(m, train, test, LinearizeConfig(attention_kwargs=DEMO['map']), distill_steps=a, finetune_steps=b, on_event=tee(*listeners), **kw)
     return m, rows+convert(load_embedded()[0], train, test, 'elu', finetune_steps=a+b, teacher=False, on_event=listeners[0], **kw)
 
 def _memory_table(model, memory):

@@ -10,7 +10,6 @@ __all__ = ['INSTRUCT', 'attention_maps', 'spiky_heads', 'tee', 'AttentionSnapsho
 # %% ../../nbs/93_cli.ipynb #aaaf85i3
 import json, math, re, sys, time
 from contextlib import nullcontext
-from ..training.recipe import is_main_process
 
 # %% ../../nbs/93_cli.ipynb #20286b95
 def attention_maps(
@@ -174,6 +173,7 @@ def perplexity_table(
 class Terminal:
     "Where a command speaks: results on stdout (on stderr under --json), all else on stderr."
     def __init__(self, as_json=False):
+        from hedgehog_nb.training.recipe import is_main_process
         from rich.console import Console
         self.json,self.err = as_json and is_main_process(),Console(stderr=True, force_jupyter=False, quiet=not is_main_process())
         self.out = self.err if as_json else Console(force_jupyter=False, quiet=not is_main_process())

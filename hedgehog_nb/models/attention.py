@@ -18,6 +18,8 @@ from transformers.utils import is_tracing
 from ..functional import can_run
 from .interface import is_causal
 from ..ops.softmax import fused_softmax_attention, softmax_weights
+from dataclasses import replace
+from .config import LinearizeConfig
 
 # %% ../../nbs/08_linearize.ipynb #0a8ed362
 PLAIN_MASKS = causal_mask_function, bidirectional_mask_function
@@ -137,5 +139,4 @@ def set_implementation(
     ms = linear_layers(model).values()
     _check_implementation([m.feature_map for m in ms], implementation)
     for m in ms: m._implementation = implementation
-    kept = {k:v for k,v in model.config.hedgehog.items() if k!='implementation'}
-    model.config.hedgehog = kept if implementation is None else kept | dict(implementation=implementation)
+    model.config.hedgehog = replace(LinearizeConfig.from_dict(model.config.hedgehog), implementation=implementation).to_dict()

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from huggingface_hub import HfApi, ModelCardData
+from .config import LinearizeConfig
+from .attention import linear_layers
 
 # %% ../../nbs/12_good_citizen.ipynb #12a00026
 def is_hub_name(
@@ -24,10 +26,12 @@ def is_hub_name(
 
 def _conversion_summary(model):
     "What a card says of a conversion, in order."
-    from hedgehog_nb.models.attention import linear_layers
-    cfg,maps = model.config.hedgehog,[m.feature_map for m in linear_layers(model).values()]
-    return {'architecture': type(model).__name__, 'attention': ', '.join(str(v) if k=='feature_map' else f'{k}={v}' for k,v in cfg.items() if k not in ('layers','softmax_heads')),
-        'linear layers': ', '.join(map(str, cfg['layers'])), **({'heads of these that stay softmax (layer:heads)': cfg['softmax_heads']} if 'softmax_heads' in cfg else {}), 'parameters of the maps': f"{sum(p.numel() for m in maps for p in m.parameters()):,}"}
+    cfg,maps = LinearizeConfig.from_dict(model.config.hedgehog),[m.feature_map for m in linear_layers(model).values()]
+    settings = {**cfg.attention_kwargs, **({} if cfg.implementation is None else dict(implementation=cfg.implementation))}
+    return {'architecture': type(model).__name__, 'attention': ', '.join([cfg.attention, *(f'{k}={v}' for k,v in settings.items())]),
+        'linear layers': ', '.join(map(str, cfg.layers)),
+        **({'heads of these that stay softmax (layer:heads)': cfg.softmax_heads} if cfg.softmax_heads else {}),
+        'parameters of the maps': f"{sum(p.numel() for m in maps for p in m.parameters()):,}"}
 
 MODEL_CARD_TEMPLATE = """---
 {header}

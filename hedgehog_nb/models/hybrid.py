@@ -11,6 +11,8 @@ __all__ = ['set_branch', 'linear_weight_share']
 import torch
 from ..attentions.window import BRANCHES, WindowAttention
 from ..ops.softmax import softmax_weights
+from .attention import hedgehog_attention, padding_mask
+from .interface import use_attention
 
 # %% ../../nbs/10_window.ipynb #c47fac49
 def set_branch(
@@ -29,8 +31,6 @@ def linear_weight_share(
     **inputs # What its forward takes: input_ids, attention_mask …
 )->list: # Rows: layer, head, share (of the linear branch), softmax (its share on the same keys), both means over real tokens that have older keys
     "How much of each head's weight lies on keys older than the window; memory T². Raises `ValueError` where the model has no hybrid layers, or the text no older keys."
-    from hedgehog_nb.models.interface import use_attention
-    from hedgehog_nb.models.attention import hedgehog_attention, padding_mask
     rows,hybrids = [],[m for m in model.modules() if hasattr(m, 'feature_map') and isinstance(m.feature_map.linear_part()[0], WindowAttention)]
     if not hybrids: raise ValueError("this model has no hybrid layers: convert it with linearize(model, 'hedgehog-window')")
     def fn(module, q, k, v, attention_mask, scaling=None, **kw):

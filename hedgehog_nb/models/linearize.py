@@ -20,6 +20,9 @@ from .attention import _check_implementation, check_call, linear_layers, padding
 from .hub import patch_save_pretrained
 from .interface import use_attention, AttentionCall, eager_attention, is_causal, set_attention
 from ..ops.softmax import fused_softmax_attention
+from dataclasses import replace
+from .cache import use_recurrent_cache
+from .config import LinearizeConfig
 
 # %% ../../nbs/08_linearize.ipynb #418d6ed8
 def _dummy_input(model, name):
@@ -134,12 +137,8 @@ def _refuse_adapters(model):
 
 def build_attentions(
     model:PreTrainedModel, # A model not converted yet; it stays as it is
-    feature_map:str='hedgehog', # Name of the map (see `FEATURE_MAPS`), or "hedgehog-window"
-    layers='all', # Attention layers to convert: "0-5,8", "1-29:2", a list of integers, or "all": those that see everything, where others have a window
+    config:LinearizeConfig, # What to convert, and into what
     inputs:dict=None, # A small input for the model's forward; tokens or a blank image if None
-    softmax_heads=None, # Heads of these layers that stay softmax: "3:0,2;7:4-5", or {layer: heads}
-    implementation:str=None, # As for `linearize`; only checked
-    **map_kwargs # Settings of the map
 )->tuple: # (numbers of the layers, {attention module: its map})
     "The maps that would replace softmax, found out by two tiny forward passes. Raises `ValueError` where it cannot be done."
     if linear_layers(model): raise ValueError("this model is linear already; load the original to convert it otherwise")
@@ -148,11 +147,11 @@ def build_attentions(
     try: calls = probe_attention(model, inputs)
     finally: model.train(was)
     if not calls: raise ValueError(f"no attention call was seen in {type(model).__name__}")
-    which = parse_layers(layers, len(calls))
-    if layers=='all' and not all(c.window for c in calls): which = [i for i in which if not calls[i].window]
-    kept = parse_heads(softmax_heads, [(c.q.shape[1], c.k.shape[1]) for c in calls], which)
-    maps = {calls[i].module: _make(feature_map, calls[i], map_kwargs, kept.get(i, ())) for i in which}
-    _check_implementation(maps.values(), implementation)
+    which = parse_layers(config.layers, len(calls))
+    if config.layers=='all' and not all(c.window for c in calls): which = [i for i in which if not calls[i].window]
+    kept = parse_heads(config.softmax_heads, [(c.q.shape[1], c.k.shape[1]) for c in calls], which)
+    maps = {calls[i].module: _make(config.attention, calls[i], config.attention_kwargs, kept.get(i, ())) for i in which}
+    _check_implementation(maps.values(), config.implementation)
     return which, maps
 
 # %% ../../nbs/08_linearize.ipynb #02218ca8
@@ -176,22 +175,24 @@ def _owners(model):
 @torch.no_grad()
 def linearize(
     model:PreTrainedModel, # Any model on transformers' attention interface; changed in place
-    feature_map:str='hedgehog', # Name of the map (see `FEATURE_MAPS`), or "hedgehog-window"
-    layers='all', # Attention layers to convert: "0-5,8", "1-29:2", a list of integers, or "all": those that see everything, where others have a window
+    attention='hedgehog', # A registered attention (`ATTENTIONS`): "hedgehog", "hedgehog-window", "elu" …; or a `LinearizeConfig`, which says all of the following
+    layers='all', # As in `LinearizeConfig`
+    softmax_heads=None, # As in `LinearizeConfig`
+    implementation:str=None, # As in `LinearizeConfig`
     inputs:dict=None, # A small input for the model's forward; tokens or a blank image if None
-    softmax_heads=None, # Heads of these layers that stay softmax: "3:0,2;7:4-5", or {layer: heads}
-    implementation:str=None, # Of `linear_attention` in the converted layers: "naive", "recurrent", "chunked", "c" or "triton"; chosen by the input if None
-    **map_kwargs # Settings of the map, e.g. form="exp", num_maps=2
+    **attention_kwargs # Settings of the attention, e.g. form="exp", num_maps=2
 )->PreTrainedModel: # The same model, its attention swapped; train the maps next (`distill`)
     "Swap softmax attention for linear attention. Raises `ValueError` where that cannot be done, and leaves the model as it was."
-    from hedgehog_nb.models.cache import use_recurrent_cache
+    config = attention
+    if not isinstance(config, LinearizeConfig): config = LinearizeConfig(attention, layers, softmax_heads, attention_kwargs, implementation)
+    elif (layers, softmax_heads, implementation, attention_kwargs)!=('all', None, None, {}): raise ValueError("a LinearizeConfig says all: change it with dataclasses.replace, or give its settings in place of it")
     owners = _owners(model)
-    which,maps = build_attentions(model, feature_map, layers, inputs, softmax_heads, implementation, **map_kwargs)
+    which,maps = build_attentions(model, config, inputs)
     for module,m in maps.items(): module.feature_map = m
     kept = {i:m.softmax_heads for i,m in zip(which, maps.values()) if m.softmax_heads}
-    model.config.hedgehog = dict(feature_map=feature_map, layers=which, **(dict(softmax_heads=format_heads(kept)) if kept else {}), **map_kwargs)
+    model.config.hedgehog = replace(config, layers=which, softmax_heads=format_heads(kept)).to_dict()
     set_attention(model, 'hedgehog')
-    set_implementation(model, implementation)
+    set_implementation(model, config.implementation)
     use_recurrent_cache(model)
     for m in (model, *owners): patch_save_pretrained(m)
     return model

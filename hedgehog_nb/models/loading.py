@@ -19,6 +19,7 @@ from transformers.models.auto import modeling_auto
 from .attention import linear_layers
 from .hub import is_hub_name, UNLOADABLE_ATTN_IMPLEMENTATION, reversible
 from .linearize import linearize
+from .config import LinearizeConfig
 
 # %% ../../nbs/08_linearize.ipynb #8ccf0e68
 @contextmanager
@@ -188,7 +189,7 @@ def load_linearized(
         raise ValueError(f"{path} holds a model of which a part, {parts[0]}, was converted by itself: convert the whole, or save that part")
     if 'hedgehog' not in cfg: raise ValueError(f"{path} holds a model that was not converted; load it with transformers, then call linearize")
     if not isinstance(cfg['hedgehog'], dict):
-        raise ValueError(f"{path/'config.json'}: hedgehog is the settings of the conversion, as {{\"feature_map\": \"elu\"}}; given {cfg['hedgehog']!r}")
+        raise ValueError(f"{path/'config.json'}: hedgehog is the settings of the conversion, as {{\"attention\": \"elu\"}}; given {cfg['hedgehog']!r}")
     files = _weight_files(path, kwargs.get('variant'))
     saved = _class_of(cfg, None, path, cls)
     cls = cls or _class_of(cfg, auto, path)
@@ -197,7 +198,7 @@ def load_linearized(
     for k in [k for k in kwargs if hasattr(own, k) and k not in ('dtype','torch_dtype','quantization_config')]: setattr(own, k, kwargs.pop(k))
     if (path/'adapter_config.json').is_file(): adapter.setdefault('_adapter_model_path', str(path))
     model,info = _original(cls, saved, path, own, **kwargs)
-    try: linearize(model, inputs=inputs, **cfg['hedgehog'] | ({} if implementation=='saved' else dict(implementation=implementation)))
+    try: linearize(model, LinearizeConfig.from_dict(cfg['hedgehog'] | ({} if implementation=='saved' else dict(implementation=implementation))), inputs=inputs)
     except (TypeError,ValueError) as e: raise ValueError(f"{path/'config.json'} says hedgehog: {cfg['hedgehog']}. {e}") from e
     names,made = _saved_names(model),model.state_dict()
     more = sorted(k for k in files if '.feature_map.' in k and k not in names)

@@ -9,11 +9,19 @@ __all__ = ['tokens_after', 'steps_for', 'log_spaced', 'is_main_process', 'barrie
            'mixed_precision', 'convert']
 
 # %% ../../nbs/14_recipe.ipynb #aaaf85i1
-import json, math, os, time
+import json, math, os, time, torch
 from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from ..data.files import atomic_write
+from ..data.models import parse_dtype
+from ..data.text import batches
+from ..models.config import LinearizeConfig
+from ..models.linearize import linearize
+from .distill import distill, distributed_info
+from .evaluate import perplexity
+from .finetune import finetune, merge_lora
+from .saving import save_trained
 
 # %% ../../nbs/14_recipe.ipynb #33e856c5
 def tokens_after(
@@ -51,7 +59,6 @@ def is_main_process()->bool: # True where there is one process
 def barrier():
     "Wait for the other processes, if there are any."
     if os.environ.get('WORLD_SIZE', '1')=='1': return
-    from hedgehog_nb.training.distill import distributed_info
     distributed_info()
     from torch import distributed
     distributed.barrier()
@@ -83,7 +90,6 @@ class EvalLog:
 
     def evaluate(self, model, variant, stage):
         "Perplexity of `model` on the held-out blocks, as a row."
-        from hedgehog_nb.training.evaluate import perplexity
         done,t = 0,time.perf_counter()
         def on_step(n):
             nonlocal done
@@ -130,8 +136,6 @@ def mixed_precision(
     dtype:str=None, # "bfloat16" or "float16"; None: full precision
 ):
     "A context in which matrix products run in `dtype`."
-    from hedgehog_nb.data.models import parse_dtype
-    import torch
     return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, parse_dtype(dtype), cache_enabled=False)
 
 # %% ../../nbs/14_recipe.ipynb #95571ced
@@ -139,9 +143,7 @@ def convert(
     model, # A causal language model from transformers; converted in place
     train, # (N, T) blocks of tokens to train on, from `token_blocks`
     test, # (M, T) blocks of tokens to measure on
-    feature_map:str='hedgehog', # Name of the map
-    layers='all', # Layers to convert: "all", "0-5,8" or a list
-    map_kwargs:dict=None, # Settings of the map
+    config='hedgehog', # A `LinearizeConfig`, or the name of an attention
     distill_steps:int=0, # Steps for the maps alone
     finetune_steps:int=0, # Steps for the whole model
     batch_size:int=8, # Blocks per step
@@ -162,13 +164,8 @@ def convert(
     base:str=None, # For that folder: where the original is to be had
 )->list: # Rows
     "Swap, distil, finetune, and measure before and after each. Raises what `linearize`, `distill` and `finetune` raise."
-    from hedgehog_nb.data.text import batches
-    from hedgehog_nb.models.linearize import linearize
-    import torch
-    from hedgehog_nb.training.distill import distill
-    from hedgehog_nb.training.finetune import finetune, merge_lora
-    from hedgehog_nb.training.saving import save_trained
-    j,name = EvalLog(test, batch_size, on_event, work and work/'measured.json', map=feature_map, seed=seed),'window' if (map_kwargs or {}).get('branch')=='window' else feature_map
+    if isinstance(config, str): config = LinearizeConfig(config)
+    j,name = EvalLog(test, batch_size, on_event, work and work/'measured.json', map=config.attention, seed=seed),'window' if config.attention_kwargs.get('branch')=='window' else config.attention
     def keep(file): return dict(accumulate=accumulate, checkpoint=work and work/file, save_every=save_every)
     def tune(m, variant, file, merge=True):
         on_step = training_logger(j, m, 'finetune', variant, finetune_steps, train)
@@ -178,7 +175,7 @@ def convert(
         if baseline and finetune_steps: tune(deepcopy(model), 'softmax', 'baseline.safetensors')
         j.tokens,j.seconds = 0,0.
         torch.manual_seed(seed)
-        j.evaluate(linearize(model, feature_map, layers, **(map_kwargs or {})), 'swapped', 'swapped')
+        j.evaluate(linearize(model, config), 'swapped', 'swapped')
         if distill_steps:
             data = batches(train, batch_size, seed, epochs=math.ceil(distill_steps*batch_size/len(train)))
             metric = dict(weights='kl', outputs='output-error').get(objective, 'loss')

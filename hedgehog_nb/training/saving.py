@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from ..models.attention import linear_layers
-from ..models.linearize import linearize, build_attentions
+from ..models.config import LinearizeConfig
+from ..models.linearize import build_attentions, linearize
 from ..models.loading import new_folder
 from .checkpoint import load_state, save_state
 from .finetune import _check_merge, merge_lora
@@ -154,7 +155,7 @@ def read_trained(
 
 def _check_maps(model, kept, path, inputs):
     "Raise `ValueError` where `model` would need other maps than those that were kept."
-    try: planned = build_attentions(model, inputs=inputs, **kept['hedgehog'])[1]
+    try: planned = build_attentions(model, LinearizeConfig.from_dict(kept['hedgehog']), inputs)[1]
     except (TypeError,ValueError) as e: raise ValueError(f"{path} cannot convert this model: {e}") from e
     names = {m:n for n,m in model.named_modules()}
     maps = {names[m]:f for m,f in planned.items()}
@@ -179,7 +180,7 @@ def load_trained(
     _check_original(model, kept, path)
     _check_maps(model, kept, path, inputs)
     if kept['adapted']: _check_adapters(model, path)
-    own = _maps(linearize(model, inputs=inputs, **kept['hedgehog']))
+    own = _maps(linearize(model, LinearizeConfig.from_dict(kept['hedgehog']), inputs=inputs))
     for n,t in own.items(): t.copy_(kept['maps'][n])
     if kept['adapted']: model = merge_lora(_add_adapters(model, path)) if merge else _add_adapters(model, path)
     return model.eval()
