@@ -153,7 +153,7 @@ def test_overwrite(converted, here):
     hedgehog(*args, code=1)
     assert (here/'m'/'results.json').read_text()==before
     hedgehog(*args, '--overwrite', '--map', 'elu', '--layers', '0-1')
-    assert json.loads((here/'m'/'config.json').read_text())['hedgehog']=={'feature_map':'elu', 'layers':[0,1]}
+    assert json.loads((here/'m'/'config.json').read_text())['hedgehog']=={'attention':'elu', 'layers':[0,1]}
     assert [p.name for p in here.iterdir()]==['m']
 
 def test_unlearned_map_is_not_distilled(here):

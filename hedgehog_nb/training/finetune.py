@@ -29,12 +29,12 @@ def batch_indices(
     seed:int=0, # Order
     accumulate:int=1, # Pieces a process computes a batch in
     rank:int=0, # This process
-    distributed_info:int=1, # Number of processes
+    world:int=1, # Number of processes
 )->list: # For each step its `accumulate` pieces, each a list of row numbers
     "Which rows this process trains on, piece after piece."
     order = batches_of(torch.arange(n), batch_size, seed, epochs=math.ceil(steps/math.ceil(n/batch_size)))
-    pieces = accumulate*distributed_info
-    return [p.tolist() for rows in islice(order, steps) for p in rows.repeat(pieces//math.gcd(len(rows), pieces)).chunk(pieces)[rank::distributed_info]]
+    pieces = accumulate*world
+    return [p.tolist() for rows in islice(order, steps) for p in rows.repeat(pieces//math.gcd(len(rows), pieces)).chunk(pieces)[rank::world]]
 
 # %% ../../nbs/11_training.ipynb #ee0463d3
 class _RunCallback(transformers.TrainerCallback):
