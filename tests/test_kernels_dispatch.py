@@ -140,7 +140,7 @@ def test_compiles_into_one_graph():
 
 @kernel
 def test_negative_weights_are_refused():
-    with pytest.raises(ValueError, match="Rfa's weights may be"): attention(*inputs(), make('rfa'), implementation='triton')
+    with pytest.raises(ValueError, match="RFA's weights may be"): attention(*inputs(), make('rfa'), implementation='triton')
 
 @kernel
 @pytest.mark.parametrize('T', [1, 20])

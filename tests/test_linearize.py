@@ -1,5 +1,5 @@
 "Conversion of four architectures: equal to its own oracle, trained where it should be, saved whole or not at all."
-import copy, sys
+import copy, json, sys
 from pathlib import Path
 import pytest, torch, transformers
 import hedgehog_nb.models.attention as models_attention
@@ -11,6 +11,7 @@ from hedgehog_nb.data.models import load_embedded
 from hedgehog_nb.attentions.base import FEATURE_MAPS
 from hedgehog_nb.ops.hedgehog import FORMS
 from hedgehog_nb.models.attention import hedgehog_attention, linear_layers, padding_mask, set_implementation
+from hedgehog_nb.models.config import LinearizeConfig
 from hedgehog_nb.models.linearize import linearize
 from hedgehog_nb.models.loading import load_linearized, save_linearized
 from hedgehog_nb.attentions.specs import parse_layers
@@ -401,3 +402,24 @@ def test_a_model_saved_for_triton_runs_on_a_cpu(feature_map, tmp_path, monkeypat
     said = [str(w.message) for w in said if 'implementation' in str(w.message)]
     assert len(said)==1 and "implementation='triton', which cannot run on cpu" in said[0]
     close(got[0], want); close(got[1], want); assert out.shape[1]==x['input_ids'].shape[1]+3 and used(again)=={'triton'}
+
+OLD = dict(plain=dict(feature_map='hedgehog', layers=[0,1,2]), window=dict(feature_map='hedgehog-window', layers=[0,2], window=4, relative=True),
+           heads=dict(feature_map='hedgehog', layers=[0,1,2], softmax_heads='0:0-1', form='exp'), elu=dict(feature_map='elu', layers=[1], implementation='recurrent'))
+
+@pytest.mark.parametrize('old', OLD.values(), ids=OLD)
+def test_settings_stored_side_by_side_are_read(old, tmp_path):
+    "As config.json held them before there was a `LinearizeConfig`: the same model, which stores them as one from then on."
+    config = LinearizeConfig.from_dict(old)
+    model = shake(linearize(llama(), config)); save_linearized(model, tmp_path/'m')
+    f = tmp_path/'m'/'config.json'
+    f.write_text(json.dumps(json.loads(f.read_text()) | dict(hedgehog=old)))
+    again = load_linearized(tmp_path/'m')
+    assert torch.equal(logits(again, input_ids=tokens()), logits(model, input_ids=tokens())) and again.config.hedgehog==model.config.hedgehog==config.to_dict()
+
+def test_a_config_says_all():
+    config = LinearizeConfig('hedgehog-window', '0,2', attention_kwargs=dict(window=4))
+    assert linearize(llama(), config).config.hedgehog==linearize(llama(), 'hedgehog-window', layers='0,2', window=4).config.hedgehog
+    with pytest.raises(ValueError, match='dataclasses.replace'): linearize(llama(), config, layers='1')
+    with pytest.raises(ValueError, match="settings attention, .*given maps"): LinearizeConfig.from_dict(dict(attention='elu', maps=2))
+    for bad in (dict(attention='elo'), dict(attention_kwargs=dict(nums=2)), dict(attention_kwargs=3), dict(layers=3)):
+        with pytest.raises(ValueError): LinearizeConfig(**bad)
