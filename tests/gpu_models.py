@@ -49,7 +49,8 @@ def options(argv=None):
 def linearize(a, name):
     "One conversion, as a user would type it; then how much memory it took."
     import torch
-    from hedgehog_nb.cli.commands import app, pick_device
+    from hedgehog_nb.cli import app
+    from hedgehog_nb.cli.inputs import pick_device
     device,out = pick_device(a.device),a.work/name
     if (out/'results.json').exists(): return
     model,data = ('embedded','embedded') if name=='embedded' else (a.model,a.data)
@@ -63,7 +64,7 @@ def decode(a):
     "Prefill and decoding of the model in bf16, with softmax, on the kernels, and on PyTorch alone."
     warnings.filterwarnings('ignore', '.*past_key_values. is deprecated')
     from copy import deepcopy
-    from hedgehog_nb.cli.commands import pick_device
+    from hedgehog_nb.cli.inputs import pick_device
     from hedgehog_nb.data.models import load_model
     from hedgehog_nb.models.linearize import linearize
     from hedgehog_nb.models.attention import set_implementation

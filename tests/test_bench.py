@@ -258,7 +258,7 @@ def test_compiling_ahead_runs_every_share_in_processes(contenders, monkeypatch):
 
 def test_the_command_reports_what_is_wrong_and_goes_on(contenders, monkeypatch, tmp_path):
     from typer.testing import CliRunner
-    from hedgehog_nb.cli.commands import app
+    from hedgehog_nb.cli import app
     register_benchmark('hedgehog-off', 'forward')(lambda c,x: lambda: x['v'])
     monkeypatch.setattr(bench, 'default_cases', lambda device: SMALL)
     out = tmp_path/'b.json'

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 from hedgehog_nb.cli import commands as cli
-from hedgehog_nb.cli.commands import app
+from hedgehog_nb.cli import app
 from hedgehog_nb.training.recipe import log_spaced, steps_for, tokens_after
 from hedgehog_nb.cli.console import word_wrap
 
@@ -47,7 +47,7 @@ def test_help_names_every_map_and_form():
     assert all(n in out for n in (*FORMS, *FEATURE_MAPS))
 
 def test_help_is_quick_and_light(root):
-    code = "import sys; from hedgehog_nb.cli.commands import app; app(['--help'], standalone_mode=False); print([m for m in ('torch','transformers','datasets','matplotlib','numpy') if m in sys.modules])"
+    code = "import sys; from hedgehog_nb.cli import app; app(['--help'], standalone_mode=False); print([m for m in ('torch','transformers','datasets','matplotlib','numpy') if m in sys.modules])"
     spent = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     took = []
     for _ in range(2): # the first may have bytecode to write

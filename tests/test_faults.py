@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 from hedgehog_nb.cli import commands as cli
-from hedgehog_nb.cli.commands import app
+from hedgehog_nb.cli import app
 
 torch = pytest.importorskip('torch')
 TINY = '--seq-len 64 --batch-size 4 --eval-tokens 128 --distill-steps 1 --finetune-steps 1'.split()
@@ -227,7 +227,7 @@ LONGER = 'linearize embedded --data embedded --seq-len 64 --eval-tokens 128 --nu
 
 def start(root, *args):
     "The command in a process of its own"
-    code = 'from hedgehog_nb.cli.commands import app; app(prog_name="hedgehog")'
+    code = 'from hedgehog_nb.cli import app; app(prog_name="hedgehog")'
     return subprocess.Popen([sys.executable, '-c', code, *LONGER, *args], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, 'PYTHONPATH':str(root), 'OMP_NUM_THREADS':'1'})
 
@@ -249,7 +249,8 @@ def test_stopped_run_says_where_it_is(here, root, sig, phase):
 
 def test_stopped_before_anything_was_done(here, root, monkeypatch):
     def stop(*a, **k): raise cli.Terminated(15)
-    monkeypatch.setattr(cli, '_prepare', stop)
+    from hedgehog_nb.cli import linearize as module
+    monkeypatch.setattr(module, '_prepare', stop)
     r = CliRunner().invoke(app, ['linearize','embedded','--data','embedded','--out','out',*TINY])
     assert r.exit_code==143 and r.stderr=='hedgehog: stopped; nothing was written\n' and left()==[]
 

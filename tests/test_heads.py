@@ -467,7 +467,7 @@ def test_reports_and_pictures():
 
 def test_the_command_line(tmp_path, monkeypatch):
     from typer.testing import CliRunner
-    from hedgehog_nb.cli.commands import app
+    from hedgehog_nb.cli import app
     def hedgehog(*args, code=0):
         r = CliRunner().invoke(app, [str(a) for a in args], prog_name='hedgehog'); assert r.exit_code==code, (r.stdout, r.stderr, r.exception)
         return r

@@ -3,7 +3,7 @@ import json, math, os, socket, subprocess, sys
 import pytest, torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
-from hedgehog_nb.cli.commands import app
+from hedgehog_nb.cli import app
 from hedgehog_nb.training.losses import naive_weight_loss
 from hedgehog_nb.models.attention import linear_layers
 from hedgehog_nb.models.linearize import linearize
@@ -163,7 +163,7 @@ def test_two_processes_make_the_same_steps(in_processes):
 
 def test_the_command_in_two_processes(root, tmp_path):
     "The same rows as in one, up to rounding; said and written once."
-    (tmp_path/'hedgehog.py').write_text("from hedgehog_nb.cli.commands import app\napp(prog_name='hedgehog')\n")
+    (tmp_path/'hedgehog.py').write_text("from hedgehog_nb.cli import app\napp(prog_name='hedgehog')\n")
     args = 'linearize embedded --data embedded --seq-len 64 --batch-size 4 --eval-tokens 128 --distill-steps 3 --finetune-steps 3 --finetune-lr 1e-3 --lr 0.1 --save-every 2 --json --out'.split()
     r = CliRunner().invoke(app, [*args, str(tmp_path/'a')])
     assert r.exit_code==0, r.stderr

@@ -1,2 +1,3 @@
 "The command `hedgehog`."
-from .commands import app, main
+from .options import app, main
+from . import linearize, commands  # each registers its commands with `app`
