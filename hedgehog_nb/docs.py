@@ -70,7 +70,8 @@ def write_readme(
 def quick_interpreter(
     cells=None, # What `nbdev-test` hands to its `test_setup`
 ):
-    "Let Triton's interpreter patch `triton.language` once a launch and check sums of integers quickly, masked lanes too. Does nothing where kernels are not interpreted."
+    ("Let Triton's interpreter patch `triton.language` once a launch and check sums of integers quickly, masked lanes too. "
+     "Does nothing where kernels are not interpreted.")
     if os.environ.get('TRITON_INTERPRET')!='1' or not find_spec('triton'): return
     import numpy as np
     from triton.language.semantic import TritonSemantic

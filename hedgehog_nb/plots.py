@@ -12,7 +12,8 @@ import colorsys, io, matplotlib as mpl, matplotlib.pyplot as plt, numpy as np, r
 from pathlib import Path
 
 # %% ../nbs/92_plots.ipynb #80a7f800
-style = {'figure.figsize':(5,3.1), 'figure.dpi':110, 'savefig.dpi':200, 'figure.constrained_layout.use':True, 'figure.facecolor':'white', 'axes.facecolor':'white',
+style = {'figure.figsize':(5,3.1), 'figure.dpi':110, 'savefig.dpi':200, 'figure.constrained_layout.use':True,
+    'figure.facecolor':'white', 'axes.facecolor':'white',
     'font.family':'DejaVu Sans', 'font.size':10, 'axes.titlesize':10, 'axes.labelsize':10, 'xtick.labelsize':9, 'ytick.labelsize':9, 'legend.fontsize':9,
     'axes.spines.top':False, 'axes.spines.right':False, 'axes.linewidth':.8, 'axes.edgecolor':'#555555', 'xtick.color':'#333333', 'ytick.color':'#333333',
     'axes.grid':True, 'axes.axisbelow':True, 'grid.color':'#e4e4e4', 'grid.linewidth':.7, 'lines.linewidth':1.8, 'lines.markersize':5, 'legend.frameon':False,
@@ -30,10 +31,12 @@ class use_style:
 _colors = dict(softmax='#000000', softmax_finetuned='#4A4A4A', softmax_zero_shot='#777777', window='#C4C4C4', naive='#9A9A9A', swapped='#E3C9A0',
     hedgehog='#D55E00', exp='#F08A24', softmax_halves='#A84300', softmax_joint='#FFB46B', hedgehog_window='#7A2F00', t2r='#3F1669', t2r_hh='#A66FE6',
     elu='#0072B2', relu='#56B4E9', exp1='#1F4E79', exp2='#8FC1DE', performer='#009E73', rfa='#66C2A5', cosformer='#B8C800',
-    taylor='#E08AB8', fast='#C2185B', linformer='#6B6B2F', latte='#5A4632', lognormal='#7FA32E', flowformer='#2FA6A0', transnormer='#5B3FA8', softmax_scan='#8C8C8C',
-    hedgehog_torch='#F3A15F', hedgehog_compiled='#C98A3D', hedgehog_kernels='#8F4A1B', fla_chunk='#1B7FB5', fla_fused='#6FB7DF', fla_naive='#A9CFE6', fast_transformers='#3E9B6E',
+    taylor='#E08AB8', fast='#C2185B', linformer='#6B6B2F', latte='#5A4632', lognormal='#7FA32E', flowformer='#2FA6A0',
+    transnormer='#5B3FA8', softmax_scan='#8C8C8C', hedgehog_torch='#F3A15F', hedgehog_compiled='#C98A3D', hedgehog_kernels='#8F4A1B',
+    fla_chunk='#1B7FB5', fla_fused='#6FB7DF', fla_naive='#A9CFE6', fast_transformers='#3E9B6E',
     sdpa_flash='#3A3A3A', sdpa_cudnn='#6A6A6A', flex='#7D4B9A', einsum='#3F7F5F')
-_aliases = {'1+elu':'elu', 'elu+1':'elu', 'full':'softmax', 'teacher':'softmax', 'student':'hedgehog', 'sdpa':'softmax', 'hedgehog_exp':'exp', 'hedgehog_joint':'softmax_joint', 'taylor_exp':'taylor', 'taylor_2':'taylor', 'exp_t1':'exp1', 'exp_t2':'exp2'}
+_aliases = {'1+elu':'elu', 'elu+1':'elu', 'full':'softmax', 'teacher':'softmax', 'student':'hedgehog', 'sdpa':'softmax', 'hedgehog_exp':'exp',
+    'hedgehog_joint':'softmax_joint', 'taylor_exp':'taylor', 'taylor_2':'taylor', 'exp_t1':'exp1', 'exp_t2':'exp2'}
 
 def color(
     method:str, # Name of a method, in any of the spellings `t2r-hh`, `T2R HH`, `t2r_hh`

@@ -87,8 +87,10 @@ def check_row(
     row = {'tokens':0, 'seed':seed, **row, 'unit': row.get('unit') or UNITS.get(row.get('metric'), '')}
     def bad(what): raise ValueError(f"{what} in the row {row}")
     for f in ('experiment','model','data','variant','metric'):
-        if not isinstance(row.get(f), str) or not row[f]: bad(f"{f} must be a name, such as {dict(experiment='recall', model='embedded', data='embedded', variant='hedgehog', metric='ppl')[f]!r},")
-    if isinstance(row.get('value'), bool) or not isinstance(row.get('value'), (int,float)) or not math.isfinite(row['value']): bad("value must be a finite number")
+        if not isinstance(row.get(f), str) or not row[f]:
+            bad(f"{f} must be a name, such as {dict(experiment='recall', model='embedded', data='embedded', variant='hedgehog', metric='ppl')[f]!r},")
+    if isinstance(row.get('value'), bool) or not isinstance(row.get('value'), (int,float)) or not math.isfinite(row['value']):
+        bad("value must be a finite number")
     for f in ('tokens','seed'):
         if isinstance(row[f], bool) or not isinstance(row[f], int) or row[f]<0: bad(f"{f} must be a whole number, 0 or more,")
     if row['unit']!=UNITS.get(row['metric'], row['unit']): bad(f"{row['metric']} is given in {UNITS[row['metric']] or 'no unit'!r}, not in {row['unit']!r},")
@@ -144,28 +146,46 @@ def read_results(
 # %% ../nbs/19_results.ipynb #c65fe344
 def _paper(where, model, data, **metrics): return dict(where=where, model=model, data=data, metrics=metrics)
 def _glue(task, metric, softmax, hedgehog): return _paper('finetuned conversion, GLUE', 'BERT', task, **{metric:dict(softmax=softmax, hedgehog=hedgehog)})
-def _lra(task, softmax, hedgehog): return _paper('training from scratch, Long Range Arena', 'Transformer', task, accuracy=dict(softmax=softmax, hedgehog=hedgehog))
+def _lra(task, softmax, hedgehog):
+    return _paper('training from scratch, Long Range Arena', 'Transformer', task, accuracy=dict(softmax=softmax, hedgehog=hedgehog))
 
 PAPER = {
     'recall': _paper('associative recall', 'Transformer', 'recall', accuracy=dict(softmax=100, taylor=100, elu=17, performer=17, cosformer=17)),
-    'cola': _paper('finetuned conversion, CoLA', 'BERT', 'CoLA', mcc=dict(softmax=58.8, hedgehog=59.2, taylor=58.4, exp2=50.0, exp1=45.9, cosformer=39.9, relu=39.5, elu=28.1, performer=24.7)),
-    'sst2': _glue('SST-2','accuracy',93.2,92.6), 'mrpc': _glue('MRPC (metric not named in our transcription)','f1',90.2,90.1), 'stsb': _glue('STS-B (metric not named in our transcription)','spearman',88.8,87.4),
+    'cola': _paper('finetuned conversion, CoLA', 'BERT', 'CoLA',
+        mcc=dict(softmax=58.8, hedgehog=59.2, taylor=58.4, exp2=50.0, exp1=45.9, cosformer=39.9, relu=39.5, elu=28.1, performer=24.7)),
+    'sst2': _glue('SST-2','accuracy',93.2,92.6), 'mrpc': _glue('MRPC (metric not named in our transcription)','f1',90.2,90.1),
+    'stsb': _glue('STS-B (metric not named in our transcription)','spearman',88.8,87.4),
     'scratch-wikitext2': _paper('training from scratch', 'Transformer, 125M', 'WikiText-103', ppl=dict(softmax=18.6, hedgehog=20.8, performer=26.8)),
-    'pretrained-wikitext2': _paper('pretrained conversion', 'GPT-2, 125M', 'WikiText-103', ppl={'softmax-zero-shot':28.0, 'softmax':15.8, 'hedgehog':16.7, 't2r':19.4}),
-    'samsum': _paper('pretrained conversion with LoRA', 'Llama-2 7B', 'SAMSum', rouge1={'softmax-zero-shot':19.3, 'softmax':51.1, 'hedgehog':47.4, 't2r':2.8},
-        rouge2={'softmax-zero-shot':6.8, 'softmax':27.6, 'hedgehog':23.4, 't2r':0.0}, rougeL={'softmax-zero-shot':14.9, 'softmax':43.5, 'hedgehog':39.1, 't2r':2.6}),
+    'pretrained-wikitext2': _paper('pretrained conversion', 'GPT-2, 125M', 'WikiText-103',
+        ppl={'softmax-zero-shot':28.0, 'softmax':15.8, 'hedgehog':16.7, 't2r':19.4}),
+    'samsum': _paper('pretrained conversion with LoRA', 'Llama-2 7B', 'SAMSum',
+        rouge1={'softmax-zero-shot':19.3, 'softmax':51.1, 'hedgehog':47.4, 't2r':2.8},
+        rouge2={'softmax-zero-shot':6.8, 'softmax':27.6, 'hedgehog':23.4, 't2r':0.0},
+        rougeL={'softmax-zero-shot':14.9, 'softmax':43.5, 'hedgehog':39.1, 't2r':2.6}),
     'vit-cifar10': _paper('finetuned conversion, vision', 'ViT-B/16', 'ImageNet-1k', accuracy={'softmax':80.3, 'hedgehog':79.5, 't2r-hh':77.0}),
-    'lra-listops': _lra('ListOps',36.4,37.2), 'lra-text': _lra('Text',64.3,64.6), 'lra-image': _lra('Image',42.4,40.2), 'lra-pathfinder': _lra('Pathfinder',71.4,74.2)}
+    'lra-listops': _lra('ListOps',36.4,37.2), 'lra-text': _lra('Text',64.3,64.6),
+    'lra-image': _lra('Image',42.4,40.2), 'lra-pathfinder': _lra('Pathfinder',71.4,74.2)}
 
 # %% ../nbs/19_results.ipynb #957a11fc
-EXPERIMENTS = {'recall':'associative recall', 'recall-converted':'associative recall, a softmax model converted', 'mqar':'multi-query associative recall', 'entropy':'entropy of the weights', 'monotonicity':'monotonicity in q·k', 'comparison':'every attention on the same queries and keys',
+EXPERIMENTS = {'recall':'associative recall', 'recall-converted':'associative recall, a softmax model converted',
+    'mqar':'multi-query associative recall', 'entropy':'entropy of the weights', 'monotonicity':'monotonicity in q·k',
+    'comparison':'every attention on the same queries and keys',
     'cola':'BERT converted, CoLA', 'sst2':'BERT converted, SST-2', 'mrpc':'BERT converted, MRPC', 'stsb':'BERT converted, STS-B',
-    'demo':'the embedded model, converted', 'scratch-wikitext2':'trained from scratch on WikiText-2', 'pretrained-wikitext2':'a pretrained model converted on WikiText-2', 'window-wikitext2':'a pretrained model with a window, without, and with the window alone',
-    'samsum':'conversion with LoRA, summaries', 'vit-cifar10':'ViT converted, CIFAR-10', 'lra-listops':'Long Range Arena, ListOps', 'lra-text':'Long Range Arena, Text',
+    'demo':'the embedded model, converted', 'scratch-wikitext2':'trained from scratch on WikiText-2',
+    'pretrained-wikitext2':'a pretrained model converted on WikiText-2',
+    'window-wikitext2':'a pretrained model with a window, without, and with the window alone',
+    'samsum':'conversion with LoRA, summaries', 'vit-cifar10':'ViT converted, CIFAR-10',
+    'lra-listops':'Long Range Arena, ListOps', 'lra-text':'Long Range Arena, Text',
     'lra-image':'Long Range Arena, Image', 'lra-pathfinder':'Long Range Arena, Pathfinder', 'kl-transfer':'maps read on other text and lengths',
-    'bench-forward':'speed of the forward pass', 'bench-train':'speed of forward and backward', 'bench-decode':'speed of decoding', 'prefill-model':'speed of a whole model reading', 'decode-model':'speed of a whole model writing', 'gpu-smoke':'the kernels against fp64 on a GPU',
+    'bench-forward':'speed of the forward pass', 'bench-train':'speed of forward and backward', 'bench-decode':'speed of decoding',
+    'prefill-model':'speed of a whole model reading', 'decode-model':'speed of a whole model writing',
+    'gpu-smoke':'the kernels against fp64 on a GPU',
     'gpu-linearize':'models converted on a GPU', 'gpu-models':'what that cost',
-    'cpu-forward':'speed of the forward pass on a CPU', 'cpu-train':'speed of forward and backward on a CPU', 'cpu-decode':'speed of decoding on a CPU', 'cpu-steps':'what each step brings on a CPU', 'cpu-training':'speed of training steps on a CPU', 'kept-heads':'heads that keep softmax', 'distill-memory':'memory of distillation', 'decode-context':'one more token, against the tokens remembered', 'architectures':'which architectures convert, and what they do then',
+    'cpu-forward':'speed of the forward pass on a CPU', 'cpu-train':'speed of forward and backward on a CPU',
+    'cpu-decode':'speed of decoding on a CPU', 'cpu-steps':'what each step brings on a CPU', 'cpu-training':'speed of training steps on a CPU',
+    'kept-heads':'heads that keep softmax', 'distill-memory':'memory of distillation',
+    'decode-context':'one more token, against the tokens remembered',
+    'architectures':'which architectures convert, and what they do then',
     'integrations':'converted models in the tools of others', 'kill-resume':'training killed and taken up'}
 
 # %% ../nbs/19_results.ipynb #6b2232ee
@@ -182,7 +202,8 @@ class Table:
         return '\n'.join([line(self.header), line(['---']*len(self.header)), *map(line, self.rows)]) + (f'\n\n{self.caption}' if self.caption else '')
 
 # %% ../nbs/19_results.ipynb #4958f67f
-SETTING = 'state','B','H','T','D','dtype','causal','seq_len','context','layers','form','num_maps','objective','floor','train_data','train_len','phase' # What a row may add that makes it a measurement of its own
+# What a row may add that makes it a measurement of its own
+SETTING = 'state','B','H','T','D','dtype','causal','seq_len','context','layers','form','num_maps','objective','floor','train_data','train_len','phase'
 
 def _final(rows, key):
     "{key: values, one per seed}: the newest of the rows with the most tokens."

@@ -83,9 +83,11 @@ def evaluate_attention(
     measure = lambda: mean(attention_metrics(held.q, held.k, a.double(), every=every, **kw))
     before = measure()
     if a.trainable: distill_map(a.float(), train.q, train.k, steps=steps, lr=lr, batch_size=batch_size, seed=seed, loss=attention_loss, **kw)
-    us = time_per_token(make_attention(name, D, H, Hkv, train.scale, **settings | (dict(max_len=max(tokens, settings['max_len'])) if 'max_len' in settings else {})),
+    us = time_per_token(
+        make_attention(name, D, H, Hkv, train.scale, **settings | (dict(max_len=max(tokens, settings['max_len'])) if 'max_len' in settings else {})),
         held.q, held.k, held.v, train.causal, tokens)
-    return dict(features=a.feature_dim, parameters=sum(p.numel() for p in a.parameters()), before=before, after=measure() if a.trainable else before, us_per_token=us)
+    return dict(features=a.feature_dim, parameters=sum(p.numel() for p in a.parameters()), before=before,
+        after=measure() if a.trainable else before, us_per_token=us)
 
 # %% ../../nbs/18_comparison.ipynb #bbb72c8d
 class Comparison(list):
@@ -94,9 +96,11 @@ class Comparison(list):
         "Text: before → after distillation where there is something to train."
         def f(x): return '–' if x is None or not math.isfinite(x) else f'{x:.3g}' if abs(x)<1000 else f'{x:,.0f}'
         def moved(r, m): a,b = (f(r[w][m]) for w in ('before','after')); return f'{a} → {b}' if r['learned'] else b
-        def row(r): return ['–']*7 if 'why' in r else [f(r['features']), f(r['parameters']), moved(r,'share'), moved(r,'spearman'), moved(r,'kl'), r['recall'], f(r['us_per_token'])]
-        return Table(['attention','features','parameters','entropy / log n','rank correlation','KL to softmax, nats','recall, %','µs per token'], [[r['variant'], *row(r)] for r in self],
-            ' '.join(f"{r['variant']}: {r['why']}." for r in self if 'why' in r))
+        def row(r):
+            return ['–']*7 if 'why' in r else [
+                f(r['features']), f(r['parameters']), moved(r,'share'), moved(r,'spearman'), moved(r,'kl'), r['recall'], f(r['us_per_token'])]
+        return Table(['attention','features','parameters','entropy / log n','rank correlation','KL to softmax, nats','recall, %','µs per token'],
+            [[r['variant'], *row(r)] for r in self], ' '.join(f"{r['variant']}: {r['why']}." for r in self if 'why' in r))
     def __repr__(self): return repr(self.table())
     def _repr_markdown_(self): return self.table()._repr_markdown_()
 
@@ -124,8 +128,9 @@ def compare_attentions(
         except ValueError as e: res.append(dict(variant=label, why=str(e)))
         else:
             mean = lambda f: sum(f(p) for p in per)/len(per)
-            res.append(dict(variant=label, learned=ATTENTIONS[name].trainable, features=per[0]['features'], parameters=per[0]['parameters'], us_per_token=mean(lambda p: p['us_per_token']),
-                recall=_recall(label, measured), **{w:{m: mean(lambda p: p[w][m]) for m in per[0][w]} for w in ('before','after')}))
+            res.append(dict(variant=label, learned=ATTENTIONS[name].trainable, features=per[0]['features'], parameters=per[0]['parameters'],
+                us_per_token=mean(lambda p: p['us_per_token']), recall=_recall(label, measured),
+                **{w:{m: mean(lambda p: p[w][m]) for m in per[0][w]} for w in ('before','after')}))
         if on_row: on_row(res[-1])
     return res
 
@@ -143,7 +148,8 @@ def plot_comparison(
         (x0,y0),(x,y) = (tuple(r[w][m] for m in ('spearman','share')) for w in ('before','after'))
         c = color(r['variant'])
         if r['learned']:
-            ax.plot(x0, y0, marker, mfc='white', color=c, ms=5); ax.annotate('', (x,y), (x0,y0), arrowprops=dict(arrowstyle='->', color=c, lw=1, shrinkA=3, shrinkB=4))
+            ax.plot(x0, y0, marker, mfc='white', color=c, ms=5)
+            ax.annotate('', (x,y), (x0,y0), arrowprops=dict(arrowstyle='->', color=c, lw=1, shrinkA=3, shrinkB=4))
         ax.plot(x, y, '*' if r['variant']=='softmax' else marker, color=c, ms=13 if r['variant']=='softmax' else 6, label=r['variant'])
     ax.set(xlabel='rank correlation of weight and q·k', ylabel='entropy / log n')
     ax.legend(loc='center left', bbox_to_anchor=(1, .5), fontsize=8)

@@ -17,7 +17,8 @@ from ..attentions.base import make_feature_map
 
 # %% ../../nbs/03_softmax_properties.ipynb #985bd133
 METRICS = dict(entropy='entropy, nats', share='entropy / log n', sink='sink weight', entropy_rest='entropy without sink, nats', support='support, tokens',
-    tokens90='tokens for 90%', spearman='rank correlation', inverted='inverted pairs', kl='KL to softmax, nats', gap='spectral gap', sigma='σ of log weights', ks='log-normal misfit', dead='dead rows')
+    tokens90='tokens for 90%', spearman='rank correlation', inverted='inverted pairs', kl='KL to softmax, nats', gap='spectral gap',
+    sigma='σ of log weights', ks='log-normal misfit', dead='dead rows')
 
 class AttentionReport(list):
     "Rows of measurements (dicts); `mean` groups them, a notebook shows them as a table."
@@ -59,7 +60,8 @@ def _variants(call, feature_map):
     if feature_map is None:
         own = getattr(call.module, 'feature_map', None)
         return {'softmax':None} | ({} if own is None else {getattr(own, 'name', type(own).__name__):own})
-    if not hasattr(feature_map, 'items'): feature_map = {n: functools.partial(make_feature_map, n) for n in ([feature_map] if isinstance(feature_map, str) else feature_map)}
+    if not hasattr(feature_map, 'items'):
+        feature_map = {n: functools.partial(make_feature_map, n) for n in ([feature_map] if isinstance(feature_map, str) else feature_map)}
     made = {n: f(call.q.shape[-1], call.q.shape[1], call.k.shape[1], call.scale) for n,f in feature_map.items()}
     return {'softmax':None} | {n: m.to(call.q.device) if hasattr(m, 'to') else m for n,m in made.items()}
 
@@ -73,7 +75,8 @@ def attention_report(
     every:int=1, # Measure each `every`-th query
     min_keys:int=8, # Rows that see fewer keys are left out
 )->AttentionReport: # A row per layer, head and variant; what a converted model keeps as softmax, layers or heads, has that variant alone
-    "Measure the attention of `model`: its softmax, and linear attentions on the same queries and keys. Raises `ValueError` on texts without tokenizer, unknown maps, or too short texts."
+    ("Measure the attention of `model`: its softmax, and linear attentions on the same queries and keys. "
+     "Raises `ValueError` on texts without tokenizer, unknown maps, or too short texts.")
     x,report,layers = _inputs(model, texts_or_ids, tokenizer, max_tokens), AttentionReport(), {}
     mask = x.get('attention_mask')
     if mask is not None and mask.bool().all(): mask = None
@@ -84,7 +87,8 @@ def attention_report(
         layer = layers.setdefault(c.name, len(layers))
         for variant,fm in _variants(c, feature_map).items():
             m = attention_metrics(c.q, c.k, fm, c.causal, c.scale, mask, every, min_keys)
-            report += [dict(variant=variant, layer=layer, head=h, name=c.name, **{n:v[h].item() for n,v in m.items()}) for h in range(c.q.shape[1]) if h not in getattr(fm, 'softmax_heads', ())]
+            report += [dict(variant=variant, layer=layer, head=h, name=c.name, **{n:v[h].item() for n,v in m.items()})
+                       for h in range(c.q.shape[1]) if h not in getattr(fm, 'softmax_heads', ())]
     return report
 
 # %% ../../nbs/03_softmax_properties.ipynb #75808a02

@@ -33,7 +33,8 @@ class Hedgehog(FeatureMap):
     ):
         super().__init__(head_dim, num_heads, num_kv_heads, scale)
         if form not in FORMS: raise ValueError(f"form is one of {', '.join(FORMS)}; given {form!r}")
-        if not isinstance(num_maps, int) or isinstance(num_maps, bool) or num_maps<1: raise ValueError(f"num_maps is a whole number, at least 1; given {num_maps!r}")
+        if not isinstance(num_maps, int) or isinstance(num_maps, bool) or num_maps<1:
+            raise ValueError(f"num_maps is a whole number, at least 1; given {num_maps!r}")
         start = (self.scale**0.5 if form=='exp' else 1.) if init is None else init
         if not isinstance(start, Real) or isinstance(start, bool) or not 0<start<math.inf:
             raise ValueError(f"the identity needs a positive, finite factor, init or √scale; given init={init!r}, scale={self.scale!r}")

@@ -78,7 +78,8 @@ class MixedHeadState(NamedTuple):
         return MixedHeadState(*map(f, self[:3]), self.rest.apply(f))
     def join(self, k, v, mask): # (keys, values, mask) of what was read before and of these
         if any(a.shape[:2]+a.shape[3:]!=b.shape[:2]+b.shape[3:] for a,b in ((self.k,k), (self.v,v))):
-            raise ValueError(f"initial_state holds keys {tuple(self.k.shape)} and values {tuple(self.v.shape)}; these inputs have {tuple(k.shape)} and {tuple(v.shape)}")
+            raise ValueError(f"initial_state holds keys {tuple(self.k.shape)} and values {tuple(self.v.shape)}; "
+                f"these inputs have {tuple(k.shape)} and {tuple(v.shape)}")
         new = self.real.new_ones(len(k), k.shape[2]) if mask is None else mask.bool()
         return torch.cat([self.k, k], 2), torch.cat([self.v, v], 2), torch.cat([self.real, new], 1)
     def of_length(self, n): # As if n tokens had been read, for measurements
@@ -110,7 +111,8 @@ def attend(self:MixedHeadAttention,
     "Both kinds of heads on their own queries, keys and values. Raises `ValueError` on what this attention was not made for."
     self.check(q, k, v, causal, mask)
     state,(part,*qkv,_) = initial_state,self.linear_part(q, k, v)
-    rest = part.attend(*qkv, causal, mask, initial_state=state and state.rest, output_final_state=output_final_state, implementation=implementation, offset=offset)
+    rest = part.attend(*qkv, causal, mask, initial_state=state and state.rest, output_final_state=output_final_state,
+        implementation=implementation, offset=offset)
     q,k,v,_ = self._share(True, q, k, v)
     if state is not None: k,v,mask = state.join(k, v, mask)
     if implementation=='naive': soft = (softmax_weights(q, k, causal, self.scale, mask, self.sliding_window) @ repeat_kv(v, q.shape[1])).to(v.dtype)

@@ -41,7 +41,10 @@ def check_softmax_heads(
     for h in kept:
         lone = [i for i in range(h//G*G, h//G*G+G) if i not in kept]
         others = [str(i) for i in range(h//G*G, h//G*G+G) if i!=h]
-        if lone: raise ValueError(f"{of}: head {h} shares its keys with head{'s'*(G>2)} {' and '.join(filter(None, [', '.join(others[:-1]), others[-1]]))}: keep all of them or none; given {format_ranges(kept)}")
+        if lone:
+            raise ValueError(f"{of}: head {h} shares its keys with head{'s'*(G>2)} "
+                f"{' and '.join(filter(None, [', '.join(others[:-1]), others[-1]]))}: "
+                f"keep all of them or none; given {format_ranges(kept)}")
     return kept
 
 def format_ranges(
@@ -65,7 +68,9 @@ def parse_heads(
     if not all(parts): raise ValueError(f"softmax_heads is like '3:0,2;7:4-5', for heads 0 and 2 of layer 3 and heads 4 and 5 of layer 7; given {heads!r}")
     for i,h in ((int(p[1]), p[2]) for p in parts):
         parse_layers([i], len(sizes))
-        if i not in converted: raise ValueError(f"layer {i} stays softmax as a whole; softmax_heads names heads of the layers that are converted, {format_ranges(converted)}; given {heads!r}")
+        if i not in converted:
+            raise ValueError(f"layer {i} stays softmax as a whole; softmax_heads names heads of the layers that are converted, "
+                f"{format_ranges(converted)}; given {heads!r}")
         res.setdefault(i, set()).update(parse_layers(h, sizes[i][0], 'heads', f'layer {i}'))
     return {i: check_softmax_heads(sorted(res[i]), *sizes[i], f'layer {i}') for i in sorted(res)}
 

@@ -33,7 +33,8 @@ def read_llama2c(
     sizes = [math.prod(s) for s in shapes.values()]
     if len(raw) != 28+4*sum(sizes): raise ValueError(f"{path} holds {len(raw)} bytes, its header asks for {28+4*sum(sizes)}")
     parts = torch.frombuffer(bytearray(raw[28:]), dtype=torch.float32).split(sizes)
-    return dict(dim=dim, hidden=hidden, layers=L, heads=H, kv_heads=Hkv, vocab=V, context=ctx, tied=tied), {n:p.view(s) for (n,s),p in zip(shapes.items(), parts)}
+    return (dict(dim=dim, hidden=hidden, layers=L, heads=H, kv_heads=Hkv, vocab=V, context=ctx, tied=tied),
+        {n:p.view(s) for (n,s),p in zip(shapes.items(), parts)})
 
 # %% ../../nbs/91_data.ipynb #9dafea91
 def rotary_rows(
@@ -208,7 +209,9 @@ def model_class(
     names = getattr(config, 'architectures', None) or []
     if not names: return transformers.AutoModelForCausalLM
     cls = getattr(transformers, names[0], None)
-    if cls is None: raise ModelError(f"architecture {names[0]} is not part of transformers {transformers.__version__}; models that bring their own code are not run")
+    if cls is None:
+        raise ModelError(f"architecture {names[0]} is not part of transformers {transformers.__version__}; "
+            "models that bring their own code are not run")
     return cls
 
 # %% ../../nbs/91_data.ipynb #89bc0802
@@ -240,7 +243,8 @@ def load_model(
     except ModelError: raise
     except Exception as e:
         if Path(name).is_dir(): raise ModelError(f"{spec} cannot be loaded: {_line(e)}") from e
-        raise ModelError(f"{spec!r} is no folder here and did not come from the hub; without a network name a local folder, a .gguf file, or 'embedded' ({_line(e)})") from e
+        raise ModelError(f"{spec!r} is no folder here and did not come from the hub; "
+            f"without a network name a local folder, a .gguf file, or 'embedded' ({_line(e)})") from e
     return model.eval(), tok
 
 # %% ../../nbs/91_data.ipynb #f719c0ef

@@ -37,7 +37,8 @@ def write_stories(
         ends = torch.tensor(listify(model.generation_config.eos_token_id), device=model.device)
         for b in range(0, n, batch_size):
             bos = torch.full((min(batch_size, n-b), 1), tokenizer.bos_token_id, device=model.device)
-            ids = model.generate(bos, attention_mask=torch.ones_like(bos), do_sample=True, temperature=temperature, top_p=top_p, top_k=0, max_new_tokens=max_tokens-1)[:,1:]
+            ids = model.generate(bos, attention_mask=torch.ones_like(bos), do_sample=True, temperature=temperature, top_p=top_p, top_k=0,
+                max_new_tokens=max_tokens-1)[:,1:]
             ended = torch.isin(ids, ends).any(-1)
             res += [s.strip() for s in tokenizer.batch_decode(ids[ended], skip_special_tokens=True)]
     return [s for s in res if s]
@@ -167,7 +168,8 @@ def _folder_texts(folder, split, text_column):
     if (folder/'dataset_dict.json').exists() or (folder/'state.json').exists():
         from datasets import load_from_disk
         return _dataset_texts(load_from_disk(str(folder)), split, text_column, folder)
-    paths = [p for p in sorted(folder.rglob('*')) if p.is_file() and _suffix(p) and _suffix(p)[0] in _suffixes and not any(n.startswith('.') for n in p.relative_to(folder).parts)]
+    paths = [p for p in sorted(folder.rglob('*'))
+             if p.is_file() and _suffix(p) and _suffix(p)[0] in _suffixes and not any(n.startswith('.') for n in p.relative_to(folder).parts)]
     named = {}
     for p in paths:
         part = next((c for n in p.relative_to(folder).parts if (c := _canon(n))), None)
@@ -197,7 +199,8 @@ def _hub_texts(spec, split, text_column):
     try:
         with _hub(name): ds = load_dataset(name, config or None)
     except Exception as e:
-        raise DataError(f"{spec!r} is no file or folder here and did not come from the hub; without a network name a text file, a local folder, or 'embedded' ({_line(e)})") from e
+        raise DataError(f"{spec!r} is no file or folder here and did not come from the hub; "
+            f"without a network name a text file, a local folder, or 'embedded' ({_line(e)})") from e
     return _dataset_texts(ds, split, text_column, spec)
 
 # %% ../../nbs/91_data.ipynb #e6abcc03
@@ -307,7 +310,9 @@ def token_blocks(
     import torch
     begin,end = block_marks(tokenizer, block_bos)
     marks = len(begin)+len(end)
-    if seq_len<=marks: raise DataError(f"seq_len={seq_len} leaves no room for text beside the {marks} tokens that the tokenizer adds; give more, or block_bos=False")
+    if seq_len<=marks:
+        raise DataError(f"seq_len={seq_len} leaves no room for text beside the {marks} tokens that the tokenizer adds; "
+            "give more, or block_bos=False")
     texts, need = listify(texts), None if max_tokens is None else max_tokens//seq_len*seq_len
     if need==0: raise DataError(f"max_tokens={max_tokens} is less than one block of seq_len={seq_len}")
     if seed is not None: texts = random.Random(seed).sample(texts, len(texts))

@@ -23,7 +23,8 @@ from ..training.losses import distill_map
 # %% ../../nbs/07_associative_recall.ipynb #a666742e
 @dataclass(frozen=True)
 class RecallTask:
-    "Pairs of key and value, then keys that come back: associative recall, or with `num_pairs` its multi-query form. Raises `ValueError` on sizes that do not fit."
+    ("Pairs of key and value, then keys that come back: associative recall, or with `num_pairs` its multi-query form. "
+     "Raises `ValueError` on sizes that do not fit.")
     vocab_size:int=40 # Tokens; the first half are keys, the second half values
     seq_len:int=40 # Tokens of a sequence, the last answer included
     num_pairs:int=None # Different keys at the start, before the queries; keys come as they like if None
@@ -32,7 +33,9 @@ class RecallTask:
         if self.seq_len<4 or self.seq_len%2: raise ValueError(f"seq_len is even and at least 4, in pairs of key and value; given {self.seq_len}")
         if self.num_pairs is None: return
         most = min(self.num_keys, self.seq_len//2-1)
-        if not self.seq_len/4<=self.num_pairs<=most: raise ValueError(f"num_pairs leaves room for at least one query, and has a key for each query and no more than there are: {-(-self.seq_len//4)} to {most} for {self}")
+        if not self.seq_len/4<=self.num_pairs<=most:
+            raise ValueError("num_pairs leaves room for at least one query, and has a key for each query and no more than there are: "
+                f"{-(-self.seq_len//4)} to {most} for {self}")
     @property
     def num_keys(self): return self.vocab_size//2
     def __str__(self): return f"vocab_size={self.vocab_size}, seq_len={self.seq_len}" + (f", num_pairs={self.num_pairs}" if self.num_pairs else '')
@@ -176,7 +179,8 @@ def train_recall(
     model:nn.Module=None, # Train this one on, instead of a new one
     **settings # Of the attention
 )->dict: # model, accuracy (test, %), valid (%), steps, tokens, wall_s, curve: [(step, validation accuracy in %), …]
-    "Train a two-layer model from scratch until it recalls or the steps are used up (paper's associative recall). Raises `ValueError` on settings that do not fit."
+    ("Train a two-layer model from scratch until it recalls or the steps are used up (paper's associative recall). "
+     "Raises `ValueError` on settings that do not fit.")
     torch.manual_seed(seed); start = time.time()
     data,model = data or recall_data(task, seed=seed),model or RecallModel(attention, task.vocab_size, **sizes, **settings)
     opt,curve,last = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=.01),[],task.num_pairs is None
@@ -193,7 +197,8 @@ def train_recall(
         done = len(curve)>1 and min(c[1] for c in curve[-2:])>=target
         if done or not loss.isfinite() or (patience and step-best[0]>=patience): break
     bar.close()
-    return dict(model=model, accuracy=recall_accuracy(model, *data['test'], last), valid=curve[-1][1], steps=step, tokens=step*x.numel(), wall_s=time.time()-start, curve=curve)
+    return dict(model=model, accuracy=recall_accuracy(model, *data['test'], last), valid=curve[-1][1], steps=step, tokens=step*x.numel(),
+        wall_s=time.time()-start, curve=curve)
 
 # %% ../../nbs/07_associative_recall.ipynb #ddeda08f
 @torch.no_grad()
@@ -228,8 +233,10 @@ def recall_row(
 )->dict: # A row for `write_results`
     "One run as a row of results, its learning curve included."
     more = {} if task.num_pairs is None else dict(num_pairs=task.num_pairs)
-    return dict(experiment=experiment, model='2 layers', data=f'vocabulary {task.vocab_size}', variant=label, metric='accuracy', value=round(run['accuracy'], 2), seed=seed,
-        tokens=run['tokens'], seq_len=task.seq_len, **more, heads=run['model'].layers[0].attention.num_heads, lr=lr, steps=run['steps'], valid=round(run['valid'], 2), wall_s=round(run['wall_s'], 1), curve=[[s,round(a, 1)] for s,a in run['curve']])
+    return dict(experiment=experiment, model='2 layers', data=f'vocabulary {task.vocab_size}', variant=label, metric='accuracy',
+        value=round(run['accuracy'], 2), seed=seed, tokens=run['tokens'], seq_len=task.seq_len, **more,
+        heads=run['model'].layers[0].attention.num_heads, lr=lr, steps=run['steps'], valid=round(run['valid'], 2),
+        wall_s=round(run['wall_s'], 1), curve=[[s,round(a, 1)] for s,a in run['curve']])
 
 def best_recall(
     label:str, # What it is called in tables
@@ -288,7 +295,8 @@ def convert_recall(
     h,kl = teacher.embed(data['train'][0][:512]).detach(),[]
     for old,new in zip(teacher.layers, model.layers):
         with torch.no_grad(): q,k,_ = old.project(h); h = old(h)
-        if isinstance(new.attention, FeatureMap) and new.attention.trainable: kl.append(distill_map(new.attention, q, k, steps=distill_steps, batch_size=16, seed=seed)[-1])
+        if isinstance(new.attention, FeatureMap) and new.attention.trainable:
+            kl.append(distill_map(new.attention, q, k, steps=distill_steps, batch_size=16, seed=seed)[-1])
     swapped = recall_accuracy(model, *data['test'], task.num_pairs is None)
     tuned = train_recall(attention, task, seed, lr, finetune_steps, data=data, model=model)['accuracy'] if finetune_steps else None
     return dict(kl=kl, swapped=swapped, accuracy=tuned, model=model)
@@ -308,7 +316,8 @@ def conversion_sweep(
     old = json.loads(path.read_text(encoding='utf-8')) if path.exists() else dict(rows=[], wall_s=0.)
     done = old['rows']
     def add(label, seed, state, value, **more):
-        done.append(check_row(dict(experiment='recall-converted', model='2 layers', data=f'vocabulary {task.vocab_size}', variant=label, metric='accuracy', value=round(value, 2), seed=seed, seq_len=task.seq_len, state=state, **more)))
+        done.append(check_row(dict(experiment='recall-converted', model='2 layers', data=f'vocabulary {task.vocab_size}', variant=label,
+            metric='accuracy', value=round(value, 2), seed=seed, seq_len=task.seq_len, state=state, **more)))
     for seed in seeds:
         todo = {l:r for l,r in {'softmax':None, **rows}.items() if (l,seed) not in {(r['variant'],r['seed']) for r in done}}
         if not todo: continue

@@ -27,7 +27,8 @@ class RecurrentLayer(CacheLayerMixin):
         """Count the new tokens and hand them back: the attention function folds them into the state. Raises `ValueError` where a layer asks that has not
         taken its seat (`recurrent_layer`): softmax attention, which would take them for all there is."""
         if not self.expected:
-            raise ValueError("this cache holds states of linear attention, and a layer of softmax attention asks it for keys and values; start from an empty cache")
+            raise ValueError("this cache holds states of linear attention, and a layer of softmax attention asks it for keys and values; "
+                "start from an empty cache")
         self.expected = False
         if not self.is_initialized: self.lazy_initialization(key_states, value_states)
         self.length += key_states.shape[-2]
@@ -44,7 +45,9 @@ class RecurrentLayer(CacheLayerMixin):
     def offload(self): "Nothing: a state is small, and is read after transformers sends a layer's keys away."
     def prefetch(self): "Nothing, as nothing was sent away."
     def crop(self, tokens_to_remove):
-        if tokens_to_remove: raise ValueError("a recurrent state cannot forget its last tokens, so assisted (speculative) decoding needs a model that keeps keys and values")
+        if tokens_to_remove:
+            raise ValueError("a recurrent state cannot forget its last tokens, "
+                "so assisted (speculative) decoding needs a model that keeps keys and values")
     @property
     def nbytes(self):
         sizes = []
@@ -64,7 +67,9 @@ def recurrent_layer(
     if isinstance(layer, RecurrentLayer):
         layer.expected = True
         return layer
-    if layer.get_seq_length()>0: raise ValueError(f"layer {layer_idx} of this cache holds {layer.get_seq_length()} tokens as keys and values; a converted model starts from an empty cache")
+    if layer.get_seq_length()>0:
+        raise ValueError(f"layer {layer_idx} of this cache holds {layer.get_seq_length()} tokens as keys and values; "
+            "a converted model starts from an empty cache")
     layer = cache.layers[layer_idx] = RecurrentLayer()
     layer.expected = True
     return layer

@@ -78,7 +78,8 @@ def naive_exp_weights(
     causal:bool=True, # Query i sees keys up to its own position?
     mask:Tensor=None, # (B, T) True at real tokens
 )->Tensor: # (B, H, Tq, T) weights in at least fp32; rows sum to 1, or to 0 where no key is visible
-    "Weights of the paper's form (Eq. 6) summed in logarithms, so that nothing overflows or vanishes; memory T²·2E, the oracle. Raises `ValueError` on shapes that do not fit."
+    ("Weights of the paper's form (Eq. 6) summed in logarithms, so that nothing overflows or vanishes; memory T²·2E, the oracle. "
+     "Raises `ValueError` on shapes that do not fit.")
     check_qkv(y_q, y_k, y_k, mask)
     y_q,y_k = (torch.cat([y,-y], -1).to(torch.promote_types(y.dtype, torch.float32)) for y in (y_q,y_k))
     s = (y_q[:,:,:,None] + repeat_kv(y_k, y_q.shape[1])[:,:,None]).logsumexp(-1)
@@ -92,7 +93,8 @@ def recurrent_exp_attention(
     y_k:Tensor, # (B, Hkv, T, E) projected keys; Hkv divides H
     v:Tensor, # (B, Hkv, T, D) values
 )->Tensor: # (B, H, T, D) outputs, in v's dtype
-    "Causal attention of the paper's form (Eq. 6), token by token with a running maximum per feature: exact at any size. Raises `ValueError` on shapes that do not fit."
+    ("Causal attention of the paper's form (Eq. 6), token by token with a running maximum per feature: exact at any size. "
+     "Raises `ValueError` on shapes that do not fit.")
     check_qkv(y_q, y_k, v)
     if y_q.shape[2]!=y_k.shape[2]: raise ValueError(f"the recurrence needs as many queries as keys; given {y_q.shape[2]} and {y_k.shape[2]}")
     dt,G = torch.promote_types(torch.promote_types(y_q.dtype, v.dtype), torch.float32), y_q.shape[1]//y_k.shape[1]

@@ -156,7 +156,8 @@ def map_weights(
     scale:float=None, # Softmax's factor on q·k; 1/√D if None
     mask:Tensor=None, # (B, T) True at real tokens
 )->Tensor: # (B, H, Tq, T) weights
-    "The weights of softmax attention, of the linear attention with `feature_map`, or of any `Attention`: where its rows do not sum to 1, or have negative weights, what is positive is made to."
+    ("The weights of softmax attention, of the linear attention with `feature_map`, or of any `Attention`: "
+     "where its rows do not sum to 1, or have negative weights, what is positive is made to.")
     if feature_map is None: return softmax_weights(q, k, causal, scale, mask)
     if not hasattr(feature_map, 'weights'): return naive_linear_weights(*feature_map(q, k), causal, mask)
     a = feature_map.weights(q, k, causal, mask).clamp_min(0)
@@ -174,7 +175,8 @@ def attention_metrics(
     every:int=1, # Measure each `every`-th query, to save time
     min_keys:int=8, # Rows that see fewer keys are left out
 )->dict: # Name -> (H) means over the rows that count
-    "All metrics of one layer's attention, per head, in double precision where the device has it. Raises `ValueError` where no query sees `min_keys` keys, or `every` is below 1."
+    ("All metrics of one layer's attention, per head, in double precision where the device has it. "
+     "Raises `ValueError` where no query sees `min_keys` keys, or `every` is below 1.")
     if every<1: raise ValueError(f"every must be at least 1; given {every}")
     Tq,dt = q.shape[2], torch.float32 if q.device.type=='mps' else torch.float64
     q,k = q.to(dt),k.to(dt)

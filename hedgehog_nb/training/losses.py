@@ -48,9 +48,11 @@ def naive_weight_loss(
 
 # %% ../../nbs/06_distillation.ipynb #49d9fd2d
 def _weight_loss_rows(by_row, by_key, hide, keep, window):
-    """Loss of some rows and its gradients with respect to (pq, lq) and (pk, lk). by_row is pq (Hkv, G, C, F), lq (Hkv, G, C) or None, q (Hkv, G, C, D) scaled;
-    by_key pk (Hkv, T, F), lk (Hkv, T) or None, k (Hkv, T, D); hide (C, n) True where a row may not see one of the last n keys; keep (C, 1) 0 at rows that do not count.
-    The last `window` keys of a row have softmax's own weight (see the page on the hybrid)."""
+    ("Loss of some rows and its gradients with respect to (pq, lq) and (pk, lk). "
+     "by_row is pq (Hkv, G, C, F), lq (Hkv, G, C) or None, q (Hkv, G, C, D) scaled;\n"
+     "    by_key pk (Hkv, T, F), lk (Hkv, T) or None, k (Hkv, T, D); hide (C, n) True where a row may not see one of the last n keys; "
+     "keep (C, 1) 0 at rows that do not count.\n"
+     "    The last `window` keys of a row have softmax's own weight (see the page on the hybrid).")
     (pq,lq,q),(pk,lk,k) = by_row,by_key
     split,n,w = pq.shape[1:3],hide.shape[1],None
     p = (q.flatten(1,2) @ k.mT).unflatten(1, split)
@@ -106,7 +108,8 @@ class _StreamedLoss(torch.autograd.Function):
                 hide = (~real[b,:e]).expand(C, e)
                 if causal: hide = hide | torch.ones_like(hide).triu(i+1)
                 if mask is None: hide = hide[:,i:] if causal else hide[:,:1]  # only where something is hidden
-                l,g_row,g_key = of_rows(*([None if x is None else x[b,:,:,r] for x in by_row], [None if x is None else x[b,:,:e] for x in by_key]), hide, real[b,r,None].to(dt), window)
+                l,g_row,g_key = of_rows(*([None if x is None else x[b,:,:,r] for x in by_row], [None if x is None else x[b,:,:e] for x in by_key]),
+                    hide, real[b,r,None].to(dt), window)
                 loss += l
                 for d,g in zip(d_row, g_row):
                     if d is not None: d[b,:,:,r] = g
@@ -129,7 +132,8 @@ def _student_features(feature_map, q, k, mask):
 def _streamed(of_rows, q, k, feature_map, causal, scale, mask, rows):
     check_qkv(q, k, k, mask)
     rows = rows or (64 if q.device.type=='cpu' else max(64, 2**25//(q.shape[1]*k.shape[2]))) # a GPU's time goes by launches
-    return _StreamedLoss.apply(of_rows, *_student_features(feature_map, q, k, mask), q.detach(), k.detach(), causal, q.shape[-1]**-0.5 if scale is None else scale, mask, rows)
+    return _StreamedLoss.apply(of_rows, *_student_features(feature_map, q, k, mask), q.detach(), k.detach(), causal,
+        q.shape[-1]**-0.5 if scale is None else scale, mask, rows)
 
 # %% ../../nbs/06_distillation.ipynb #335c51b4
 @no_autocast
