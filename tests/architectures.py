@@ -17,8 +17,8 @@ GROUPED = dict(PLAIN, num_key_value_heads=2, head_dim=8)
 GPT = dict(SPECIAL, n_embd=32, n_layer=2, n_head=4, n_positions=64)
 LOCAL = dict(num_key_value_heads=2, sliding_window=6, layer_types=['sliding_attention','full_attention'])
 MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
-BART = dict(SPECIAL, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
-    max_position_embeddings=64, decoder_start_token_id=1, forced_eos_token_id=None)
+BART = dict(SPECIAL, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+    encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, decoder_start_token_id=1, forced_eos_token_id=None)
 T5 = dict(SPECIAL, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=4, decoder_start_token_id=1)
 IMAGE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4)
 SPEECH = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, conv_dim=(16,16), conv_stride=(4,4), conv_kernel=(8,4),
@@ -32,9 +32,11 @@ ARCHITECTURES = {
     'GPT-J': ('GPTJForCausalLM', dict(GPT, rotary_dim=4), 'decoder'),
     'CodeGen': ('CodeGenForCausalLM', dict(GPT, rotary_dim=4), 'decoder'),
     'GPT-BigCode': ('GPTBigCodeForCausalLM', GPT, 'decoder'),
-    'GPT-Neo': ('GPTNeoForCausalLM', dict(SPECIAL, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, max_position_embeddings=64, attention_types=[[['global'],2]]), 'decoder'),
+    'GPT-Neo': ('GPTNeoForCausalLM', dict(SPECIAL, hidden_size=32, num_layers=2, num_heads=4,
+        intermediate_size=48, max_position_embeddings=64, attention_types=[[['global'],2]]), 'decoder'),
     'GPT-NeoX': ('GPTNeoXForCausalLM', PLAIN, 'decoder'),
-    'OPT': ('OPTForCausalLM', dict(SPECIAL, hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64), 'decoder'),
+    'OPT': ('OPTForCausalLM', dict(SPECIAL, hidden_size=32, word_embed_proj_dim=32, ffn_dim=48,
+        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64), 'decoder'),
     'Bloom': ('BloomForCausalLM', dict(SPECIAL, hidden_size=32, n_layer=2, n_head=4), 'decoder'),
     'Falcon': ('FalconForCausalLM', dict(SPECIAL, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=False), 'decoder'),
     'MPT': ('MptForCausalLM', dict(SPECIAL, d_model=32, n_heads=4, n_layers=2, max_seq_len=64), 'decoder'),
@@ -66,7 +68,8 @@ ARCHITECTURES = {
     'Persimmon': ('PersimmonForCausalLM', PLAIN, 'decoder'),
     'XGLM': ('XGLMForCausalLM', dict(SPECIAL, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4, max_position_embeddings=64), 'decoder'),
     'BioGPT': ('BioGptForCausalLM', PLAIN, 'decoder'),
-    'DeepSeek-V3': ('DeepseekV3ForCausalLM', dict(PLAIN, num_key_value_heads=4, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16,
+    'DeepSeek-V3': ('DeepseekV3ForCausalLM', dict(PLAIN, num_key_value_heads=4, n_routed_experts=4,
+        n_shared_experts=1, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16,
         first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8), 'decoder'),
     'gpt-oss': ('GptOssForCausalLM', dict(GROUPED, num_local_experts=4, num_experts_per_tok=2, sliding_window=6), 'decoder'),
     'BERT': ('BertForMaskedLM', PLAIN, 'encoder'),
@@ -81,19 +84,22 @@ ARCHITECTURES = {
     'ModernBERT': ('ModernBertForMaskedLM', dict(PLAIN, local_attention=6, global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=2), 'encoder'),
     'ESM': ('EsmForMaskedLM', dict(PLAIN, mask_token_id=3), 'encoder'),
     'MiniLM (BERT without a head)': ('BertModel', PLAIN, 'encoder'),
-    'Gemma3n': ('Gemma3nForCausalLM', dict(GROUPED, num_hidden_layers=4, num_kv_shared_layers=2, vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8, laurel_rank=4,
+    'Gemma3n': ('Gemma3nForCausalLM', dict(GROUPED, num_hidden_layers=4, num_kv_shared_layers=2,
+        vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8, laurel_rank=4,
         sliding_window=6, layer_types=['sliding_attention','full_attention']*2, activation_sparsity_pattern=[0.]*4), 'decoder'),
-    'Gemma4, no shared keys': ('Gemma4ForCausalLM', dict(GROUPED, num_kv_shared_layers=0, vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8, sliding_window=6, global_head_dim=8,
-        layer_types=['sliding_attention','full_attention']), 'decoder'),
-    'Llama4': ('Llama4ForCausalLM', dict(GROUPED, num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=48, attention_chunk_size=6, interleave_moe_layer_step=1), 'decoder'),
+    'Gemma4, no shared keys': ('Gemma4ForCausalLM', dict(GROUPED, num_kv_shared_layers=0, vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=8, sliding_window=6, global_head_dim=8, layer_types=['sliding_attention','full_attention']), 'decoder'),
+    'Llama4': ('Llama4ForCausalLM', dict(GROUPED, num_local_experts=2, num_experts_per_tok=1,
+        intermediate_size_mlp=48, attention_chunk_size=6, interleave_moe_layer_step=1), 'decoder'),
     'LFM2': ('Lfm2ForCausalLM', dict(PLAIN, num_key_value_heads=2, layer_types=['conv','full_attention']), 'decoder'),
-    'Jamba': ('JambaForCausalLM', dict(PLAIN, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, num_experts=2, mamba_d_state=4, mamba_dt_rank=4,
-        use_mamba_kernels=False), 'decoder'),
-    'Bamba': ('BambaForCausalLM', dict(PLAIN, num_key_value_heads=2, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_expand=2), 'decoder'),
-    'Zamba2': ('Zamba2ForCausalLM', dict(PLAIN, num_hidden_layers=4, layers_block_type=['mamba','hybrid','mamba','hybrid'], mamba_ngroups=1, mamba_d_state=8, mamba_headdim=8, n_mamba_heads=8,
-        num_mem_blocks=1, adapter_rank=4), 'decoder'),
-    'Qwen3-Next': ('Qwen3NextForCausalLM', dict(GROUPED, **MOE, shared_expert_intermediate_size=16, layer_types=['linear_attention','full_attention'], linear_num_key_heads=2,
-        linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8), 'decoder'),
+    'Jamba': ('JambaForCausalLM', dict(PLAIN, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1,
+        expert_layer_period=2, num_experts=2, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False), 'decoder'),
+    'Bamba': ('BambaForCausalLM', dict(PLAIN, num_key_value_heads=2, attn_layer_indices=[1],
+        mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_expand=2), 'decoder'),
+    'Zamba2': ('Zamba2ForCausalLM', dict(PLAIN, num_hidden_layers=4, layers_block_type=['mamba','hybrid','mamba','hybrid'],
+        mamba_ngroups=1, mamba_d_state=8, mamba_headdim=8, n_mamba_heads=8, num_mem_blocks=1, adapter_rank=4), 'decoder'),
+    'Qwen3-Next': ('Qwen3NextForCausalLM', dict(GROUPED, **MOE, shared_expert_intermediate_size=16, layer_types=['linear_attention','full_attention'],
+        linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8), 'decoder'),
     'DiffLlama': ('DiffLlamaForCausalLM', GROUPED, 'decoder'),
     'Doge': ('DogeForCausalLM', GROUPED, 'decoder'),
     'OLMoE': ('OlmoeForCausalLM', dict(PLAIN, num_experts=4, num_experts_per_tok=2), 'decoder'),
@@ -161,14 +167,15 @@ ARCHITECTURES = {
     'SigLIP, vision': ('SiglipVisionModel', dict(TOWER, image_size=16, patch_size=4), 'vision'),
     'AltCLIP': ('AltCLIPModel', dict(TWO_TOWERS, text_config=dict(TOWER, **SPECIAL, project_dim=16)), 'two towers'),
     'SigLIP': ('SiglipModel', {k:v for k,v in TWO_TOWERS.items() if k!='projection_dim'}, 'two towers'),
-    'Whisper': ('WhisperForConditionalGeneration', dict({k:v for k,v in BART.items() if k!='max_position_embeddings'}, num_mel_bins=8, max_source_positions=16, max_target_positions=64,
-        suppress_tokens=None, begin_suppress_tokens=None), 'speech to text'),
+    'Whisper': ('WhisperForConditionalGeneration', dict({k:v for k,v in BART.items() if k!='max_position_embeddings'}, num_mel_bins=8,
+        max_source_positions=16, max_target_positions=64, suppress_tokens=None, begin_suppress_tokens=None), 'speech to text'),
     'wav2vec 2.0': ('Wav2Vec2ForCTC', SPEECH, 'sound'),
     'HuBERT': ('HubertForCTC', SPEECH, 'sound'),
     'UniSpeech': ('UniSpeechForCTC', SPEECH, 'sound'),
     'SEW': ('SEWForCTC', dict(SPEECH, squeeze_factor=2), 'sound'),
     'WavLM': ('WavLMForCTC', SPEECH, 'sound'),
-    'Audio spectrogram Transformer': ('ASTForAudioClassification', dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, patch_size=4, frequency_stride=4, time_stride=4, max_length=16, num_mel_bins=8), 'spectrogram'),
+    'Audio spectrogram Transformer': ('ASTForAudioClassification', dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, patch_size=4, frequency_stride=4, time_stride=4, max_length=16, num_mel_bins=8), 'spectrogram'),
 }
 
 def build(name, seed=0):
@@ -191,7 +198,8 @@ def draw(kind, model, B=2, T=12, seed=1):
     return {'decoder': lambda: dict(input_ids=tokens(T)), 'encoder': lambda: dict(input_ids=tokens(T)),
         'encoder-decoder': lambda: dict(input_ids=tokens(T), decoder_input_ids=written(T-3)), 'vision': lambda: dict(pixel_values=noise(3,16,16)),
         'two towers': lambda: dict(input_ids=tokens(T), pixel_values=noise(3,16,16)), 'sound': lambda: dict(input_values=noise(16*T+8)),
-        'spectrogram': lambda: dict(input_values=noise(16,8)), 'speech to text': lambda: dict(input_features=noise(8,32), decoder_input_ids=written(T-3))}[kind]()
+        'spectrogram': lambda: dict(input_values=noise(16,8)),
+        'speech to text': lambda: dict(input_features=noise(8,32), decoder_input_ids=written(T-3))}[kind]()
 
 def without_cache(model): return dict(use_cache=False) if model.can_generate() or getattr(model.config, 'is_decoder', False) else {}
 

@@ -39,7 +39,8 @@ def note(name, compiled, error):
     key = name, error or compiled.hash
     if key in SEEN: return
     SEEN.add(key)
-    row = dict(kernel=name, error=error) if error else dict(kernel=name, hash=compiled.hash, shared=compiled.metadata.shared, warps=compiled.metadata.num_warps, spilled=spills(compiled))
+    row = (dict(kernel=name, error=error) if error
+        else dict(kernel=name, hash=compiled.hash, shared=compiled.metadata.shared, warps=compiled.metadata.num_warps, spilled=spills(compiled)))
     with open(Path(os.environ['COMPILE_ONLY'])/f'{os.getpid()}.jsonl', 'a') as f: print(json.dumps(row), file=f)
     if error: raise RuntimeError(error)
 
@@ -67,21 +68,25 @@ def main():
     files = [x for x in rest if x.endswith('.py') or '.py::' in x]
     rest = rest if files else rest + sorted(map(str, (ROOT/'tests').glob('test_kernels*.py')))
     with tempfile.TemporaryDirectory() as d:
-        env = os.environ | dict(COMPILE_ONLY=d, COMPILE_ONLY_FOR=str(a.capability), PYTHONOPTIMIZE='1', HEDGEHOG_TUNE='0', OMP_NUM_THREADS='1', # no assertion stops a test here
+        # no assertion stops a test here
+        env = os.environ | dict(COMPILE_ONLY=d, COMPILE_ONLY_FOR=str(a.capability), PYTHONOPTIMIZE='1', HEDGEHOG_TUNE='0', OMP_NUM_THREADS='1',
                                 PYTHONPATH=os.pathsep.join([str(ROOT/'tests'), str(ROOT), os.environ.get('PYTHONPATH', '')]))
         env.pop('TRITON_INTERPRET', None)
-        subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'compile_only', '--assert=plain', '-p', 'no:cacheprovider', '--no-header', '-r', 'N', '-W', 'ignore', '-k', 'not import and not compile and not tuning', *rest], cwd=ROOT, env=env)
+        subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'compile_only', '--assert=plain', '-p', 'no:cacheprovider',
+            '--no-header', '-r', 'N', '-W', 'ignore', '-k', 'not import and not compile and not tuning', *rest], cwd=ROOT, env=env)
         rows = {(r['kernel'], r.get('hash') or r['error']): r for f in Path(d).glob('*.jsonl') for r in map(json.loads, f.read_text().splitlines())}.values()
     bad,good = [r for r in rows if r.get('error')],[r for r in rows if not r.get('error')]
     if a.out: a.out.write_text(json.dumps(list(rows), indent=0))
     by = {}
     for r in good: by.setdefault(r['kernel'], []).append(r)
     print(f"\n{'kernel':<30}{'variants':>9}{'spilling':>9}{'most spilled':>13}{'most shared':>12}")
-    for n,rs in sorted(by.items()): print(f"{n:<30}{len(rs):>9}{sum(r['spilled']>0 for r in rs):>9}{max(r['spilled'] for r in rs):>13,}{max(r['shared'] for r in rs):>12,}")
+    for n,rs in sorted(by.items()):
+        print(f"{n:<30}{len(rs):>9}{sum(r['spilled']>0 for r in rs):>9}{max(r['spilled'] for r in rs):>13,}{max(r['shared'] for r in rs):>12,}")
     wide = [r for r in good if r['shared']>limit]
     for r in bad: print(f"FAILED {r['kernel']}: {r['error']}")
     for r in wide: print(f"TOO LARGE {r['kernel']}: {r['shared']:,} bytes of shared memory, {limit:,} at most")
-    print(f"{len(good)} variants compiled for sm_{a.capability}, {len(bad)} failed, {len(wide)} over {limit:,} bytes of shared memory; the most is {max((r['shared'] for r in good), default=0):,}")
+    print(f"{len(good)} variants compiled for sm_{a.capability}, {len(bad)} failed, "
+        f"{len(wide)} over {limit:,} bytes of shared memory; the most is {max((r['shared'] for r in good), default=0):,}")
     sys.exit(bool(bad or wide or not good))
 
 if __name__=='__main__': main()

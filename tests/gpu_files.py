@@ -172,7 +172,8 @@ def install(folder):
     if (site/'.wheels').is_file() and (site/'.wheels').read_text()==said: return
     for d in (site, new): shutil.rmtree(d, ignore_errors=True)
     pip = '-m pip --disable-pip-version-check install -q --no-index --no-deps --no-compile --no-cache-dir --target'.split()
-    if subprocess.run([sys.executable, *pip, str(new), *map(str, wheels)]).returncode: raise SystemExit(f"pip could not install the wheels in {folder}; what it says is above")
+    if subprocess.run([sys.executable, *pip, str(new), *map(str, wheels)]).returncode:
+        raise SystemExit(f"pip could not install the wheels in {folder}; what it says is above")
     (new/'.wheels').write_text(said)
     os.replace(new, site)
 

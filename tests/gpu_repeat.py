@@ -33,14 +33,16 @@ def cases(size, device):
     res = {'map': (lambda x,w: fused_feature_map(x, w, form='exp')[0], (q, w_q))}
     for s in ('scan', 'parallel'):
         for causal in (True, False):
-            res[f'chunk {s} causal={causal}'] = (lambda *x, s=s, c=causal: triton_linear_attention(*x, causal=c, mask=mask, schedule=s), (phi_q, phi_k, v, log_k))
+            res[f'chunk {s} causal={causal}'] = (lambda *x, s=s, c=causal: triton_linear_attention(*x, causal=c, mask=mask, schedule=s),
+                (phi_q, phi_k, v, log_k))
         for form in FORMS: res[f'fused {form} {s}'] = (lambda *x, s=s, f=form: fused_hedgehog_attention(*x, form=f, mask=mask, schedule=s), (q, k, v, w_q, w_k))
         res[f'window {s}'] = (lambda *x, s=s: triton_window_attention(*x, w, log_k=log_k, mask=mask, schedule=s), (q, k, v, phi_q, phi_k))
     one = lambda x: x[:1]
     res['chunk packed'] = (lambda *x: triton_linear_attention(*x, cu_seqlens=cu), tuple(map(one, (phi_q, phi_k, v, log_k))))
     res['fused packed'] = (lambda *x: fused_hedgehog_attention(*x, form='exp', cu_seqlens=cu), (*map(one, (q, k, v)), w_q, w_k))
     state = LinearState(rand(B,Hkv,2*D,D,dtype=torch.float32), rand(B,Hkv,2*D,dtype=torch.float32).abs(), rand(B,Hkv,dtype=torch.float32))
-    res['decode'] = (lambda q,k,v: torch.cat([x.float().flatten() for o,s in [decode_step(q, k, v, state, inplace=False)] for x in (o, *s)]), (phi_q[:,:,:1], phi_k[:,:,:1], v[:,:,:1]))
+    res['decode'] = (lambda q,k,v: torch.cat([x.float().flatten() for o,s in [decode_step(q, k, v, state, inplace=False)] for x in (o, *s)]),
+        (phi_q[:,:,:1], phi_k[:,:,:1], v[:,:,:1]))
     return res
 
 def run(f, leaves):

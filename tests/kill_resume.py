@@ -45,7 +45,8 @@ def trial(folder, rng, longest):
     return kills.count(-signal.SIGKILL)
 
 def trials(n, seed=0):
-    "For each trial (kills, number of weights that differ from those of the run that nobody killed). A run that ended before its first kill came is none, and is done again."
+    ("For each trial (kills, number of weights that differ from those of the run that nobody killed). "
+     "A run that ended before its first kill came is none, and is done again.")
     rng,out = random.Random(seed),[]
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)

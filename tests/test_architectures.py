@@ -10,9 +10,12 @@ from hedgehog_nb.models.loading import save_linearized
 
 OFF = "does not call its attention through transformers' attention interface"
 PAIRS = "was given a mask of shape"
-REFUSED = {'GPT-Neo':OFF, 'Bloom':OFF, 'Falcon':OFF, 'MPT':OFF, 'XGLM':OFF, 'MPNet':OFF, 'DeBERTa':OFF, 'DeBERTa-v2':OFF, 'BigBird':OFF, 'XLNet':OFF, 'RoFormer':OFF, 'Longformer':OFF, 'PVT':OFF, 'WavLM':OFF,
-    'Gemma2':'caps its scores', 'T5Gemma':'caps its scores', 'gpt-oss':'attention sinks', 'T5':'position bias', 'mT5':'position bias', 'BEiT':PAIRS, 'Swin':PAIRS, 'Doge':PAIRS, 'LayoutLM':PAIRS,
-    'Llama4':'a pattern of pairs', 'Gemma3n':'keeps a DummyLayer', 'Zamba2':'keeps a LinearAttentionAndFullAttentionLayer', 'Falcon-H1':'keeps a LinearAttentionAndFullAttentionLayer', 'DiffLlama':'more than once', 'HRM, text':'more than once', 'Mamba':'no attention call was seen', 'FNet':'no attention call was seen', 'BigBird-Pegasus':'not under the mask that it names'}
+REFUSED = {'GPT-Neo':OFF, 'Bloom':OFF, 'Falcon':OFF, 'MPT':OFF, 'XGLM':OFF, 'MPNet':OFF, 'DeBERTa':OFF, 'DeBERTa-v2':OFF, 'BigBird':OFF,
+    'XLNet':OFF, 'RoFormer':OFF, 'Longformer':OFF, 'PVT':OFF, 'WavLM':OFF, 'Gemma2':'caps its scores', 'T5Gemma':'caps its scores',
+    'gpt-oss':'attention sinks', 'T5':'position bias', 'mT5':'position bias', 'BEiT':PAIRS, 'Swin':PAIRS, 'Doge':PAIRS, 'LayoutLM':PAIRS,
+    'Llama4':'a pattern of pairs', 'Gemma3n':'keeps a DummyLayer', 'Zamba2':'keeps a LinearAttentionAndFullAttentionLayer',
+    'Falcon-H1':'keeps a LinearAttentionAndFullAttentionLayer', 'DiffLlama':'more than once', 'HRM, text':'more than once',
+    'Mamba':'no attention call was seen', 'FNet':'no attention call was seen', 'BigBird-Pegasus':'not under the mask that it names'}
 
 HERE = [n for n,(cls,*_) in ARCHITECTURES.items() if hasattr(transformers, cls)] # the oldest transformers lacks some
 
@@ -47,7 +50,8 @@ def converted(name='Llama'):
     model = shake(linearize(build(name)))
     return ARCHITECTURES[name][2], model, draw(ARCHITECTURES[name][2], model), build(name)
 
-@pytest.mark.parametrize('name,check,fault', [('Llama','forward','oracle'), ('BERT','padding','mask'), ('Llama','generate','state'), ('BART','generate','state'), ('Llama','save','weights'),
+@pytest.mark.parametrize('name,check,fault', [('Llama','forward','oracle'), ('BERT','padding','mask'),
+    ('Llama','generate','state'), ('BART','generate','state'), ('Llama','save','weights'),
     ('Llama','train','frozen'), ('OLMo3','teacher','window'), ('ModernBERT','teacher','window'), ('Llama','hybrid','softmax')])
 def test_checks_find_faults(name, check, fault, monkeypatch):
     kind,model,x,soft = converted(name)
@@ -62,7 +66,8 @@ def test_checks_find_faults(name, check, fault, monkeypatch):
     if fault=='frozen': first.feature_map.w_k.requires_grad_(False)
     if fault=='softmax':
         import hedgehog_nb.models.attention as lin; whole = lin.fused_softmax_attention
-        monkeypatch.setattr(lin, 'fused_softmax_attention', lambda q, k, v, causal, scale, mask=None, *args, **kw: whole(q, k, v, causal, scale, None, *args, **kw))
+        monkeypatch.setattr(lin, 'fused_softmax_attention',
+            lambda q, k, v, causal, scale, mask=None, *args, **kw: whole(q, k, v, causal, scale, None, *args, **kw))
     if fault=='window':
         import hedgehog_nb.training.distill as t; whole = t.fused_softmax_attention
         monkeypatch.setattr(t, 'fused_softmax_attention', lambda q, k, v, causal, scale, mask, window=None, **kw: whole(q, k, v, causal, scale, mask, **kw))
@@ -90,8 +95,10 @@ def test_masks_over_pairs_are_refused():
 
 @pytest.mark.parametrize('patterns', ['or','and'])
 def test_patterns_added_to_a_mask_are_refused(patterns):
-    from transformers.masking_utils import and_masks, causal_mask_function, or_masks, sliding_window_bidirectional_mask_function, sliding_window_causal_mask_function
-    for f in (causal_mask_function, sliding_window_causal_mask_function(3), sliding_window_bidirectional_mask_function(3)): assert padding_mask(2, 5, 5, mask_function=f) is None
+    from transformers.masking_utils import (and_masks, causal_mask_function, or_masks,
+        sliding_window_bidirectional_mask_function, sliding_window_causal_mask_function)
+    for f in (causal_mask_function, sliding_window_causal_mask_function(3), sliding_window_bidirectional_mask_function(3)):
+        assert padding_mask(2, 5, 5, mask_function=f) is None
     join = dict(zip(('or','and'), (or_masks, and_masks)))[patterns]
     for f in (causal_mask_function, sliding_window_causal_mask_function(3)):
         with pytest.raises(ValueError, match='pattern of pairs'): padding_mask(2, 5, 5, mask_function=join(f, lambda b, h, q, k: q//2==k//2))
@@ -111,21 +118,24 @@ def speech(cls, **config):
     return cls(cls.config_class(vocab_size=61, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, **config)).eval()
 
 def test_inputs_may_be_given():
-    model = speech('Speech2TextForConditionalGeneration', d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
+    model = speech('Speech2TextForConditionalGeneration', d_model=32, encoder_layers=2,
+        decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
         decoder_ffn_dim=48, max_source_positions=64, max_target_positions=64, input_feat_per_channel=8, conv_channels=16)
     with pytest.raises(ValueError, match='give `inputs`'): linearize(model)
     assert len(linear_layers(linearize(model, inputs=dict(input_features=torch.zeros(1,16,8), decoder_input_ids=torch.tensor([[1,4]])))))==4
 
 def test_inputs_that_do_not_fit_are_an_error_of_values():
-    with pytest.raises(ValueError, match='BertModel did not run .* Give `inputs`'): linearize(build('MiniLM (BERT without a head)'), inputs=dict(input_ids='three words'))
+    with pytest.raises(ValueError, match='BertModel did not run .* Give `inputs`'):
+        linearize(build('MiniLM (BERT without a head)'), inputs=dict(input_ids='three words'))
 
 def test_a_model_that_is_causal_by_its_mask_alone_is_refused():
     "Its decoder says that it is not causal wherever it is given a mask, so under padding it would see what comes."
-    model = speech('MoonshineForConditionalGeneration', hidden_size=32, intermediate_size=48, encoder_num_hidden_layers=2, decoder_num_hidden_layers=2, encoder_num_attention_heads=4,
-        decoder_num_attention_heads=4, max_position_embeddings=64)
+    model = speech('MoonshineForConditionalGeneration', hidden_size=32, intermediate_size=48, encoder_num_hidden_layers=2,
+        decoder_num_hidden_layers=2, encoder_num_attention_heads=4, decoder_num_attention_heads=4, max_position_embeddings=64)
     with torch.no_grad():
         for p in model.parameters(): p.normal_(0, .3)
-    with pytest.raises(ValueError, match=r'decoder\.layers\.0\.self_attn .* mask that it names'): linearize(model, inputs=dict(input_values=torch.zeros(1,2000), decoder_input_ids=torch.tensor([[1,4,5]])))
+    with pytest.raises(ValueError, match=r'decoder\.layers\.0\.self_attn .* mask that it names'):
+        linearize(model, inputs=dict(input_values=torch.zeros(1,2000), decoder_input_ids=torch.tensor([[1,4,5]])))
 
 def test_layers_of_encoder_and_decoder_are_counted_as_they_are_called():
     model = linearize(build('BART'), layers='1-2')

@@ -26,7 +26,8 @@ def loops(q, k, v, causal, scale, mask):
     return o
 
 @settings(max_examples=25)
-@given(st.integers(1,2), st.integers(1,2), st.integers(1,3), st.integers(1,7), st.integers(1,5), st.booleans(), st.booleans(), st.sampled_from([None,.3]), st.data())
+@given(st.integers(1,2), st.integers(1,2), st.integers(1,3), st.integers(1,7),
+       st.integers(1,5), st.booleans(), st.booleans(), st.sampled_from([None,.3]), st.data())
 def test_equals_loops(B, Hkv, G, T, D, causal, masked, scale, data):
     Tq = data.draw(st.integers(1,T))
     q,k,v = qkv(B, Hkv*G, Hkv, T, D, Tq, Dv=3)
@@ -88,8 +89,8 @@ def test_causal_queries_are_the_last_positions():
     torch.testing.assert_close(softmax_attention(q[:,:,-3:], k, v), softmax_attention(q, k, v)[:,:,-3:])
 
 BAD = dict(three_dims=lambda q,k,v: (q[0],k,v), batch=lambda q,k,v: (q[:1],k,v), channels=lambda q,k,v: (q[...,:4],k,v), heads_kv=lambda q,k,v: (q,k,v[:,:1]),
-    tokens_kv=lambda q,k,v: (q,k,v[:,:,1:]), group=lambda q,k,v: (q[:,:3],k,v), empty=lambda q,k,v: (q[:,:,:0],k[:,:,:0],v[:,:,:0]), whole=lambda q,k,v: (q.long(),k,v),
-    mask=lambda q,k,v: (q,k,v,torch.ones(2,8)), device=lambda q,k,v: (q,k.to('meta'),v))
+    tokens_kv=lambda q,k,v: (q,k,v[:,:,1:]), group=lambda q,k,v: (q[:,:3],k,v), empty=lambda q,k,v: (q[:,:,:0],k[:,:,:0],v[:,:,:0]),
+    whole=lambda q,k,v: (q.long(),k,v), mask=lambda q,k,v: (q,k,v,torch.ones(2,8)), device=lambda q,k,v: (q,k.to('meta'),v))
 
 @pytest.mark.parametrize('what', BAD)
 def test_what_does_not_fit_is_refused(what):

@@ -13,8 +13,9 @@ from hedgehog_nb.models.linearize import linearize
 from hedgehog_nb.ops.metrics import lognormal_fit
 from tiny_models import llama, tokens
 
-SETTINGS = [(n,{}) for n in sorted(ATTENTIONS)] + [('exp',dict(t=2.)), ('taylor',dict(order=1)), ('taylor',dict(order=4)), ('fast',dict(order=4)), ('performer',dict(num_features=5)),
-    ('rfa',dict(num_features=3)), ('cosformer',dict(max_len=64)), ('linformer',dict(rank=4, max_len=32)), ('latte',dict(num_latents=3)), ('transnormer',dict(decay=False)),
+SETTINGS = [(n,{}) for n in sorted(ATTENTIONS)] + [('exp',dict(t=2.)), ('taylor',dict(order=1)), ('taylor',dict(order=4)),
+    ('fast',dict(order=4)), ('performer',dict(num_features=5)), ('rfa',dict(num_features=3)), ('cosformer',dict(max_len=64)),
+    ('linformer',dict(rank=4, max_len=32)), ('latte',dict(num_latents=3)), ('transnormer',dict(decay=False)),
     ('softmax-scan',dict(block=3)), *[('hedgehog',dict(form=f, num_maps=2, bias=True)) for f in ('exp','softmax_halves','softmax_joint')]]
 CASES = [(n,kw,c) for n,kw in SETTINGS for c in ATTENTIONS[n].directions]
 ids = lambda v: v if isinstance(v,str) else 'causal' if v is True else 'both' if v is False else '-'.join(f'{k}={x}' for k,x in v.items()) or 'plain'
@@ -119,7 +120,8 @@ def test_no_nan_or_inf(name, kw, causal, dtype, size):
     if m.positive or name=='linformer': assert all(g is None or g.float().isfinite().all() for g in grads)
 
 @settings(max_examples=60)
-@given(st.sampled_from([c for c in CASES if make_attention(c[0], 6, **c[1]).positive]), st.floats(-3,3), st.floats(-3,3), st.integers(1,40), st.sampled_from([torch.float32,torch.bfloat16,torch.float16]), st.integers(0,2**16))
+@given(st.sampled_from([c for c in CASES if make_attention(c[0], 6, **c[1]).positive]), st.floats(-3,3), st.floats(-3,3),
+       st.integers(1,40), st.sampled_from([torch.float32,torch.bfloat16,torch.float16]), st.integers(0,2**16))
 def test_any_size_any_length_stays_finite(case, a, b, T, dtype, seed):
     name,kw,causal = case
     torch.manual_seed(seed)
@@ -134,7 +136,9 @@ def test_low_precision_follows_fp64(name, kw, causal):
     m = make_attention(name, 8, 4, 2, **kw)
     q,k,v = (x.to(torch.bfloat16) for x in qkv(T=17, D=8))
     want = make_attention(name, 8, 4, 2, **kw).double().attend(q.double(), k.double(), v.double(), causal)
-    if not m.positive and name!='linformer': want,got = (make_attention(name, 8, 4, 2, **kw).to(d).weights(q.to(d), k.to(d), causal) for d in (torch.float64,torch.float32)); return same(got, want, 2e-2)
+    if not m.positive and name!='linformer':
+        want,got = (make_attention(name, 8, 4, 2, **kw).to(d).weights(q.to(d), k.to(d), causal) for d in (torch.float64,torch.float32))
+        return same(got, want, 2e-2)
     same(m.attend(q, k, v, causal), want, 2e-2)
 
 # --- feature maps in particular
@@ -177,7 +181,8 @@ def test_directions_are_orthogonal_and_gaussian():
     assert (g-torch.diag_embed(g.diagonal(dim1=1, dim2=2))).abs().max()<1e-3
     w = w.flatten(0,1)
     assert w.mean(0).abs().max()<.1 and (w.T@w/4096-torch.eye(16)).abs().max()<.1 and abs(w.norm(dim=-1).var()/(16-w.norm(dim=-1).mean()**2)-1)<.3
-    assert torch.equal(orthogonal_gaussian(5, 3, 1), orthogonal_gaussian(5, 3, 1)) and not torch.equal(orthogonal_gaussian(5, 3, 1), orthogonal_gaussian(5, 3, 2))
+    assert (torch.equal(orthogonal_gaussian(5, 3, 1), orthogonal_gaussian(5, 3, 1))
+            and not torch.equal(orthogonal_gaussian(5, 3, 1), orthogonal_gaussian(5, 3, 2)))
 
 def test_performer_has_no_bias_and_redraws():
     "The mean over many draws of one pair's kernel is exp(q·k)."
@@ -250,7 +255,8 @@ def test_join_is_associative():
 
 def test_scan_attention_is_softmax():
     q,k,v = qkv(T=30); mask = torch.rand(2,30)<.7
-    for causal in (True,False): same(make_attention('softmax-scan', 5, 4, 2, block=4).attend(4*q, 4*k, v, causal, mask), softmax_attention(4*q, 4*k, v, causal, mask=mask))
+    for causal in (True,False):
+        same(make_attention('softmax-scan', 5, 4, 2, block=4).attend(4*q, 4*k, v, causal, mask), softmax_attention(4*q, 4*k, v, causal, mask=mask))
 
 # --- the registry
 
@@ -265,10 +271,12 @@ def test_your_own():
     finally: del ATTENTIONS['cube'], FEATURE_MAPS['cube']
 
 @pytest.mark.parametrize('make,says', [
-    (lambda: make_attention('hedghog', 8), 'there are .*hedgehog'), (lambda: make_feature_map('latte', 8), 'not of the form'), (lambda: make_feature_map('nope', 8), 'no feature map'),
-    (lambda: make_attention('elu', 8, t=1), 'takes no settings|no settings'), (lambda: make_attention('taylor', 8, order=0), 'order.*0'), (lambda: make_attention('performer', 8, num_features=0), 'num_features.*0'),
-    (lambda: make_attention('cosformer', 8, max_len=0), 'max_len.*0'), (lambda: make_attention('linformer', 8, rank=300), 'rank=300'), (lambda: make_attention('latte', 8, num_latents=0), 'num_latents.*0'),
-    (lambda: make_attention('softmax-scan', 8, block=0), 'block.*0'), (lambda: make_attention('softmax', 8, 4, 3), '3.*4'), (lambda: linearize(llama(), 'linformer'), 'keeps no state')])
+    (lambda: make_attention('hedghog', 8), 'there are .*hedgehog'), (lambda: make_feature_map('latte', 8), 'not of the form'),
+    (lambda: make_feature_map('nope', 8), 'no feature map'), (lambda: make_attention('elu', 8, t=1), 'takes no settings|no settings'),
+    (lambda: make_attention('taylor', 8, order=0), 'order.*0'), (lambda: make_attention('performer', 8, num_features=0), 'num_features.*0'),
+    (lambda: make_attention('cosformer', 8, max_len=0), 'max_len.*0'), (lambda: make_attention('linformer', 8, rank=300), 'rank=300'),
+    (lambda: make_attention('latte', 8, num_latents=0), 'num_latents.*0'), (lambda: make_attention('softmax-scan', 8, block=0), 'block.*0'),
+    (lambda: make_attention('softmax', 8, 4, 3), '3.*4'), (lambda: linearize(llama(), 'linformer'), 'keeps no state')])
 def test_bad_settings(make, says):
     with pytest.raises(ValueError, match=says): make()
 
@@ -300,9 +308,11 @@ def test_made_for_a_length(name):
 def test_both_log_weights_give_back_the_kernel(name, kw):
     "φ(q)·φ(k) times what was taken out on either side follows the kernel when a query is moved: no scalar of the query is lost."
     m,(q,k,_) = shaken(name, **kw), qkv(T=7)
-    u = lambda q: (lambda pq,pk,l: (pq@repeat_kv(pk, 4).mT)*(0 if l is None else repeat_kv(l, 4))[:,:,None].exp() if l is not None else pq@repeat_kv(pk, 4).mT)(*m(q, k))
+    u = lambda q: (lambda pq,pk,l: (pq@repeat_kv(pk, 4).mT)*(0 if l is None else repeat_kv(l, 4))[:,:,None].exp()
+        if l is not None else pq@repeat_kv(pk, 4).mT)(*m(q, k))
     lq = m.log_q(q)
-    known = {'exp': lambda: torch.einsum('bhtd,bhsd->bhts', (m.t*q).exp(), (m.t*repeat_kv(k, 4)).exp()), 'taylor': lambda: sum((q@repeat_kv(k, 4).mT*m.scale)**n/math.factorial(n) for n in range(m.order+1)),
+    known = {'exp': lambda: torch.einsum('bhtd,bhsd->bhts', (m.t*q).exp(), (m.t*repeat_kv(k, 4)).exp()),
+        'taylor': lambda: sum((q@repeat_kv(k, 4).mT*m.scale)**n/math.factorial(n) for n in range(m.order+1)),
         'elu': lambda: (1+F.elu(q))@(1+F.elu(repeat_kv(k, 4))).mT, 'lognormal': lambda: (m.alpha*q).exp()@repeat_kv((m.beta*k).exp(), 4).mT}
     if name in known: same(u(q)*(1 if lq is None else lq[...,None].exp()), known[name]())
     assert lq is None or lq.shape==(2,4,7)

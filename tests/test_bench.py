@@ -1,15 +1,17 @@
-"Tables and figures of the benchmark page, from files made up in a folder that is thrown away; what a run says it did not run; and contenders that raise, hang, die or are wrong."
+"""Tables and figures of the benchmark page, from files made up in a folder that is thrown away; \
+what a run says it did not run; and contenders that raise, hang, die or are wrong."""
 import json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from hedgehog_nb.experiments import bench
 from hedgehog_nb.experiments.bench import (
-    bench_curves, bench_table, Case, compile_ahead, compile_share, register_benchmark, BENCHMARKS, CURVES, default_cases, measurements, plot_bench, prepare, resumable,
-    run_benchmark, TURNS, WrongResult)
+    bench_curves, bench_table, Case, compile_ahead, compile_share, register_benchmark, BENCHMARKS, CURVES,
+    default_cases, measurements, plot_bench, prepare, resumable, run_benchmark, TURNS, WrongResult)
 from hedgehog_nb.results import read_results, Table, write_results
 
 def row(T, variant='hedgehog', metric='ms', value=1., experiment='bench-forward', B=1, floor=.5, **kw):
-    return dict(experiment=experiment, model='attention', data='random', variant=variant, metric=metric, value=value, B=B, H=8, Hkv=8, T=T, D=64, dtype='bfloat16', causal=True, times_floor=value/floor) | kw
+    return dict(experiment=experiment, model='attention', data='random', variant=variant, metric=metric,
+        value=value, B=B, H=8, Hkv=8, T=T, D=64, dtype='bfloat16', causal=True, times_floor=value/floor) | kw
 
 @pytest.fixture
 def made_up(tmp_path):
@@ -18,17 +20,20 @@ def made_up(tmp_path):
         write_results(tmp_path/name, rows, command='none', device='cpu')
         text = (tmp_path/name).read_text().splitlines()
         import json
-        text = [f' "device": {json.dumps(device)},' if l.startswith(' "device"') else f' "date": {json.dumps(date)},' if l.startswith(' "date"') else l for l in text]
+        text = [f' "device": {json.dumps(device)},' if l.startswith(' "device"')
+            else f' "date": {json.dumps(date)},' if l.startswith(' "date"') else l for l in text]
         (tmp_path/name).write_text('\n'.join(text)+'\n')
     machine = dict(experiment='bench-forward', model='machine', data='random', variant='copy', metric='bytes_per_s', value=1e12, unit='B/s')
-    write('bench-a.json', [machine] + [row(T, v, value=T/512*k) for T in (2048, 512, 1024) for v,k in (('hedgehog', 1.), ('sdpa', 3.))] + [row(8192, B=8, value=7.)]
-          + [row(T, metric='bytes', value=T*2**20, experiment='bench-train') for T in (512, 1024)] + [row(512, experiment='bench-decode', value=.25)], 'GPU A', '2026-03-02T00:00:00+00:00')
+    write('bench-a.json', [machine] + [row(T, v, value=T/512*k) for T in (2048, 512, 1024) for v,k in (('hedgehog', 1.), ('sdpa', 3.))]
+          + [row(8192, B=8, value=7.)] + [row(T, metric='bytes', value=T*2**20, experiment='bench-train') for T in (512, 1024)]
+          + [row(512, experiment='bench-decode', value=.25)], 'GPU A', '2026-03-02T00:00:00+00:00')
     write('bench-b.json', [row(T, value=99.) for T in (512, 1024, 2048, 4096)], 'GPU B', '2026-03-01T00:00:00+00:00')
     return read_results(tmp_path)
 
 def test_tables(made_up):
     t = bench_table(made_up, 'bench-forward')
-    assert t.header==['case','hedgehog','sdpa'] and t.rows[0]==['B=1 H=8 T=2048 D=64 bfloat16', '4 (8.0×)', '12 (24.0×)'] and t.rows[-1]==['B=8 H=8 T=8192 D=64 bfloat16', '7 (14.0×)', '–'] and len(t.rows)==4
+    assert (t.header==['case','hedgehog','sdpa'] and t.rows[0]==['B=1 H=8 T=2048 D=64 bfloat16', '4 (8.0×)', '12 (24.0×)']
+            and t.rows[-1]==['B=8 H=8 T=8192 D=64 bfloat16', '7 (14.0×)', '–'] and len(t.rows)==4)
     assert 'GPU A' in t.caption and '99' in str(bench_table(made_up, 'bench-forward', 'GPU B')) and '99' not in str(t)
     assert bench_table(made_up, 'bench-decode').rows==[['B=1 H=8 T=512 D=64 bfloat16', '0.25 (0.5×)']]
 
@@ -65,14 +70,17 @@ def test_figures(made_up, experiment, what, tmp_path):
 def test_a_run_on_a_cpu_measures_and_says_what_it_did_not(tmp_path):
     from hedgehog_nb.kernels.cpu import library
     said = {}
-    rows = run_benchmark(tmp_path/'cpu.json', 'cpu', [Case('forward',1,2,2,T,16,torch.float32) for T in (64,128)], minutes=1, on_result=lambda c,s,done,total: said.update({c.T:s}))
+    rows = run_benchmark(tmp_path/'cpu.json', 'cpu', [Case('forward',1,2,2,T,16,torch.float32) for T in (64,128)],
+        minutes=1, on_result=lambda c,s,done,total: said.update({c.T:s}))
     assert set(said)=={64,128}
     for s in said.values():
-        assert isinstance(s['hedgehog-torch'], float) and isinstance(s['sdpa'], float) and s['hedgehog-kernels'] in ('the kernels run on a GPU','Triton is not installed')
+        assert (isinstance(s['hedgehog-torch'], float) and isinstance(s['sdpa'], float)
+                and s['hedgehog-kernels'] in ('the kernels run on a GPU','Triton is not installed'))
         assert isinstance(s['hedgehog'], float if library()[0] else str)
         assert all(isinstance(x, str) for n,x in s.items() if n.startswith(('sdpa-','fla-')))
     rows = read_results(tmp_path)
-    assert {r['experiment'] for r in rows}=={'cpu-forward'} and bench_curves(rows, 'cpu-forward')[0]['hedgehog-torch'][0]==(64,128) and not bench_curves(rows, 'cpu-forward', 'bytes')[0]
+    assert ({r['experiment'] for r in rows}=={'cpu-forward'} and bench_curves(rows, 'cpu-forward')[0]['hedgehog-torch'][0]==(64,128)
+            and not bench_curves(rows, 'cpu-forward', 'bytes')[0])
     assert all('not run yet' in r for r in bench_table(rows, 'bench-forward').rows)
 
 def test_the_cases_of_both_places():
@@ -91,7 +99,8 @@ from hedgehog_nb.experiments.bench import *
 def at(call): return lambda c,x: lambda: call(c, x)
 def note(c, x): open(os.environ['NOTES'], 'a').write(f'{os.getpid()} ')
 def wait(c, x): note(c, x); time.sleep(1000)
-for name,call in dict(raises=lambda c,x: {}['no such kernel'], hangs=wait, dies=lambda c,x: os.kill(os.getpid(), 11)).items(): contender(name, 'forward')(at(call))
+for name,call in dict(raises=lambda c,x: {}['no such kernel'], hangs=wait, dies=lambda c,x: os.kill(os.getpid(), 11)).items():\
+ contender(name, 'forward')(at(call))
 contender('hedgehog-wrong', 'forward')(at(lambda c,x: x['v']*1.5))
 contender('infinite', 'forward')(at(lambda c,x: x['v']/0))
 cases = [Case('forward',1,2,2,T,16,torch.float32) for T in (64,128)]
@@ -104,7 +113,9 @@ def own(tmp_path):
     "Start a run of own contenders, each measured in a process that can be stopped, as on a GPU."
     (tmp_path/'own.py').write_text(OWN)
     env = os.environ | dict(PYTHONPATH=str(ROOT), NOTES=str(tmp_path/'notes'))
-    def start(timeout, *names, **kw): return subprocess.Popen([sys.executable, str(tmp_path/'own.py'), str(tmp_path/'own.json'), str(timeout), *names], env=env | kw, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def start(timeout, *names, **kw):
+        return subprocess.Popen([sys.executable, str(tmp_path/'own.py'), str(tmp_path/'own.json'), str(timeout), *names],
+            env=env | kw, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return start
 
 def rows_of(path): return [r for r in json.loads(Path(path).read_text())['rows'] if 'B' in r]
@@ -116,7 +127,8 @@ def test_what_raises_hangs_dies_or_is_wrong_costs_only_its_own_row(own, tmp_path
     assert all(rows[n, T]['metric']!='failed' for n in ('sdpa','hedgehog-torch') for T in (64,128))
     reasons = {n: [rows[n, T]['reason'] for T in (64,128)] for n in ('raises','hangs','dies','hedgehog-wrong','infinite')}
     assert reasons['hangs']==['stopped after 15 s']*2 and rows['hangs', 64]['value']>14.9 and rows['hangs', 64]['unit']=='s'
-    assert reasons['raises']==["KeyError: 'no such kernel'"]*2 and reasons['dies']==['its process ended with SIGSEGV']*2 and reasons['infinite']==['ArithmeticError: its numbers are not finite']*2
+    assert (reasons['raises']==["KeyError: 'no such kernel'"]*2 and reasons['dies']==['its process ended with SIGSEGV']*2
+            and reasons['infinite']==['ArithmeticError: its numbers are not finite']*2)
     assert all(r.startswith('WRONG: off by ') for r in reasons['hedgehog-wrong']) and p.returncode==1
     assert 'WrongResult: wrong, and not timed: hedgehog-wrong on forward B=1 H=2 T=64' in err and err.count('hedgehog-wrong on')==2
     assert '14/14' in out and 'failed' in str(bench_table(read_results(tmp_path), 'cpu-forward'))
@@ -178,7 +190,8 @@ def test_by_turns_what_raises_leaves_the_others(contenders, tmp_path):
     with pytest.raises(WrongResult, match='hedgehog-off on forward B=1 H=2 T=64 .* hedgehog-off on forward B=1 H=2 T=128'):
         run_benchmark(tmp_path/'b.json', 'cpu', SMALL, ['third','never','hedgehog-off','sdpa'], 1, lambda c,s,*n: said.update({c.T:(s, n)}))
     assert said[64][0]['third']=='AssertionError: third call\nassert 3 < 3'.replace('\n', ' ') or 'third call' in said[64][0]['third']
-    assert said[64][0]['never'].startswith('ZeroDivisionError') and said[64][0]['hedgehog-off'].startswith('WRONG') and isinstance(said[64][0]['sdpa'], float) and said[64][1]==(4,8)
+    assert (said[64][0]['never'].startswith('ZeroDivisionError') and said[64][0]['hedgehog-off'].startswith('WRONG')
+            and isinstance(said[64][0]['sdpa'], float) and said[64][1]==(4,8))
     assert {r['variant'] for r in rows_of(tmp_path/'b.json') if r['metric']=='ms'}=={'sdpa'} and 'matmul_tflops' in rows_of(tmp_path/'b.json')[0]
 
 @pytest.mark.parametrize('kind', ['forward','train','decode'])
@@ -236,7 +249,8 @@ def test_each_shape_has_a_compiled_function_of_its_own(monkeypatch):
 def test_shares_of_what_an_autotuner_chooses_among(monkeypatch):
     autotuner = pytest.importorskip('triton.runtime.autotuner')
     seen = []
-    monkeypatch.setattr(autotuner.Autotuner, 'run', lambda self, *a, **kw: seen.append((self.configs, self.do_bench(lambda: seen.append('called'), quantiles=()))))
+    monkeypatch.setattr(autotuner.Autotuner, 'run',
+        lambda self, *a, **kw: seen.append((self.configs, self.do_bench(lambda: seen.append('called'), quantiles=()))))
     tuner = lambda n: type('T', (), dict(configs=list(range(n)), run=lambda self: autotuner.Autotuner.run(self)))()
     bench._share_configs(2, 4)
     a,b = tuner(11),tuner(1)
@@ -264,7 +278,8 @@ def test_the_command_reports_what_is_wrong_and_goes_on(contenders, monkeypatch, 
     out = tmp_path/'b.json'
     call = lambda *args: CliRunner().invoke(app, ['bench', '--device', 'cpu', '--out', str(out), '--only', 'hedgehog-off', '--only', 'sdpa', *args])
     r = call()
-    assert r.exit_code==1 and re.search(r'4/4.*T=128', r.output) and r.output.count('sdpa')==2 and r.output.count('WRONG: off by')==2 and 'hedgehog: wrong, and not timed: hedgehog-off on forward' in r.output
+    assert (r.exit_code==1 and re.search(r'4/4.*T=128', r.output) and r.output.count('sdpa')==2
+            and r.output.count('WRONG: off by')==2 and 'hedgehog: wrong, and not timed: hedgehog-off on forward' in r.output)
     assert 'numbers in' in r.output and 'exists already' in call().output
     r = call('--resume')
     assert r.exit_code==1 and 'going on from the' in r.output and 'ms' not in r.output.split('going on')[1].partition('hedgehog:')[0]
@@ -272,7 +287,8 @@ def test_the_command_reports_what_is_wrong_and_goes_on(contenders, monkeypatch, 
     assert 'is of another device, commit or versions; choose another --out, or say --overwrite' in ' '.join(call('--resume').output.split())
     assert call('--resume', '--overwrite').output.count('WRONG')==2
     whole = json.loads(out.read_text())
-    for broken in ({**whole, 'wall_s':'long'}, {**whole, 'rows':[r | dict(dtype='flaot32') for r in whole['rows']]}, {n:x for n,x in whole.items() if n!='wall_s'}, []):
+    for broken in ({**whole, 'wall_s':'long'}, {**whole, 'rows':[r | dict(dtype='flaot32') for r in whole['rows']]},
+            {n:x for n,x in whole.items() if n!='wall_s'}, []):
         out.write_text(json.dumps(broken))
         r = call('--resume'); assert r.exit_code==1 and "b.json is no file of results" in r.output and 'unexpected' not in r.output
     assert call('--resume', '--overwrite').output.count('WRONG')==2 and len(json.loads(out.read_text())['rows'])==len(whole['rows'])

@@ -582,7 +582,9 @@ def test_adapters_stay_beside_quantised_weights(tmp_path):
     with pytest.raises(ValueError, match='quantised weights are not trained: give lora='): finetune(model, data, steps=1)
     with pytest.raises(ValueError, match='rounded again'): finetune(model, data, steps=1, lora=dict(r=2, target_modules=['q_proj']))
     assert not any('lora_' in n for n,_ in model.named_parameters())
-    model.is_quantized = False; tuned = finetune(model, data, steps=1, batch_size=4, lora=dict(r=2, target_modules=['q_proj']), merge=False); model.is_quantized = True
+    model.is_quantized = False
+    tuned = finetune(model, data, steps=1, batch_size=4, lora=dict(r=2, target_modules=['q_proj']), merge=False)
+    model.is_quantized = True
     with pytest.raises(ValueError, match='rounded again'): merge_lora(tuned)
     save_trained(tuned, tmp_path/'t')
     other = llama(layers=1); other.is_quantized = True
@@ -615,8 +617,9 @@ def test_what_was_read_in_one_direction_is_saved_as_it_is(tmp_path):
 @pytest.mark.parametrize('kind,config', [('Bart',{}), ('MBart',{})])
 def test_classifiers_with_a_decoder(kind, config, tmp_path):
     "Their head wants the same text in encoder and decoder, with an eos: their body is looked at, in which cross-attention can be told by its length."
-    made = lambda what: getattr(transformers, kind+what)(getattr(transformers, f'{kind}Config')(vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=1,
-        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
+    made = lambda what: getattr(transformers, kind+what)(getattr(transformers, f'{kind}Config')(vocab_size=VOCAB,
+        d_model=32, encoder_layers=2, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
     writes = linearize(made('ForConditionalGeneration')); want = list(linear_layers(writes))
     assert list(linear_layers(linearize(made('ForSequenceClassification'))))==want and len(want)==3
     save_linearized(writes, tmp_path/'m')
@@ -635,8 +638,8 @@ def test_adapters_of_finetune_come_back_by_autopeft(tmp_path):
 
 def test_adapters_of_experts_are_kept_beside_the_original(tmp_path):
     torch.manual_seed(0)
-    transformers.MixtralForCausalLM(transformers.MixtralConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4)).save_pretrained(tmp_path/'m')
+    transformers.MixtralForCausalLM(transformers.MixtralConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=32,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)).save_pretrained(tmp_path/'m')
     fresh = lambda: AutoModelForCausalLM.from_pretrained(tmp_path/'m')
     try: peft.get_peft_model(fresh(), peft.LoraConfig(r=2, target_modules='all-linear'))
     except ValueError: pytest.skip(f"peft {peft.__version__} adapts no mixture of experts, of softmax either")

@@ -32,7 +32,8 @@ def one_line(err, f, *args, **kw):
 # The embedded model
 
 def test_import_is_light():
-    code = "import sys, hedgehog_nb.data.models, hedgehog_nb.data.text; print([m for m in ('torch','transformers','datasets','matplotlib') if m in sys.modules])"
+    code = ("import sys, hedgehog_nb.data.models, hedgehog_nb.data.text; "
+        "print([m for m in ('torch','transformers','datasets','matplotlib') if m in sys.modules])")
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=Path(models.__file__).parents[2]).stdout.strip()=='[]'
 
 def test_embedded_model(embedded):
@@ -121,9 +122,11 @@ def test_bom_and_crlf(here):
     (here/'a.txt').write_bytes(b'\xef\xbb\xbfa\r\nb')
     assert load_texts('a.txt')==['a\r\nb']
 
-bad_files = {'missing.txt':None, 'empty.txt':b'', 'blank.txt':b' \n\t', 'only_sep.txt':b'<|endoftext|>\n<|endoftext|>', 'nul.txt':b'abc\0def', 'png.txt':b'\x89PNG\r\n', 'plain.txt.gz':b'no gzip',
-    'cut.txt.gz':gzip.compress(b'hello '*1000)[:20], 'bad.json':b'{"text": ', 'bad.jsonl':b'{"text": "a"}\n{"text": \n', 'number.json':b'5', 'nulls.jsonl':b'{"text": null}', 'empty.json':b'[]',
-    'hole.jsonl':b'{"text": "a"}\n{"other": "b"}', 'mixed.json':b'["a", {"text": "b"}]', 'bad.csv':b'a,b\n1\n', 'bad.parquet':b'PAR1 no', 'missing.parquet':None, 'missing.csv':None, 'x/y/z':None, './nope':None, '/nope':None}
+bad_files = {'missing.txt':None, 'empty.txt':b'', 'blank.txt':b' \n\t', 'only_sep.txt':b'<|endoftext|>\n<|endoftext|>', 'nul.txt':b'abc\0def',
+    'png.txt':b'\x89PNG\r\n', 'plain.txt.gz':b'no gzip', 'cut.txt.gz':gzip.compress(b'hello '*1000)[:20], 'bad.json':b'{"text": ',
+    'bad.jsonl':b'{"text": "a"}\n{"text": \n', 'number.json':b'5', 'nulls.jsonl':b'{"text": null}', 'empty.json':b'[]',
+    'hole.jsonl':b'{"text": "a"}\n{"other": "b"}', 'mixed.json':b'["a", {"text": "b"}]', 'bad.csv':b'a,b\n1\n',
+    'bad.parquet':b'PAR1 no', 'missing.parquet':None, 'missing.csv':None, 'x/y/z':None, './nope':None, '/nope':None}
 
 @pytest.mark.parametrize('name', bad_files)
 def test_bad_file(here, name):
@@ -184,8 +187,10 @@ def test_file_splits(here):
     assert 'too short' in one_line(DataError, load_texts, 'b.txt', 'train')
     one_line(DataError, load_texts, 'a.txt', 'eval')
 
-@pytest.mark.parametrize('names', [('train.txt.gz','valid.txt.gz','test.txt.gz'), ('train.json','val.json','test.json'), ('wiki.train.tokens','wiki.valid.tokens','wiki.test.tokens'),
-    ('train-00000-of-00001.parquet','validation-00000-of-00001.parquet','test-00000-of-00001.parquet'), ('train/a.txt','dev/a.txt','test/a.txt'), ('x-train.jsonl','x-dev.jsonl','x-test.jsonl')])
+@pytest.mark.parametrize('names', [('train.txt.gz','valid.txt.gz','test.txt.gz'),
+    ('train.json','val.json','test.json'), ('wiki.train.tokens','wiki.valid.tokens','wiki.test.tokens'),
+    ('train-00000-of-00001.parquet','validation-00000-of-00001.parquet','test-00000-of-00001.parquet'),
+    ('train/a.txt','dev/a.txt','test/a.txt'), ('x-train.jsonl','x-dev.jsonl','x-test.jsonl')])
 def test_folder(here, names):
     import pyarrow as pa, pyarrow.parquet as pq
     (here/'.git').mkdir(); (here/'.git'/'train.txt').write_text('hidden')
@@ -222,7 +227,8 @@ def test_hub_name(monkeypatch):
     seen = []
     def load_dataset(*args):
         seen.append(args)
-        return datasets.DatasetDict(train=datasets.Dataset.from_dict(dict(text=['', ' = A = \n', '', ' b \n'])), test=datasets.Dataset.from_dict(dict(text=['c'])))
+        return datasets.DatasetDict(train=datasets.Dataset.from_dict(dict(text=['', ' = A = \n', '', ' b \n'])),
+            test=datasets.Dataset.from_dict(dict(text=['c'])))
     monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
     assert load_texts('some/wiki:raw')==['\n = A = \n\n b \n'] and load_texts('wiki','test')==['c'] and seen==[('some/wiki','raw'),('wiki',None)]
     assert 'train, test' in one_line(DataError, load_texts, 'wiki', 'validation')
@@ -246,7 +252,8 @@ def test_bad_models(here, monkeypatch):
     (here/'empty').mkdir(); (here/'two').mkdir(); (here/'cfg').mkdir(); (here/'a.bin').write_bytes(b'x'); (here/'bad.gguf').write_bytes(b'no gguf at all')
     for n in 'ab': (here/'two'/f'{n}.gguf').write_bytes(b'')
     (here/'cfg'/'config.json').write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
-    for spec,word in {'./nope':'no such folder', '/nope':'no such folder', 'a/b/c':'no such folder', 'nope.gguf':'no such GGUF', 'empty':'config.json', 'two':'a.gguf, b.gguf', 'a.bin':'is a file', 'cfg':'cannot be loaded', 'bad.gguf':'bad.gguf'}.items():
+    for spec,word in {'./nope':'no such folder', '/nope':'no such folder', 'a/b/c':'no such folder', 'nope.gguf':'no such GGUF',
+            'empty':'config.json', 'two':'a.gguf, b.gguf', 'a.bin':'is a file', 'cfg':'cannot be loaded', 'bad.gguf':'bad.gguf'}.items():
         assert word in one_line(ModelError, load_model, spec)
     monkeypatch.setattr(models, 'find_spec', lambda n: None)
     assert 'pip install gguf' in one_line(ModelError, load_model, 'bad.gguf')
@@ -254,7 +261,8 @@ def test_bad_models(here, monkeypatch):
 def test_foreign_code_is_not_run(here):
     (here/'m').mkdir()
     (here/'m'/'evil.py').write_text('raise SystemExit("ran")')
-    for cfg in (dict(model_type='evil', auto_map=dict(AutoConfig='evil.C', AutoModelForCausalLM='evil.M')), dict(model_type='llama', architectures=['EvilForCausalLM'])):
+    for cfg in (dict(model_type='evil', auto_map=dict(AutoConfig='evil.C', AutoModelForCausalLM='evil.M')),
+            dict(model_type='llama', architectures=['EvilForCausalLM'])):
         (here/'m'/'config.json').write_text(json.dumps(cfg))
         one_line(ModelError, load_model, 'm')
 
@@ -269,7 +277,8 @@ def test_dtype_device(embedded):
 def test_architecture_is_kept(here, embedded, arch):
     import transformers as tf
     small = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    cfg = {'B': lambda: tf.BertConfig(vocab_size=512, num_labels=3, **small), 'G': lambda: tf.GPT2Config(vocab_size=512, n_embd=16, n_layer=1, n_head=2), 'V': lambda: tf.ViTConfig(image_size=8, patch_size=4, **small)}[arch[0]]()
+    cfg = {'B': lambda: tf.BertConfig(vocab_size=512, num_labels=3, **small), 'G': lambda: tf.GPT2Config(vocab_size=512, n_embd=16, n_layer=1, n_head=2),
+        'V': lambda: tf.ViTConfig(image_size=8, patch_size=4, **small)}[arch[0]]()
     getattr(tf, arch)(cfg).save_pretrained('m')
     if arch[0]!='V': embedded[1].save_pretrained('m')
     model,tok = load_model('m')
@@ -317,10 +326,12 @@ def _words(begin, end, **kw):
     special = {'<s>':100, '</s>':101, '[CLS]':102, '[SEP]':103, 'xx':104}
     tok = Tokenizer(models.WordLevel({**{f'w{i}':i for i in range(100)}, **special, '[UNK]':105}, unk_token='[UNK]'))
     tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if begin or end: tok.post_processor = processors.TemplateProcessing(single=' '.join([*begin, '$A', *end]), special_tokens=[(x,special[x]) for x in {*begin,*end}])
+    if begin or end:
+        tok.post_processor = processors.TemplateProcessing(single=' '.join([*begin, '$A', *end]), special_tokens=[(x,special[x]) for x in {*begin,*end}])
     return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token='</s>', unk_token='[UNK]', **kw), [special[x] for x in begin], [special[x] for x in end]
 
-MARKS = {'none':([],[],{}), 'bos':(['<s>'],[],dict(bos_token='<s>')), 'bos and eos':(['<s>'],['</s>'],dict(bos_token='<s>')), 'two in front':(['<s>','xx'],[],dict(bos_token='<s>')),
+MARKS = {'none':([],[],{}), 'bos':(['<s>'],[],dict(bos_token='<s>')),
+    'bos and eos':(['<s>'],['</s>'],dict(bos_token='<s>')), 'two in front':(['<s>','xx'],[],dict(bos_token='<s>')),
     'encoder':(['[CLS]'],['[SEP]'],dict(cls_token='[CLS]', sep_token='[SEP]')), 'end only':([],['</s>'],{})}
 
 @settings(max_examples=150, deadline=None)
@@ -346,8 +357,9 @@ def test_blocks_begin_as_a_text_does(kind, sizes, seq_len):
         assert len(b)==seq_len and b[:len(begin)]==begin and (not framed or b[-1:]==framed)
         assert not begin or all(b[i:i+2*len(begin)]!=begin*2 and b[i:i+1+len(begin)]!=[begin[0],*begin] for i in range(len(b)))
 
-@pytest.mark.parametrize('single,kw,begin,end', [('[CLS] $A [SEP]', dict(cls_token='[CLS]', sep_token='[SEP]'), [0], [1]), ('$A', {}, [], []), ('[CLS] $A', {}, [0], []),
-    ('[CLS] $A [SEP]', dict(cls_token='[CLS]', bos_token='[CLS]', eos_token='[SEP]'), [0], [])], ids=['encoder','none','front','a decoder with cls'])
+@pytest.mark.parametrize('single,kw,begin,end', [('[CLS] $A [SEP]', dict(cls_token='[CLS]', sep_token='[SEP]'), [0], [1]), ('$A', {}, [], []),
+    ('[CLS] $A', {}, [0], []), ('[CLS] $A [SEP]', dict(cls_token='[CLS]', bos_token='[CLS]', eos_token='[SEP]'), [0], [])],
+    ids=['encoder','none','front','a decoder with cls'])
 def test_marks_of_a_tokenizer_of_few_letters(single, kw, begin, end):
     from tokenizers import Tokenizer, models, processors
     from transformers import PreTrainedTokenizerFast
@@ -432,7 +444,8 @@ def test_maps(tmp_path, shape):
 def test_bad_maps(maps): one_line(ValueError, plots.plot_attention_maps, maps)
 
 def test_curves():
-    ax = plots.plot_curves([dict(variant='elu', s=2, y=1.), dict(variant='elu', s=1, y=2.), dict(variant='elu', s=1, y=4.), dict(variant='relu', s=1), dict(other=1)], 's', 'y')
+    ax = plots.plot_curves([dict(variant='elu', s=2, y=1.), dict(variant='elu', s=1, y=2.),
+        dict(variant='elu', s=1, y=4.), dict(variant='relu', s=1), dict(other=1)], 's', 'y')
     assert [l.get_xydata().tolist() for l in ax.lines]==[[[1,3],[2,1]]] and len(ax.collections)==1
     one_line(ValueError, plots.plot_curves, [dict(s=1)], 's', 'y')
     plots.plt.close('all')

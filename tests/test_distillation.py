@@ -56,7 +56,8 @@ def test_order_loss_by_hand(form, causal, scale, mask):
 @pytest.mark.parametrize('loss', [order_loss,weight_loss])
 def test_gradients_by_finite_differences(loss, causal, scale, mask):
     q,k,_ = qkv(H=2, Hkv=1, T=6); mask = None if mask is None else mask[:,2:8]
-    leaves = [x.requires_grad_() for x in (torch.rand(2,2,6,3, dtype=torch.float64)+.1, torch.rand(2,1,6,3, dtype=torch.float64)+.1, torch.randn(2,1,6, dtype=torch.float64))]
+    leaves = [x.requires_grad_()
+        for x in (torch.rand(2,2,6,3, dtype=torch.float64)+.1, torch.rand(2,1,6,3, dtype=torch.float64)+.1, torch.randn(2,1,6, dtype=torch.float64))]
     assert torch.autograd.gradcheck(lambda *x: loss(q, k, lambda *_: x, causal, scale, mask, rows=4), leaves)
     assert torch.autograd.gradcheck(lambda *x: loss(q, k, lambda *_: (*x, None), causal, scale, mask, rows=4), leaves[:2])
 
@@ -125,7 +126,8 @@ def test_low_precision_inputs_are_taken_as_they_are(loss):
 @pytest.mark.parametrize('causal', [True,False])
 def test_objectives_are_sums(objective, causal):
     m = shaken(Hedgehog(8, 4, 2)); q,k,v = qkv()
-    parts = dict(weights=naive_weight_loss(q, k, m, causal, .5, MASK).mean(), order=naive_order_loss(q, k, m, causal, .5, MASK).mean(), outputs=output_loss(q, k, v, m, causal, .5, MASK).mean())
+    parts = dict(weights=naive_weight_loss(q, k, m, causal, .5, MASK).mean(),
+        order=naive_order_loss(q, k, m, causal, .5, MASK).mean(), outputs=output_loss(q, k, v, m, causal, .5, MASK).mean())
     same(layer_loss(objective, m, q, k, v, causal, .5, MASK), sum(parts[p] for p in LOSSES[objective]))
 
 def test_objectives_that_do_not_fit():
@@ -178,7 +180,8 @@ def test_whole_models_learn_order(name, objective):
     if 'input_ids' in batch: batch = dict(input_ids=batch['input_ids'], attention_mask=torch.ones_like(batch['input_ids'])); batch['attention_mask'][1,:5] = 0
     def total():
         out = []
-        teacher_pass(model, batch, lambda module, q, k, v, causal, scale, mask, o: out.append(naive_order_loss(q, k, module.feature_map, causal, scale, mask).mean().item()))
+        teacher_pass(model, batch,
+            lambda module, q, k, v, causal, scale, mask, o: out.append(naive_order_loss(q, k, module.feature_map, causal, scale, mask).mean().item()))
         return out
     before = total()
     history = distill(model, [batch]*25, 25, objective=objective)

@@ -26,7 +26,8 @@ def fails(*args, code=1):
     if code==1: assert len(lines)==1 and lines[0].startswith('hedgehog: ') and len(lines[0])<500, r.stderr
     return r.stderr
 
-def linearize(model='embedded', *more, data='embedded', out='out', code=1): return fails('linearize', model, '--data', data, '--out', out, *TINY, *more, code=code)
+def linearize(model='embedded', *more, data='embedded', out='out', code=1):
+    return fails('linearize', model, '--data', data, '--out', out, *TINY, *more, code=code)
 
 def says(msg, *words): assert all(w in msg for w in words), msg
 
@@ -63,8 +64,8 @@ def test_broken_gguf(here):
 
 def test_architecture_without_the_interface():
     from transformers import GPTNeoConfig, GPTNeoForCausalLM
-    says(linearize(tiny(GPTNeoForCausalLM, GPTNeoConfig(hidden_size=16, num_layers=2, num_heads=2, attention_types=[[['global'],2]], intermediate_size=16, vocab_size=512, max_position_embeddings=64))),
-        'GPTNeoForCausalLM', 'attention interface')
+    says(linearize(tiny(GPTNeoForCausalLM, GPTNeoConfig(hidden_size=16, num_layers=2, num_heads=2, attention_types=[[['global'],2]],
+        intermediate_size=16, vocab_size=512, max_position_embeddings=64))), 'GPTNeoForCausalLM', 'attention interface')
 
 def test_model_without_attention():
     from transformers import MambaConfig, MambaForCausalLM
@@ -72,7 +73,8 @@ def test_model_without_attention():
 
 def test_no_language_model():
     from transformers import BertConfig, BertModel
-    says(linearize(tiny(BertModel, BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=512))), 'BertModel', 'no language model', 'in Python')
+    says(linearize(tiny(BertModel, BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=512))),
+        'BertModel', 'no language model', 'in Python')
 
 def test_converted_already(here):
     r = CliRunner().invoke(app, ['linearize','embedded','--data','embedded','--out','m',*TINY])
@@ -83,8 +85,9 @@ def test_converted_already(here):
 
 # Texts
 
-@pytest.mark.parametrize('name,raw,words', [('empty.txt', b'', ['empty.txt is empty']), ('blank.txt', b' \n\n ', ['blank.txt is empty']), ('binary.txt', bytes(range(256)), ['binary.txt','binary']),
-    ('nul.txt', b'a\0b', ['nul.txt','binary']), ('cut.txt.gz', gzip.compress(b'x'*9999)[:40], ['cut.txt.gz']), ('bad.jsonl', b'{"text": 1', ['bad.jsonl','line 1']),
+@pytest.mark.parametrize('name,raw,words', [('empty.txt', b'', ['empty.txt is empty']), ('blank.txt', b' \n\n ', ['blank.txt is empty']),
+    ('binary.txt', bytes(range(256)), ['binary.txt','binary']), ('nul.txt', b'a\0b', ['nul.txt','binary']),
+    ('cut.txt.gz', gzip.compress(b'x'*9999)[:40], ['cut.txt.gz']), ('bad.jsonl', b'{"text": 1', ['bad.jsonl','line 1']),
     ('short.txt', b'Once upon a time.', ['short.txt','6 tokens','smaller'])], ids=lambda x: x if isinstance(x,str) else '')
 @pytest.mark.parametrize('cmd', ['linearize','evaluate'])
 def test_bad_text(here, cmd, name, raw, words):
@@ -137,7 +140,8 @@ def test_diverged(here):
     says(r.stderr.splitlines()[-1], 'hedgehog: the loss of', 'lower the learning rate', 'kept in .out-run')
 
 def test_diverged_finetuning(here):
-    r = CliRunner().invoke(app, ['linearize','embedded','--data','embedded','--out','out',*TINY,'--finetune-lr','1e37','--finetune-steps','50','--batch-size','1'])
+    r = CliRunner().invoke(app,
+        ['linearize','embedded','--data','embedded','--out','out',*TINY,'--finetune-lr','1e37','--finetune-steps','50','--batch-size','1'])
     assert r.exit_code==1 and 'Traceback' not in r.stderr and left()==['.out-run']
     says(r.stderr.splitlines()[-1], 'hedgehog: step ', 'lower the learning rate', 'kept in .out-run')
 
@@ -199,8 +203,10 @@ def test_disk_full_in_training(monkeypatch):
 
 # Files of settings
 
-@pytest.mark.parametrize('name,text,words', [('a.toml', 'distill-step = 3', ["'distill-step'", "nearest is 'distill-steps'"]), ('a.yaml', 'batchsize: 3', ["'batchsize'","'batch-size'"]), ('a.toml', 'lr = ', ['a.toml']),
-    ('a.yaml', '[1,2]', ['option: value']), ('a.yaml', 'lr: [', ['a.yaml']), ('a.txt', 'lr = 1', ['.toml or .yaml']), ('a.toml', 'config = "b"', ["'config'",'no option'])], ids=lambda x: x if isinstance(x,str) else '')
+@pytest.mark.parametrize('name,text,words', [('a.toml', 'distill-step = 3', ["'distill-step'", "nearest is 'distill-steps'"]),
+    ('a.yaml', 'batchsize: 3', ["'batchsize'","'batch-size'"]), ('a.toml', 'lr = ', ['a.toml']), ('a.yaml', '[1,2]', ['option: value']),
+    ('a.yaml', 'lr: [', ['a.yaml']), ('a.txt', 'lr = 1', ['.toml or .yaml']), ('a.toml', 'config = "b"', ["'config'",'no option'])],
+    ids=lambda x: x if isinstance(x,str) else '')
 def test_bad_config(here, name, text, words):
     (here/name).write_text(text)
     if name=='a.toml' and sys.version_info<(3, 11): words = ['TOML is read by Python 3.11', 'YAML']
@@ -283,7 +289,8 @@ def test_killed_as_it_ends(here, root, moved):
         os.replace = replace
         cli.app(prog_name='hedgehog')""".replace('MOVED', str(moved))
     args = ['linearize','embedded','--data','embedded','--out','out','--record','r.json',*TINY]
-    assert subprocess.run([sys.executable, '-c', code, *args], env={**os.environ, 'PYTHONPATH':str(root), 'OMP_NUM_THREADS':'1'}, capture_output=True).returncode==-signal.SIGKILL
+    assert subprocess.run([sys.executable, '-c', code, *args],
+        env={**os.environ, 'PYTHONPATH':str(root), 'OMP_NUM_THREADS':'1'}, capture_output=True).returncode==-signal.SIGKILL
     assert left()==(['.out-run','out','r.json'] if moved else ['.out-run','r.json'])
     r = CliRunner().invoke(app, args)
     assert r.exit_code==0 and 'going on' in r.stderr, r.stderr

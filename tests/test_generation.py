@@ -11,7 +11,8 @@ from tiny_models import gpt2, llama, tokens
 
 def embedded(seed=0, **kw): return load_embedded()[0]
 MODELS = dict(llama=llama, gpt2=gpt2, embedded=embedded)
-SETTINGS = [{}, dict(attention='hedgehog-window', window=4), dict(form='exp'), dict(form='softmax_joint', num_maps=2), dict(attention='elu'), dict(layers='0'), dict(layers='1-2', form='exp')]
+SETTINGS = [{}, dict(attention='hedgehog-window', window=4), dict(form='exp'),
+    dict(form='softmax_joint', num_maps=2), dict(attention='elu'), dict(layers='0'), dict(layers='1-2', form='exp')]
 ids = lambda kw: '-'.join(f'{k}={v}' for k,v in kw.items()) or 'plain'
 FREE = dict(do_sample=False, eos_token_id=None, pad_token_id=0)   # write on to the end
 
@@ -62,7 +63,8 @@ def test_left_padded_prompts_of_unequal_lengths(name, kw):
 @pytest.mark.parametrize('kw', SETTINGS[:2]+SETTINGS[-1:], ids=ids)
 def test_beam_search(name, kw):
     model = model_of(name, **kw); x,mask = left_padded([6,9])
-    args = dict(FREE, input_ids=x, attention_mask=mask, max_new_tokens=10, num_beams=4, num_return_sequences=3, return_dict_in_generate=True, output_scores=True)
+    args = dict(FREE, input_ids=x, attention_mask=mask, max_new_tokens=10, num_beams=4,
+        num_return_sequences=3, return_dict_in_generate=True, output_scores=True)
     a,b = model.generate(**args), model.generate(**args, use_cache=False)
     assert torch.equal(a.sequences, b.sequences); same(a.sequences_scores, b.sequences_scores, 1e-5)
     assert len({tuple(s.tolist()) for s in a.sequences[:3]})==3
@@ -97,7 +99,9 @@ def test_beam_sampling_and_early_ends(name):
         n = f.index(eos)+1 if eos in f else 12
         assert o[:n]==f[:n] and not any(o[n:])
     set_seed(3); a = model.generate(input_ids=x, attention_mask=mask, max_new_tokens=8, num_beams=3, do_sample=True, eos_token_id=None, pad_token_id=0)
-    set_seed(3); assert torch.equal(a, model.generate(input_ids=x, attention_mask=mask, max_new_tokens=8, num_beams=3, do_sample=True, eos_token_id=None, pad_token_id=0, use_cache=False))
+    set_seed(3)
+    assert torch.equal(a, model.generate(input_ids=x, attention_mask=mask, max_new_tokens=8,
+        num_beams=3, do_sample=True, eos_token_id=None, pad_token_id=0, use_cache=False))
 
 @pytest.mark.parametrize('name', MODELS)
 @pytest.mark.parametrize('kw', SETTINGS[:2]+SETTINGS[-1:], ids=ids)
@@ -118,7 +122,8 @@ def test_logits_of_any_cut(name, kw):
     for cut in ([1]*31, [7,1,1,20,2], [31], [13,18]):
         cache,got,at = DynamicCache(config=model.config),[],0
         for n in cut:
-            with torch.no_grad(): got.append(model(input_ids=x[:,at:at+n], attention_mask=mask[:,:at+n], position_ids=pos[:,at:at+n], past_key_values=cache).logits)
+            with torch.no_grad():
+                got.append(model(input_ids=x[:,at:at+n], attention_mask=mask[:,:at+n], position_ids=pos[:,at:at+n], past_key_values=cache).logits)
             at += n
         real = mask.bool()
         same(torch.cat(got, 1)[real], want[real])
@@ -143,7 +148,8 @@ def test_caches_that_generate_makes(cache):
 @pytest.mark.parametrize('layers', ['0','1','2','0-1'])
 def test_a_hybrid_refuses_a_static_cache(name, layers):
     "Its softmax layers would attend to seats that are not yet taken."
-    with pytest.raises(ValueError, match='static cache'): model_of(name, layers=layers).generate(tokens(1, 5), max_new_tokens=4, cache_implementation='static', **FREE)
+    with pytest.raises(ValueError, match='static cache'):
+        model_of(name, layers=layers).generate(tokens(1, 5), max_new_tokens=4, cache_implementation='static', **FREE)
 
 def test_two_models_and_two_caches_do_not_meet():
     a,b = model_of('llama', 0),model_of('llama', 1); x,y = tokens(1, 8),tokens(1, 8, seed=2)
@@ -214,7 +220,8 @@ def test_batches_of_states_are_reordered_repeated_and_selected():
     model = model_of('llama'); x = tokens(3, 6); cache = DynamicCache()
     with torch.no_grad(): model(input_ids=x, past_key_values=cache)
     before = [l.state for l in states(cache)]
-    for f,idx in ((lambda: cache.reorder_cache(torch.tensor([2,0,0])), [2,0,0]), (lambda: cache.batch_repeat_interleave(2), [0,0,1,1,2,2]), (lambda: cache.batch_select_indices(torch.tensor([5,1])), [5,1])):
+    for f,idx in ((lambda: cache.reorder_cache(torch.tensor([2,0,0])), [2,0,0]),
+            (lambda: cache.batch_repeat_interleave(2), [0,0,1,1,2,2]), (lambda: cache.batch_select_indices(torch.tensor([5,1])), [5,1])):
         before = [l.state for l in states(cache)]
         f()
         for l,s in zip(states(cache), before): assert all(torch.equal(a, b[idx]) for a,b in zip(l.state, s))
@@ -258,7 +265,8 @@ def test_a_step_compiles_into_one_graph_for_any_context(kw):
 
 # --- caches that are sent away, or handed on
 
-@pytest.mark.parametrize('name,kw', [('linear',{}), ('hybrid',dict(attention='hedgehog-window', window=4)), ('heads',dict(softmax_heads='0:0,1')), ('partly',dict(layers=[0]))])
+@pytest.mark.parametrize('name,kw',
+    [('linear',{}), ('hybrid',dict(attention='hedgehog-window', window=4)), ('heads',dict(softmax_heads='0:0,1')), ('partly',dict(layers=[0]))])
 def test_an_offloaded_cache(name, kw, monkeypatch):
     "transformers sends a layer away between `update` and its attention; streams are stood for, since a CPU has none."
     class NoStream:

@@ -79,7 +79,8 @@ def test_copies_in_other_precisions_are_the_original(trained, copy, recwarn):
 
 @pytest.mark.parametrize('bits', [5,4,3])
 def test_coarse_copies_are_warned_of(trained, bits):
-    with pytest.warns(UserWarning, match='trained on llama at another precision, or in another state: .* differs by [0-9]+%'): load_trained(in_bits(llama(), bits), trained)
+    with pytest.warns(UserWarning, match='trained on llama at another precision, or in another state: .* differs by [0-9]+%'):
+        load_trained(in_bits(llama(), bits), trained)
 
 @pytest.mark.parametrize('make', [lambda: llama(seed=1), lambda: other_layer(llama())], ids=['seed','layer'])
 def test_another_original_is_refused_before_it_is_changed(trained, make):
@@ -118,7 +119,8 @@ def earlier(f): save_state(f, **{k:v for k,v in load_state(f).items() if k!='ori
 DAMAGED = [
     ('adapter_config.json', Path.unlink, 'lacks adapter_config.json'), ('adapter_model.safetensors', Path.unlink, 'lacks adapter_model.safetensors'),
     ('adapter_model.safetensors', pickled, 'lacks adapter_model.safetensors'), ('adapter_model.safetensors', cut, 'adapters in .* cannot be read'),
-    ('adapter_model.safetensors', renamed, 'do not fit: .*layers'), ('adapter_model.safetensors', halved, 'do not fit'), ('adapter_model.safetensors', nan_in, 'is not finite'),
+    ('adapter_model.safetensors', renamed, 'do not fit: .*layers'),
+    ('adapter_model.safetensors', halved, 'do not fit'), ('adapter_model.safetensors', nan_in, 'is not finite'),
     ('adapter_config.json', cut, 'adapters in .* cannot be read'), ('adapter_config.json', nothing, 'adapters in .* cannot be read'),
     ('adapter_config.json', other_rank, 'adapters in .* cannot be read: .*size mismatch'), ('maps.safetensors', cut, 'maps.safetensors is damaged'),
     ('maps.safetensors', less, 'maps.safetensors is damaged: .*feature_map.* is missing in it'), ('maps.safetensors', nan_maps, 'is not finite'),
@@ -149,7 +151,8 @@ def test_as_many_weights_in_other_heads(tmp_path):
     save_trained(linearize(llama(heads=4, head_dim=8, kv_heads=4), 'elu'), tmp_path/'a', base='llama')
     refused(llama(heads=2, head_dim=16, kv_heads=2), tmp_path/'a', r'another model, llama, of \(heads, .*\[4, 4, 8\].* given .*\[2, 2, 16\]')
 
-@pytest.mark.parametrize('more', [dict(init_lora_weights='pissa'), dict(init_lora_weights='olora'), dict(trainable_token_indices=[5,6])], ids=lambda m: next(iter(m)))
+@pytest.mark.parametrize('more', [dict(init_lora_weights='pissa'), dict(init_lora_weights='olora'), dict(trainable_token_indices=[5,6])],
+    ids=lambda m: next(iter(m)))
 def test_adapters_that_change_the_weights_they_start_from(more, tmp_path):
     tuned = finetune(linearize(llama()), corpus(8), 2, 4, lr=.01, lora=dict(r=4, target_modules='all-linear', **more), merge=False)
     save_trained(tuned, tmp_path/'a', base='llama')

@@ -1,4 +1,5 @@
-"What `make gpu` starts, as far as a machine without a GPU can tell: its parts with a python that pretends, its scripts in Triton's interpreter, its pytest plugin on tests made up."
+"""What `make gpu` starts, as far as a machine without a GPU can tell: its parts with a python that pretends, \
+its scripts in Triton's interpreter, its pytest plugin on tests made up."""
 import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest, torch
@@ -9,7 +10,8 @@ INTERPRET = {} if torch.cuda.is_available() else dict(TRITON_INTERPRET='1')
 PARTS = 'smoke','tests','sanitize','bench','models'
 
 def script(*args, root=ROOT, **env):
-    return subprocess.run(['bash', root/'tests'/'gpu.sh', *args], env={k:v for k,v in os.environ.items() if k!='TRITON_INTERPRET'} | {k:str(v) for k,v in env.items()}, capture_output=True, text=True, timeout=120)
+    return subprocess.run(['bash', root/'tests'/'gpu.sh', *args],
+        env={k:v for k,v in os.environ.items() if k!='TRITON_INTERPRET'} | {k:str(v) for k,v in env.items()}, capture_output=True, text=True, timeout=120)
 
 FAKE = '''#!/usr/bin/env bash
 echo "$PYTHONPATH|${TRITON_INTERPRET:-}|$*" >> "$CALLS"
@@ -30,7 +32,8 @@ def fake(tmp_path):
     "A python that only pretends, and writes its calls down; a compute-sanitizer that starts it."
     def write(name, text): (tmp_path/'bin').mkdir(exist_ok=True); (tmp_path/'bin'/name).write_text(text); (tmp_path/'bin'/name).chmod(0o755)
     write('python', FAKE)
-    write('compute-sanitizer', '#!/usr/bin/env bash\necho "========= COMPUTE-SANITIZER $2"\n[ -z "${UNSUPPORTED:-}" ] || { echo "========= Error: Device not supported"; exit 1; }\n[ "$2" != "${FIND:-}" ] || { echo "========= Invalid __global__ write of size 4"; exit 3; }\n')
+    write('compute-sanitizer', '#!/usr/bin/env bash\necho "========= COMPUTE-SANITIZER $2"\n[ -z "${UNSUPPORTED:-}" ] || { echo "========= Error: '
+        'Device not supported"; exit 1; }\n[ "$2" != "${FIND:-}" ] || { echo "========= Invalid __global__ write of size 4"; exit 3; }\n')
     env = dict(PYTHON=tmp_path/'bin'/'python', OUT=tmp_path/'out', CALLS=tmp_path/'calls', WORKERS=3, PATH=f"{tmp_path/'bin'}:{os.environ['PATH']}")
     return lambda *args, **kw: script(*args, **env | kw), lambda: (tmp_path/'calls').read_text().splitlines()
 
@@ -46,7 +49,8 @@ def test_every_part_runs_and_is_reported(fake):
     run,calls = fake
     res = run(PYTHONPATH='/beside')
     lines = said(res)
-    assert [l.partition(':')[0] for l in lines][:7]==['smoke', 'self-check', 'every kernel, again and again', "the kernels' tests", 'compute-sanitizer memcheck', 'compute-sanitizer racecheck', 'hedgehog bench'] and 'models' in lines[7]
+    assert [l.partition(':')[0] for l in lines][:7]==['smoke', 'self-check', 'every kernel, again and again', "the kernels' tests",
+        'compute-sanitizer memcheck', 'compute-sanitizer racecheck', 'hedgehog bench'] and 'models' in lines[7]
     assert all('passed' in l for l in lines[:7]), res.stdout
     paths,interpret = {c.split('|')[0] for c in calls()},{c.split('|')[1] for c in calls()}
     assert interpret=={''} and all(p.startswith(f'{ROOT}:') and '/beside' in p.split(':') for p in paths)
@@ -59,7 +63,8 @@ def test_every_part_runs_and_is_reported(fake):
 def test_parts_by_name_and_one_that_fails_does_not_stop_the_next(fake):
     run,calls = fake
     res = run('smoke', 'bench', SMOKE=7)
-    assert res.returncode==1 and [l.partition(',')[0] for l in said(res)]==['smoke: FAILED (7)', 'self-check: passed', 'hedgehog bench: passed'] and not any('-m pytest' in c for c in calls())
+    assert (res.returncode==1 and [l.partition(',')[0] for l in said(res)]==['smoke: FAILED (7)', 'self-check: passed', 'hedgehog bench: passed']
+            and not any('-m pytest' in c for c in calls()))
     assert run('bench').returncode==0
     for given,name in (('speed', 'speed'), ('', 'an empty name'), ('smoke tests', 'smoke tests')):
         res = run('smoke', given)
@@ -74,7 +79,9 @@ def test_what_cannot_be_used_is_refused_at_the_start(fake, tmp_path):
     (tmp_path/'file').write_text('')
     refused(1, f"{tmp_path/'file'/'out'} cannot be written: name another folder with OUT=...", OUT=tmp_path/'file'/'out')
     refused(1, f"there is no interpreter {tmp_path/'nosuch'}: name one with PYTHON=...", PYTHON=tmp_path/'nosuch')
-    bare = tmp_path/'bin'/'bare'; bare.write_text('#!/bin/sh\necho "Traceback" >&2; echo "ImportError: libcudart.so.13 is missing" >&2; exit 1\n'); bare.chmod(0o755)
+    bare = tmp_path/'bin'/'bare'
+    bare.write_text('#!/bin/sh\necho "Traceback" >&2; echo "ImportError: libcudart.so.13 is missing" >&2; exit 1\n')
+    bare.chmod(0o755)
     refused(1, f'{bare} cannot import torch: ImportError: libcudart.so.13 is missing\n', PYTHON=bare)
     for how in ('-h', '--help'):
         res = run(how, PYTHON='nosuch')
@@ -87,9 +94,11 @@ def test_what_was_carried_is_installed_and_joined(fake, tmp_path):
     (copy/'tests').mkdir(parents=True); shutil.copy(ROOT/'tests'/'gpu.sh', copy/'tests'); (copy/'.gpu'/'1').mkdir(parents=True)
     for f in ('x.whl', 'pieces.json'): (copy/'.gpu'/'1'/f).write_text('')
     assert run('bench', root=copy).returncode==0
-    assert [c.split('|')[2] for c in calls() if 'gpu_files' in c]==['tests/gpu_files.py --install .gpu', 'tests/gpu_files.py --join .gpu'] and f'{copy}/.gpu/last' in calls()[-1].split('|')[0].split(':')
+    assert ([c.split('|')[2] for c in calls() if 'gpu_files' in c]==['tests/gpu_files.py --install .gpu', 'tests/gpu_files.py --join .gpu']
+            and f'{copy}/.gpu/last' in calls()[-1].split('|')[0].split(':'))
     res = run('bench', root=copy, INSTALL=1, LACK='typer')
-    assert said(res)==['bench: not run, typer missing: the wheels in .gpu could not be installed, pip says why above: carry .gpu/1 again, or put the packages on PYTHONPATH']
+    assert said(res)==['bench: not run, typer missing: the wheels in .gpu could not be installed, '
+        'pip says why above: carry .gpu/1 again, or put the packages on PYTHONPATH']
 
 @bash
 def test_a_part_has_its_time(fake):
@@ -98,7 +107,8 @@ def test_a_part_has_its_time(fake):
     assert res.returncode==1 and 'passed' in said(res)[0] and re.match(r'hedgehog bench: cut off after [56] s; run it again to go on', said(res)[-1])
 
 @bash
-@pytest.mark.parametrize('lack,name,part,other', [('xdist','pytest-xdist','tests','smoke'), ('typer','typer','bench','tests'), ('peft','peft','models','bench'), ('fastcore','fastcore','smoke',None)])
+@pytest.mark.parametrize('lack,name,part,other',
+    [('xdist','pytest-xdist','tests','smoke'), ('typer','typer','bench','tests'), ('peft','peft','models','bench'), ('fastcore','fastcore','smoke',None)])
 def test_what_is_missing_stops_only_the_parts_that_need_it(fake, lack, name, part, other):
     run,_ = fake
     res = run(*filter(None, (part, other)), LACK=lack)
@@ -109,7 +119,8 @@ def test_what_is_missing_stops_only_the_parts_that_need_it(fake, lack, name, par
 def test_the_sanitizer(fake, tmp_path):
     run,_ = fake
     res = run('sanitize', FIND='racecheck')
-    assert res.returncode==1 and [l.split(',')[0] for l in said(res)][:2]==['compute-sanitizer memcheck: passed', 'compute-sanitizer racecheck: FAILED (3)'] and 'FINDINGS in' in said(res)[2] and 'racecheck' in said(res)[2]
+    assert res.returncode==1 and [l.split(',')[0] for l in said(res)][:2]==['compute-sanitizer memcheck: passed',
+        'compute-sanitizer racecheck: FAILED (3)'] and 'FINDINGS in' in said(res)[2] and 'racecheck' in said(res)[2]
     res = run('sanitize') # what was found stays found
     assert res.returncode==1 and 'FINDINGS in' in said(res)[-1]
     done = tmp_path/'out'/'sanitize-racecheck-pretended-gpu.log.done'; done.write_text('map')
@@ -125,7 +136,8 @@ def test_the_sanitizer(fake, tmp_path):
 @pytest.mark.skipif(not shutil.which('make'), reason='needs make')
 def test_make_leads_there():
     make = lambda *a: subprocess.run(['make', '-n', '--no-print-directory', *a], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    assert make('gpu')=='tests/gpu.sh' and make('gpu', 'PARTS=smoke bench')=='tests/gpu.sh smoke bench' and [make(f'gpu-{p}') for p in PARTS]==[f'tests/gpu.sh {p}' for p in PARTS]
+    assert (make('gpu')=='tests/gpu.sh' and make('gpu', 'PARTS=smoke bench')=='tests/gpu.sh smoke bench'
+            and [make(f'gpu-{p}') for p in PARTS]==[f'tests/gpu.sh {p}' for p in PARTS])
     assert make('gpu-files', 'PYTHON=py', 'MODELS=a b')=='py tests/gpu_files.py --into .gpu --models a b --data'
     res = subprocess.run(['make', '-s', 'gpu-files', 'PYTHON=printf "%s|"', "MODELS='a b' c"], cwd=ROOT, capture_output=True, text=True)
     assert res.stdout=='tests/gpu_files.py|--into|.gpu|--models|a b|c|--data|', res.stderr
@@ -152,9 +164,11 @@ def test_the_smoke_test(tmp_path):
     pytest.importorskip('triton')
     res = python('tests/gpu_smoke.py', '--small', '--out', str(tmp_path/'s.json'), **INTERPRET)
     *lines,last = res.stdout.splitlines()
-    assert res.returncode==0 and last.startswith('ok  0 of') and len(lines)>=10 and all(l.startswith('ok ') and 'times the same bits' in l for l in lines), res.stdout + res.stderr
+    assert (res.returncode==0 and last.startswith('ok  0 of') and len(lines)>=10
+            and all(l.startswith('ok ') and 'times the same bits' in l for l in lines)), res.stdout + res.stderr
     rows = json.loads((tmp_path/'s.json').read_text())['rows']
-    assert len(rows)==len(lines) and all(r['metric']=='error' and 0<r['value']<.04 and r['runs_that_differ']==0 for r in rows) and {r['variant'].split()[0] for r in rows}=={'fused','apart','window','decode'}
+    assert (len(rows)==len(lines) and all(r['metric']=='error' and 0<r['value']<.04 and r['runs_that_differ']==0 for r in rows)
+            and {r['variant'].split()[0] for r in rows}=={'fused','apart','window','decode'})
 
 BROKEN = '''
 import sys; sys.argv[1:] = ['--small']; sys.path.insert(0, 'tests')
@@ -163,7 +177,8 @@ s.cases = (lambda f: lambda small: {n: f(small)[n] | dict(T=8) for n in ('fused 
 calls = []
 def changes(x, c, mask): calls.append(1); return s.window_reference([y.double() for y in x], c, mask)*(1+len(calls)/1e6)
 def raises(x, c, mask): raise RuntimeError('misaligned address')
-s.RUN |= dict(fused=(lambda x, c, mask: 1.1*s.attention_reference(x, c, mask), s.attention_reference), window=(changes, s.window_reference), decode=(raises, s.decode_reference))
+s.RUN |= dict(fused=(lambda x, c, mask: 1.1*s.attention_reference(x, c, mask), s.attention_reference),\
+ window=(changes, s.window_reference), decode=(raises, s.decode_reference))
 sys.exit(s.main(True, None, 60))
 '''
 
@@ -171,7 +186,8 @@ def test_the_smoke_test_sees_what_is_wrong():
     pytest.importorskip('triton')
     res = python('-c', BROKEN, TRITON_INTERPRET='1')
     off,differs,broke,last = res.stdout.splitlines()
-    assert res.returncode==1 and off.startswith('BAD fused') and '2 times the same bits' in off and differs.startswith('BAD window') and '1 of 2 RUNS DIFFER' in differs
+    assert (res.returncode==1 and off.startswith('BAD fused') and '2 times the same bits' in off
+            and differs.startswith('BAD window') and '1 of 2 RUNS DIFFER' in differs)
     assert broke.startswith('BAD decode') and 'RuntimeError: misaligned address' in broke and last.startswith('BAD 3 of 3')
 
 PARALLEL = '''
@@ -189,7 +205,8 @@ if __name__=='__main__':
 def test_side_by_side_one_that_breaks_costs_only_itself(tmp_path):
     (tmp_path/'p.py').write_text(PARALLEL)
     res = python(str(tmp_path/'p.py'), PYTHONPATH=f"{ROOT}:{ROOT/'tests'}")
-    assert sorted(res.stdout.splitlines())==['a ok A', 'b ok B', 'dies failed its process ended with SIGKILL', 'hangs late stopped after 15 s', "raises failed KeyError: 'raises'"], res.stdout + res.stderr
+    assert sorted(res.stdout.splitlines())==['a ok A', 'b ok B', 'dies failed its process ended with SIGKILL',
+        'hangs late stopped after 15 s', "raises failed KeyError: 'raises'"], res.stdout + res.stderr
 
 def test_an_assembler_has_a_cache_of_its_own(tmp_path):
     pytest.importorskip('triton')
@@ -225,7 +242,8 @@ def test_compiles_for_hopper(): assert 0
 def made_up(tmp_path):
     (tmp_path/'test_made_up.py').write_text(MADE_UP)
     def run(*args, **env):
-        res = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'gpu_pytest', '-p', 'no:cacheprovider', '--gpu-log', 'log.jsonl', *args, 'test_made_up.py'], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        res = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'gpu_pytest', '-p', 'no:cacheprovider',
+            '--gpu-log', 'log.jsonl', *args, 'test_made_up.py'], cwd=tmp_path, capture_output=True, text=True, timeout=120,
             env=os.environ | dict(PYTHONPATH=f"{ROOT/'tests'}:{ROOT}", PYTEST_ADDOPTS='') | env)
         return res, [json.loads(l) for l in (tmp_path/'log.jsonl').read_text().splitlines()]
     return run
@@ -253,7 +271,8 @@ def test_after_a_change_what_failed_comes_first(made_up, tmp_path):
     log = tmp_path/'log.jsonl'
     log.write_text(log.read_text().replace(json.loads(log.read_text().splitlines()[0])['sources'], 'older'))
     res,rows = made_up(MENDED='1')
-    assert [r['test'].partition('::')[2] for r in rows[5:]]==['test_dtypes[1]', 'test_dtypes[0]', 'test_shapes', 'test_slow', 'test_drawn'] and all(r['outcome']=='passed' for r in rows[5:])
+    assert ([r['test'].partition('::')[2] for r in rows[5:]]==['test_dtypes[1]', 'test_dtypes[0]', 'test_shapes', 'test_slow', 'test_drawn']
+            and all(r['outcome']=='passed' for r in rows[5:]))
     assert python('tests/gpu_pytest.py', str(log)).stdout.startswith('5 passed, 0 failed')
 
 # Files to carry
@@ -266,13 +285,16 @@ def test_folders_are_cut_and_joined(tmp_path):
     (m/'weights').write_bytes(os.urandom(2500)); (m.parent/'config').write_bytes(b'{}'); (m/'empty').write_bytes(b''); (d/'a.txt').write_bytes(b'words'*100)
     n = cut(tmp_path/'parts', dict(models=[m.parent], data=[d]), most=1000)
     parts = sorted((tmp_path/'parts').iterdir())
-    assert n==len(parts)>=4 and [p.name for p in parts]==[str(i) for i in range(2, 2+n)] and all(sum(f.stat().st_size for f in p.iterdir() if f.suffix!='.json')<=1000 for p in parts)
+    assert (n==len(parts)>=4 and [p.name for p in parts]==[str(i) for i in range(2, 2+n)]
+            and all(sum(f.stat().st_size for f in p.iterdir() if f.suffix!='.json')<=1000 for p in parts))
     there = tmp_path/'there'
     for i,p in enumerate(parts): # one comes after the other, and the last is gone when the next comes
         for old in there.glob('[0-9]*'): shutil.rmtree(old)
         shutil.copytree(p, there/p.name); left,wrong = join(there)
         assert not wrong and (sum(left.values())>0)==(i<n-1)==(not (there/'files'/'data'/'text').exists())
-    for a,b in (('models/tiny/sub/weights', m/'weights'), ('models/tiny/sub/empty', m/'empty'), ('models/tiny/config', m.parent/'config'), ('data/text/a.txt', d/'a.txt')): assert (there/'files'/a).read_bytes()==b.read_bytes()
+    for a,b in (('models/tiny/sub/weights', m/'weights'), ('models/tiny/sub/empty', m/'empty'),
+            ('models/tiny/config', m.parent/'config'), ('data/text/a.txt', d/'a.txt')):
+        assert (there/'files'/a).read_bytes()==b.read_bytes()
     with pytest.raises(SystemExit, match='neither a file nor a folder'): cut(tmp_path/'p', dict(models=[tmp_path/'nope']))
 
 def files(*args): return python('tests/gpu_files.py', *map(str, args))
@@ -282,7 +304,10 @@ def parts(tmp_path):
     "A model of 2,500 bytes and a text in four parts, and how to carry some of them and join."
     sys.path.insert(0, str(ROOT/'tests'))
     from gpu_files import cut
-    (tmp_path/'tiny').mkdir(); (tmp_path/'tiny'/'weights').write_bytes(os.urandom(2500)); (tmp_path/'tiny'/'zconfig').write_bytes(b'{}'); (tmp_path/'text').write_bytes(b'words'*150)
+    (tmp_path/'tiny').mkdir()
+    (tmp_path/'tiny'/'weights').write_bytes(os.urandom(2500))
+    (tmp_path/'tiny'/'zconfig').write_bytes(b'{}')
+    (tmp_path/'text').write_bytes(b'words'*150)
     assert cut(tmp_path/'parts', dict(models=[tmp_path/'tiny'], data=[tmp_path/'text']), most=1000)==4
     there = tmp_path/'there'; there.mkdir()
     def carry(*numbers):
@@ -296,7 +321,8 @@ def test_only_what_is_complete_has_its_name(parts):
     carry,there,tiny = parts
     assert carry(2, 4)==(1, ['models/tiny/weights lacks 1.0 kB: carry the other parts', 'data/text lacks 0.3 kB: carry the other parts'])
     assert not tiny.exists() and (there/'files'/'models'/'tiny.part'/'weights').exists()
-    assert carry(3)[1]==['data/text lacks 0.3 kB: carry the other parts'] and (tiny/'weights').stat().st_size==2500 and not (there/'files'/'data'/'text').exists()
+    assert (carry(3)[1]==['data/text lacks 0.3 kB: carry the other parts']
+            and (tiny/'weights').stat().st_size==2500 and not (there/'files'/'data'/'text').exists())
     assert carry(5)==(0, [f"{there/'files'} is complete"]) and not list((there/'files').rglob('*.part'))
 
 def test_the_disk_counts_not_the_book(parts, tmp_path):
@@ -304,7 +330,8 @@ def test_the_disk_counts_not_the_book(parts, tmp_path):
     want = {f: (tmp_path/'tiny'/f).read_bytes() for f in ('weights','zconfig')}
     def whole(): return {f.name: f.read_bytes() for f in tiny.iterdir()}==want
     assert carry(2, 3, 4, 5)[0]==0 and whole()
-    for spoil in (lambda: (tiny/'weights').unlink(), lambda: (tiny/'weights').write_bytes(b'short'), lambda: shutil.rmtree(there/'files'), lambda: (there/'files.json').write_text('{"a"')):
+    for spoil in (lambda: (tiny/'weights').unlink(), lambda: (tiny/'weights').write_bytes(b'short'),
+            lambda: shutil.rmtree(there/'files'), lambda: (there/'files.json').write_text('{"a"')):
         spoil(); assert carry()[0]==0 and whole()
     for i in range(2, 6): shutil.rmtree(there/str(i))
     (there/'files.json').write_text('[]'); assert carry(5)==(0, [f"{there/'files'} is complete"]) # what has the digest is taken
@@ -317,7 +344,9 @@ def test_pieces_that_are_missing_or_broken_are_told(parts, tmp_path):
     shutil.copytree(tmp_path/'parts'/'3', there/'3'); piece = there/'3'/'0000'; data = piece.read_bytes()
     piece.unlink(); code,lines = carry(); assert code==1 and lines[0]==f'{piece} is missing: carry 3 again'
     piece.write_bytes(data[:9]); code,lines = carry(); assert code==1 and lines[0]==f'{piece} is broken: carry 3 again'
-    piece.write_bytes(bytes(len(data))); code,lines = carry(); assert code==1 and lines[0]=='models/tiny/weights is not what was cut: carry its parts again' and not tiny.exists()
+    piece.write_bytes(bytes(len(data)))
+    code,lines = carry()
+    assert code==1 and lines[0]=='models/tiny/weights is not what was cut: carry its parts again' and not tiny.exists()
     assert carry(3)[0]==0 and tiny.exists()
     (there/'3'/'pieces.json').write_text('[{"file": "x"}]'); code,lines = carry()
     assert code==1 and 'pieces.json is broken, or of an older gpu_files.py: carry 3 again' in lines[0]
@@ -326,13 +355,17 @@ def test_pieces_that_are_missing_or_broken_are_told(parts, tmp_path):
 def test_nothing_of_others_is_deleted(tmp_path):
     into,model = tmp_path/'into',tmp_path/'my model'
     for d in (into/'2024-photos', into/'7', model, tmp_path/'b'/'my model', tmp_path/'empty'): d.mkdir(parents=True)
-    (into/'2024-photos'/'a.jpg').write_bytes(b'a'); (into/'7'/'0000').write_bytes(b'old'); (model/'config').write_bytes(b'{}'); (tmp_path/'b'/'my model'/'x').write_bytes(b'x')
+    (into/'2024-photos'/'a.jpg').write_bytes(b'a')
+    (into/'7'/'0000').write_bytes(b'old')
+    (model/'config').write_bytes(b'{}')
+    (tmp_path/'b'/'my model'/'x').write_bytes(b'x')
     cut = lambda *models, to=into: files('--into', to, '--no-wheels', '--models', *models)
     for models,why in (((model, tmp_path/'nope'), 'neither a file nor a folder'), ((model, tmp_path/'b'/'my model'), 'two of --models are named my model'),
                        ((tmp_path,), 'where the parts go'), ((tmp_path/'empty',), 'holds no files')):
         res = cut(*models)
         assert res.returncode==1 and why in res.stderr and (into/'7'/'0000').exists() and not (into/'1').exists(), res.stderr
-    res = subprocess.run([sys.executable, ROOT/'tests'/'gpu_files.py', '--into', into, '--no-wheels', '--models', '.'], cwd=model, capture_output=True, text=True)
+    res = subprocess.run([sys.executable, ROOT/'tests'/'gpu_files.py', '--into', into, '--no-wheels', '--models', '.'],
+        cwd=model, capture_output=True, text=True)
     assert res.returncode==0 and 'models/my model/config' in res.stdout and sorted(p.name for p in into.iterdir())==['1', '2', '2024-photos'], res.stderr
     (into/'2024').mkdir(); (into/'2024'/'b.jpg').write_bytes(b'b')
     res = cut(model)
@@ -344,7 +377,8 @@ def wheel(folder, name, text):
     import zipfile
     folder.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(folder/f'{name}-1.0-py3-none-any.whl', 'w') as z:
-        z.writestr(f'{name}.py', text); z.writestr(f'{name}-1.0.dist-info/WHEEL', 'Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
+        z.writestr(f'{name}.py', text)
+        z.writestr(f'{name}-1.0.dist-info/WHEEL', 'Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
         z.writestr(f'{name}-1.0.dist-info/METADATA', f'Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n'); z.writestr(f'{name}-1.0.dist-info/RECORD', '')
 
 def test_carried_wheels_come_last(tmp_path):
@@ -354,7 +388,8 @@ def test_carried_wheels_come_last(tmp_path):
     (gpu/'site').mkdir(); (gpu/'site'/'half.py').write_text('') # of a pip that was killed
     (beside/'sitecustomize.py').write_text("import sys; sys.own = True")
     assert files('--install', gpu).returncode==0 and not (gpu/'site'/'half.py').exists()
-    res = python('-c', 'import sys, carried_only, iniconfig; print(carried_only.x, sys.own, hasattr(iniconfig, "x"), sys.path[-1])', PYTHONPATH=os.pathsep.join([str(gpu/'last'), str(beside)]))
+    res = python('-c', 'import sys, carried_only, iniconfig; print(carried_only.x, sys.own, hasattr(iniconfig, "x"), sys.path[-1])',
+        PYTHONPATH=os.pathsep.join([str(gpu/'last'), str(beside)]))
     assert res.stdout.split()==['carried', 'True', 'False', str(gpu/'site')], res.stderr
     t = (gpu/'site'/'carried_only.py').stat().st_mtime_ns
     assert files('--install', gpu).returncode==0 and (gpu/'site'/'carried_only.py').stat().st_mtime_ns==t

@@ -1,7 +1,8 @@
 "Softmax in single heads of a converted layer: each kind of head by its own definition, in everything that a converted model does."
 import copy, json, math
 import pytest, torch
-from transformers import AutoModel, AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, DynamicCache, GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
+from transformers import (AutoModel, AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, DynamicCache,
+    GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM)
 from hedgehog_nb.models.interface import use_attention
 from hedgehog_nb.ops.common import repeat_kv
 from hedgehog_nb.ops.softmax import softmax_attention, softmax_weights
@@ -52,7 +53,8 @@ def pair(name, kept, H=4, Hkv=2, D=8, **kw):
 # --- the module
 
 SIZES = [(4,4,[0]), (4,4,[1,3]), (4,2,[2,3]), (6,2,[0,1,2]), (8,4,[0,1,6,7]), (2,2,[1])]
-INNER = [('hedgehog', dict(form='exp')), ('hedgehog', dict(num_maps=2, bias=True)), ('hedgehog-window', dict(window=4)), ('hedgehog-window', dict(window=4, relative=True)), ('elu', {}), ('cosformer', {}), ('t2r', {})]
+INNER = [('hedgehog', dict(form='exp')), ('hedgehog', dict(num_maps=2, bias=True)), ('hedgehog-window', dict(window=4)),
+    ('hedgehog-window', dict(window=4, relative=True)), ('elu', {}), ('cosformer', {}), ('t2r', {})]
 inner = pytest.mark.parametrize('name,kw', INNER, ids=ids)
 
 def by_hand(att, whole, q, k, v, causal=True, mask=None):
@@ -70,7 +72,8 @@ def test_each_head_by_its_own_definition(name, kw, H, Hkv, kept, causal):
     (att,whole),x = pair(name, kept, H, Hkv, **kw),qkv(H, Hkv)
     for mask in (None, masked()):
         real,want = (slice(None) if mask is None else mask),by_hand(att, whole, *x, causal, mask).transpose(1,2)
-        for impl in (None, 'naive', 'chunked', *(['recurrent'] if name!='hedgehog-window' else [])): same(att.attend(*x, causal, mask, implementation=impl).transpose(1,2)[real], want[real])
+        for impl in (None, 'naive', 'chunked', *(['recurrent'] if name!='hedgehog-window' else [])):
+            same(att.attend(*x, causal, mask, implementation=impl).transpose(1,2)[real], want[real])
         w = att.weights(*x[:2], causal, mask)
         same((w @ repeat_kv(x[2], H)).transpose(1,2)[real], want[real]); same(w[:,kept], softmax_weights(*x[:2], causal, mask=mask)[:,kept])
 
@@ -115,7 +118,8 @@ def test_pieces_with_a_carried_state_are_the_whole(name, kw, cut):
             o,state = att.attend(q[:,:,s], k[:,:,s], v[:,:,s], mask=m, initial_state=state, output_final_state=True, offset=at-n); got.append(o)
         real = slice(None) if mask is None else mask
         same(torch.cat(got, 2).transpose(1,2)[real], want.transpose(1,2)[real])
-        assert torch.equal(state.k, k[:,1:]) and torch.equal(state.v, v[:,1:]) and torch.equal(state.real, torch.ones(2, 23, dtype=torch.bool) if mask is None else mask)
+        assert (torch.equal(state.k, k[:,1:]) and torch.equal(state.v, v[:,1:])
+                and torch.equal(state.real, torch.ones(2, 23, dtype=torch.bool) if mask is None else mask))
         for a,b in zip(leaves(state.rest), leaves(end.rest)): same(a, b)
 
 @torch.no_grad()
@@ -162,24 +166,31 @@ def test_states_that_do_not_fit():
 # --- which heads
 
 SHAPES = [(4,4), (8,4), (6,2), (12,2)]
-@pytest.mark.parametrize('given,want', [(None,''), ('',''), ({},''), ('0:2','0:2'), ('1:2-3, 6-7 ; 0:0,1','0:0-1;1:2-3,6-7'), ({2:[5,3,4], 0:1},'0:1;2:3-5'), ({'1':'6-7'},'1:6-7'), ('0:0;0:2','0:0,2'), ('0:0-3:2','0:0,2'), ('1:4;1:5','1:4-5'), ({3:range(6)},'3:0-5'), ({0:(3,)},'0:3')], ids=str)
+@pytest.mark.parametrize('given,want', [(None,''), ('',''), ({},''), ('0:2','0:2'), ('1:2-3, 6-7 ; 0:0,1','0:0-1;1:2-3,6-7'), ({2:[5,3,4], 0:1},'0:1;2:3-5'),
+    ({'1':'6-7'},'1:6-7'), ('0:0;0:2','0:0,2'), ('0:0-3:2','0:0,2'), ('1:4;1:5','1:4-5'), ({3:range(6)},'3:0-5'), ({0:(3,)},'0:3')], ids=str)
 def test_heads_are_read_and_written_one_way(given, want):
     got = parse_heads(given, SHAPES, [0,1,2,3])
     assert format_heads(got)==want and parse_heads(want, SHAPES, [0,1,2,3])==got
 
-@pytest.mark.parametrize('given,says', [('9:0', 'the model has layers 0 to 3; given .9.'), ('2:0-2', r"layer 2 stays softmax as a whole.*converted, 0-1,3; given '2:0-2'"), ('0:4', 'layer 0 has heads 0 to 3; given .4.'),
-    ('0:0-3', 'layer 0 would keep softmax in all its 4 heads'), ('0:all', 'layer 0 would keep softmax in all its 4 heads'), ('1:2', 'layer 1: head 2 shares its keys with head 3: keep all of them or none; given 2'),
-    ('3:1-5', 'layer 3: head 1 shares its keys with heads 0, 2, 3, 4 and 5: keep all of them or none; given 1-5'), ('1:0-2', 'head 2 shares its keys with head 3'), *((x, "softmax_heads is like '3:0,2;7:4-5'") for x in ('0', ':0', '0:', '0:1;', 'x:0', '-1:0', '1-2:0', {0:[]}, {'a':1}, '180')),
+@pytest.mark.parametrize('given,says', [('9:0', 'the model has layers 0 to 3; given .9.'),
+    ('2:0-2', r"layer 2 stays softmax as a whole.*converted, 0-1,3; given '2:0-2'"), ('0:4', 'layer 0 has heads 0 to 3; given .4.'),
+    ('0:0-3', 'layer 0 would keep softmax in all its 4 heads'), ('0:all', 'layer 0 would keep softmax in all its 4 heads'),
+    ('1:2', 'layer 1: head 2 shares its keys with head 3: keep all of them or none; given 2'),
+    ('3:1-5', 'layer 3: head 1 shares its keys with heads 0, 2, 3, 4 and 5: keep all of them or none; given 1-5'),
+    ('1:0-2', 'head 2 shares its keys with head 3'),
+    *((x, "softmax_heads is like '3:0,2;7:4-5'") for x in ('0', ':0', '0:', '0:1;', 'x:0', '-1:0', '1-2:0', {0:[]}, {'a':1}, '180')),
     *((x, 'heads is .all., or like') for x in ('0:x', '0:0,,1', '0:1-', {0:[-1]}, {0:[1.5]}, {0:[None]}))], ids=str)
 def test_what_cannot_be_kept(given, says):
     with pytest.raises(ValueError, match=says): parse_heads(given, SHAPES, [0,1,3])
 
 def test_a_module_checks_its_heads_too():
-    for kept,says in (([1], 'this attention: head 1 shares its keys with head 0'), ([4], 'this attention has heads 0 to 3'), ([0,1,2,3], 'all its 4 heads'), ('', 'heads')):
+    for kept,says in (([1], 'this attention: head 1 shares its keys with head 0'),
+            ([4], 'this attention has heads 0 to 3'), ([0,1,2,3], 'all its 4 heads'), ('', 'heads')):
         with pytest.raises(ValueError, match=says): MixedHeadAttention('hedgehog', kept, 8, 4, 2)
     with pytest.raises(ValueError, match='takes queries of 4 heads'): MixedHeadAttention('hedgehog', [0,1], 8, 4, 2).attend(*(t.float() for t in qkv(8, 4)))
 
-@pytest.mark.parametrize('kw', [dict(softmax_heads='1:0'), dict(softmax_heads='7:0'), dict(softmax_heads='0:0-1', layers='1-2'), dict(softmax_heads='0:0-3'), dict(softmax_heads='0-1'), dict(softmax_heads='0:0-1', form='halves'), dict(softmax_heads='0:0-1', attention='latte')], ids=ids)
+@pytest.mark.parametrize('kw', [dict(softmax_heads='1:0'), dict(softmax_heads='7:0'), dict(softmax_heads='0:0-1', layers='1-2'), dict(softmax_heads='0:0-3'),
+    dict(softmax_heads='0-1'), dict(softmax_heads='0:0-1', form='halves'), dict(softmax_heads='0:0-1', attention='latte')], ids=ids)
 def test_a_refused_model_is_as_it_was(kw):
     model = llama(); names,hooks = list(model.state_dict()),[len(m._forward_pre_hooks) for m in model.modules()]
     for f in (linearize, lambda m, **kw: build_attentions(m, LinearizeConfig(**{'attention_kwargs':{k:kw.pop(k) for k in ('form',) if k in kw}, **kw}))):
@@ -198,7 +209,8 @@ def oracle(causal):
     def fn(module, q, k, v, attention_mask, scaling=None, **kw):
         H,T = q.shape[1:3]; k,v,fm,outs = repeat_kv(k, H),repeat_kv(v, H),getattr(module, 'feature_map', None),[]
         rest = [h for h in range(H) if fm is not None and h not in fm.softmax_heads]
-        lin = None if fm is None else (fm.rest if len(fm.softmax_heads) else fm).weights(q[:,rest], k[:,rest[::H//module_kv(module, H)]], causal, attention_mask)
+        lin = None if fm is None else (fm.rest if len(fm.softmax_heads) else fm).weights(q[:,rest],
+            k[:,rest[::H//module_kv(module, H)]], causal, attention_mask)
         for h in range(H):
             if h in rest: a = lin[:,rest.index(h)]
             else:
@@ -212,7 +224,8 @@ def oracle(causal):
 def module_kv(module, H): return getattr(getattr(module, 'config', None), 'num_key_value_heads', None) or H
 
 def by_definition(model, name, **x):
-    with torch.no_grad(), use_attention(model, oracle(name in CAUSAL), padding_mask): return model(**x, **({'use_cache':False} if name in CAUSAL else {})).logits
+    with torch.no_grad(), use_attention(model, oracle(name in CAUSAL), padding_mask):
+        return model(**x, **({'use_cache':False} if name in CAUSAL else {})).logits
 
 @pytest.mark.parametrize('name', MODELS)
 @pytest.mark.parametrize('kw', [*KINDS, dict(layers='0,2', form='exp')], ids=ids)
@@ -242,7 +255,8 @@ def test_every_head_kept_but_one_group_is_nearly_softmax():
 def test_dropout_reaches_the_kept_heads():
     def model(**kw):
         torch.manual_seed(0)
-        return linearize(GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=VOCAB, n_positions=64, attn_pdrop=.5, resid_pdrop=0, embd_pdrop=0)), **kw)
+        return linearize(GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4,
+            vocab_size=VOCAB, n_positions=64, attn_pdrop=.5, resid_pdrop=0, embd_pdrop=0)), **kw)
     for kw,differ in (({}, False), (dict(softmax_heads='0:1'), True)):
         m,x = model(**kw).train(),tokens(); assert torch.equal(m(x).logits, m(x).logits)!=differ
         m.eval(); assert torch.equal(m(x).logits, m(x).logits)
@@ -289,12 +303,15 @@ def test_logits_of_any_cut(name, kw):
     want = logits(model, input_ids=x, attention_mask=mask, position_ids=pos, use_cache=False)
     for cut in ([7,1,1,20,2], [13,18]):
         cache,got,at = DynamicCache(config=model.config),[],0
-        for n in cut: got.append(logits(model, input_ids=x[:,at:at+n], attention_mask=mask[:,:at+n], position_ids=pos[:,at:at+n], past_key_values=cache)); at += n
+        for n in cut:
+            got.append(logits(model, input_ids=x[:,at:at+n], attention_mask=mask[:,:at+n], position_ids=pos[:,at:at+n], past_key_values=cache))
+            at += n
         same(torch.cat(got, 1)[mask.bool()], want[mask.bool()])
 
 def test_an_encoder_decoder_writes():
     torch.manual_seed(0)
-    model = BartForConditionalGeneration(BartConfig(vocab_size=VOCAB, d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
+    model = BartForConditionalGeneration(BartConfig(vocab_size=VOCAB, d_model=32, encoder_layers=1,
+        decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
         decoder_ffn_dim=48, max_position_embeddings=64, init_std=.3, decoder_start_token_id=2, forced_eos_token_id=None)).double().eval()
     linearize(model, softmax_heads='0:1;1:0,3;2:2').double()
     out = [model.generate(tokens(2, 9), max_new_tokens=8, use_cache=c, **FREE) for c in (True, False)]
@@ -302,7 +319,8 @@ def test_an_encoder_decoder_writes():
 
 def local_model():
     torch.manual_seed(0)
-    cfg = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, sliding_window=4, initializer_range=.3)
+    cfg = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=4, initializer_range=.3)
     return shake(linearize(MistralForCausalLM(MistralConfig(**cfg)).double(), softmax_heads='0:0-1;1:0-1')).double().eval()
 
 def test_a_model_of_local_layers():
@@ -316,7 +334,8 @@ def test_a_model_of_local_layers():
 def test_the_target_is_the_teacher_s_within_its_window():
     model,losses = local_model(),[]
     def by_hand(module, q, k, v, causal, scale, mask, o):
-        got = module.feature_map.rest.attend(q[:,2:], k[:,1:], v[:,1:]); losses.append((((got-o[:,2:])**2).sum((0,2,3))/(o[:,2:]**2).sum((0,2,3))).mean().item())
+        got = module.feature_map.rest.attend(q[:,2:], k[:,1:], v[:,1:])
+        losses.append((((got-o[:,2:])**2).sum((0,2,3))/(o[:,2:]**2).sum((0,2,3))).mean().item())
     teacher_pass(model, dict(input_ids=tokens()), by_hand)
     assert distill(model, [dict(input_ids=tokens())], 1, objective='outputs')[0]==pytest.approx(sum(losses)/2, rel=1e-9)
 
@@ -324,7 +343,8 @@ def test_the_cache_is_reordered_repeated_selected_and_counted():
     model = linearize(llama(), softmax_heads=HEADS); x,mask = tokens(3, 6),torch.ones(3, 6, dtype=torch.long); mask[1,:4] = 0
     cache = DynamicCache(); logits(model, input_ids=x, attention_mask=mask, past_key_values=cache)
     assert [type(l.state) is MixedHeadState for l in cache.layers]==[True,False,True] and not cache.layers[0].state.real[1,:4].any()
-    for f,idx in ((lambda: cache.reorder_cache(torch.tensor([2,0,0])), [2,0,0]), (lambda: cache.batch_repeat_interleave(2), [0,0,1,1,2,2]), (lambda: cache.batch_select_indices(torch.tensor([5,1])), [5,1])):
+    for f,idx in ((lambda: cache.reorder_cache(torch.tensor([2,0,0])), [2,0,0]),
+            (lambda: cache.batch_repeat_interleave(2), [0,0,1,1,2,2]), (lambda: cache.batch_select_indices(torch.tensor([5,1])), [5,1])):
         before = [leaves(l.state) for l in cache.layers]; f()
         for l,s in zip(cache.layers, before): assert all(torch.equal(a, b[idx]) for a,b in zip(leaves(l.state), s))
     cache.layers[0].offload(); cache.layers[0].prefetch()
@@ -398,7 +418,9 @@ def test_distillation_teaches_the_other_heads_maps_alone(name, objective):
 
 def test_a_hybrid_s_other_heads_are_distilled():
     model = linearize(llama(), 'hedgehog-window', window=4, softmax_heads=HEADS)
-    for objective in ('weights', 'outputs', 'both'): h = distill(model, data_of(model, 'llama', 1)*8, 8, objective=objective); assert all(map(math.isfinite, h)) and h[-1]<h[0]
+    for objective in ('weights', 'outputs', 'both'):
+        h = distill(model, data_of(model, 'llama', 1)*8, 8, objective=objective)
+        assert all(map(math.isfinite, h)) and h[-1]<h[0]
     with pytest.raises(ValueError, match='window of 4'): distill(model, data_of(model, 'llama', 1), 1, objective='order')
 
 def test_heads_learn_alone():
@@ -427,7 +449,8 @@ def test_finetuning_reaches_both_kinds_of_heads(lora):
     before,ppl = {k:v.clone() for k,v in model.named_parameters()},perplexity(model, blocks)
     finetune(model, blocks, 15, batch_size=8, lr=2e-2 if lora else 1e-2, lora=lora)
     moved = {k for k,v in model.named_parameters() if not torch.equal(v, before[k])}
-    assert perplexity(model, blocks)<(.99 if lora else .8)*ppl and moved==({k for k in before if 'feature_map' in k or 'q_proj' in k or 'v_proj' in k} if lora else before.keys())
+    assert (perplexity(model, blocks)<(.99 if lora else .8)*ppl
+            and moved==({k for k in before if 'feature_map' in k or 'q_proj' in k or 'v_proj' in k} if lora else before.keys()))
     q = model.model.layers[0].self_attn.q_proj.weight; assert (q[:16]!=before['model.layers.0.self_attn.q_proj.weight'][:16]).any() # rows of the kept heads
 
 # --- looking at it
@@ -440,14 +463,20 @@ def test_shares_and_branches_count_heads_as_the_model_does():
     assert [*rows]==[(0,2),(0,3),*((1,h) for h in range(4))]
     for h in (2,3): assert rows[0,h]==pytest.approx(want[0,h], rel=1e-6)      # the first converted layer sees the same in both
     both = logits(kept, input_ids=x)
-    set_branch(kept, 'window'); alone = logits(kept, input_ids=x); assert (alone-both).abs().max()>1e-3 and all(r['share']<1e-6 for r in linear_weight_share(kept, input_ids=x))
+    set_branch(kept, 'window')
+    alone = logits(kept, input_ids=x)
+    assert (alone-both).abs().max()>1e-3 and all(r['share']<1e-6 for r in linear_weight_share(kept, input_ids=x))
     assert {m.branch for m in kept.modules() if isinstance(m, WindowAttention)}=={'window'}
     set_branch(kept); assert torch.equal(logits(kept, input_ids=x), both)
 
 def test_heads_are_picked_by_what_was_measured():
-    report = [dict(variant=v, layer=l, head=h, kl=(1 if v=='softmax' else -1)*(l*4+(0,7,3,3)[h])) for v in ('hedgehog','softmax') for l in range(3) for h in range(4)] # pairs of a layer measure 4l+3.5 and 4l+3
-    for n,want in ((0, ([0,1,2], '')), (1, ([0,1,2], '2:0-1')), (2, ([0,1], '')), (3, ([0,1], '1:0-1')), (5, ([0], '0:0-1'))): assert select_softmax_heads(report, n, 2, variant='softmax')==dict(zip(('layers','softmax_heads'), want))
-    assert select_softmax_heads(report, 3, 2)==dict(layers=[1,2], softmax_heads='1:2-3') and select_softmax_heads(report, 3, 2, largest=False)==select_softmax_heads(report, 3, 2, variant='softmax')
+    # pairs of a layer measure 4l+3.5 and 4l+3
+    report = [dict(variant=v, layer=l, head=h, kl=(1 if v=='softmax' else -1)*(l*4+(0,7,3,3)[h]))
+        for v in ('hedgehog','softmax') for l in range(3) for h in range(4)]
+    for n,want in ((0, ([0,1,2], '')), (1, ([0,1,2], '2:0-1')), (2, ([0,1], '')), (3, ([0,1], '1:0-1')), (5, ([0], '0:0-1'))):
+        assert select_softmax_heads(report, n, 2, variant='softmax')==dict(zip(('layers','softmax_heads'), want))
+    assert (select_softmax_heads(report, 3, 2)==dict(layers=[1,2], softmax_heads='1:2-3')
+            and select_softmax_heads(report, 3, 2, largest=False)==select_softmax_heads(report, 3, 2, variant='softmax'))
     assert select_softmax_heads(report, 2, 4, variant='softmax')==dict(layers=[0,1,2], softmax_heads='1:1;2:1')
     for n in (-1, 6):
         with pytest.raises(ValueError, match=f'of 6 key-value heads 0 to 5 can be kept; given {n}'): select_softmax_heads(report, n, 2)
@@ -476,12 +505,16 @@ def test_the_command_line(tmp_path, monkeypatch):
     args = 'linearize','embedded','--data','embedded','--out','tales','--config','run.yaml'
     r = hedgehog(*args, '--record', 'run.json')
     assert 'in 5 layers but for heads 2:2-3' in r.stderr and '--softmax-heads 2:2-3' in json.loads((tmp_path/'run.json').read_text())['command']
-    model = load_linearized('tales'); assert model.config.hedgehog['softmax_heads']=='2:2-3' and model.model.layers[2].self_attn.feature_map.softmax_heads==[2,3]
+    model = load_linearized('tales')
+    assert model.config.hedgehog['softmax_heads']=='2:2-3' and model.model.layers[2].self_attn.feature_map.softmax_heads==[2,3]
     j = json.loads(hedgehog('generate', 'tales', '-p', 'Lily', '-n', 6, '--json').stdout); assert j['last_bytes']-j['first_bytes']==5*(2*8*4+1)
     rows = json.loads(hedgehog('properties', 'tales', '--data', 'embedded', '--by', 'head', '--tokens', 64, '--seq-len', 64, '--json').stdout)['rows']
-    assert {r['head'] for r in rows if r['variant']=='hedgehog' and r['layer']==2}=={0,1,4,5,6,7} and {r['head'] for r in rows if r['variant']=='softmax'}==set(range(8))
-    r = hedgehog(*args[:5], 'other', '--softmax-heads', '2:2', '--distill-steps', 1, code=1); assert r.stderr.count('\n')==1 and 'head 2 shares its keys with head 3' in r.stderr
+    assert ({r['head'] for r in rows if r['variant']=='hedgehog' and r['layer']==2}=={0,1,4,5,6,7}
+            and {r['head'] for r in rows if r['variant']=='softmax'}==set(range(8)))
+    r = hedgehog(*args[:5], 'other', '--softmax-heads', '2:2', '--distill-steps', 1, code=1)
+    assert r.stderr.count('\n')==1 and 'head 2 shares its keys with head 3' in r.stderr
     from hedgehog_nb.training import recipe as training
     def stop(*a, **k): raise OSError(28, 'No space left on device', 'x')
     monkeypatch.setattr(training, 'distill', stop); hedgehog(*args[:5], 'third', '--config', 'run.yaml', code=1)
-    r = hedgehog(*args[:5], 'third', '--config', 'run.yaml', '--softmax-heads', '2:4-5', code=1); assert 'other settings (--softmax-heads 2:2-3 there, 2:4-5 here)' in r.stderr
+    r = hedgehog(*args[:5], 'third', '--config', 'run.yaml', '--softmax-heads', '2:4-5', code=1)
+    assert 'other settings (--softmax-heads 2:2-3 there, 2:4-5 here)' in r.stderr

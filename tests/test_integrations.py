@@ -40,8 +40,9 @@ def worse(s):
     other = copy.copy(s); other.__class__ = Worse
     return other
 
-TWICE = [k for k in CASES if k[:2] in (('pipeline','text-generation'), ('accelerate','cpu_offload'), ('accelerate','disk_offload'), ('gguf','from a .gguf file'),
-    ('peft','LoRA: train, save, AutoPeft, merge'), ('peft','rsLoRA, PiSSA'))] # these load the model twice and compare
+# these load the model twice and compare
+TWICE = [k for k in CASES if k[:2] in (('pipeline','text-generation'), ('accelerate','cpu_offload'), ('accelerate','disk_offload'),
+    ('gguf','from a .gguf file'), ('peft','LoRA: train, save, AutoPeft, merge'), ('peft','rsLoRA, PiSSA'))]
 
 @pytest.mark.parametrize('key', TWICE, ids=lambda k: f'{k[0]}-{k[1]}')
 def test_a_lost_map_is_noticed(key, subject):

@@ -75,7 +75,8 @@ def test_gradients_arriving_with_any_stride():
     for wrap in (lambda p: p.sum(), lambda p: (p.mT.contiguous()*torch.arange(20., device=DEVICE)).sum(), lambda p: p[...,::2].square().sum()):
         for form in FORMS:
             a,r = x.clone().requires_grad_(), x.double().requires_grad_()
-            got,want = torch.autograd.grad(wrap(fused_feature_map(a, w, form=form)[0]), a)[0], torch.autograd.grad(wrap(hedgehog_features(per_head(r, w.double()), form)[0]), r)[0]
+            got,want = (torch.autograd.grad(wrap(fused_feature_map(a, w, form=form)[0]), a)[0],
+                torch.autograd.grad(wrap(hedgehog_features(per_head(r, w.double()), form)[0]), r)[0])
             assert (got.double() - want).abs().max() < 1e-4*max(1, want.abs().max()), form
 
 @kernel
@@ -134,7 +135,9 @@ def test_compiles_into_one_graph(bias, form):
 def test_registered_as_torch_wants_it(form):
     from hedgehog_nb.kernels import feature_map as m
     x,w,b = inputs(1, 2, 9, 8)
-    for bias in (None, b.requires_grad_()): torch.library.opcheck(m._map_op, (x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(), w.requires_grad_(), bias, form, torch.bfloat16, 'ieee'))
+    for bias in (None, b.requires_grad_()):
+        torch.library.opcheck(m._map_op,
+            (x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(), w.requires_grad_(), bias, form, torch.bfloat16, 'ieee'))
     g,g_m = m._map_op(x.detach(), w.detach(), None, form, torch.float32, 'ieee')
     torch.library.opcheck(m._map_bwd_op, (g, g_m, x.detach(), w.detach(), None, form, 'ieee', True, True))
 
@@ -147,12 +150,14 @@ def test_the_log_weights_alone_have_a_gradient():
 
 @kernel
 @pytest.mark.parametrize('message,change', [
-    ('x is \\(B, H, T, D\\)', lambda x,w,b: dict(x=x[0])), ('same H and D', lambda x,w,b: dict(weight=w[:1])), ('same H and D', lambda x,w,b: dict(weight=w[...,:8])),
-    ('same H and D', lambda x,w,b: dict(weight=w[0])), ('bias is', lambda x,w,b: dict(bias=b[:,:8])), ('from 1 to 256', lambda x,w,b: dict(weight=torch.ones(2, 300, 16), bias=None)),
-    ('from 1 to 256', lambda x,w,b: dict(weight=w[:,:0], bias=b[:,:0])), ('x is float32', lambda x,w,b: dict(x=x.double())), ('weight is float32', lambda x,w,b: dict(weight=w.long())),
-    ('out_dtype is float32', lambda x,w,b: dict(out_dtype=torch.int32)), ('last stride 1', lambda x,w,b: dict(x=x.mT.contiguous().mT)),
-    ('empty', lambda x,w,b: dict(x=x[:0])), ('empty', lambda x,w,b: dict(x=x[:,:,:0])),
-    ('form is one of', lambda x,w,b: dict(form='softmax')), ('precision is', lambda x,w,b: dict(precision='tf16')), ('different devices', lambda x,w,b: dict(weight=w.to('meta'))),
+    ('x is \\(B, H, T, D\\)', lambda x,w,b: dict(x=x[0])), ('same H and D', lambda x,w,b: dict(weight=w[:1])),
+    ('same H and D', lambda x,w,b: dict(weight=w[...,:8])), ('same H and D', lambda x,w,b: dict(weight=w[0])),
+    ('bias is', lambda x,w,b: dict(bias=b[:,:8])), ('from 1 to 256', lambda x,w,b: dict(weight=torch.ones(2, 300, 16), bias=None)),
+    ('from 1 to 256', lambda x,w,b: dict(weight=w[:,:0], bias=b[:,:0])), ('x is float32', lambda x,w,b: dict(x=x.double())),
+    ('weight is float32', lambda x,w,b: dict(weight=w.long())), ('out_dtype is float32', lambda x,w,b: dict(out_dtype=torch.int32)),
+    ('last stride 1', lambda x,w,b: dict(x=x.mT.contiguous().mT)), ('empty', lambda x,w,b: dict(x=x[:0])), ('empty', lambda x,w,b: dict(x=x[:,:,:0])),
+    ('form is one of', lambda x,w,b: dict(form='softmax')),
+    ('precision is', lambda x,w,b: dict(precision='tf16')), ('different devices', lambda x,w,b: dict(weight=w.to('meta'))),
 ])
 def test_errors_say_what_was_given(message, change):
     x,w,b = inputs(1, 2, 5, 16)
@@ -164,14 +169,16 @@ def test_import_without_triton_says_so():
 
 def test_import_without_a_gpu_works_and_cpu_tensors_are_refused():
     pytest.importorskip('triton')
-    res = python('-c', 'import torch\nfrom hedgehog_nb.kernels.feature_map import fused_feature_map as f\nf(torch.ones(1,1,1,8), torch.ones(1,8,8))', TRITON_INTERPRET='0', CUDA_VISIBLE_DEVICES='')
+    res = python('-c', 'import torch\nfrom hedgehog_nb.kernels.feature_map import fused_feature_map as f\nf(torch.ones(1,1,1,8), torch.ones(1,8,8))',
+        TRITON_INTERPRET='0', CUDA_VISIBLE_DEVICES='')
     assert res.returncode!=0 and 'ValueError: the kernel runs on a GPU; given tensors on cpu' in res.stderr
 
 def test_what_an_instruction_keeps_busy():
     pytest.importorskip('triton')
     from hedgehog_nb.kernels.feature_map import _busy
     assert _busy('FFMA.FTZ')==('fma',1) and _busy('MUFU.EX2')==('exps',8) and _busy('ISETP.GE.AND')==('alu',2) and _busy('SHFL.BFLY')==('near',4)
-    assert [_busy(x) for x in ('LDG.E.LTC128B', 'LDS.64', 'STS.128', 'LDSM.16.M88.4', 'LDL.LU', 'LDGSTS.E.BYPASS.LTC128B.128')]==[('near',n) for n in (4, 8, 16, 16, 4, 16)]
+    assert [_busy(x) for x in ('LDG.E.LTC128B', 'LDS.64', 'STS.128', 'LDSM.16.M88.4', 'LDL.LU', 'LDGSTS.E.BYPASS.LTC128B.128')]==[('near',n)
+        for n in (4, 8, 16, 16, 4, 16)]
     assert _busy('HGMMA.64x64x16.F32.BF16')==('tensor',32) and _busy('HGMMA.64x64x8.F32.TF32')==('tensor',32) # half the products at half the rate
     assert _busy('HMMA.16816.F32.BF16')==('tensor', 4/.63) and _busy('HMMA.1688.F32.TF32')==('tensor', 4/.63)
 
@@ -225,12 +232,14 @@ def test_interpreter_needs_a_numpy_that_it_knows(triton_version, numpy_version, 
     pytest.importorskip('triton')
     from hedgehog_nb.kernels.feature_map import _check_interpreter
     if ok: return _check_interpreter(triton_version, numpy_version)
-    with pytest.raises(ImportError, match=rf"Triton {triton_version} fails on NumPy {numpy_version}: pip install 'numpy<2.4'"): _check_interpreter(triton_version, numpy_version)
+    with pytest.raises(ImportError, match=rf"Triton {triton_version} fails on NumPy {numpy_version}: pip install 'numpy<2.4'"):
+        _check_interpreter(triton_version, numpy_version)
 
 @pytest.mark.parametrize('interpret', '01')
 def test_import_asks_for_the_numpy_only_if_interpreted(interpret):
     pytest.importorskip('triton')
-    res = python('-c', "import triton, importlib.metadata as m; triton.__version__, m.version = '3.6.0', lambda name: '2.5.0'; import hedgehog_nb.kernels.chunk", TRITON_INTERPRET=interpret)
+    res = python('-c', "import triton, importlib.metadata as m; triton.__version__, m.version = '3.6.0', lambda name: '2.5.0'; "
+        "import hedgehog_nb.kernels.chunk", TRITON_INTERPRET=interpret)
     assert (res.returncode, 'numpy<2.4' in res.stderr) == ((1, True) if interpret=='1' else (0, False)), res.stderr
 
 if HERE and DEVICE=='cpu':

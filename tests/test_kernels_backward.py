@@ -1,4 +1,5 @@
-"""The gradient of linear attention in Triton against fp64 PyTorch, the operation under autograd, autocast and torch.compile, and the way to it from `linear_attention`."""
+"""The gradient of linear attention in Triton against fp64 PyTorch, the operation under autograd, autocast and torch.compile, \
+and the way to it from `linear_attention`."""
 import pytest, torch
 from hypothesis import Phase, given, settings, strategies as st
 from hedgehog_nb import linear_attention as attention
@@ -38,9 +39,11 @@ def grads(f, tensors, dtype, mask=None, use=('o', 's'), **kw):
 def check(q, k, v, causal=True, schedule=None, tol=None, log_k=None, mask=None, initial_state=None, cu=None, use=('o', 's')):
     "All gradients against those of PyTorch in fp64."
     tensors = q, k, v, log_k, *(initial_state or (None,)*3)
-    ours = grads(lambda *a,**kw: triton_linear_attention(*a, causal=causal, cu_seqlens=cu, schedule=schedule, output_final_state=True, **kw), tensors, None, mask, use)
+    ours = grads(lambda *a,**kw: triton_linear_attention(*a, causal=causal, cu_seqlens=cu, schedule=schedule, output_final_state=True, **kw),
+        tensors, None, mask, use)
     theirs = grads(lambda *a,**kw: apart(*a, causal=causal, cu=cu, **kw), tensors, torch.float64, mask, use)
-    least = .1*max(1e-2, *(r.abs().max() for r in theirs if r is not None)) # of the differences of larger numbers: exact zeros, e.g. of phi_q where a row sees one token
+    # of the differences of larger numbers: exact zeros, e.g. of phi_q where a row sees one token
+    least = .1*max(1e-2, *(r.abs().max() for r in theirs if r is not None))
     for name,x,a,r in zip(NAMES, tensors, ours, theirs):
         if x is None: continue
         if a is None or r is None:
@@ -98,7 +101,8 @@ def test_packed_is_separate(causal, cu):
     kw = extras(1, 1, 50, state=False)
     for schedule,before in (('scan', None), (3, packed(cu, 1, 16, 8))):
         check(q, k, v, causal, schedule, cu=cu, **kw | dict(initial_state=before))
-        o,s = triton_linear_attention(q, k, v, **kw | dict(initial_state=before), causal=causal, cu_seqlens=torch.tensor(cu, device=DEVICE), schedule=schedule, output_final_state=True)
+        o,s = triton_linear_attention(q, k, v, **kw | dict(initial_state=before), causal=causal,
+            cu_seqlens=torch.tensor(cu, device=DEVICE), schedule=schedule, output_final_state=True)
         ref = apart(*(x.double() for x in (q, k, v, kw['log_k'])), causal, kw['mask'], before and before.apply(torch.Tensor.double), cu)
         for a,r in zip((o, *s), (ref[0], *ref[1])): close(a, r, 1e-5)
     if not causal: return
@@ -108,7 +112,8 @@ def test_packed_is_separate(causal, cu):
 
 @kernel
 @settings(max_examples=6, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate]) # interpreted, shrinking would take minutes
-@given(B=st.integers(1, 2), Hkv=st.integers(1, 2), G=st.integers(1, 3), T=st.integers(1, 70), Tq=st.integers(1, 50), F=st.integers(1, 40), D=st.integers(1, 40), causal=st.booleans(),
+@given(B=st.integers(1, 2), Hkv=st.integers(1, 2), G=st.integers(1, 3), T=st.integers(1, 70),
+       Tq=st.integers(1, 50), F=st.integers(1, 40), D=st.integers(1, 40), causal=st.booleans(),
        log=st.booleans(), masked=st.booleans(), state=st.booleans(), bthd=st.booleans(), cuts=st.lists(st.integers(1, 69), max_size=3),
        dtype=st.sampled_from(list(TOL)), schedule=st.sampled_from([None, 'scan', 'parallel', 3]), seed=st.integers(0, 99))
 def test_drawn(B, Hkv, G, T, Tq, F, D, causal, log, masked, state, bthd, cuts, dtype, schedule, seed):
@@ -126,16 +131,19 @@ def test_strided_views_and_cotangents():
     q,k,v = inputs(2, 2, 1, 20, 16, 16)
     g = rand(2, 2, 20, 16)
     qkv = rand(2, 20, 4, 48).abs().transpose(1, 2) # as a fused projection leaves them
-    views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)], (qkv[:,:2,:,:16], qkv[:,2:3,:,16:32], qkv[:,3:,:,32:]), (q[:,:1].expand(-1, 2, -1, -1), k[:1].expand(2, -1, -1, -1), v)
+    views = ([x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)],
+        (qkv[:,:2,:,:16], qkv[:,2:3,:,16:32], qkv[:,3:,:,32:]), (q[:,:1].expand(-1, 2, -1, -1), k[:1].expand(2, -1, -1, -1), v))
     for x,g in zip(views, (g, g.mT.contiguous().mT, g[...,:1].expand(-1, -1, -1, 16))): # views of inputs, and of what arrives from above
-        a,b = (torch.autograd.grad(triton_linear_attention(*ins), ins, c) for ins,c in (([y.detach().requires_grad_() for y in x], g), ([y.contiguous().detach().requires_grad_() for y in x], g.contiguous())))
+        a,b = (torch.autograd.grad(triton_linear_attention(*ins), ins, c)
+            for ins,c in (([y.detach().requires_grad_() for y in x], g), ([y.contiguous().detach().requires_grad_() for y in x], g.contiguous())))
         assert all(map(torch.equal, a, b))
 
 @kernel
 def test_repeats_to_the_bit():
     for causal in (True, False):
         ins = [x.requires_grad_() for x in inputs(1, 2, 1, 40, dtype=torch.bfloat16)]
-        a,b = (torch.autograd.grad(triton_linear_attention(*ins, causal=causal, schedule=2), ins, torch.ones(1, 2, 40, 8, dtype=torch.bfloat16, device=DEVICE)) for _ in range(2))
+        a,b = (torch.autograd.grad(triton_linear_attention(*ins, causal=causal, schedule=2),
+            ins, torch.ones(1, 2, 40, 8, dtype=torch.bfloat16, device=DEVICE)) for _ in range(2))
         assert all(map(torch.equal, a, b))
 
 @kernel
@@ -247,7 +255,8 @@ def test_the_entry_point_leads_here():
         a,s = attention(q, k, v[...,:7], fm, causal, kw['mask'], None, True, implementation='triton')
         b,r = attention(q, k, v[...,:7], fm, causal, kw['mask'], None, True, implementation='chunked')
         for x,y in zip((a, *s), (b, *r)): assert torch.allclose(x, y, atol=1e-5)
-    assert torch.equal(attention(q, k.mT.contiguous().mT, v, implementation='triton'), attention(q, k, v, implementation='triton')) # copied where channels lie apart
+    # copied where channels lie apart
+    assert torch.equal(attention(q, k.mT.contiguous().mT, v, implementation='triton'), attention(q, k, v, implementation='triton'))
     with pytest.raises(ValueError, match='float32, float16 or bfloat16'): attention(q.double(), k.double(), v.double(), implementation='triton')
 
 @kernel
@@ -258,10 +267,13 @@ def test_borders_that_do_not_fit(cu):
 @kernel
 @pytest.mark.parametrize('message,change', [
     ('batch must be 1', lambda q,k,v: dict(phi_q=q.expand(2, -1, -1, -1), phi_k=k.expand(2, -1, -1, -1), v=v.expand(2, -1, -1, -1), cu_seqlens=[0,20])),
-    ('cu_seqlens needs as many', lambda q,k,v: dict(phi_q=q[:,:,:9], causal=False, cu_seqlens=[0,9])), ('as many queries as keys', lambda q,k,v: dict(phi_q=q[:,:,:9])),
-    ('initial_state has shapes', lambda q,k,v: dict(cu_seqlens=[0,5,20], initial_state=packed([0,20], 2, 16, 8))), ('empty', lambda q,k,v: dict(phi_q=q[:,:,:0], phi_k=k[:,:,:0], v=v[:,:,:0])),
-    ('empty', lambda q,k,v: dict(phi_q=q[:0], phi_k=k[:0], v=v[:0])), ('last stride 1', lambda q,k,v: dict(v=v.mT.contiguous().mT)), ('different devices', lambda q,k,v: dict(v=v.to('meta'))),
-    ('phi_k is float32', lambda q,k,v: dict(phi_k=k.double())), ('up to 512', lambda q,k,v: dict(phi_q=torch.ones(1,2,20,513), phi_k=torch.ones(1,2,20,513))), ('schedule is', lambda q,k,v: dict(schedule=-1)),
+    ('cu_seqlens needs as many', lambda q,k,v: dict(phi_q=q[:,:,:9], causal=False, cu_seqlens=[0,9])),
+    ('as many queries as keys', lambda q,k,v: dict(phi_q=q[:,:,:9])),
+    ('initial_state has shapes', lambda q,k,v: dict(cu_seqlens=[0,5,20], initial_state=packed([0,20], 2, 16, 8))),
+    ('empty', lambda q,k,v: dict(phi_q=q[:,:,:0], phi_k=k[:,:,:0], v=v[:,:,:0])), ('empty', lambda q,k,v: dict(phi_q=q[:0], phi_k=k[:0], v=v[:0])),
+    ('last stride 1', lambda q,k,v: dict(v=v.mT.contiguous().mT)), ('different devices', lambda q,k,v: dict(v=v.to('meta'))),
+    ('phi_k is float32', lambda q,k,v: dict(phi_k=k.double())),
+    ('up to 512', lambda q,k,v: dict(phi_q=torch.ones(1,2,20,513), phi_k=torch.ones(1,2,20,513))), ('schedule is', lambda q,k,v: dict(schedule=-1)),
 ])
 def test_errors_say_what_was_given(message, change):
     q,k,v = inputs()
@@ -275,17 +287,22 @@ def test_what_triton_takes_and_import_of_the_entry_point():
     with FakeTensorMode():
         x = lambda F, dtype=torch.bfloat16, device='cuda': torch.empty(1, 2, 8, F, dtype=dtype, device=device)
         assert fits(x(512), x(512), x(256))==HAS_TRITON and fits(x(16, torch.float32), x(16), x(16, torch.float16))==HAS_TRITON
-        for q,k,v in ((x(513), x(513), x(8)), (x(8), x(8), x(257)), (x(8, torch.float64), x(8), x(8)), (x(8), x(8), x(8, torch.float64)), [x(8, device='cpu')]*3): assert not fits(q, k, v)
+        for q,k,v in ((x(513), x(513), x(8)), (x(8), x(8), x(257)), (x(8, torch.float64), x(8), x(8)),
+                (x(8), x(8), x(8, torch.float64)), [x(8, device='cpu')]*3):
+            assert not fits(q, k, v)
         map = lambda **kw: type('Map', (), kw)()
         assert fits(x(64), x(64), x(64), map(feature_dim=512, positive=True))==HAS_TRITON
-        for fm in (map(feature_dim=513), map(feature_dim=8, positive=False), map(feature_dim=None), lambda q,k: (q, k, None)): assert not fits(x(8), x(8), x(8), fm)
+        for fm in (map(feature_dim=513), map(feature_dim=8, positive=False), map(feature_dim=None), lambda q,k: (q, k, None)):
+            assert not fits(x(8), x(8), x(8), fm)
     res = python('-c', 'import sys, torch; sys.modules["triton"] = None\nfrom hedgehog_nb import linear_attention as f\nx = torch.rand(1,1,4,8); f(x, x, x)\n'
                  'import hedgehog_nb.functional\nhedgehog_nb.functional.HAS_TRITON = False\nf(x, x, x, implementation="triton")')
     assert res.returncode!=0 and "ValueError: implementation='triton' needs Triton" in res.stderr, res.stderr
 
 def test_import_is_lazy_and_cpu_tensors_are_refused():
     pytest.importorskip('triton')
-    res = python('-c', 'import sys, torch\nfrom hedgehog_nb import linear_attention as f\nx = torch.rand(1,1,4,8); f(x, x, x); assert "triton" not in sys.modules and not any(m.startswith("hedgehog_nb.kernels.") and m not in ("hedgehog_nb.kernels.cpu", "hedgehog_nb.kernels.common") for m in sys.modules)\nf(x, x, x, implementation="triton")',
+    res = python('-c', 'import sys, torch\nfrom hedgehog_nb import linear_attention as f\nx = torch.rand(1,1,4,8); '
+                 'f(x, x, x); assert "triton" not in sys.modules and not any(m.startswith("hedgehog_nb.kernels.") and m not in '
+                 '("hedgehog_nb.kernels.cpu", "hedgehog_nb.kernels.common") for m in sys.modules)\nf(x, x, x, implementation="triton")',
                  TRITON_INTERPRET='0', CUDA_VISIBLE_DEVICES='')
     assert res.returncode!=0 and 'ValueError: the kernel runs on a GPU; given tensors on cpu' in res.stderr, res.stderr
 
@@ -297,7 +314,8 @@ from hedgehog_nb.kernels.chunk_backward import backward_usage as use
 def check(F, D, kernel, spilled, near, slots, tensor, programs=2, **kw): # cycles of an SM for a token
     u = use(F, D, kernel=kernel, **kw)
     fit = min(65536//(u['registers']*32*u['warps']), 227*1024//(u['shared_bytes'] + 1024))
-    assert u['spilled_bytes']<=spilled and u['near']<=1.15*near and u['slots']<=1.15*slots and u['alu']<=1.5*slots and u['tensor']<=tensor and fit>=programs, u # other versions differ by as much
+    assert u['spilled_bytes']<=spilled and u['near']<=1.15*near and u['slots']<=1.15*slots and u['alu']<=1.5*slots\
+ and u['tensor']<=tensor and fit>=programs, u # other versions differ by as much
 check(128, 64, 'dq', 64, 21.2, 18.4, 16)
 check(128, 64, 'dkv', 400, 29.8, 19.4, 26.5)
 check(128, 64, 'costates', 0, 6.9, 6.4, 5, 3)
@@ -311,7 +329,8 @@ for kernel,limits in dict(dq=(64,25.5,25.2,15), dk=(0,16.6,14.5,15.5), dv=(200,2
 for kernel,limits in dict(dq=(400,41,23,25), dk=(560,50,23,28), dv=(280,25,15,24)).items(): check(128, 64, kernel, *limits, dtype=torch.float16)
 check(128, 64, 'dk', 64, 164, 134, 91, 1, dtype=torch.float32)
 check(128, 64, 'dkv', 1024, 59, 46.3, 26.5, log_k=True, packed=True, HAS_MASK=True, HAS_END=True, group=4)
-for kernel,dtype in (('dq',torch.float32), ('dk',torch.float16), ('dv',torch.float16)): assert use(512, 256, dtype, kernel)['shared_bytes']<=227*1024 # the largest
+for kernel,dtype in (('dq',torch.float32), ('dk',torch.float16), ('dv',torch.float16)):\
+ assert use(512, 256, dtype, kernel)['shared_bytes']<=227*1024 # the largest
 """
     res = python('-c', code, TRITON_INTERPRET='0', TRITON_DEFAULT_FP_FUSION='1', TRITON_CACHE_DIR=str(tmp_path))
     assert res.returncode==0, res.stderr

@@ -15,7 +15,8 @@ else:
 def rand(*s, seed=0): return torch.randn(*s, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 def inputs(B=1, H=2, Hkv=2, T=20, F=16, D=8, dtype=torch.float32, Tq=None, seed=0):
-    return tuple(x.to(dtype) for x in (rand(B, H, Tq or T, F, seed=seed).softmax(-1), rand(B, Hkv, T, F, seed=seed+1).softmax(-1), rand(B, Hkv, T, D, seed=seed+2)))
+    return tuple(x.to(dtype)
+        for x in (rand(B, H, Tq or T, F, seed=seed).softmax(-1), rand(B, Hkv, T, F, seed=seed+1).softmax(-1), rand(B, Hkv, T, D, seed=seed+2)))
 
 def extras(B=1, Hkv=2, T=20, F=16, D=8, seed=9, log=True, masked=True, state=True):
     "Log weights, a mask with holes at both ends, and a state with its own maximum."
@@ -31,7 +32,8 @@ def close(a, r, tol, name=''):
 
 def check(q, k, v, causal=True, schedule=None, tol=None, **kw):
     "Outputs and final state against the fp64 oracle."
-    double = lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else LinearState(*map(double, x)) if isinstance(x, LinearState) else x
+    double = (lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point()
+        else LinearState(*map(double, x)) if isinstance(x, LinearState) else x)
     f = recurrent_linear_attention if causal else bidirectional_linear_attention
     o,s = chunk_forward(q, k, v, causal=causal, schedule=schedule, output_final_state=True, **kw)
     ref,after = f(*map(double, (q, k, v)), **{n:double(x) for n,x in kw.items()}, output_final_state=True)
@@ -84,8 +86,9 @@ def test_extreme_widths(F, D):
 
 @kernel
 @settings(max_examples=20, deadline=None, derandomize=True)
-@given(B=st.integers(1, 2), Hkv=st.integers(1, 2), G=st.integers(1, 3), T=st.integers(1, 140), Tq=st.integers(1, 80), F=st.integers(1, 40), D=st.integers(1, 40), causal=st.booleans(),
-       log=st.booleans(), masked=st.booleans(), state=st.booleans(), bthd=st.booleans(), dtype=st.sampled_from(list(TOL)), schedule=st.sampled_from([None, 'scan', 'parallel', 3]), seed=st.integers(0, 99))
+@given(B=st.integers(1, 2), Hkv=st.integers(1, 2), G=st.integers(1, 3), T=st.integers(1, 140), Tq=st.integers(1, 80), F=st.integers(1, 40),
+       D=st.integers(1, 40), causal=st.booleans(), log=st.booleans(), masked=st.booleans(), state=st.booleans(), bthd=st.booleans(),
+       dtype=st.sampled_from(list(TOL)), schedule=st.sampled_from([None, 'scan', 'parallel', 3]), seed=st.integers(0, 99))
 def test_drawn(B, Hkv, G, T, Tq, F, D, causal, log, masked, state, bthd, dtype, schedule, seed):
     qkv = inputs(B, Hkv*G, Hkv, T, F, D, dtype, None if causal else Tq, seed)
     if bthd: qkv = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv]
@@ -97,7 +100,8 @@ def test_strided_views_are_read_in_place():
     q,k,v = inputs(2, 4, 2, 20, 16, 16)
     qkv = rand(2, 20, 8, 48).abs().transpose(1, 2) # as a fused projection leaves them
     bthd = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
-    for views in (bthd, (qkv[:,:4,:,:16], qkv[:,4:6,:,16:32], qkv[:,6:,:,32:]), (q[:,:,::2], k[:,:,::2], v[:,:,::2]), (q[:,:1].expand(-1, 4, -1, -1), k[:1].expand(2, -1, -1, -1), v)):
+    for views in (bthd, (qkv[:,:4,:,:16], qkv[:,4:6,:,16:32], qkv[:,6:,:,32:]),
+            (q[:,:,::2], k[:,:,::2], v[:,:,::2]), (q[:,:1].expand(-1, 4, -1, -1), k[:1].expand(2, -1, -1, -1), v)):
         for causal in (True, False):
             a,b = (chunk_forward(*x, causal=causal) for x in (views, [x.contiguous() for x in views]))
             assert torch.equal(a, b)
@@ -180,7 +184,8 @@ def test_segments():
                     assert 1<=n<=chunks and (n-1)*length<chunks<=n*length # no segment is empty
                     if schedule=='scan': assert n==1
                     if schedule=='parallel' and chunks>1: assert n>1
-                    if schedule is None: assert all(chunk._waves(n, P, chunks, again, 2.7)<=chunk._waves(i, P, chunks, again, 2.7) for i in range(1, min(chunks, 264)+1))
+                    if schedule is None:
+                        assert all(chunk._waves(n, P, chunks, again, 2.7)<=chunk._waves(i, P, chunks, again, 2.7) for i in range(1, min(chunks, 264)+1))
     assert [chunk._segments(P, 128, .5, 2.7) for P in (8, 132, 264)]==[16, 1, 1]
 
 @kernel
@@ -203,26 +208,36 @@ def test_plans_cover_each_token_once_and_cross_no_border():
             spans = [(cu[q] + (i - first[q])*p.length, min(cu[q] + (i - first[q] + 1)*p.length, cu[q+1])) for i,q in enumerate(of)]
             assert [t for a,b in spans for t in range(a, b)]==list(range(cu[-1])) and all(a<b for a,b in spans)
             slots = [*range(p.segments + p.sequences)]
-            assert p.slots(after=False).tolist()==[slots[f+i] for i,f in enumerate(first[:-1])] and p.slots(after=True).tolist()==[f+i for i,f in enumerate(first[1:])]
+            assert (p.slots(after=False).tolist()==[slots[f+i] for i,f in enumerate(first[:-1])]
+                    and p.slots(after=True).tolist()==[f+i for i,f in enumerate(first[1:])])
 
 @kernel
 @pytest.mark.parametrize('message,change', [
-    ('4|batch, heads', lambda q,k,v: dict(phi_q=q[0])), ('same channels', lambda q,k,v: dict(phi_q=q[...,:8])), ('do not divide', lambda q,k,v: dict(phi_q=q[:,[0,1,1]])),
-    ('same heads and tokens', lambda q,k,v: dict(v=v[:,:,:9])), ('empty', lambda q,k,v: dict(phi_q=q[:,:,:0], phi_k=k[:,:,:0], v=v[:,:,:0])), ('empty', lambda q,k,v: dict(phi_q=q[:0], phi_k=k[:0], v=v[:0])),
-    ('as many queries as keys', lambda q,k,v: dict(phi_q=q[:,:,:9])), ('up to 512', lambda q,k,v: dict(phi_q=torch.ones(1,2,20,513), phi_k=torch.ones(1,2,20,513))),
-    ('256 channels', lambda q,k,v: dict(v=torch.ones(1,2,20,257))), ('phi_q is float32', lambda q,k,v: dict(phi_q=q.double())), ('floating point', lambda q,k,v: dict(v=v.long())),
-    ('last stride 1', lambda q,k,v: dict(phi_k=k.mT.contiguous().mT)), ('log_k is', lambda q,k,v: dict(log_k=torch.ones(1, 2, 9))), ('mask is', lambda q,k,v: dict(mask=torch.ones(1, 9))),
+    ('4|batch, heads', lambda q,k,v: dict(phi_q=q[0])), ('same channels', lambda q,k,v: dict(phi_q=q[...,:8])),
+    ('do not divide', lambda q,k,v: dict(phi_q=q[:,[0,1,1]])),
+    ('same heads and tokens', lambda q,k,v: dict(v=v[:,:,:9])), ('empty', lambda q,k,v: dict(phi_q=q[:,:,:0], phi_k=k[:,:,:0], v=v[:,:,:0])),
+    ('empty', lambda q,k,v: dict(phi_q=q[:0], phi_k=k[:0], v=v[:0])),
+    ('as many queries as keys', lambda q,k,v: dict(phi_q=q[:,:,:9])),
+    ('up to 512', lambda q,k,v: dict(phi_q=torch.ones(1,2,20,513), phi_k=torch.ones(1,2,20,513))),
+    ('256 channels', lambda q,k,v: dict(v=torch.ones(1,2,20,257))),
+    ('phi_q is float32', lambda q,k,v: dict(phi_q=q.double())), ('floating point', lambda q,k,v: dict(v=v.long())),
+    ('last stride 1', lambda q,k,v: dict(phi_k=k.mT.contiguous().mT)),
+    ('log_k is', lambda q,k,v: dict(log_k=torch.ones(1, 2, 9))), ('mask is', lambda q,k,v: dict(mask=torch.ones(1, 9))),
     ('initial_state has shapes', lambda q,k,v: dict(initial_state=LinearState(torch.zeros(1,2,16,9), torch.zeros(1,2,16), torch.zeros(1,2)))),
     ('must lie on', lambda q,k,v: dict(mask=torch.ones(1, 20, device='meta'))), ('different devices', lambda q,k,v: dict(v=v.to('meta'))),
-    ('schedule is', lambda q,k,v: dict(schedule='fast')), ('schedule is', lambda q,k,v: dict(schedule=0)), ('schedule is', lambda q,k,v: dict(schedule=True)), ('precision is', lambda q,k,v: dict(precision='tf16')),
+    ('schedule is', lambda q,k,v: dict(schedule='fast')), ('schedule is', lambda q,k,v: dict(schedule=0)),
+    ('schedule is', lambda q,k,v: dict(schedule=True)), ('precision is', lambda q,k,v: dict(precision='tf16')),
 ])
 def test_errors_say_what_was_given(message, change):
     q,k,v = inputs()
-    with pytest.raises(ValueError, match=message): chunk_forward(**(dict(phi_q=q, phi_k=k, v=v) | {n: x.to(DEVICE) if isinstance(x, torch.Tensor) and x.device.type!='meta' else x for n,x in change(q, k, v).items()}))
+    with pytest.raises(ValueError, match=message):
+        chunk_forward(**(dict(phi_q=q, phi_k=k, v=v)
+            | {n: x.to(DEVICE) if isinstance(x, torch.Tensor) and x.device.type!='meta' else x for n,x in change(q, k, v).items()}))
 
 def test_import_without_a_gpu_works_and_cpu_tensors_are_refused():
     pytest.importorskip('triton')
-    res = python('-c', 'import torch\nfrom hedgehog_nb.kernels.chunk import chunk_forward as f\nf(*[torch.ones(1,1,4,8)]*3)', TRITON_INTERPRET='0', CUDA_VISIBLE_DEVICES='')
+    res = python('-c', 'import torch\nfrom hedgehog_nb.kernels.chunk import chunk_forward as f\nf(*[torch.ones(1,1,4,8)]*3)',
+        TRITON_INTERPRET='0', CUDA_VISIBLE_DEVICES='')
     assert res.returncode!=0 and 'ValueError: the kernel runs on a GPU; given tensors on cpu' in res.stderr
 
 def test_compiles_for_hopper(tmp_path):
@@ -234,7 +249,8 @@ from hedgehog_nb.kernels.chunk import chunk_usage as use
 def check(F, D, spilled, near, slots, tensor, programs=2, **kw): # cycles of an SM for a token
     u = use(F, D, **kw)
     fit = min(65536//(u['registers']*32*u['warps']), 227*1024//(u['shared_bytes'] + 1024))
-    assert u['spilled_bytes']<=spilled and u['near']<=1.15*near and u['slots']<=1.15*slots and u['alu']<=1.5*slots and u['tensor']<=tensor and fit>=programs, u # other versions differ by as much
+    assert u['spilled_bytes']<=spilled and u['near']<=1.15*near and u['slots']<=1.15*slots and u['alu']<=1.5*slots\
+ and u['tensor']<=tensor and fit>=programs, u # other versions differ by as much
 check(128, 64, 0, 12.2, 11.4, 16)
 check(128, 64, 0, 4, 3.5, 5, 4, kernel='states')
 check(128, 64, 0, 8.5, 4.6, 5, 3, kernel='read')
@@ -246,7 +262,8 @@ check(128, 64, 256, 23.2, 25.1, 16, group=4, parallel=True, log_k=True, packed=T
 check(128, 64, 400, 29.4, 19.1, 23, dtype=torch.float16)
 for F,D,dtype in ((512,256,torch.bfloat16), (256,64,torch.float16), (512,256,torch.float32)): assert use(F, D, dtype)['shared_bytes']<=227*1024 # the largest
 assert use(60, 60, kernel='states', log_k=True, HAS_MASK=True)['spilled_bytes']==0
-chunk.offline_usage(chunk._scan_states_kernel, dict(WIDTH=8320, BLOCK=1024, HAS_LOG=True, EVERY=True, PACKED=True, REVERSE=False, num_warps=4, num_stages=1), 'fp32', others=dict(plan_ptr='i32'))
+chunk.offline_usage(chunk._scan_states_kernel, dict(WIDTH=8320, BLOCK=1024, HAS_LOG=True, EVERY=True, PACKED=True, REVERSE=False, num_warps=4, num_stages=1),\
+ 'fp32', others=dict(plan_ptr='i32'))
 """
     res = python('-c', code, TRITON_INTERPRET='0', TRITON_DEFAULT_FP_FUSION='1', TRITON_CACHE_DIR=str(tmp_path))
     assert res.returncode==0, res.stderr

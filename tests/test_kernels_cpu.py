@@ -32,7 +32,8 @@ def both(x, causal, dtype, implementation):
     leaves = dict(q=q, k=k, v=v) | (dict(S=state.S, z=state.z) if state else {})
     leaves = {n: t.to(dtype).detach().requires_grad_() for n,t in leaves.items()}
     s = LinearState(leaves['S'], leaves['z'], state.m.to(dtype)) if state else None
-    o,end = linear_attention(leaves['q'], leaves['k'], leaves['v'], m, causal=causal, mask=mask, initial_state=s, output_final_state=True, implementation=implementation)
+    o,end = linear_attention(leaves['q'], leaves['k'], leaves['v'], m, causal=causal,
+        mask=mask, initial_state=s, output_final_state=True, implementation=implementation)
     res = dict(o=o, S_after=end.S, z_after=end.z)
     loss = sum((t*torch.cos(torch.arange(t.numel(), dtype=dtype)).view_as(t)).sum() for t in res.values())
     if m: leaves |= dict(m.named_parameters())
@@ -49,7 +50,8 @@ def compare(x, causal=True, tol=3e-5):
 
 @needs_compiler
 @pytest.mark.parametrize('T', [1, 17, 64, 100, 257])
-@pytest.mark.parametrize('D,form', [(8,'softmax_halves'), (32,'softmax_joint'), (60,'softmax_halves'), (64,'softmax_joint'), (64,'softmax_halves'), (128,'softmax_halves'), (64,None)])
+@pytest.mark.parametrize('D,form',
+    [(8,'softmax_halves'), (32,'softmax_joint'), (60,'softmax_halves'), (64,'softmax_joint'), (64,'softmax_halves'), (128,'softmax_halves'), (64,None)])
 @pytest.mark.parametrize('N', [4, 2, 1])
 @pytest.mark.parametrize('causal', [True, False])
 def test_outputs_and_gradients(T, D, form, N, causal):
@@ -57,7 +59,8 @@ def test_outputs_and_gradients(T, D, form, N, causal):
     compare(inputs(2, 4, N, T, D, D, form, 1+odd, odd, masked=not odd, state=odd), causal)
 
 @needs_compiler
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 150), st.integers(1, 70), st.integers(1, 70), st.sampled_from(['softmax_halves','softmax_joint',None]),
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 150),
+    st.integers(1, 70), st.integers(1, 70), st.sampled_from(['softmax_halves','softmax_joint',None]),
     st.integers(1, 2), st.booleans(), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 99))
 def test_any_shape(B, N, G, T, D, V, form, maps, bias, masked, state, causal, seed):
     compare(inputs(B, N*G, N, T, D, V, form, maps, bias, masked, state, seed=seed), causal)
@@ -127,7 +130,8 @@ def threads():
 def test_more_threads_than_heads(B, N, n, T, parts, causal, threads):
     threads(n)
     assert cpu._parts(B*N, T)==parts
-    for form,bias in (('softmax_halves',True), ('softmax_joint',False), (None,False)): compare(inputs(B, 2*N, N, T, 24, 16, form, bias=bias, masked=True, state=True), causal)
+    for form,bias in (('softmax_halves',True), ('softmax_joint',False), (None,False)):
+        compare(inputs(B, 2*N, N, T, 24, 16, form, bias=bias, masked=True, state=True), causal)
 
 @needs_compiler
 def test_threads_do_not_matter(threads):
@@ -199,7 +203,8 @@ def same_losses(*a, **kw):
 def test_loss_and_gradients(T, D, F, causal, masked): same_losses(2, 4, (4,2,1)[T%3], T, D, F, causal, masked)
 
 @needs_compiler
-@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 150), st.integers(1, 40), st.integers(1, 40), st.booleans(), st.booleans(), st.integers(0, 99))
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 150),
+       st.integers(1, 40), st.integers(1, 40), st.booleans(), st.booleans(), st.integers(0, 99))
 def test_loss_of_any_shape(B, N, G, T, D, F, causal, masked, seed): same_losses(B, N*G, N, T, D, F, causal, masked, seed)
 
 @needs_compiler
@@ -216,8 +221,10 @@ def test_loss_of_nan_is_nan():
     assert cpu.loss_sums(f, f, q, q)[0].isnan() and cpu.loss_sums(f*q[...,:4], f, torch.ones_like(q), torch.ones_like(q))[0].isnan()
 
 @needs_compiler
-@pytest.mark.parametrize('change,says', [(dict(q=torch.ones(1,2,19,8)), 'as many queries as keys'), (dict(q=torch.ones(1,4,20,8)), 'as many queries as keys'), (dict(k=torch.ones(1,2,20,9)), 'as many queries as keys'),
-    (dict(phi_k=torch.ones(1,2,20,5)), 'same channels'), (dict(phi_k=torch.ones(1,1,20,4)), 'same heads'), (dict(real=torch.ones(1,19)), 'mask is'), (dict(q=torch.ones(1,2,20,8, device='meta')), 'on a CPU')])
+@pytest.mark.parametrize('change,says', [(dict(q=torch.ones(1,2,19,8)), 'as many queries as keys'),
+    (dict(q=torch.ones(1,4,20,8)), 'as many queries as keys'), (dict(k=torch.ones(1,2,20,9)), 'as many queries as keys'),
+    (dict(phi_k=torch.ones(1,2,20,5)), 'same channels'), (dict(phi_k=torch.ones(1,1,20,4)), 'same heads'),
+    (dict(real=torch.ones(1,19)), 'mask is'), (dict(q=torch.ones(1,2,20,8, device='meta')), 'on a CPU')])
 def test_loss_of_what_does_not_fit(change, says):
     x = dict(phi_q=torch.ones(1,2,20,4), phi_k=torch.ones(1,2,20,4), q=torch.ones(1,2,20,8), k=torch.ones(1,2,20,8))
     with pytest.raises(ValueError, match=says): cpu.loss_sums(**x | change)
@@ -249,7 +256,8 @@ def test_chosen_where_it_fits(monkeypatch):
     q,k,v,m,*_ = inputs(1, 2, 2, 30, 8, 8, 'softmax_halves')
     assert taken(q, k, v, m) and taken(q, k, v) and taken(q, k, v, m, causal=False) and taken(q.bfloat16(), k, v, m)
     assert not taken(q.double(), k.double(), v.double(), m) and not taken(q, k, v, m, cu_seqlens=[0,10,30]) and not taken(q[:,:,:5], k, v, m, causal=False)
-    assert not taken(q, k, v, make_feature_map('hedgehog', 8, 2, form='exp')) and not taken(q, k, v, make_feature_map('elu', 8, 2)) and not taken(q, k, v, m, chunk_size=16)
+    assert (not taken(q, k, v, make_feature_map('hedgehog', 8, 2, form='exp'))
+            and not taken(q, k, v, make_feature_map('elu', 8, 2)) and not taken(q, k, v, m, chunk_size=16))
     seen = m.register_forward_hook(lambda *a: None)
     assert not taken(q, k, v, m) # a hook wants to see the features
     seen.remove(); assert taken(q, k, v, m)
@@ -264,17 +272,20 @@ def test_any_other_map_when_asked():
     assert (linear_attention(q, k, v, elu, implementation='c')-linear_attention(q, k, v, elu, implementation='naive')).abs().max()<1e-5
 
 @needs_compiler
-@pytest.mark.parametrize('change,says', [(dict(q=torch.ones(1,2,30,8).double()), 'float64'), (dict(q=torch.ones(1,2,3,8)), 'as many queries'), (dict(cu_seqlens=[0,10,30]), 'cu_seqlens'),
-    (dict(feature_map=make_feature_map('hedgehog', 8, 2, form='exp')), 'log weights'), (dict(v=torch.ones(1,2,29,8)), 'same heads and tokens'), (dict(q=torch.ones(1,2,30,8, dtype=torch.int)), 'floating point')])
+@pytest.mark.parametrize('change,says', [(dict(q=torch.ones(1,2,30,8).double()), 'float64'), (dict(q=torch.ones(1,2,3,8)), 'as many queries'),
+    (dict(cu_seqlens=[0,10,30]), 'cu_seqlens'), (dict(feature_map=make_feature_map('hedgehog', 8, 2, form='exp')), 'log weights'),
+    (dict(v=torch.ones(1,2,29,8)), 'same heads and tokens'), (dict(q=torch.ones(1,2,30,8, dtype=torch.int)), 'floating point')])
 def test_errors(change, says):
     q,k,v,m,*_ = inputs(1, 2, 2, 30, 8, 8, 'softmax_halves')
     with pytest.raises(ValueError, match=says): linear_attention(**dict(q=q, k=k, v=v, feature_map=m, implementation='c') | change)
 
 @needs_compiler
 @pytest.mark.parametrize('implementation', [None,'c'])
-@pytest.mark.parametrize('change,says', [(dict(feature_map=make_feature_map('hedgehog', 8, 4)), 'queries of 4 heads'), (dict(feature_map=make_feature_map('hedgehog', 16, 2)), 'head_dim 16'),
-    (dict(feature_map=make_feature_map('hedgehog', 8, 2, 1)), 'keys of 1 heads'), (dict(feature_map=make_feature_map('hedgehog', 8, 2).to('meta')), 'meta'), (dict(mask=torch.ones(1, 30, device='meta')), 'meta'),
-    *((dict(initial_state=LinearState(torch.zeros(s), torch.zeros(z), torch.zeros(m))), 'these inputs need') for s,z,m in (((1,2,8,8),(1,2,16),(1,2)), ((1,2,16,4),(1,2,16),(1,2)), ((2,2,16,8),(2,2,16),(2,2)), ((1,2,16,8),(1,2,8),(1,2)), ((1,2,16,8),(1,2,16),(1,1)))),
+@pytest.mark.parametrize('change,says', [(dict(feature_map=make_feature_map('hedgehog', 8, 4)), 'queries of 4 heads'),
+    (dict(feature_map=make_feature_map('hedgehog', 16, 2)), 'head_dim 16'), (dict(feature_map=make_feature_map('hedgehog', 8, 2, 1)), 'keys of 1 heads'),
+    (dict(feature_map=make_feature_map('hedgehog', 8, 2).to('meta')), 'meta'), (dict(mask=torch.ones(1, 30, device='meta')), 'meta'),
+    *((dict(initial_state=LinearState(torch.zeros(s), torch.zeros(z), torch.zeros(m))), 'these inputs need') for s,z,m in (((1,2,8,8),(1,2,16),(1,2)),
+        ((1,2,16,4),(1,2,16),(1,2)), ((2,2,16,8),(2,2,16),(2,2)), ((1,2,16,8),(1,2,8),(1,2)), ((1,2,16,8),(1,2,16),(1,1)))),
     (dict(feature_map=None, initial_state=LinearState(torch.zeros(1,2,16,8), torch.zeros(1,2,16), torch.zeros(1,2))), 'these inputs need')])
 def test_what_was_made_for_other_inputs(change, says, implementation):
     "The kernel itself would read beyond their ends"
@@ -338,7 +349,8 @@ if sys.argv[1]=='planted': cpu.FORWARD = cpu.FORWARD.replace('*n->T+t+i] = den',
 torch.set_num_threads(4)
 from test_kernels_cpu import inputs, both, same_losses
 for T,D,F in ((1,3,5),(70,16,7),(130,5,33)): same_losses(2, 4, 2, T, D, F, True, True), same_losses(1, 2, 2, T, D, F, False, False)
-for T,D,V,form,causal in itertools.product((1,17,70,530),(3,16,60),(5,16),('softmax_halves',None),(True,False)): both(inputs(1, 2, 1, T, D, V, form, state=True, masked=True), causal, torch.float32, 'c')
+for T,D,V,form,causal in itertools.product((1,17,70,530),(3,16,60),(5,16),('softmax_halves',None),(True,False)):\
+ both(inputs(1, 2, 1, T, D, V, form, state=True, masked=True), causal, torch.float32, 'c')
 print('clean')"""
     env = {**os.environ, 'LD_PRELOAD':asan, 'ASAN_OPTIONS':'detect_leaks=0', 'PYTHONPATH':f"{root}{os.pathsep}{root/'tests'}", 'OMP_NUM_THREADS':'1'}
     real,planted = (subprocess.run([sys.executable, '-c', code, which, str(tmp_path)], env=env, capture_output=True, text=True) for which in ('real','planted'))

@@ -74,13 +74,15 @@ def test_half_precision_maps_and_no_bias():
     s = before(1, 1, 16, 8); mine = s.apply(torch.clone)
     o = decode_step(*(cut(x, 0) for x in (q, k, v)), mine, fm)
     fm = fm.double()
-    ro,_ = recurrent_linear_attention(*fm(cut(q, 0).double(), cut(k, 0).double())[:2], cut(v, 0).double(), fm.map_k(cut(k, 0).double())[1], initial_state=s.apply(torch.Tensor.double), output_final_state=True)
+    ro,_ = recurrent_linear_attention(*fm(cut(q, 0).double(), cut(k, 0).double())[:2], cut(v, 0).double(),
+        fm.map_k(cut(k, 0).double())[1], initial_state=s.apply(torch.Tensor.double), output_final_state=True)
     close(o, ro, TOL[torch.bfloat16])
 
 @kernel
 @settings(max_examples=12, deadline=None, derandomize=True)
-@given(B=st.integers(1, 2), Hkv=st.integers(1, 2), G=st.integers(1, 2), D=st.integers(1, 40), Dv=st.integers(1, 40), maps=st.integers(1, 2), kind=st.sampled_from([*FORMS, 'given']),
-       log=st.booleans(), masked=st.booleans(), state=st.booleans(), bias=st.booleans(), bthd=st.booleans(), dtype=st.sampled_from(list(TOL)), seed=st.integers(0, 99))
+@given(B=st.integers(1, 2), Hkv=st.integers(1, 2), G=st.integers(1, 2), D=st.integers(1, 40), Dv=st.integers(1, 40),
+       maps=st.integers(1, 2), kind=st.sampled_from([*FORMS, 'given']), log=st.booleans(), masked=st.booleans(),
+       state=st.booleans(), bias=st.booleans(), bthd=st.booleans(), dtype=st.sampled_from(list(TOL)), seed=st.integers(0, 99))
 def test_drawn(B, Hkv, G, D, Dv, maps, kind, log, masked, state, bias, bthd, dtype, seed):
     q,k,v = inputs(B, Hkv*G, Hkv, 2, D, Dv, dtype, seed)
     if bthd: q,k,v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
@@ -175,18 +177,28 @@ def test_compiles_into_one_graph():
 
 @kernel
 @pytest.mark.parametrize('message,change', [
-    ('belong to a step in place', lambda a: dict(inplace=False, out=torch.empty(1, 2, 1, 8))), ('empty', lambda a: {n: a[n][:0] for n in 'qkv'}), ('takes one token', lambda a: {n: a[n].expand(-1, -1, 2, -1) for n in 'qkv'}), ('4|batch, heads', lambda a: dict(q=a['q'][0])), ('same channels', lambda a: dict(q=a['q'][...,:4])),
-    ('do not divide', lambda a: dict(q=a['q'][:,[0,0,0]], k=a['k'].expand(1, 2, 1, 8), v=a['v'].expand(1, 2, 1, 8), feature_map=None)), ('heads with head_dim', lambda a: dict(q=a['q'][:,:1])),
-    ('q is float32', lambda a: dict(q=a['q'].double())), ('last stride 1', lambda a: dict(v=rand(1, 1, 8, 8).mT[:,:,:1])), ('S of the state', lambda a: dict(state=a['state']._replace(S=a['state'].S.mT))),
-    ('z of the state is contiguous float32', lambda a: dict(state=a['state']._replace(z=a['state'].z.bfloat16()))), ('m of the state', lambda a: dict(state=a['state']._replace(m=a['state'].m[:,:0]))),
-    ('log_k only with features', lambda a: dict(log_k=torch.zeros(1, 1, 1))), ('log_k is', lambda a: dict(feature_map=None, log_k=torch.zeros(1, 2, 1), state=before(1, 1, 8, 8))), ('mask is', lambda a: dict(mask=torch.ones(1, 2))),
-    ('out is', lambda a: dict(out=torch.empty(1, 2, 1, 9))), ('out is float32', lambda a: dict(out=torch.empty(1, 2, 1, 8).long())), ('tickets are', lambda a: dict(tickets=torch.zeros(1))), ('up to 512', lambda a: dict(q=torch.ones(1, 2, 1, 513), k=torch.ones(1, 1, 1, 513), feature_map=None)),
-    ('must lie on', lambda a: dict(mask=torch.ones(1, 1, device='meta'))), ('looks at positions', lambda a: dict(feature_map=type('Rotary', (torch.nn.Module,), dict(uses_positions=True))())),
+    ('belong to a step in place', lambda a: dict(inplace=False, out=torch.empty(1, 2, 1, 8))),
+    ('empty', lambda a: {n: a[n][:0] for n in 'qkv'}), ('takes one token', lambda a: {n: a[n].expand(-1, -1, 2, -1) for n in 'qkv'}),
+    ('4|batch, heads', lambda a: dict(q=a['q'][0])), ('same channels', lambda a: dict(q=a['q'][...,:4])),
+    ('do not divide', lambda a: dict(q=a['q'][:,[0,0,0]], k=a['k'].expand(1, 2, 1, 8), v=a['v'].expand(1, 2, 1, 8), feature_map=None)),
+    ('heads with head_dim', lambda a: dict(q=a['q'][:,:1])),
+    ('q is float32', lambda a: dict(q=a['q'].double())), ('last stride 1', lambda a: dict(v=rand(1, 1, 8, 8).mT[:,:,:1])),
+    ('S of the state', lambda a: dict(state=a['state']._replace(S=a['state'].S.mT))),
+    ('z of the state is contiguous float32', lambda a: dict(state=a['state']._replace(z=a['state'].z.bfloat16()))),
+    ('m of the state', lambda a: dict(state=a['state']._replace(m=a['state'].m[:,:0]))),
+    ('log_k only with features', lambda a: dict(log_k=torch.zeros(1, 1, 1))),
+    ('log_k is', lambda a: dict(feature_map=None, log_k=torch.zeros(1, 2, 1), state=before(1, 1, 8, 8))), ('mask is', lambda a: dict(mask=torch.ones(1, 2))),
+    ('out is', lambda a: dict(out=torch.empty(1, 2, 1, 9))),
+    ('out is float32', lambda a: dict(out=torch.empty(1, 2, 1, 8).long())), ('tickets are', lambda a: dict(tickets=torch.zeros(1))),
+    ('up to 512', lambda a: dict(q=torch.ones(1, 2, 1, 513), k=torch.ones(1, 1, 1, 513), feature_map=None)),
+    ('must lie on', lambda a: dict(mask=torch.ones(1, 1, device='meta'))),
+    ('looks at positions', lambda a: dict(feature_map=type('Rotary', (torch.nn.Module,), dict(uses_positions=True))())),
 ])
 def test_errors_say_what_was_given(message, change):
     q,k,v = inputs(T=1)
     a = dict(q=q, k=k, v=v, state=before(1, 1, 16, 8), feature_map=hedgehog())
-    with pytest.raises(ValueError, match=message): decode_step(**(a | {n: x.to(DEVICE) if isinstance(x, torch.Tensor) and x.device.type!='meta' else x for n,x in change(a).items()}))
+    with pytest.raises(ValueError, match=message):
+        decode_step(**(a | {n: x.to(DEVICE) if isinstance(x, torch.Tensor) and x.device.type!='meta' else x for n,x in change(a).items()}))
 
 def test_import_without_a_gpu_works_and_cpu_tensors_are_refused():
     pytest.importorskip('triton')
@@ -198,7 +210,8 @@ x = torch.ones(1,1,1,8); decode_step(x, x, x, LinearState.empty(x, x))'''
     assert res.returncode!=0 and 'ValueError: the kernel runs on a GPU; given tensors on cpu' in res.stderr
 
 def test_compiles_for_hopper(tmp_path):
-    "Nothing spills, and where tiles share z the machine code reads it before the ticket and writes it after: the interpreter, one program at a time, cannot tell."
+    ("Nothing spills, and where tiles share z the machine code reads it before the ticket and writes it after: "
+     "the interpreter, one program at a time, cannot tell.")
     pytest.importorskip('triton')
     code = """
 import re, triton

@@ -60,12 +60,15 @@ def test_which_kernel_serves(monkeypatch):
         _,s = attention(q, k, v, fm, output_final_state=True)
         _,e = attention(q, k, v, elu, output_final_state=True)
         assert kernel_of(q, k, v)=='fused_hedgehog_attention' and kernel_of(q, k, v, fm=elu)=='triton_linear_attention'
-        assert kernel_of(*one)=='fused_hedgehog_attention' and kernel_of(*one, initial_state=s)=='decode_step' and kernel_of(*one, fm=elu, initial_state=e)=='decode_step'
-        assert kernel_of(*one, fm=make('cosformer'), initial_state=LinearState(rand(1,1,16,8).abs(), rand(1,1,16).abs(), rand(1,1)), offset=4)=='triton_linear_attention'
+        assert (kernel_of(*one)=='fused_hedgehog_attention' and kernel_of(*one, initial_state=s)=='decode_step'
+                and kernel_of(*one, fm=elu, initial_state=e)=='decode_step')
+        assert kernel_of(*one, fm=make('cosformer'), initial_state=LinearState(rand(1,1,16,8).abs(), rand(1,1,16).abs(), rand(1,1)),
+            offset=4)=='triton_linear_attention'
         assert kernel_of(q, k, v, initial_state=s)=='fused_hedgehog_attention'
         assert kernel_of(*inputs(D=8)[:2], rand(1, 1, 20, 8, seed=2).half())=='fused_hedgehog_attention' # of two dtypes
     assert kernel_of(*one, initial_state=s)=='fused_hedgehog_attention' # the matrices want a gradient
-    assert kernel_of(*one, fm=elu, initial_state=e)=='decode_step' and kernel_of(one[0].clone().requires_grad_(), *one[1:], fm=elu, initial_state=e)=='triton_linear_attention'
+    assert (kernel_of(*one, fm=elu, initial_state=e)=='decode_step'
+            and kernel_of(one[0].clone().requires_grad_(), *one[1:], fm=elu, initial_state=e)=='triton_linear_attention')
     assert kernel_of(*one[:2], one[2].clone().requires_grad_(), fm=elu, initial_state=e)=='triton_linear_attention'
 
 @kernel
@@ -125,7 +128,8 @@ def test_by_default_the_same_way(monkeypatch):
 @pytest.mark.parametrize('schedule', ['scan', 'parallel', 3])
 def test_the_schedule_is_handed_on(schedule):
     (q,k,v),fm = inputs(T=130),make()
-    for m in (fm, make('elu')): close(functional._triton(functional.LinearCall(q, k, v, m), schedule=schedule), attention(q, k, v, m, implementation='chunked'), TOL[torch.float32])
+    for m in (fm, make('elu')):
+        close(functional._triton(functional.LinearCall(q, k, v, m), schedule=schedule), attention(q, k, v, m, implementation='chunked'), TOL[torch.float32])
 
 @kernel
 def test_compiles_into_one_graph():

@@ -35,10 +35,12 @@ def doors():
         'linear_attention': (entry, qkv, [*qkv]),
         'linear_attention, a map': (entry, qkv | dict(feature_map=fm), [*qkv])}
 
-NAMES = ['fused_feature_map', 'chunk_forward', 'triton_linear_attention', 'fused_hedgehog_attention', 'decode_step', 'triton_window_attention', 'linear_attention', 'linear_attention, a map']
-ALL = {'no batch': ('empty', lambda x: x[:0]), 'no tokens': ('empty|takes one token', lambda x: x[:,:,:0]), 'three dimensions': (r'batch, heads|x is \(B, H', lambda x: x[0])}
-ONE = {'another device': ('device', lambda x: x.to('meta')), 'whole numbers': ('floating point|is float32', lambda x: x.long()), 'another batch': ('batch', lambda x: x.expand(2, *x.shape[1:])[:1]),
-       'doubles': ('float32', lambda x: x.double())}
+NAMES = ['fused_feature_map', 'chunk_forward', 'triton_linear_attention', 'fused_hedgehog_attention',
+    'decode_step', 'triton_window_attention', 'linear_attention', 'linear_attention, a map']
+ALL = {'no batch': ('empty', lambda x: x[:0]), 'no tokens': ('empty|takes one token', lambda x: x[:,:,:0]),
+    'three dimensions': (r'batch, heads|x is \(B, H', lambda x: x[0])}
+ONE = {'another device': ('device', lambda x: x.to('meta')), 'whole numbers': ('floating point|is float32', lambda x: x.long()),
+       'another batch': ('batch', lambda x: x.expand(2, *x.shape[1:])[:1]), 'doubles': ('float32', lambda x: x.double())}
 
 @kernel
 @pytest.mark.parametrize('name', NAMES)

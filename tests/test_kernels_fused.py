@@ -76,7 +76,9 @@ def check(x, form='softmax_halves', causal=True, mask=None, initial_state=None, 
 def test_shapes(D, T): # forms, heads and dtypes take turns; test_drawn mixes everything
     i = D + T
     H,Hkv = [(2,2), (4,2), (4,1)][i % 3] if T<64 else (1,1)
-    check(inputs(1, H, Hkv, T, D, dtype=[torch.float32, torch.bfloat16][i % 2] if T>1 else torch.float32), FORMS[i % 3], final=False, tol=1e-4 if T==1 else None) # of one token nothing depends on q and k: zero, but for rounding
+    # of one token nothing depends on q and k: zero, but for rounding
+    check(inputs(1, H, Hkv, T, D, dtype=[torch.float32, torch.bfloat16][i % 2] if T>1 else torch.float32),
+        FORMS[i % 3], final=False, tol=1e-4 if T==1 else None)
 
 @kernel
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str) # apart, fused
@@ -116,7 +118,8 @@ def test_everything_at_once(form, heads, causal):
     check(x, form, causal, schedule=2 if heads[1]<4 else None, **extras(x))
 
 @kernel
-@pytest.mark.parametrize('form,causal,kw', [('exp', True, dict(schedule=2)), ('exp', True, dict(cu=[0,7,8,20])), ('softmax_halves', True, dict()), ('softmax_joint', False, dict(schedule=2)), ('exp', False, dict())], ids=str)
+@pytest.mark.parametrize('form,causal,kw', [('exp', True, dict(schedule=2)), ('exp', True, dict(cu=[0,7,8,20])),
+    ('softmax_halves', True, dict()), ('softmax_joint', False, dict(schedule=2)), ('exp', False, dict())], ids=str)
 def test_everything_at_once_apart(form, causal, kw):
     "A map of more outputs than the fused backward takes, by its width or by that of the values; the forward is fused in bf16."
     for wide in (dict(E=72), dict(DV=70), *[dict(E=72, dtype=torch.bfloat16)]*(form!='exp')): # a loss of S exp(m) is no measure in bf16
@@ -132,12 +135,15 @@ def test_dtypes(form, dtype): check(inputs(T=40, D=16, dtype=dtype), form, **ext
 @kernel
 @pytest.mark.parametrize('kw', [dict(DV=40), dict(DV=1), dict(E=24), dict(D=1, E=1), dict(D=3, E=5, DV=17), dict(T=1, Tq=9)], ids=str)
 def test_widths_that_differ(kw):
-    for causal in (True, False) if 'Tq' not in kw else (False,): check(inputs(**kw), 'exp' if causal else 'softmax_joint', causal, final=False, schedule=2, tol=1e-4 if 'Tq' in kw else None)
+    for causal in (True, False) if 'Tq' not in kw else (False,):
+        check(inputs(**kw), 'exp' if causal else 'softmax_joint', causal, final=False, schedule=2, tol=1e-4 if 'Tq' in kw else None)
 
 @kernel
 @settings(max_examples=6, deadline=None, derandomize=True)
-@given(B=st.integers(1, 2), Hkv=st.integers(1, 2), G=st.integers(1, 2), T=st.integers(1, 40), Tq=st.integers(1, 40), D=st.integers(1, 20), DV=st.integers(1, 40), maps=st.integers(1, 2), form=st.sampled_from(FORMS),
-       causal=st.booleans(), masked=st.booleans(), state=st.booleans(), bias=st.booleans(), bthd=st.booleans(), cuts=st.lists(st.integers(1, 39), max_size=3), dtype=st.sampled_from(list(TOL)), schedule=st.sampled_from([None, 'scan', 'parallel', 3]), seed=st.integers(0, 99))
+@given(B=st.integers(1, 2), Hkv=st.integers(1, 2), G=st.integers(1, 2), T=st.integers(1, 40), Tq=st.integers(1, 40),
+       D=st.integers(1, 20), DV=st.integers(1, 40), maps=st.integers(1, 2), form=st.sampled_from(FORMS), causal=st.booleans(),
+       masked=st.booleans(), state=st.booleans(), bias=st.booleans(), bthd=st.booleans(), cuts=st.lists(st.integers(1, 39), max_size=3),
+       dtype=st.sampled_from(list(TOL)), schedule=st.sampled_from([None, 'scan', 'parallel', 3]), seed=st.integers(0, 99))
 def test_drawn(B, Hkv, G, T, Tq, D, DV, maps, form, causal, masked, state, bias, bthd, cuts, dtype, schedule, seed):
     cu = sorted({0, T, *(c for c in cuts if c<T)}) if cuts else None
     if cu: B,Tq = 1,None
@@ -190,7 +196,8 @@ def test_only_some_gradients_and_only_the_state():
     assert not fused_hedgehog_attention(*x).requires_grad
     a,r = [a.clone().requires_grad_() for a in x],[a.double().requires_grad_() for a in x]
     s,(_,s_) = fused_hedgehog_attention(*a, output_final_state=True)[1],reference(*r, 'softmax_halves', True, None, None)
-    for i in (1, 2): close(torch.autograd.grad(s.S.square().sum(), a[i], retain_graph=True)[0], torch.autograd.grad(s_.S.square().sum(), r[i], retain_graph=True)[0], 1e-4)
+    for i in (1, 2):
+        close(torch.autograd.grad(s.S.square().sum(), a[i], retain_graph=True)[0], torch.autograd.grad(s_.S.square().sum(), r[i], retain_graph=True)[0], 1e-4)
     for i in (1,): close(torch.autograd.grad(s.z.square().sum(), a[i])[0], torch.autograd.grad(s_.z.square().sum(), r[i])[0], 1e-4)
 
 @kernel
@@ -203,7 +210,8 @@ def test_two_halves_are_the_whole_with_gradients(schedule):
         q,k,v,*maps = leaves[:7]
         os,s = [],LinearState(*leaves[7:])
         for sl in cut:
-            o,s = fused_hedgehog_attention(q[:,:,sl], k[:,:,sl], v[:,:,sl], *maps, form='exp', mask=kw['mask'][:,sl], initial_state=s, output_final_state=True, schedule=schedule)
+            o,s = fused_hedgehog_attention(q[:,:,sl], k[:,:,sl], v[:,:,sl], *maps, form='exp',
+                mask=kw['mask'][:,sl], initial_state=s, output_final_state=True, schedule=schedule)
             os.append(o)
         o = torch.cat(os, 2)
         return [o, *s, *torch.autograd.grad(o.sin().sum() + sum(a.square().sum() for a in whole_state(s))/100, leaves)]
@@ -286,7 +294,8 @@ def test_compiles_into_one_graph():
 def test_one_graph_serves_all_lengths(kw):
     "With as many segments as a length asks for; and what it gives is what comes without a graph."
     kw,(wq,wk) = dict(kw),inputs(1, 2, 1, 8, 8)[3:5]
-    state = LinearState(torch.rand(1, 1, 16, 8, device=DEVICE), torch.rand(1, 1, 16, device=DEVICE), torch.zeros(1, 1, device=DEVICE)) if kw.pop('state', False) else None
+    state = (LinearState(torch.rand(1, 1, 16, 8, device=DEVICE), torch.rand(1, 1, 16, device=DEVICE), torch.zeros(1, 1, device=DEVICE))
+        if kw.pop('state', False) else None)
     f = lambda q,k,v: fused_hedgehog_attention(q, k, v, wq, wk, initial_state=state, **kw)
     g = torch.compile(f, fullgraph=True, backend='aot_eager', dynamic=True)
     for i,T in enumerate((40, 33, 70, 129)):
@@ -296,24 +305,36 @@ def test_one_graph_serves_all_lengths(kw):
         for a,b in zip(torch.autograd.grad(o.square().sum(), x), torch.autograd.grad(f(*x).square().sum(), x)): assert torch.equal(a, b)
 
 @kernel
-@pytest.mark.parametrize('kw', [dict(), dict(form='exp', schedule=2), dict(form='exp', schedule=2, keep=False), dict(causal=False, form='exp'), dict(cu=[0,9,40])], ids=str)
+@pytest.mark.parametrize('kw',
+    [dict(), dict(form='exp', schedule=2), dict(form='exp', schedule=2, keep=False), dict(causal=False, form='exp'), dict(cu=[0,9,40])], ids=str)
 def test_fake_kernels_tell_the_shapes(kw):
     from hedgehog_nb.kernels import fused
     x = inputs(1, 2, 1, 40, 8)
-    args = *x, None, None, None, None, torch.tensor(kw['cu'], device=DEVICE) if 'cu' in kw else None, kw.get('form', 'softmax_halves'), kw.get('causal', True), True, True, kw.get('keep', True), kw.get('schedule', 0), 'ieee'
+    args = (*x, None, None, None, None, torch.tensor(kw['cu'], device=DEVICE) if 'cu' in kw else None,
+        kw.get('form', 'softmax_halves'), kw.get('causal', True), True, True, kw.get('keep', True), kw.get('schedule', 0), 'ieee')
     torch.library.opcheck(fused._fused_op, args, test_utils=('test_schema','test_faketensor'))
 
 @kernel
 @pytest.mark.parametrize('message,change', [
-    ('batch, heads', lambda x: dict(q=x['q'][0])), ('same channels', lambda x: dict(q=x['q'][...,:4])), ('do not divide', lambda x: dict(k=x['k'][:,[0,0,0]], v=x['v'][:,[0,0,0]])),
-    ('same heads and tokens', lambda x: dict(v=x['v'][:,:,:9])), ('empty', lambda x: {n: x[n][:,:,:0] for n in 'qkv'}), ('empty', lambda x: {n: x[n][:0] for n in 'qkv'}),
-    ('as many queries as keys', lambda x: dict(q=x['q'][:,:,:9])), ('heads and channels', lambda x: dict(w_q=x['w_q'][:1])), ('heads and channels', lambda x: dict(w_k=x['w_k'][...,:4])), ('heads and channels', lambda x: dict(w_q=x['w_q'][0])),
-    ('b_q is', lambda x: dict(b_q=x['b_q'][:,:3])), ('1 to 256 outputs', lambda x: dict(w_q=torch.ones(2, 257, 8), w_k=torch.ones(1, 257, 8), b_q=None, b_k=None)), ('up to 256 channels', lambda x: dict(v=torch.ones(1, 1, 20, 257))), ('up to 256 channels', lambda x: dict(q=torch.ones(1, 2, 20, 257), k=torch.ones(1, 1, 20, 257), w_q=torch.ones(2, 8, 257), w_k=torch.ones(1, 8, 257))),
-    ('form is one of', lambda x: dict(form='relu')), ('one dtype', lambda x: dict(q=x['q'].half())), ('one dtype', lambda x: {n: x[n].double() for n in 'qkv'}), ('floating point', lambda x: dict(v=x['v'].long())),
-    ('last stride 1', lambda x: dict(k=x['k'].mT.contiguous().mT)), ('mask is', lambda x: dict(mask=torch.ones(1, 9))), ('must lie on', lambda x: dict(w_q=x['w_q'].to('meta'))), ('different devices', lambda x: dict(v=x['v'].to('meta'))),
-    ('batch must be 1', lambda x: {n: x[n].expand(2, -1, -1, -1) for n in 'qkv'} | dict(cu_seqlens=[0,20])), ('cu_seqlens needs as many', lambda x: dict(q=x['q'][:,:,:9], causal=False, cu_seqlens=[0,9])),
+    ('batch, heads', lambda x: dict(q=x['q'][0])), ('same channels', lambda x: dict(q=x['q'][...,:4])),
+    ('do not divide', lambda x: dict(k=x['k'][:,[0,0,0]], v=x['v'][:,[0,0,0]])),
+    ('same heads and tokens', lambda x: dict(v=x['v'][:,:,:9])),
+    ('empty', lambda x: {n: x[n][:,:,:0] for n in 'qkv'}), ('empty', lambda x: {n: x[n][:0] for n in 'qkv'}),
+    ('as many queries as keys', lambda x: dict(q=x['q'][:,:,:9])), ('heads and channels', lambda x: dict(w_q=x['w_q'][:1])),
+    ('heads and channels', lambda x: dict(w_k=x['w_k'][...,:4])), ('heads and channels', lambda x: dict(w_q=x['w_q'][0])),
+    ('b_q is', lambda x: dict(b_q=x['b_q'][:,:3])),
+    ('1 to 256 outputs', lambda x: dict(w_q=torch.ones(2, 257, 8), w_k=torch.ones(1, 257, 8), b_q=None, b_k=None)),
+    ('up to 256 channels', lambda x: dict(v=torch.ones(1, 1, 20, 257))),
+    ('up to 256 channels', lambda x: dict(q=torch.ones(1, 2, 20, 257), k=torch.ones(1, 1, 20, 257), w_q=torch.ones(2, 8, 257), w_k=torch.ones(1, 8, 257))),
+    ('form is one of', lambda x: dict(form='relu')), ('one dtype', lambda x: dict(q=x['q'].half())),
+    ('one dtype', lambda x: {n: x[n].double() for n in 'qkv'}), ('floating point', lambda x: dict(v=x['v'].long())),
+    ('last stride 1', lambda x: dict(k=x['k'].mT.contiguous().mT)), ('mask is', lambda x: dict(mask=torch.ones(1, 9))),
+    ('must lie on', lambda x: dict(w_q=x['w_q'].to('meta'))), ('different devices', lambda x: dict(v=x['v'].to('meta'))),
+    ('batch must be 1', lambda x: {n: x[n].expand(2, -1, -1, -1) for n in 'qkv'} | dict(cu_seqlens=[0,20])),
+    ('cu_seqlens needs as many', lambda x: dict(q=x['q'][:,:,:9], causal=False, cu_seqlens=[0,9])),
     ('initial_state has shapes', lambda x: dict(initial_state=LinearState(torch.zeros(1,1,16,9), torch.zeros(1,1,16), torch.zeros(1,1)))),
-    ('schedule is', lambda x: dict(schedule='fast')), ('schedule is', lambda x: dict(schedule=0)), ('schedule is', lambda x: dict(schedule=True)), ('precision is', lambda x: dict(precision='tf16')),
+    ('schedule is', lambda x: dict(schedule='fast')), ('schedule is', lambda x: dict(schedule=0)),
+    ('schedule is', lambda x: dict(schedule=True)), ('precision is', lambda x: dict(precision='tf16')),
 ])
 def test_errors_say_what_was_given(message, change):
     x = dict(zip(NAMES, inputs()))
@@ -372,7 +393,9 @@ for c in made:
 on = dict.fromkeys(('BIAS_Q','BIAS_K','HAS_BIAS','HAS_START','HAS_END','HAS_MASK','PACKED','HAS_LOG'), True)
 for kernel in ('o', 'dq', 'dkv'): use(16, form='exp', kernel=kernel, group=2, **on), use(16, form='exp', kernel=kernel, CAUSAL=False, **on)
 use(16, form='exp', kernel='states', QUERIES=True, EVERY=True, **on)
-for r in (True, False): fused.offline_usage(fused._fused_scan_kernel, dict(WIDTH=8320, BLOCK=1024, HAS_LOG=True, EVERY=r, PACKED=True, REVERSE=r, num_warps=4, num_stages=1), 'fp32', others=dict(plan_ptr='i32'))
+for r in (True, False):\
+ fused.offline_usage(fused._fused_scan_kernel, dict(WIDTH=8320, BLOCK=1024, HAS_LOG=True, EVERY=r, PACKED=True, REVERSE=r, num_warps=4, num_stages=1),\
+ 'fp32', others=dict(plan_ptr='i32'))
 """
     path = os.pathsep.join(('tests', *filter(None, [os.environ.get('PYTHONPATH')])))
     res = python('-c', code, TRITON_INTERPRET='0', TRITON_DEFAULT_FP_FUSION='1', TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=path)

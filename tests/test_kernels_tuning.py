@@ -77,7 +77,9 @@ def test_many_writers_leave_a_whole_file(tmp_path):
 
 def test_where_the_file_lies(monkeypatch, tmp_path):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path)); assert tuning.tuning_file()==tmp_path/'hedgehog_nb'/'tuning.json'
-    monkeypatch.delenv('XDG_CACHE_HOME'); monkeypatch.setattr(Path, 'home', lambda: tmp_path); assert tuning.tuning_file()==tmp_path/'.cache'/'hedgehog_nb'/'tuning.json'
+    monkeypatch.delenv('XDG_CACHE_HOME')
+    monkeypatch.setattr(Path, 'home', lambda: tmp_path)
+    assert tuning.tuning_file()==tmp_path/'.cache'/'hedgehog_nb'/'tuning.json'
     def nowhere(): raise RuntimeError('Could not determine home directory.')
     monkeypatch.setattr(Path, 'home', nowhere); monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
     assert tuning.tuning_file()==tmp_path/f'hedgehog_nb-{os.getuid()}'/'tuning.json'
@@ -98,7 +100,8 @@ CONSTANTS = dict(BLOCK_T=32, num_warps=4, num_stages=2, F=64)
 def on_a_gpu(monkeypatch, tmp_path, capturing=False):
     "Pretend: a device, no interpreter, and a timer by which one stage is fastest."
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path)); monkeypatch.delenv('HEDGEHOG_TUNE', raising=False)
-    monkeypatch.setattr(tuning, '_machine', lambda i: [f'GPU {i}', '3.6.0', '13.4']); monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: capturing)
+    monkeypatch.setattr(tuning, '_machine', lambda i: [f'GPU {i}', '3.6.0', '13.4'])
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: capturing)
     monkeypatch.setattr(tuning.triton.knobs.runtime, 'interpret', False)
     k = Kernel()
     def bench(f, **_):
@@ -109,7 +112,8 @@ def on_a_gpu(monkeypatch, tmp_path, capturing=False):
 
 ARGS = 'x',4096,64,1000
 
-def start(k, device='cuda:0', grid=(3,), args=ARGS, **change): tuned_launch(k, grid, args, CONSTANTS | change, ('num_warps', 'num_stages'), torch.device(device))
+def start(k, device='cuda:0', grid=(3,), args=ARGS, **change):
+    tuned_launch(k, grid, args, CONSTANTS | change, ('num_warps', 'num_stages'), torch.device(device))
 
 def test_a_launch_is_tuned_on_a_gpu_only(monkeypatch, tmp_path):
     k = on_a_gpu(monkeypatch, tmp_path)
@@ -121,7 +125,8 @@ def test_a_launch_is_tuned_on_a_gpu_only(monkeypatch, tmp_path):
     assert set(json.loads((tmp_path/'hedgehog_nb'/'tuning.json').read_text()))==set(tuning.CHOSEN)
 
 @pytest.mark.parametrize('change,chosen', [(dict(args=('x',4096,64,1024)), 1), (dict(args=('x',8192,64,513)), 1), (dict(grid=(4,)), 1), # the same class
-    (dict(args=('x',4096,64,1025)), 2), (dict(args=('x',4096,64,8192)), 2), (dict(grid=(5,)), 2), (dict(grid=(2048,)), 2), (dict(args=('x',4096,1024,1000)), 2)], ids=str)
+    (dict(args=('x',4096,64,1025)), 2), (dict(args=('x',4096,64,8192)), 2), (dict(grid=(5,)), 2),
+    (dict(grid=(2048,)), 2), (dict(args=('x',4096,1024,1000)), 2)], ids=str)
 def test_the_shape_of_a_launch_is_in_the_key(monkeypatch, tmp_path, change, chosen):
     "Tokens and programs up to a factor of two, and the stride between tokens: a short test does not choose for a long run."
     k = on_a_gpu(monkeypatch, tmp_path)
@@ -130,7 +135,8 @@ def test_the_shape_of_a_launch_is_in_the_key(monkeypatch, tmp_path, change, chos
 
 def test_every_tuned_kernel_says_its_tokens_and_strides():
     from hedgehog_nb.kernels import chunk, chunk_backward, fused, window
-    kernels = [getattr(m, n) for m,names in {chunk:['_chunk_fwd_kernel'], chunk_backward:['_dq_kernel','_dkv_kernel'], window:['_window_fwd_kernel','_window_bwd_q_kernel','_window_bwd_k_kernel'],
+    kernels = [getattr(m, n) for m,names in {chunk:['_chunk_fwd_kernel'], chunk_backward:['_dq_kernel','_dkv_kernel'],
+               window:['_window_fwd_kernel','_window_bwd_q_kernel','_window_bwd_k_kernel'],
                fused:['_fused_fwd_kernel','_fused_states_kernel','_fused_dq_kernel','_fused_dkv_kernel']}.items() for n in names]
     for k in kernels:
         T,strides = tuning._places(k)

@@ -29,7 +29,8 @@ def inputs(B=1, H=2, Hkv=1, T=20, D=8, Dv=None, form='exp', dtype=torch.float32,
     if masked:
         mask = rand(B, T, seed=seed+5) > -1
         if T>3: mask[0,:3] = False
-    return dict(zip(NAMES, (x.to(dtype) for x in (q, k, v, phi_q, phi_k)))) | dict(log_q=log_q if log else None, log_k=log_k if log else None, log_gamma=rand(H, seed=seed+6) if gamma else None, mask=mask)
+    return dict(zip(NAMES, (x.to(dtype) for x in (q, k, v, phi_q, phi_k)))) | dict(log_q=log_q if log else None,
+        log_k=log_k if log else None, log_gamma=rand(H, seed=seed+6) if gamma else None, mask=mask)
 
 def close(a, r, tol, name=''):
     assert a.shape==r.shape and torch.isfinite(a).all(), name
@@ -49,7 +50,9 @@ def check(a, window, tol=None):
         assert got[n].dtype==(a['v'] if n=='o' else a[n]).dtype, n
         close(got[n], want[n], (tol or TOL[a['v'].dtype])*(1 if n!='log_gamma' else 4), n) # a sum over all tokens
 
-def forward_only(a, window, tol=None): close(triton_window_attention(**a, window=window), naive_window_attention(**{n: x.double() if x is not None and n!='mask' else x for n,x in a.items()}, window=window), tol or TOL[a['v'].dtype])
+def forward_only(a, window, tol=None):
+    close(triton_window_attention(**a, window=window),
+        naive_window_attention(**{n: x.double() if x is not None and n!='mask' else x for n,x in a.items()}, window=window), tol or TOL[a['v'].dtype])
 
 @kernel
 @pytest.mark.parametrize('D,T', [(8, 1), (60, 1), (64, 1), (8, 17), (32, 17), (128, 17), (32, 64), (64, 64), (8, 100), (60, 100), (8, 257)])
@@ -83,7 +86,8 @@ def test_each_alone(masked, gamma, log): check(inputs(1, 2, 2, 20, log=log, gamm
 
 @kernel
 @settings(max_examples=8, deadline=None, derandomize=True)
-@given(B=st.integers(1, 2), Hkv=st.integers(1, 2), G=st.integers(1, 2), T=st.integers(1, 40), D=st.integers(1, 20), Dv=st.integers(1, 20), window=st.integers(0, 60), form=st.sampled_from(FORMS),
+@given(B=st.integers(1, 2), Hkv=st.integers(1, 2), G=st.integers(1, 2), T=st.integers(1, 40),
+       D=st.integers(1, 20), Dv=st.integers(1, 20), window=st.integers(0, 60), form=st.sampled_from(FORMS),
        masked=st.booleans(), bthd=st.booleans(), dtype=st.sampled_from(list(TOL)), seed=st.integers(0, 99))
 def test_drawn(B, Hkv, G, T, D, Dv, window, form, masked, bthd, dtype, seed):
     a = inputs(B, Hkv*G, Hkv, T, D, Dv, form, dtype, seed, masked=masked)
@@ -142,7 +146,8 @@ def test_a_state_in_fp32_beside_half_precision(dtype):
     want = run(lambda **k: chunk_window_attention(**k, initial_state=state), b, 6, torch.float64)
     views = b | {n: b[n].transpose(1, 2).contiguous().transpose(1, 2) for n in NAMES}
     for x in (b, views):
-        for n,y in run(lambda **k: triton_window_attention(**k, initial_state=state), x, 6).items(): close(y, want[n], TOL[dtype]*(4 if n=='log_gamma' else 1), n)
+        for n,y in run(lambda **k: triton_window_attention(**k, initial_state=state), x, 6).items():
+            close(y, want[n], TOL[dtype]*(4 if n=='log_gamma' else 1), n)
 
 @kernel
 @pytest.mark.parametrize('window,T,log,masked', [(0, 40, False, True), (7, 60, True, True), (16, 60, False, False), (64, 70, True, False)])
@@ -157,7 +162,8 @@ def test_states_that_do_not_fit():
     a = inputs(T=8)
     _,s = chunk_window_attention(**a, window=4, output_final_state=True)
     with pytest.raises(ValueError, match='initial_state has shapes'): triton_window_attention(**a, window=5, initial_state=s)
-    with pytest.raises(ValueError, match='takes no gradient of initial_state'): triton_window_attention(**a, window=4, initial_state=s._replace(k=s.k.requires_grad_()))
+    with pytest.raises(ValueError, match='takes no gradient of initial_state'):
+        triton_window_attention(**a, window=4, initial_state=s._replace(k=s.k.requires_grad_()))
     with pytest.raises(ValueError, match='must lie on'): triton_window_attention(**a, window=4, initial_state=s.apply(lambda x: x.detach().to('meta')))
 
 @kernel
@@ -170,7 +176,8 @@ def test_autocast_rounds_products_and_keeps_states(dtype):
     for b in (a, a | dict(v=low['v']), low | dict(phi_q=a['phi_q'], phi_k=a['phi_k'])):
         leaves = {n: b[n].clone().requires_grad_() for n in NAMES}
         with torch.autocast(DEVICE, dtype): o,s = triton_window_attention(**(b | leaves), window=7, output_final_state=True)
-        assert o.dtype==b['v'].dtype and torch.equal(o.to(dtype), want) and all(x.dtype==torch.float32 for x in flat(s)) and all(map(torch.equal, flat(s), flat(after)))
+        assert (o.dtype==b['v'].dtype and torch.equal(o.to(dtype), want)
+                and all(x.dtype==torch.float32 for x in flat(s)) and all(map(torch.equal, flat(s), flat(after))))
         assert all(g.dtype==x.dtype for g,x in zip(torch.autograd.grad(o.float().square().sum(), list(leaves.values())), leaves.values()))
     assert torch.equal(triton_window_attention(**(low | dict(phi_q=a['phi_q'], phi_k=a['phi_k'])), window=7), want) # without autocast: the dtype of q, k and v
 
@@ -193,7 +200,8 @@ def test_one_graph(given, state):
     before = flat(chunk_window_attention(**part(a, slice(9)), window=window, output_final_state=True)[1]) if state else ()
     def f(*x):
         s = x[len(names):]
-        o,after = triton_window_attention(**dict(zip(names, x)), window=window, output_final_state=True, schedule=schedule, initial_state=WindowState(*s[:4], LinearState(*s[4:])) if s else None)
+        o,after = triton_window_attention(**dict(zip(names, x)), window=window, output_final_state=True,
+            schedule=schedule, initial_state=WindowState(*s[:4], LinearState(*s[4:])) if s else None)
         return o, *flat(after)
     agree(f, *(x.requires_grad_() if x.is_floating_point() else x for x in (a[n] for n in names)), *before)
 
@@ -272,21 +280,27 @@ def test_only_some_gradients():
 
 @kernel
 @pytest.mark.parametrize('message,change', [
-    ('window is a number of keys, 0 or more; given -1', dict(window=-1)), ('window is', dict(window=2.)), ('as many queries', lambda a: dict(q=a['q'][:,:,:9], phi_q=a['phi_q'][:,:,:9])), ('phi_q is', lambda a: dict(phi_q=a['phi_q'][:,:1])),
-    ('log_q is', dict(log_q=torch.zeros(1, 2, 3))), ('log_k is', dict(log_k=torch.zeros(1, 2, 20))), ('log_gamma is', dict(log_gamma=torch.zeros(3))), ('mask is', dict(mask=torch.ones(1, 3))),
-    ('q is float32', lambda a: dict(q=a['q'].double())), ('phi_k is float32', lambda a: dict(phi_k=a['phi_k'].double())), ('last stride 1', lambda a: dict(v=a['v'].mT.contiguous().mT)), ('precision is', dict(precision='tf16')),
-    ('up to 512', lambda a: dict(phi_q=torch.ones(1, 2, 20, 513), phi_k=torch.ones(1, 1, 20, 513))), ('256 channels', lambda a: dict(v=torch.ones(1, 1, 20, 257))), ('must lie on', lambda a: dict(mask=torch.ones(1, 20, device='meta'))),
+    ('window is a number of keys, 0 or more; given -1', dict(window=-1)), ('window is', dict(window=2.)),
+    ('as many queries', lambda a: dict(q=a['q'][:,:,:9], phi_q=a['phi_q'][:,:,:9])), ('phi_q is', lambda a: dict(phi_q=a['phi_q'][:,:1])),
+    ('log_q is', dict(log_q=torch.zeros(1, 2, 3))), ('log_k is', dict(log_k=torch.zeros(1, 2, 20))),
+    ('log_gamma is', dict(log_gamma=torch.zeros(3))), ('mask is', dict(mask=torch.ones(1, 3))), ('q is float32', lambda a: dict(q=a['q'].double())),
+    ('phi_k is float32', lambda a: dict(phi_k=a['phi_k'].double())), ('last stride 1', lambda a: dict(v=a['v'].mT.contiguous().mT)),
+    ('precision is', dict(precision='tf16')), ('up to 512', lambda a: dict(phi_q=torch.ones(1, 2, 20, 513), phi_k=torch.ones(1, 1, 20, 513))),
+    ('256 channels', lambda a: dict(v=torch.ones(1, 1, 20, 257))), ('must lie on', lambda a: dict(mask=torch.ones(1, 20, device='meta'))),
     ('schedule is', dict(schedule='fast')), ('empty', lambda a: {n: a[n][:0] for n in NAMES}), ('empty', lambda a: {n: a[n][:,:,:0] for n in NAMES}),
-    ('do not divide', lambda a: {n: a[n].repeat(1, 3, 1, 1)[:,:h] for n,h in dict(q=3, k=2, v=2, phi_q=3, phi_k=2).items()}), ('same heads and tokens', lambda a: dict(v=a['v'][:,:,:3])),
+    ('do not divide', lambda a: {n: a[n].repeat(1, 3, 1, 1)[:,:h] for n,h in dict(q=3, k=2, v=2, phi_q=3, phi_k=2).items()}),
+    ('same heads and tokens', lambda a: dict(v=a['v'][:,:,:3])),
 ])
 def test_errors_say_what_was_given(message, change):
     a = {n: x for n,x in inputs().items() if n in NAMES} | dict(window=4)
     new = change(a) if callable(change) else change
-    with pytest.raises(ValueError, match=message): triton_window_attention(**(a | {n: x.to(DEVICE) if isinstance(x, torch.Tensor) and x.device.type!='meta' else x for n,x in new.items()}))
+    with pytest.raises(ValueError, match=message):
+        triton_window_attention(**(a | {n: x.to(DEVICE) if isinstance(x, torch.Tensor) and x.device.type!='meta' else x for n,x in new.items()}))
 
 def test_import_without_a_gpu_works_and_cpu_tensors_are_refused():
     pytest.importorskip('triton')
-    res = python('-c', 'import torch\nfrom hedgehog_nb.kernels.window import triton_window_attention as f\nf(*[torch.ones(1,1,4,8)]*5, 2)', TRITON_INTERPRET='0', CUDA_VISIBLE_DEVICES='')
+    res = python('-c', 'import torch\nfrom hedgehog_nb.kernels.window import triton_window_attention as f\nf(*[torch.ones(1,1,4,8)]*5, 2)',
+        TRITON_INTERPRET='0', CUDA_VISIBLE_DEVICES='')
     assert res.returncode!=0 and 'ValueError: the kernel runs on a GPU; given tensors on cpu' in res.stderr
 
 def test_compiles_for_hopper(tmp_path):
@@ -297,7 +311,8 @@ from hedgehog_nb.kernels.window import window_usage as use
 SM = 227*1024
 for kernel,(most,slots,near) in {'forward':(296,30,32), 'backward q':(296,33,39), 'backward k':(704,43,67)}.items():
     u = use(128, 64, kernel=kernel)
-    assert u['spilled_bytes']<=most and u['slots']<=slots and u['near']<=near and 2*(u['shared_bytes'] + 1024)<=SM and u['registers']*u['warps']*32*2<=65536, u # two programs at a time
+    assert u['spilled_bytes']<=most and u['slots']<=slots and u['near']<=near\
+ and 2*(u['shared_bytes'] + 1024)<=SM and u['registers']*u['warps']*32*2<=65536, u # two programs at a time
     assert use(128, 64, kernel=kernel, window=0)['near']<=.7*near
     u = use(128, 64, kernel=kernel, logs=True, HAS_MASK=True)
     assert u['spilled_bytes']<=2*most + 64 and u['near']<=1.75*near, u
@@ -306,13 +321,15 @@ for kernel,(most,near) in {'forward':(656,52), 'backward q':(720,62), 'backward 
     assert u['spilled_bytes']<=most and u['near']<=near, u
 for kernel,near in {'forward':50, 'backward q':65, 'backward k':180}.items(): assert use(256, 128, kernel=kernel)['near']<=near
 for kernel in ('states', 'costates'): assert use(128, 64, kernel=kernel, logs=True)['near']<=11
-for kernel,dtype in {'forward':torch.float16, 'backward q':torch.bfloat16}.items(): assert use(512, 256, dtype, kernel=kernel, group=4, logs=True, HAS_MASK=True, HAS_START=True, HAS_END=True, HAS_PAST=True)['shared_bytes']<=SM # the largest
+for kernel,dtype in {'forward':torch.float16, 'backward q':torch.bfloat16}.items():\
+ assert use(512, 256, dtype, kernel=kernel, group=4, logs=True, HAS_MASK=True, HAS_START=True, HAS_END=True, HAS_PAST=True)['shared_bytes']<=SM # the largest
 """
     res = python('-c', code, TRITON_INTERPRET='0', TRITON_DEFAULT_FP_FUSION='1', TRITON_CACHE_DIR=str(tmp_path))
     assert res.returncode==0, res.stderr
 
 @kernel
-@pytest.mark.parametrize('kw', [dict(window=5), dict(window=16, form='exp'), dict(window=5, relative=True), dict(window=5, branch='window'), dict(window=5, branch='linear')], ids=str)
+@pytest.mark.parametrize('kw', [dict(window=5), dict(window=16, form='exp'), dict(window=5, relative=True),
+    dict(window=5, branch='window'), dict(window=5, branch='linear')], ids=str)
 def test_the_module_on_the_kernel(kw):
     "`WindowAttention.attend` asked for Triton: a prompt, its continuation and single tokens as in PyTorch."
     a = make_attention('hedgehog-window', 16, 4, 2, **kw).to(DEVICE)

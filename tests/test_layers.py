@@ -66,7 +66,8 @@ def test_layers(): assert not faults(PACKAGE), '\n'.join(faults(PACKAGE))
 
 @pytest.mark.parametrize('where,line,said', [
     ('ops/softmax.py', 'from ..models.linearize import linearize', 'hedgehog_nb.ops.softmax:1 imports hedgehog_nb.models.linearize, which lies above it'),
-    ('ops/softmax.py', 'def f():\n    from hedgehog_nb.training import distill', 'hedgehog_nb.ops.softmax:2 imports hedgehog_nb.training.distill, which lies above it'),
+    ('ops/softmax.py', 'def f():\n    from hedgehog_nb.training import distill',
+        'hedgehog_nb.ops.softmax:2 imports hedgehog_nb.training.distill, which lies above it'),
     ('models/linearize.py', 'from ..ops.linear import _step', 'imports the private hedgehog_nb.ops.linear._step'),
     ('models/linearize.py', 'def f():\n    from ..ops.linear import LinearState', 'imports hedgehog_nb.ops.linear inside a function'),
     ('plots.py', 'import hedgehog_nb.ops.linear', 'stands beside the layers'),

@@ -66,14 +66,16 @@ def test_shapes_that_fit_no_block(T, head_dim, logs):
     if T<=17: same(want, oracle(*args))
 
 @settings(max_examples=30)
-@given(cut=st.integers(0,40), chunk=st.integers(1,20), first=st.sampled_from(list(CAUSAL)), then=st.sampled_from(list(CAUSAL)), masked=st.booleans(), bits=st.integers(0,2**31), **shapes)
+@given(cut=st.integers(0,40), chunk=st.integers(1,20), first=st.sampled_from(list(CAUSAL)),
+       then=st.sampled_from(list(CAUSAL)), masked=st.booleans(), bits=st.integers(0,2**31), **shapes)
 def test_halves_with_a_carried_state_are_the_whole(B, Hkv, G, T, F, D, logs, cut, chunk, first, then, masked, bits):
     torch.manual_seed(bits)
     T,cut = T+1, 1+cut%T
     args,mask = features(B, Hkv*G, Hkv, T, F, D, logs), torch.rand(B,T)<.7 if masked else None
     def part(f, a, b, state):
         kw = dict(chunk_size=chunk) if f=='chunked' else {}
-        return CAUSAL[f](*(None if x is None else x[:,:,a:b] for x in args), mask=None if mask is None else mask[:,a:b], initial_state=state, output_final_state=True, **kw)
+        return CAUSAL[f](*(None if x is None else x[:,:,a:b] for x in args),
+            mask=None if mask is None else mask[:,a:b], initial_state=state, output_final_state=True, **kw)
     whole,end = part(first, 0, T, None)
     o1,mid = part(first, 0, cut, None)
     o2,end2 = part(then, cut, T, mid)
@@ -218,7 +220,8 @@ def test_gradients_are_the_oracles(logs, impl):
     leaves = [x for x in args if x is not None]
     g = torch.randn(1,4,11,2, dtype=torch.float64)
     want = torch.autograd.grad(oracle(*args, causal=causal, mask=mask), leaves, g)
-    f = dict(recurrent=recurrent_linear_attention, chunked=lambda *a, **k: chunk_linear_attention(*a, chunk_size=4, **k), bidirectional=bidirectional_linear_attention)[impl]
+    f = dict(recurrent=recurrent_linear_attention, chunked=lambda *a, **k: chunk_linear_attention(*a, chunk_size=4, **k),
+        bidirectional=bidirectional_linear_attention)[impl]
     got = torch.autograd.grad(f(*args, mask=mask), leaves, g)
     for a,b in zip(got, want): same(a, b, 1e-9)
 

@@ -11,8 +11,8 @@ from hedgehog_nb.attentions.base import make_feature_map
 from hedgehog_nb.models.linearize import linearize
 from hedgehog_nb.analysis.report import attention_report, METRICS, plot_histograms, plot_report, plot_weights_against_scores
 from hedgehog_nb.ops.metrics import (
-    attention_entropy, attention_metrics, inverted_pairs, kl_to_softmax, lognormal_fit, map_weights, top_p_tokens, monotonicity, valid_pairs, ranks, spectral_gap,
-    remove_sink)
+    attention_entropy, attention_metrics, inverted_pairs, kl_to_softmax, lognormal_fit,
+    map_weights, top_p_tokens, monotonicity, valid_pairs, ranks, spectral_gap, remove_sink)
 from tiny_models import MODELS, inputs, llama, tokens
 
 PER_ROW = 'entropy','share','sink','entropy_rest','support','tokens90','spearman','inverted','kl'
@@ -34,11 +34,13 @@ def loop_row(a, p, s):
         if mass>=.9-1e-6: break
         mass += x; t += 1
     h = ent(a)
-    return dict(entropy=h, share=h/math.log(n), sink=a[0], entropy_rest=ent([x/rest for x in a[1:]]) if rest>0 else 0., support=math.exp(h), tokens90=t, spearman=loop_spearman(a, s),
-        inverted=sum((s[i]-s[j])*(a[i]-a[j])<0 for i in range(n) for j in range(i))/(n*(n-1)/2), kl=sum(x*math.log(x/max(y,1e-30)) for x,y in zip(p,a) if x>0))
+    return dict(entropy=h, share=h/math.log(n), sink=a[0], entropy_rest=ent([x/rest for x in a[1:]]) if rest>0 else 0., support=math.exp(h),
+        tokens90=t, spearman=loop_spearman(a, s), inverted=sum((s[i]-s[j])*(a[i]-a[j])<0 for i in range(n) for j in range(i))/(n*(n-1)/2),
+        kl=sum(x*math.log(x/max(y,1e-30)) for x,y in zip(p,a) if x>0))
 
 @settings(max_examples=12)
-@given(st.integers(1,2), st.integers(1,2), st.integers(3,9), st.booleans(), st.sampled_from([None,'elu','relu','exp','taylor']), st.sampled_from(['none','left','right','holes']), st.integers(1,3))
+@given(st.integers(1,2), st.integers(1,2), st.integers(3,9), st.booleans(),
+       st.sampled_from([None,'elu','relu','exp','taylor']), st.sampled_from(['none','left','right','holes']), st.integers(1,3))
 def test_report_of_a_layer_equals_loops(Hkv, G, T, causal, name, padding, every):
     q,k = qk(2, Hkv*G, Hkv, T)
     fm = name and make_feature_map(name, 6, Hkv*G, Hkv)
@@ -59,7 +61,8 @@ def test_report_of_a_layer_equals_loops(Hkv, G, T, causal, name, padding, every)
         assert got['rows'][h]==len(rows) and abs(got['dead'][h]-(1-len(rows)/seen))<1e-6
         for n in PER_ROW if rows else (): assert got[n][h]==pytest.approx(sum(r[n] for r in rows)/len(rows), abs=1e-9), n
 
-@given(st.lists(st.lists(st.integers(0,4), min_size=7, max_size=7), min_size=1, max_size=4), st.lists(st.integers(0,4), min_size=7, max_size=7), st.integers(2,7))
+@given(st.lists(st.lists(st.integers(0,4), min_size=7, max_size=7), min_size=1, max_size=4),
+       st.lists(st.integers(0,4), min_size=7, max_size=7), st.integers(2,7))
 def test_ranks_correlation_and_inversions_with_ties(rows, s, n):
     a,s,ok = torch.tensor(rows).double(), torch.tensor(s).double().expand(len(rows),7), torch.arange(7)<n
     for x,r,m,v in zip(a, ranks(a, ok), monotonicity(a, s, ok.expand_as(a)), inverted_pairs(a, s, ok.expand_as(a))):

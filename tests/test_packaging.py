@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest, yaml
 from packaging.requirements import Requirement
 
-NAMES = {'make_attention', 'attention_report', 'compare_attentions', 'linear_attention', 'linearize', 'save_linearized', 'load_linearized', 'distill', 'finetune', 'make_feature_map'}
+NAMES = {'make_attention', 'attention_report', 'compare_attentions', 'linear_attention',
+    'linearize', 'save_linearized', 'load_linearized', 'distill', 'finetune', 'make_feature_map'}
 
 
 def sh(*args, cwd=None, **env):
@@ -96,7 +97,8 @@ def test_installed_wheel_works_away_from_the_checkout(dist, tmp_path):
 
 def test_import_is_light(root):
     "`import hedgehog_nb` loads nothing heavy, and still shows every name"
-    assert py('import sys, hedgehog_nb as h; print(sorted({"torch", "transformers", "triton", "numpy"} & set(sys.modules)), set(h.__all__) <= set(dir(h)))', cwd=root) == '[] True'
+    assert py('import sys, hedgehog_nb as h; '
+        'print(sorted({"torch", "transformers", "triton", "numpy"} & set(sys.modules)), set(h.__all__) <= set(dir(h)))', cwd=root) == '[] True'
 
 def test_names():
     import hedgehog_nb
@@ -159,7 +161,8 @@ def test_nbdev_yml_follows_pyproject(root, tmp_path):
 
 def make(root, *args):
     "Run make as from a fresh shell, whatever this one was started with"
-    return sh('env', *(f'-u{v}' for v in 'MAKEFLAGS MFLAGS MAKELEVEL PYTHON VENV TORCH WORKERS LOWEST OLDEST'.split()), 'make', '-C', root, '--no-print-directory', *args)
+    return sh('env', *(f'-u{v}' for v in 'MAKEFLAGS MFLAGS MAKELEVEL PYTHON VENV TORCH WORKERS LOWEST OLDEST'.split()),
+        'make', '-C', root, '--no-print-directory', *args)
 
 @pytest.mark.skipif(not shutil.which('make'), reason='needs make')
 class TestMakefile:
@@ -188,7 +191,8 @@ class TestMakefile:
 
     def test_lowest_versions_are_tested_where_they_were_installed(self, root, tmp_path):
         rc, out = make(root, '-n', 'test-lowest', f'LOWEST={tmp_path}/v', 'OLDEST=python3.10')
-        steps = [out.index(s) for s in (f'python3.10 -m venv --clear {tmp_path}/v', 'install -q uv', '--resolution lowest-direct --extra dev', '-q --no-deps -e .', '-m pytest')]
+        steps = [out.index(s) for s in (f'python3.10 -m venv --clear {tmp_path}/v', 'install -q uv',
+            '--resolution lowest-direct --extra dev', '-q --no-deps -e .', '-m pytest')]
         assert rc == 0 and steps == sorted(steps)
         for s in ('torch', 'core', 'dev', 'lowest'): (tmp_path/f'.stamp-{s}').touch()
         rc, out = make(root, '-n', 'test-lowest', f'LOWEST={tmp_path}')
@@ -292,7 +296,9 @@ class TestSync:
         assert 'In sync' in out and ok('git', 'log', '--format=%s', cwd=proj/'w').split() == ['two', 'one']
 
     def test_without_nbdev(self, proj):
-        for tool in ('git', 'bash', 'sh', 'dirname', 'mktemp', 'mkdir', 'cp', 'rm', 'grep', 'sed'): (proj/'bin').mkdir(exist_ok=True); (proj/'bin'/tool).symlink_to(shutil.which(tool))
+        for tool in ('git', 'bash', 'sh', 'dirname', 'mktemp', 'mkdir', 'cp', 'rm', 'grep', 'sed'):
+            (proj/'bin').mkdir(exist_ok=True)
+            (proj/'bin'/tool).symlink_to(shutil.which(tool))
         rc, out = sh('.ci/sync', cwd=proj, PATH=str(proj/'bin'))
         assert rc == 1 and 'could not be exported' in out
 

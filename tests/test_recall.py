@@ -61,8 +61,9 @@ def test_balanced(task):
         assert len(n)==10 and ((n-2000).abs()<5*(2000*.9)**.5).all()  # five standard deviations
 
 
-@pytest.mark.parametrize('kw,word', [(dict(seq_len=7), 'seq_len'), (dict(seq_len=2), 'seq_len'), (dict(vocab_size=9), 'vocab_size'), (dict(vocab_size=2), 'vocab_size'),
-    (dict(vocab_size=8, seq_len=16, num_pairs=5), '4 to 4'), (dict(seq_len=16, num_pairs=8), '4 to 7'), (dict(seq_len=16, num_pairs=3), '4 to 7'), (dict(num_pairs=0), 'num_pairs')])
+@pytest.mark.parametrize('kw,word', [(dict(seq_len=7), 'seq_len'), (dict(seq_len=2), 'seq_len'),
+    (dict(vocab_size=9), 'vocab_size'), (dict(vocab_size=2), 'vocab_size'), (dict(vocab_size=8, seq_len=16, num_pairs=5), '4 to 4'),
+    (dict(seq_len=16, num_pairs=8), '4 to 7'), (dict(seq_len=16, num_pairs=3), '4 to 7'), (dict(num_pairs=0), 'num_pairs')])
 def test_sizes_that_do_not_fit(kw, word):
     with pytest.raises(ValueError, match=word): RecallTask(**kw)
 
@@ -73,7 +74,8 @@ def test_too_few_sequences():
 
 def test_bad_training_settings():
     data = recall_data(TINY, FEW)
-    for kw,word in ((dict(batch_size=0), 'batch_size'), (dict(batch_size=65), 'batch_size'), (dict(sizes=dict(dim=10, num_heads=4)), 'dim'), (dict(t=2.), 'does not take')):
+    for kw,word in ((dict(batch_size=0), 'batch_size'), (dict(batch_size=65), 'batch_size'),
+            (dict(sizes=dict(dim=10, num_heads=4)), 'dim'), (dict(t=2.), 'does not take')):
         with pytest.raises(ValueError, match=word): train_recall('elu', TINY, data=data, **{**FAST, **kw})
     with pytest.raises(ValueError, match='no attention'): train_recall('nothing', TINY, data=data, **FAST)
 

@@ -7,7 +7,8 @@ from hedgehog_nb.results import (
     code_version, command_line, EXPERIMENTS, metrics_of, PAPER, provenance, read_results, results_folder, results_table, runs_table, trend_rows, UNITS,
     write_results)
 
-ROW = dict(experiment='pretrained-wikitext2', model='smollm2-135m', data='wikitext-2', variant='hedgehog', metric='ppl', value=30.25, unit='', tokens=1000, seed=0)
+ROW = dict(experiment='pretrained-wikitext2', model='smollm2-135m', data='wikitext-2',
+    variant='hedgehog', metric='ppl', value=30.25, unit='', tokens=1000, seed=0)
 
 
 def test_a_run_reads_back_as_it_was_written(tmp_path):
@@ -28,8 +29,9 @@ def test_missing_fields_are_filled(tmp_path):
     assert (r['unit'], r['tokens'], r['seed']) == ('%', 0, 5)
 
 
-@pytest.mark.parametrize('bad', [dict(value=float('nan')), dict(value=float('inf')), dict(value='30'), dict(value=True), dict(value=None), dict(experiment=''), dict(model=None),
-    dict(data=3), dict(variant=None), dict(metric=''), dict(tokens=-1), dict(tokens=1.5), dict(seed=None), dict(metric='accuracy', unit='points')], ids=str)
+@pytest.mark.parametrize('bad', [dict(value=float('nan')), dict(value=float('inf')), dict(value='30'), dict(value=True),
+    dict(value=None), dict(experiment=''), dict(model=None), dict(data=3), dict(variant=None), dict(metric=''),
+    dict(tokens=-1), dict(tokens=1.5), dict(seed=None), dict(metric='accuracy', unit='points')], ids=str)
 def test_a_row_that_is_not_complete_is_refused(tmp_path, bad):
     with pytest.raises(ValueError, match='finite' if 'value' in bad else None): write_results(tmp_path/'a.json', [ROW, {**ROW, **bad}])
     assert not list(tmp_path.iterdir())
@@ -73,7 +75,8 @@ def test_provenance():
     assert command_line(['/a/b/hedgehog', 'demo', '--out=/x/y/z', '/p/q/', 'rel/path', 'two words']) == "hedgehog demo --out=z q/ rel/path 'two words'"
 
 
-def _git(d, *args): return subprocess.run(['git','-C',str(d),'-c','user.name=t','-c','user.email=t@t',*args], check=True, capture_output=True, text=True).stdout.strip()
+def _git(d, *args):
+    return subprocess.run(['git','-C',str(d),'-c','user.name=t','-c','user.email=t@t',*args], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def test_commit_of_a_clean_and_of_a_changed_package(tmp_path, monkeypatch):
@@ -139,7 +142,8 @@ def test_the_papers_numbers():
     assert set(PAPER) <= set(EXPERIMENTS) and all(m in UNITS for p in PAPER.values() for m in p['metrics'])
     assert all(p['where'] and p['model'] and p['data'] for p in PAPER.values())
     assert metrics_of([], 'samsum') == ['rouge1','rouge2','rougeL']
-    assert PAPER['cola']['metrics']['mcc'] == dict(softmax=58.8, hedgehog=59.2, taylor=58.4, exp2=50.0, exp1=45.9, cosformer=39.9, relu=39.5, elu=28.1, performer=24.7)
+    assert PAPER['cola']['metrics']['mcc'] == dict(softmax=58.8, hedgehog=59.2, taylor=58.4,
+        exp2=50.0, exp1=45.9, cosformer=39.9, relu=39.5, elu=28.1, performer=24.7)
 
 
 def test_import_is_light():

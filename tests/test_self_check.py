@@ -22,7 +22,9 @@ CPU,KIND = torch.device('cpu'),dict(dtype=torch.float32, head_dim=8, value_dim=8
 def fresh(monkeypatch, tmp_path):
     "The CPU taken for a GPU, small checks, and an empty cache folder."
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path)); monkeypatch.delenv('HEDGEHOG_TRITON', raising=False)
-    monkeypatch.setattr(linear, '_runs_kernels', lambda x: True); monkeypatch.setitem(linear.LINEAR, 'c', linear.LINEAR['c']._replace(auto=lambda c: False)); monkeypatch.setattr(sc, 'TOKENS', 17)
+    monkeypatch.setattr(linear, '_runs_kernels', lambda x: True)
+    monkeypatch.setitem(linear.LINEAR, 'c', linear.LINEAR['c']._replace(auto=lambda c: False))
+    monkeypatch.setattr(sc, 'TOKENS', 17)
     next_process()
     yield
     next_process()
@@ -47,7 +49,8 @@ WRONG = 'gradient of v is off by 0.3 of its size, allowed 0.001', .3
 def test_checked_once_for_each_kind(monkeypatch):
     r = runs(monkeypatch)
     assert all(trusts(CPU, 'fused', **KIND) for _ in range(3)) and r==[Case('fused', **KIND)]
-    for other in (dict(head_dim=16), dict(dtype=torch.float16), dict(group=2), dict(form='exp'), dict(mask=True), dict(stride_q=32)): trusts(CPU, 'fused', **(KIND | other))
+    for other in (dict(head_dim=16), dict(dtype=torch.float16), dict(group=2), dict(form='exp'), dict(mask=True), dict(stride_q=32)):
+        trusts(CPU, 'fused', **(KIND | other))
     trusts(CPU, 'chunked', **KIND); assert len(r)==8
 
 def test_the_next_process_does_not_check_again(monkeypatch):
@@ -63,7 +66,8 @@ def test_another_card_or_version_is_checked_anew(monkeypatch, what):
     monkeypatch.setattr(sc, 'surroundings', lambda device: now | {what:'another'})
     assert trusts(CPU, 'fused', **KIND) and len(r)==2
 
-@pytest.mark.parametrize('text', ['', '{', '[1]', 'null', b'\xff\xfe\x00', '{"KEY": 3}', '{"KEY": {"ok": true}}', '{"KEY": {"ok": "yes", "why": "", "error": 0, "seconds": 1, "keep": true}}'], ids=str)
+@pytest.mark.parametrize('text', ['', '{', '[1]', 'null', b'\xff\xfe\x00', '{"KEY": 3}', '{"KEY": {"ok": true}}',
+    '{"KEY": {"ok": "yes", "why": "", "error": 0, "seconds": 1, "keep": true}}'], ids=str)
 def test_a_file_that_makes_no_sense_is_survived(monkeypatch, text):
     r,key = runs(monkeypatch),json.dumps(sc._key(Case('fused', **KIND), CPU))
     verdict_file().parent.mkdir(parents=True)
@@ -95,14 +99,17 @@ def test_one_warning_for_each_family_and_process(monkeypatch):
         return [str(x.message) for x in w]
     first = said('fused', 'window')
     assert len(first)==2 and len(r)==4
-    for part in ('fused kernel', "Triton's interpreter", f'torch {torch.__version__}', 'triton', 'ptxas', 'driver', WRONG[0], 'float32, head_dim=8', 'PyTorch takes its place', 'hedgehog_nb/issues', 'hedgehog bench --self-check'): assert part in first[0]
+    for part in ('fused kernel', "Triton's interpreter", f'torch {torch.__version__}', 'triton', 'ptxas', 'driver',
+            WRONG[0], 'float32, head_dim=8', 'PyTorch takes its place', 'hedgehog_nb/issues', 'hedgehog bench --self-check'):
+        assert part in first[0]
     assert 'window kernel' in first[1] and '/bin/' not in first[0]
     next_process()
     again = said('fused')
     assert len(again)==1 and len(r)==4 and WRONG[0] in again[0] # from the file
 
-@pytest.mark.parametrize('error,kept', [(OutOfResources(300_000, 232_448, 'shared memory'), True), (RuntimeError('CUDA error: an illegal memory access was encountered'), True), (OSError(28, 'No space left on device'), False),
-                                        (RuntimeError('Failed to find C compiler'), False)], ids=str)
+@pytest.mark.parametrize('error,kept', [(OutOfResources(300_000, 232_448, 'shared memory'), True),
+                                        (RuntimeError('CUDA error: an illegal memory access was encountered'), True),
+                                        (OSError(28, 'No space left on device'), False), (RuntimeError('Failed to find C compiler'), False)], ids=str)
 def test_errors_are_bad_verdicts(monkeypatch, error, kept):
     r = runs(monkeypatch, error)
     with pytest.warns(RuntimeWarning, match=type(error).__name__): assert not trusts(CPU, 'fused', **KIND)
@@ -129,7 +136,8 @@ def test_two_threads_check_once(monkeypatch):
 def test_no_check_while_a_graph_is_captured(monkeypatch):
     r = runs(monkeypatch)
     gpu = torch.device('cuda', 0)
-    monkeypatch.setattr(sc, 'surroundings', lambda device: dict(card=str(device))); monkeypatch.setattr(sc, 'check_case', lambda c, device: sc._judge(c, device))
+    monkeypatch.setattr(sc, 'surroundings', lambda device: dict(card=str(device)))
+    monkeypatch.setattr(sc, 'check_case', lambda c, device: sc._judge(c, device))
     monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
     with pytest.warns(RuntimeWarning, match='Make the same call once before the recording'): assert not trusts(gpu, 'fused', **KIND)
     with warnings.catch_warnings(): warnings.simplefilter('error'); assert not trusts(gpu, 'fused', **KIND) # said once
@@ -153,17 +161,21 @@ def test_nothing_of_the_caller_reaches_the_check(monkeypatch):
     seen = {}
     def look(c, device):
         x = torch.ones(2, requires_grad=True)
-        seen.update(grad=torch.is_grad_enabled(), inference=torch.is_inference_mode_enabled(), auto=torch.is_autocast_enabled('cpu'), strict=torch.are_deterministic_algorithms_enabled(),
+        seen.update(grad=torch.is_grad_enabled(), inference=torch.is_inference_mode_enabled(),
+                    auto=torch.is_autocast_enabled('cpu'), strict=torch.are_deterministic_algorithms_enabled(),
                     where=torch.empty(1).device.type, tune=sc.os.environ['HEDGEHOG_TUNE'], back=torch.autograd.grad((x*x).sum(), x)[0].tolist())
         return '', 0.
     monkeypatch.setattr(sc, '_run', look); monkeypatch.setenv('HEDGEHOG_TUNE', '1')
     hooked,state = [],torch.get_rng_state()
     torch.use_deterministic_algorithms(True, warn_only=True); torch.set_default_device('meta')
     try:
-        with torch.inference_mode(), torch.autocast('cpu', torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(lambda x: hooked.append(x) or x, lambda x: x): assert trusts(CPU, 'fused', **KIND)
+        with (torch.inference_mode(), torch.autocast('cpu', torch.bfloat16),
+              torch.autograd.graph.saved_tensors_hooks(lambda x: hooked.append(x) or x, lambda x: x)):
+            assert trusts(CPU, 'fused', **KIND)
         assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled() and sc.os.environ['HEDGEHOG_TUNE']=='1'
     finally: torch.use_deterministic_algorithms(False); torch.set_default_device(None)
-    assert seen==dict(grad=True, inference=False, auto=False, strict=False, where='cpu', tune='0', back=[2., 2.]) and not hooked and torch.equal(torch.get_rng_state(), state)
+    assert (seen==dict(grad=True, inference=False, auto=False, strict=False, where='cpu', tune='0', back=[2., 2.])
+            and not hooked and torch.equal(torch.get_rng_state(), state))
 
 @pytest.mark.parametrize('dynamic', [None, True])
 @pytest.mark.parametrize('found', [('', .001), WRONG], ids=['right', 'wrong'])
@@ -171,7 +183,8 @@ def test_asked_when_a_graph_is_traced_by_the_compiler(monkeypatch, found, dynami
     "One graph, and the answer is a constant of it; on the CPU with a stand-in for the kernel."
     torch._dynamo.reset()
     r = runs(monkeypatch, found)
-    monkeypatch.setitem(linear.LINEAR, 'triton', linear.LINEAR['triton']._replace(run=lambda c: c.v+100)); monkeypatch.setattr(linear, 'linear_attention_in_torch', lambda q, k, v, *a, **kw: v-100)
+    monkeypatch.setitem(linear.LINEAR, 'triton', linear.LINEAR['triton']._replace(run=lambda c: c.v+100))
+    monkeypatch.setattr(linear, 'linear_attention_in_torch', lambda q, k, v, *a, **kw: v-100)
     monkeypatch.setitem(linear.LINEAR, 'c', linear.LINEAR['c']._replace(auto=lambda c: False))
     q,k,v = (torch.rand(1, h, 12, 8) for h in (4, 2, 2))
     f = torch.compile(lambda q, k, v: attention(q, k, v), backend='aot_eager', fullgraph=True, dynamic=dynamic)
@@ -196,8 +209,10 @@ def test_the_case_is_that_of_the_call(monkeypatch):
     base = dict(dtype=torch.float32, head_dim=8, value_dim=8, feature_dim=16, group=2, stride_q=32, stride_k=16, stride_v=16)
     inside = base | dict(form='exp', bias=True, weights=torch.float32)
     assert attention(q, k, v, hedgehog)=='kernel' and seen.pop()==Case('fused', **inside) and not seen
-    attention(q, k, v, hedgehog, causal=False, mask=torch.ones(1, 12), output_final_state=True); assert seen.pop()==Case('fused', **inside, causal=False, mask=True, final=True)
-    attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), hedgehog, cu_seqlens=[0, 12]); assert seen.pop()==Case('fused', **(inside | dict(dtype=torch.bfloat16, weights=torch.bfloat16)), packed=True)
+    attention(q, k, v, hedgehog, causal=False, mask=torch.ones(1, 12), output_final_state=True)
+    assert seen.pop()==Case('fused', **inside, causal=False, mask=True, final=True)
+    attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), hedgehog, cu_seqlens=[0, 12])
+    assert seen.pop()==Case('fused', **(inside | dict(dtype=torch.bfloat16, weights=torch.bfloat16)), packed=True)
     attention(q, k, v); assert seen.pop()==Case('chunked', **(base | dict(feature_dim=8))) and not seen
     attention(q, k, v, make_feature_map('elu', 8, 4, 2)); given = base | dict(feature_dim=8, stride_q=0, stride_k=0)
     assert seen==[Case('chunked', **given), Case('chunked', **given, logs=True)]; seen.clear()
@@ -208,7 +223,8 @@ def test_the_case_is_that_of_the_call(monkeypatch):
 
 def test_what_the_kernels_do_not_take_is_not_asked(monkeypatch):
     seen,(q,k,v) = kinds(monkeypatch),qkv()
-    for args,kw in (((q.double(), k.double(), v.double()), {}), ((q, k, v), dict(chunk_size=4)), ((q, k, v, make_feature_map('rfa', 8, 4, 2)), {}), ((q, k, v, lambda q, k: (q, k, None)), {})):
+    for args,kw in (((q.double(), k.double(), v.double()), {}), ((q, k, v), dict(chunk_size=4)),
+            ((q, k, v, make_feature_map('rfa', 8, 4, 2)), {}), ((q, k, v, lambda q, k: (q, k, None)), {})):
         assert attention(*args, **kw)!='kernel' and not seen
     assert attention(q, k, v, implementation='triton')=='kernel' and not seen                    # the user's own choice
     monkeypatch.setattr(linear, '_runs_kernels', lambda x: False); assert attention(q, k, v)!='kernel' and not seen
@@ -234,7 +250,8 @@ def test_a_triton_that_does_not_import_leaves_pytorch(monkeypatch):
     make_attention('hedgehog-window', 8, 4, 2, window=5).attend(q, k, v)
 
 def test_cpu_calls_import_no_triton():
-    code = "import sys, torch, hedgehog_nb as h; q = torch.rand(1, 1, 9, 8); h.linear_attention(q, q, q); h.make_attention('hedgehog-window', 8).attend(q, q, q); print('triton' in sys.modules)"
+    code = ("import sys, torch, hedgehog_nb as h; q = torch.rand(1, 1, 9, 8); h.linear_attention(q, q, q); "
+        "h.make_attention('hedgehog-window', 8).attend(q, q, q); print('triton' in sys.modules)")
     assert python('-c', code).stdout.strip()=='False'
 
 def test_strides_of_the_call(monkeypatch):
@@ -250,7 +267,8 @@ def test_where_the_list_runs(monkeypatch):
     monkeypatch.setattr(sc.triton.knobs.runtime, 'interpret', True)
     r = runs(monkeypatch)
     rows = sc.self_check(device='cpu')
-    assert len(rows)==len(r)==len(set(r))==24 and {x['kernel'] for x in rows}==set(sc.FAMILIES) and all(x['verdict']=='good' for x in rows) and len(json.loads(verdict_file().read_text()))==24
+    assert (len(rows)==len(r)==len(set(r))==24 and {x['kernel'] for x in rows}==set(sc.FAMILIES)
+            and all(x['verdict']=='good' for x in rows) and len(json.loads(verdict_file().read_text()))==24)
     r.found = WRONG; assert {x['verdict'] for x in sc.self_check(device='cpu')}=={WRONG[0]} # whatever was found before
 
 def test_the_error_looks_at_blocks_of_rows():
@@ -261,11 +279,17 @@ def test_the_error_looks_at_blocks_of_rows():
 
 # --- the comparison itself, and kernels made wrong on purpose
 
-CASES = [Case('feature_map', form='exp', bias=True, weights=torch.float32, **KIND), Case('feature_map', form='softmax_halves', weights=torch.float32, stride_q=32, **KIND),
-         Case('chunked', logs=True, mask=True, final=True, single=True, **KIND), Case('chunked', causal=False, group=2, single=True, **KIND), Case('chunked', packed=True, state=True, final=True, mask=True, **KIND),
-         Case('fused', form='exp', weights=torch.float32, mask=True, state=True, final=True, bias=True, single=True, **KIND), Case('fused', form='softmax_joint', weights=torch.float32, packed=True, final=True, stride_q=64, stride_k=32, stride_v=20, group=2, single=True, **KIND),
-         Case('decode', form='exp', weights=torch.float32, state=True, final=True, mask=True, **KIND), Case('decode', logs=True, state=True, final=True, single=True, **KIND),
-         Case('window', window=4, logs=True, log_q=True, mask=True, single=True, **KIND), Case('window', window=3, state=True, final=True, single=True, **KIND)]
+CASES = [Case('feature_map', form='exp', bias=True, weights=torch.float32, **KIND),
+         Case('feature_map', form='softmax_halves', weights=torch.float32, stride_q=32, **KIND),
+         Case('chunked', logs=True, mask=True, final=True, single=True, **KIND), Case('chunked', causal=False, group=2, single=True, **KIND),
+         Case('chunked', packed=True, state=True, final=True, mask=True, **KIND),
+         Case('fused', form='exp', weights=torch.float32, mask=True, state=True, final=True, bias=True, single=True, **KIND),
+         Case('fused', form='softmax_joint', weights=torch.float32, packed=True, final=True, stride_q=64, stride_k=32, stride_v=20,
+              group=2, single=True, **KIND),
+         Case('decode', form='exp', weights=torch.float32, state=True, final=True, mask=True, **KIND),
+         Case('decode', logs=True, state=True, final=True, single=True, **KIND),
+         Case('window', window=4, logs=True, log_q=True, mask=True, single=True, **KIND),
+         Case('window', window=3, state=True, final=True, single=True, **KIND)]
 
 @kernel
 @pytest.mark.parametrize('c', CASES, ids=lambda c: f'{c.family} {sc._describe(c)}')
@@ -276,7 +300,9 @@ def test_right_kernels_pass(c):
 @kernel
 def test_the_caller_s_default_dtype_changes_nothing(monkeypatch):
     monkeypatch.setattr(sc, 'TOKENS', 20)
-    try: torch.set_default_dtype(torch.bfloat16); v = sc.check_case(Case('fused', form='softmax_halves', feature_dim=64, **{n:x for n,x in KIND.items() if n!='feature_dim'}), CPU)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        v = sc.check_case(Case('fused', form='softmax_halves', feature_dim=64, **{n:x for n,x in KIND.items() if n!='feature_dim'}), CPU)
     finally: kept = torch.get_default_dtype(); torch.set_default_dtype(torch.float32)
     assert v.ok and kept==torch.bfloat16, v
 
@@ -294,7 +320,8 @@ def gradient(f, q, k, v, *a, **kw): return f(q, Tenth.apply(k), v, *a, **kw)
 def bits(f, q, k, v, *a, **kw):
     o = f(q, k, v, *a, **kw); bits.n = -getattr(bits, 'n', 1)
     return (o[0]*(1 + bits.n*1e-6), o[1]) if isinstance(o, tuple) else o*(1 + bits.n*1e-6)
-FAULTS = {off:'output is off by', nan:'output is not finite', raises:'OutOfResources', gradient:'gradient of k is off by', bits:'output differs from run to run'}
+FAULTS = {off:'output is off by', nan:'output is not finite', raises:'OutOfResources',
+    gradient:'gradient of k is off by', bits:'output differs from run to run'}
 
 def spoil(monkeypatch, module, name, fault):
     "Put `fault` around a kernel; the number of its calls."
@@ -356,8 +383,10 @@ def test_default_dtype_and_global_randomness_are_left_alone():
 @kernel
 def test_over_processes(tmp_path):
     "A second process finds the first one's verdict."
-    code = ("import sys, torch; from unittest.mock import patch; from hedgehog_nb import linear_attention as f; from hedgehog_nb.kernels import self_check as sc; sc.TOKENS = 5; "
-            "q = torch.rand(1, 1, 1, 4); m = sys.modules['hedgehog_nb.functional']; m._runs_kernels = lambda x: True; s = m.LinearState(torch.rand(1, 1, 4, 4), torch.rand(1, 1, 4), torch.zeros(1, 1))\n"
+    code = ("import sys, torch; from unittest.mock import patch; from hedgehog_nb import linear_attention as f; "
+            "from hedgehog_nb.kernels import self_check as sc; sc.TOKENS = 5; "
+            "q = torch.rand(1, 1, 1, 4); m = sys.modules['hedgehog_nb.functional']; "
+            "m._runs_kernels = lambda x: True; s = m.LinearState(torch.rand(1, 1, 4, 4), torch.rand(1, 1, 4), torch.zeros(1, 1))\n"
             "with patch.object(sc, '_run', wraps=sc._run) as run: f(q, q, q, initial_state=s); print(run.call_count)")
     out = [python('-W', 'error', '-c', code, TRITON_INTERPRET='1', XDG_CACHE_HOME=str(tmp_path/'cache')) for _ in range(2)]
     assert [p.stdout.strip() for p in out]==['1', '0'], out

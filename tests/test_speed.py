@@ -21,11 +21,13 @@ def seconds(code):
 
 def test_import_is_quick():
     "Under 0.3 s beyond torch; the bound leaves room for a slow machine."
-    t = min(seconds("import torch; t = time.process_time(); import hedgehog_nb; hedgehog_nb.linear_attention; hedgehog_nb.make_feature_map; print(time.process_time()-t)") for _ in range(2))
+    t = min(seconds("import torch; t = time.process_time(); import hedgehog_nb; hedgehog_nb.linear_attention; "
+        "hedgehog_nb.make_feature_map; print(time.process_time()-t)") for _ in range(2))
     assert t<.6
 
 def test_help_is_quick():
-    code = "import sys; sys.argv = ['hedgehog','--help']; from hedgehog_nb.cli import app; import io, contextlib\nwith contextlib.redirect_stdout(io.StringIO()): app(standalone_mode=False)\nprint(time.process_time())"
+    code = ("import sys; sys.argv = ['hedgehog','--help']; from hedgehog_nb.cli import app; import io, contextlib\n"
+        "with contextlib.redirect_stdout(io.StringIO()): app(standalone_mode=False)\nprint(time.process_time())")
     assert min(seconds(code) for _ in range(2))<2
 
 def inputs(B=1, H=4, Hkv=2, T=700, D=16): return torch.randn(B,T,H,D).transpose(1,2), *(torch.randn(B,T,Hkv,D).transpose(1,2) for _ in range(2))

@@ -23,7 +23,8 @@ def logits(model, **x): return model(**x).logits
 def kl(model, batch):
     "KL to the teacher of each layer, by the n × n oracle."
     out = []
-    teacher_pass(model, batch, lambda module, q, k, v, causal, scale, mask, o: out.append(naive_weight_loss(q, k, module.feature_map, causal, scale, mask).mean().item()))
+    teacher_pass(model, batch,
+        lambda module, q, k, v, causal, scale, mask, o: out.append(naive_weight_loss(q, k, module.feature_map, causal, scale, mask).mean().item()))
     return out
 
 def batches_of(model, name, n):
@@ -141,7 +142,8 @@ def test_finetuning_in_pieces(name):
 def in_processes(root, tmp_path_factory):
     "{number of processes: folder} after the same short training; two are stopped in between once, and started again"
     def run(folder, stopped=False):
-        p = subprocess.run([*torchrun, str(root/'tests'/'two_processes.py'), str(folder), *['--stop']*stopped], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH':os.pathsep.join(sys.path), 'OMP_NUM_THREADS':'1'})
+        p = subprocess.run([*torchrun, str(root/'tests'/'two_processes.py'), str(folder), *['--stop']*stopped],
+            capture_output=True, text=True, env={**os.environ, 'PYTHONPATH':os.pathsep.join(sys.path), 'OMP_NUM_THREADS':'1'})
         assert (p.returncode!=0)==stopped, p.stderr
     d = {n:tmp_path_factory.mktemp(f'p{n}') for n in (1,2)}
     torchrun = sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', str(free_port())
@@ -164,7 +166,8 @@ def test_two_processes_make_the_same_steps(in_processes):
 def test_the_command_in_two_processes(root, tmp_path):
     "The same rows as in one, up to rounding; said and written once."
     (tmp_path/'hedgehog.py').write_text("from hedgehog_nb.cli import app\napp(prog_name='hedgehog')\n")
-    args = 'linearize embedded --data embedded --seq-len 64 --batch-size 4 --eval-tokens 128 --distill-steps 3 --finetune-steps 3 --finetune-lr 1e-3 --lr 0.1 --save-every 2 --json --out'.split()
+    args = ('linearize embedded --data embedded --seq-len 64 --batch-size 4 --eval-tokens 128 --distill-steps 3 '
+        '--finetune-steps 3 --finetune-lr 1e-3 --lr 0.1 --save-every 2 --json --out').split()
     r = CliRunner().invoke(app, [*args, str(tmp_path/'a')])
     assert r.exit_code==0, r.stderr
     p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', str(free_port()), 'hedgehog.py', *args, 'b'],
@@ -217,7 +220,8 @@ def test_states_are_safetensors_alone(tmp_path):
         assert json.loads(p.read_bytes()[8:8+n])['__metadata__']['state']
 
 def test_what_a_killed_save_left_goes_with_the_next(tmp_path):
-    code = "import os, sys, torch; from hedgehog_nb.training.checkpoint import save_state; os.replace = lambda *a: os.kill(os.getpid(), 9); save_state(sys.argv[1], x=torch.ones(5))"
+    code = ("import os, sys, torch; from hedgehog_nb.training.checkpoint import save_state; "
+        "os.replace = lambda *a: os.kill(os.getpid(), 9); save_state(sys.argv[1], x=torch.ones(5))")
     assert subprocess.run([sys.executable, '-c', code, str(tmp_path/'s')]).returncode==-9
     assert [p.name for p in tmp_path.iterdir()]==['.s.tmp']
     (tmp_path/'.s.tmp'/'.tmpFrnJEF').write_text('as safetensors leaves one')
@@ -239,7 +243,8 @@ def test_another_run_or_model_is_refused(tmp_path):
     go(linearize(llama(layers=2)), tmp_path)
     with pytest.raises(ValueError, match='steps is 8 there, 9 here.*delete it'): go(linearize(llama(layers=2)), tmp_path, steps=9)
     with pytest.raises(ValueError, match='another model: model.layers'): go(linearize(llama(layers=2), num_maps=2), tmp_path)
-    with pytest.raises(ValueError, match='lora is None there'): go(linearize(llama(layers=2)), tmp_path, lora=dict(r=2, target_modules='all-linear'), phase='finetune')
+    with pytest.raises(ValueError, match='lora is None there'):
+        go(linearize(llama(layers=2)), tmp_path, lora=dict(r=2, target_modules='all-linear'), phase='finetune')
     for broken in (b'', (tmp_path/'distill').read_bytes()[:999], b'\x80\x04N.'):
         (tmp_path/'distill').write_bytes(broken)
         with pytest.raises(ValueError, match='keeps no state.*start anew'): go(linearize(llama(layers=2)), tmp_path)
@@ -272,11 +277,14 @@ def test_a_file_that_cannot_grow(tmp_path):
 def test_ctrl_c_says_where_the_state_is(tmp_path, phase):
     def on_step(step, *_):
         if step==5: raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt, match=f'step 3 of 8 is kept in {tmp_path/phase}, and the same call goes on'): go(linearize(llama(layers=2)), tmp_path, phase=phase, on_step=on_step)
-    with pytest.raises(KeyboardInterrupt, match='nothing was kept yet'): go(linearize(llama(layers=2)), tmp_path/'b', phase=phase, on_step=lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt, match=f'step 3 of 8 is kept in {tmp_path/phase}, and the same call goes on'):
+        go(linearize(llama(layers=2)), tmp_path, phase=phase, on_step=on_step)
+    with pytest.raises(KeyboardInterrupt, match='nothing was kept yet'):
+        go(linearize(llama(layers=2)), tmp_path/'b', phase=phase, on_step=lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
 
 def test_what_is_not_finite_is_not_kept(tmp_path):
-    with pytest.raises(FloatingPointError, match=r'step \d: .*lower the learning rate'): finetune(linearize(llama(layers=2)), corpus(16), 8, 4, lr=1e38, warmup=0, checkpoint=tmp_path/'f', save_every=1)
+    with pytest.raises(FloatingPointError, match=r'step \d: .*lower the learning rate'):
+        finetune(linearize(llama(layers=2)), corpus(16), 8, 4, lr=1e38, warmup=0, checkpoint=tmp_path/'f', save_every=1)
     if (tmp_path/'f').exists(): assert all(t.isfinite().all() for t in load_state(tmp_path/'f')['model'].values())
     model = linearize(llama(layers=2))
     with torch.no_grad(): model.lm_head.weight[0] = float('nan')
@@ -302,7 +310,8 @@ def test_stopped_adapters_are_taken_out_again():
     model = linearize(llama(layers=2)); before = {k:v.clone() for k,v in model.named_parameters()}
     with pytest.raises(Stop): finetune(model, corpus(16), 3, 4, lora=dict(r=2, target_modules='all-linear'), on_step=stop_at(2))
     after = dict(model.named_parameters())
-    assert list(after)==list(before) and all(p.requires_grad for p in after.values()) and all(torch.equal(after[k], before[k]) for k in before if 'feature_map' not in k)
+    assert (list(after)==list(before) and all(p.requires_grad for p in after.values())
+            and all(torch.equal(after[k], before[k]) for k in before if 'feature_map' not in k))
 
 def test_after_half_precision_the_model_is_as_precise_as_before():
     model = finetune(linearize(llama(layers=2)), corpus(16), 2, 4, bf16=True)
@@ -319,21 +328,26 @@ def image_rows(n):
 
 def text_rows(n):
     g = torch.Generator().manual_seed(0)
-    return [dict(input_ids=torch.randint(4+28*(i%2), 32+28*(i%2), (5+i%7,), generator=g).tolist(), attention_mask=[1]*(5+i%7), labels=i%2, idx=str(i)) for i in range(n)]
+    return [dict(input_ids=torch.randint(4+28*(i%2), 32+28*(i%2), (5+i%7,), generator=g).tolist(), attention_mask=[1]*(5+i%7), labels=i%2, idx=str(i))
+        for i in range(n)]
 
 class Pad:
     "What `DataCollatorWithPadding` does, without a tokenizer"
     def __call__(self, rows):
         n = max(len(r['input_ids']) for r in rows)
-        return {**{k: torch.tensor([r[k]+[0]*(n-len(r[k])) for r in rows]) for k in ('input_ids','attention_mask')}, 'labels': torch.tensor([r['labels'] for r in rows])}
+        return {**{k: torch.tensor([r[k]+[0]*(n-len(r[k])) for r in rows]) for k in ('input_ids','attention_mask')},
+            'labels': torch.tensor([r['labels'] for r in rows])}
 
-@pytest.mark.parametrize('kw', [{}, dict(accumulate=2), dict(bf16=True), dict(gradient_checkpointing=True), dict(lora=dict(r=4, target_modules=['query','value'], modules_to_save=['classifier']))], ids=str)
+@pytest.mark.parametrize('kw', [{}, dict(accumulate=2), dict(bf16=True), dict(gradient_checkpointing=True),
+    dict(lora=dict(r=4, target_modules=['query','value'], modules_to_save=['classifier']))], ids=str)
 @pytest.mark.parametrize('task', ['text','images'])
 def test_heads(task, kw):
     torch.manual_seed(0)
     from transformers import BertConfig, BertForSequenceClassification
     if task=='images' and 'lora' in kw: kw = dict(lora=dict(r=4, target_modules=['q_proj','v_proj'], modules_to_save=['classifier']))
-    if task=='text': model = BertForSequenceClassification(BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB, num_labels=2))
+    if task=='text':
+        model = BertForSequenceClassification(BertConfig(hidden_size=32, intermediate_size=48,
+            num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCAB, num_labels=2))
     else: model = vit(layers=2)
     losses,data = [],text_rows(32) if task=='text' else image_rows(32)
     finetune(linearize(model), data, 30, 16, lr=2e-2, collator=Pad() if task=='text' else None, on_step=lambda s,l,t: losses.append(l), **kw)

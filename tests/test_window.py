@@ -67,8 +67,9 @@ def test_window_counts_positions():
     a = torch.cat([far, near]); close(naive_window_weights(q, k, phi_q, phi_k, w, **kw)[0,0,i,:i+1], a/a.sum())
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(B=st.integers(1, 2), Hkv=st.integers(1, 2), G=st.integers(1, 3), T=st.integers(1, 70), D=st.integers(1, 20), window=st.integers(0, 80), chunk=st.integers(1, 80), cut=st.integers(0, 69),
-       form=st.sampled_from(FORMS), masked=st.booleans(), maps=st.integers(1, 2), dtype=st.sampled_from([torch.float64, torch.float32]), seed=st.integers(0, 99))
+@given(B=st.integers(1, 2), Hkv=st.integers(1, 2), G=st.integers(1, 3), T=st.integers(1, 70), D=st.integers(1, 20),
+       window=st.integers(0, 80), chunk=st.integers(1, 80), cut=st.integers(0, 69), form=st.sampled_from(FORMS),
+       masked=st.booleans(), maps=st.integers(1, 2), dtype=st.sampled_from([torch.float64, torch.float32]), seed=st.integers(0, 99))
 def test_drawn(B, Hkv, G, T, D, window, chunk, cut, form, masked, maps, dtype, seed):
     args,kw = inputs(B, Hkv*G, Hkv, T, D, form, dtype, seed, masked, maps)
     tol = 1e-9 if dtype==torch.float64 else 1e-4
@@ -184,10 +185,13 @@ def test_beams_reorder_the_state():
     for a,b in zip(leaves(s.apply(lambda x: x[idx])), leaves(s)): assert torch.equal(a, b[idx])
 
 @pytest.mark.parametrize('message,change', [
-    ('window is a number of keys, 0 or more; given -1', dict(window=-1)), ('window is', dict(window=2.)), ('window is', dict(window=True)), ('chunk_size must be', dict(chunk_size=0)),
-    ('as many queries', lambda a: dict(q=a['q'][:,:,:9], phi_q=a['phi_q'][:,:,:9])), ('phi_q is', lambda a: dict(phi_q=a['phi_q'][:,:2])), ('log_q is', dict(log_q=torch.zeros(1, 4, 3))), ('log_k is', dict(log_k=torch.zeros(1, 4, 17))),
-    ('log_gamma is', dict(log_gamma=torch.zeros(2))), ('mask is', dict(mask=torch.ones(1, 3))), ('same channels', lambda a: dict(k=a['k'][...,:4])), ('same heads and tokens', lambda a: dict(phi_k=a['phi_k'][:,:,:3])),
-    ('floating point', lambda a: dict(v=a['v'].long())), ('initial_state has shapes', lambda a: dict(initial_state=WindowState.empty(a['k'], a['v'], a['phi_k'], 3))),
+    ('window is a number of keys, 0 or more; given -1', dict(window=-1)), ('window is', dict(window=2.)), ('window is', dict(window=True)),
+    ('chunk_size must be', dict(chunk_size=0)), ('as many queries', lambda a: dict(q=a['q'][:,:,:9], phi_q=a['phi_q'][:,:,:9])),
+    ('phi_q is', lambda a: dict(phi_q=a['phi_q'][:,:2])), ('log_q is', dict(log_q=torch.zeros(1, 4, 3))), ('log_k is', dict(log_k=torch.zeros(1, 4, 17))),
+    ('log_gamma is', dict(log_gamma=torch.zeros(2))), ('mask is', dict(mask=torch.ones(1, 3))),
+    ('same channels', lambda a: dict(k=a['k'][...,:4])), ('same heads and tokens', lambda a: dict(phi_k=a['phi_k'][:,:,:3])),
+    ('floating point', lambda a: dict(v=a['v'].long())),
+    ('initial_state has shapes', lambda a: dict(initial_state=WindowState.empty(a['k'], a['v'], a['phi_k'], 3))),
 ])
 def test_errors_say_what_was_given(message, change):
     args,_ = inputs()
@@ -200,7 +204,8 @@ def test_steps_refuse_more_than_a_token():
 
 # --- the loss, and converted models
 
-KINDS = [dict(window=7, form='exp'), dict(window=7), dict(window=7, relative=True), dict(window=1, bias=True), dict(window=90), dict(window=0), dict(window=7, branch='window'), dict(window=7, branch='linear')]
+KINDS = [dict(window=7, form='exp'), dict(window=7), dict(window=7, relative=True), dict(window=1, bias=True),
+    dict(window=90), dict(window=0), dict(window=7, branch='window'), dict(window=7, branch='linear')]
 kind = pytest.mark.parametrize('kw', KINDS, ids=str)
 
 def hybrid(D=8, H=4, Hkv=2, by=.2, **kw):
@@ -220,7 +225,8 @@ def test_weight_loss_is_the_divergence_of_its_weights(kw, masked):
         p,w = softmax_weights(q, k, mask=mask),a.weights(q, k, mask=mask)
         kl = (torch.special.xlogy(p, p) - torch.where(p>0, p*w.clamp_min(1e-300).log(), 0)).sum(-1)
         return (kl*rows[:,None]).sum()/rows.sum()/4
-    if kw.get('branch')=='window': return close(weight_loss(q, k, a, mask=mask, rows=13).isfinite().double(), torch.ones((), dtype=torch.float64)) # older keys have no weight: a floor stands in
+    # older keys have no weight: a floor stands in
+    if kw.get('branch')=='window': return close(weight_loss(q, k, a, mask=mask, rows=13).isfinite().double(), torch.ones((), dtype=torch.float64))
     want,got = naive(),weight_loss(q, k, a, mask=mask, rows=13)
     close(got, want)
     for x,y in zip(*(torch.autograd.grad(l, list(a.parameters()), allow_unused=True) for l in (got, want))):
@@ -287,7 +293,8 @@ def test_a_converted_hybrid_trains_saves_and_loads(tmp_path):
     a,b = model.state_dict(),again.state_dict()
     assert a.keys()==b.keys() and all(torch.equal(a[n], b[n]) for n in a) and again.config.hedgehog==model.config.hedgehog
 
-@pytest.mark.parametrize('name,kw,says', [('bert', {}, 'causal only'), ('llama', dict(window=-1), 'window'), ('llama', dict(window=0, relative=True), 'window'), ('llama', dict(branch='left'), "both, window, linear"), ('llama', dict(rank=3), 'rank')])
+@pytest.mark.parametrize('name,kw,says', [('bert', {}, 'causal only'), ('llama', dict(window=-1), 'window'),
+    ('llama', dict(window=0, relative=True), 'window'), ('llama', dict(branch='left'), "both, window, linear"), ('llama', dict(rank=3), 'rank')])
 def test_what_cannot_be_a_hybrid(name, kw, says):
     model = MODELS[name]()
     with pytest.raises(ValueError, match=says): linearize(model, 'hedgehog-window', **kw)
@@ -302,6 +309,8 @@ def test_shares_and_branches_of_a_model():
     set_branch(model, 'window'); assert not torch.allclose(model(input_ids=x).logits, whole)
     assert all(r['share']<1e-6 for r in linear_weight_share(model, input_ids=x))
     set_branch(model); assert torch.equal(model(input_ids=x).logits, whole)
-    for f,says in ((lambda: set_branch(model, 'left'), 'both, window, linear'), (lambda: linear_weight_share(model, input_ids=x[:,:6]), 'no token .* window of 6'),
-                   (lambda: set_branch(linearize(MODELS['llama']())), 'no hybrid layers'), (lambda: linear_weight_share(MODELS['llama'](), input_ids=x), 'no hybrid layers')):
+    for f,says in ((lambda: set_branch(model, 'left'), 'both, window, linear'),
+                   (lambda: linear_weight_share(model, input_ids=x[:,:6]), 'no token .* window of 6'),
+                   (lambda: set_branch(linearize(MODELS['llama']())), 'no hybrid layers'),
+                   (lambda: linear_weight_share(MODELS['llama'](), input_ids=x), 'no hybrid layers')):
         with pytest.raises(ValueError, match=says): f()

@@ -22,7 +22,8 @@ def train(folder, steps=4, stop=False):
     a = distill(model, data.split(3), steps, .1, checkpoint=folder/'distill', save_every=2)
     maps = {f'map.{n}':p.detach().clone() for n,p in model.named_parameters() if 'feature_map' in n}
     b = []
-    finetune(model, data, steps, 4, lr=1e-3, warmup=0, accumulate=2, checkpoint=folder/'finetune', save_every=2, on_step=lambda s,l,t: (on_step(s), b.append(l)))
+    finetune(model, data, steps, 4, lr=1e-3, warmup=0, accumulate=2, checkpoint=folder/'finetune',
+        save_every=2, on_step=lambda s,l,t: (on_step(s), b.append(l)))
     if rank==0: save_file({**maps, **{n:p.detach() for n,p in model.named_parameters()}, 'losses':torch.tensor(a+b)}, folder/'done')
 
 if __name__=='__main__': train(Path(sys.argv[1]), stop='--stop' in sys.argv)

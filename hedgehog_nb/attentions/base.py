@@ -34,7 +34,8 @@ class Attention(nn.Module):
     ):
         super().__init__()
         num_kv_heads = num_kv_heads or num_heads
-        if min(head_dim, num_heads, num_kv_heads)<1: raise ValueError(f"head_dim, num_heads and num_kv_heads must be at least 1; given {head_dim}, {num_heads}, {num_kv_heads}")
+        if min(head_dim, num_heads, num_kv_heads)<1:
+            raise ValueError(f"head_dim, num_heads and num_kv_heads must be at least 1; given {head_dim}, {num_heads}, {num_kv_heads}")
         if num_heads%num_kv_heads: raise ValueError(f"{num_kv_heads} key-value heads do not divide {num_heads} query heads")
         self.head_dim,self.num_heads,self.num_kv_heads = head_dim,num_heads,num_kv_heads
         self.scale = head_dim**-0.5 if scale is None else scale
@@ -45,7 +46,8 @@ class Attention(nn.Module):
     def check(self, q, k, v, causal, mask):
         "Raises `ValueError` on shapes or a direction that this attention was not made for."
         check_qkv(q, k, v, mask); self._check(q, self.num_heads, 'queries'); self._check(k, self.num_kv_heads, 'keys')
-        if causal not in self.directions: raise ValueError(f"{type(self).__name__} is {'causal' if True in self.directions else 'bidirectional'} only; given causal={causal}")
+        if causal not in self.directions:
+            raise ValueError(f"{type(self).__name__} is {'causal' if True in self.directions else 'bidirectional'} only; given causal={causal}")
     def linear_part(self, q=None, k=None, v=None, o=None):
         "The attention to be trained, and its share of queries, keys, values and outputs: all, unless some heads stay softmax."
         return self, q, k, v, o

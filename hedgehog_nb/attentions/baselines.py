@@ -74,7 +74,9 @@ class Taylor(FeatureMap):
     def _expand(self, x): # features in [-1, 1], and the log of what they were divided by
         x = x*self.scale**0.5
         r = x.abs().amax(-1, keepdim=True).clamp_min(1)
-        powers = [torch.ones_like(r)] + [math.prod((x/r).index_select(-1, c) for c in getattr(self, f'i{n}').T)*getattr(self, f'f{n}').to(x.dtype).rsqrt() for n in range(1, self.order+1)]
+        powers = [torch.ones_like(r)] + [
+            math.prod((x/r).index_select(-1, c) for c in getattr(self, f'i{n}').T)*getattr(self, f'f{n}').to(x.dtype).rsqrt()
+            for n in range(1, self.order+1)]
         return torch.cat([p*r**(n-self.order) for n,p in enumerate(powers)], -1), self.order*r[...,0].log()
     def map_q(self, q): return self._expand(q)[0]
     def map_k(self, k): return self._expand(k)

@@ -19,12 +19,15 @@ from .options import (
 from ..data.files import atomic_write
 
 # %% ../../nbs/93_cli.ipynb #8f758508
-@app.command('evaluate', epilog=_examples('hedgehog evaluate stories-hedgehog --data embedded --seq-len 256', 'hedgehog evaluate embedded --data book.txt --split all --json'))
+@app.command('evaluate', epilog=_examples('hedgehog evaluate stories-hedgehog --data embedded --seq-len 256',
+    'hedgehog evaluate embedded --data book.txt --split all --json'))
 @_command
 def evaluate_command(
     model:ModelArg,
     data:DataOpt,
-    split:Annotated[str, _opt('--split', metavar='NAME', help="[cyan]train[/], [cyan]validation[/], [cyan]test[/] or [cyan]all[/]. A text without splits is cut: first 90%, next 5%, last 5%.")]='test',
+    split:Annotated[str, _opt('--split', metavar='NAME',
+        help="[cyan]train[/], [cyan]validation[/], [cyan]test[/] or [cyan]all[/]. "
+             "A text without splits is cut: first 90%, next 5%, last 5%.")]='test',
     base:BaseOpt=None, text_column:ColumnOpt=None, seq_len:LenOpt=512, block_bos:BlockBosOpt=None, batch_size:BatchOpt=8, eval_tokens:EvalOpt=None,
     dtype:DtypeOpt=None, implementation:ImplOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
@@ -38,11 +41,14 @@ def evaluate_command(
     with screen.progress: row = EvalLog(test, batch_size, screen.progress.bar).evaluate(m, model_name(model), 'evaluate')
     s = time.perf_counter()-t
     begin = block_start(tok, block_bos)
-    screen.out.print(f"perplexity [bold]{row['value']:.4g}[/]  on {test.numel():,} tokens in blocks of {seq_len}{describe_start(begin)}, {human_readable(test.numel()/s)} tokens/s", highlight=False, soft_wrap=True)
-    screen.object(model=model_name(model), data='+'.join(map(model_name, data)), split=split, metric='ppl', value=row['value'], eval_tokens=test.numel(), seq_len=seq_len, block_start=begin, seconds=round(s,3), tokens_per_s=round(test.numel()/s,1))
+    screen.out.print(f"perplexity [bold]{row['value']:.4g}[/]  on {test.numel():,} tokens in blocks of {seq_len}{describe_start(begin)}, "
+        f"{human_readable(test.numel()/s)} tokens/s", highlight=False, soft_wrap=True)
+    screen.object(model=model_name(model), data='+'.join(map(model_name, data)), split=split, metric='ppl', value=row['value'],
+        eval_tokens=test.numel(), seq_len=seq_len, block_start=begin, seconds=round(s,3), tokens_per_s=round(test.numel()/s,1))
 
 # %% ../../nbs/93_cli.ipynb #1d0c632d
-@app.command('generate', epilog=_examples('hedgehog generate stories-hedgehog --prompt "Once upon a time"', 'hedgehog generate embedded --prompt "Lily and Tom" --temperature 0 --max-new-tokens 50'))
+@app.command('generate', epilog=_examples('hedgehog generate stories-hedgehog --prompt "Once upon a time"',
+    'hedgehog generate embedded --prompt "Lily and Tom" --temperature 0 --max-new-tokens 50'))
 @_command
 def generate_command(
     model:ModelArg,
@@ -64,7 +70,8 @@ def generate_command(
     story = generate_text(m, tok, sys.stdin.read() if prompt=='-' else prompt, max_new_tokens, temperature, top_p, seed, screen.writer(), chat)
     if not as_json: print()
     what,mem = ('recurrent state' if is_converted(model) else 'key-value cache'),story.pop('memory')
-    screen.say(f"[dim]{story['tokens']} tokens, {story['tokens']/story['seconds']:.0f} tokens/s; {what} {mem[0]:,} bytes after the first, {mem[-1]:,} after the last[/]")
+    screen.say(f"[dim]{story['tokens']} tokens, {story['tokens']/story['seconds']:.0f} tokens/s; "
+        f"{what} {mem[0]:,} bytes after the first, {mem[-1]:,} after the last[/]")
     screen.object(model=model_name(model), prompt=prompt, chat=chat, **story, first_bytes=mem[0], last_bytes=mem[-1])
 
 # %% ../../nbs/93_cli.ipynb #55fe3a28
@@ -76,17 +83,22 @@ def _window_summary(model, ids):
     if not windows or max(windows)>=ids.shape[1]: return None
     rows = linear_weight_share(model, input_ids=ids.to(model.device))
     mean = lambda k, rows: sum(r[k] for r in rows)/len(rows)
-    return dict(share=mean('share', rows), softmax=mean('softmax', rows), layers=[round(mean('share', [r for r in rows if r['layer']==i]), 3) for i in sorted({r['layer'] for r in rows})])
+    return dict(share=mean('share', rows), softmax=mean('softmax', rows),
+        layers=[round(mean('share', [r for r in rows if r['layer']==i]), 3) for i in sorted({r['layer'] for r in rows})])
 
 # %% ../../nbs/93_cli.ipynb #4d19f2cc
-@app.command('properties', epilog=_examples('hedgehog properties embedded --data embedded --map elu --map taylor --map hedgehog', 'hedgehog properties stories-hedgehog --data embedded --by layer --out layers.png'))
+@app.command('properties', epilog=_examples('hedgehog properties embedded --data embedded --map elu --map taylor --map hedgehog',
+    'hedgehog properties stories-hedgehog --data embedded --by layer --out layers.png'))
 @_command
 def properties_command(
     model:ModelArg,
     data:DataOpt,
-    maps:Annotated[Optional[List[str]], _opt('--map', '-m', metavar='NAME', help="A feature map to measure beside softmax, as it is made. May be given several times; a converted model's own maps if not given.")]=None,
-    by:Annotated[str, _opt('--by', metavar='NAME', help="A row of the table for each map ([cyan]model[/]), for each map and [cyan]layer[/], or for each [cyan]head[/].")]='model',
-    out:Annotated[Optional[Path], _opt('--out', '-o', metavar='FILE', help="Draw entropy, rank correlation and divergence against the layer, into a .png, .svg or .pdf.")]=None,
+    maps:Annotated[Optional[List[str]], _opt('--map', '-m', metavar='NAME',
+        help="A feature map to measure beside softmax, as it is made. May be given several times; a converted model's own maps if not given.")]=None,
+    by:Annotated[str, _opt('--by', metavar='NAME',
+        help="A row of the table for each map ([cyan]model[/]), for each map and [cyan]layer[/], or for each [cyan]head[/].")]='model',
+    out:Annotated[Optional[Path], _opt('--out', '-o', metavar='FILE',
+        help="Draw entropy, rank correlation and divergence against the layer, into a .png, .svg or .pdf.")]=None,
     split:Annotated[str, _opt('--split', metavar='NAME', help="[cyan]train[/], [cyan]validation[/], [cyan]test[/] or [cyan]all[/].")]='test',
     base:BaseOpt=None, text_column:ColumnOpt=None, seq_len:LenOpt=256, block_bos:BlockBosOpt=None,
     tokens:Annotated[int, _opt('--tokens', panel='Measuring', metavar='N', min=2, help="Measure on the first so many tokens.")]=1024,
@@ -107,12 +119,17 @@ def properties_command(
     rows = report.mean(*keys[by])
     screen.out.print(report_table(rows))
     shares = _window_summary(m, ids)
-    if shares: screen.out.print(f"keys older than the window: [bold]{shares['share']:.1%}[/] of the weight through the linear branch, where softmax puts {shares['softmax']:.1%}; by layer", *shares['layers'], highlight=False)
+    if shares:
+        screen.out.print(f"keys older than the window: [bold]{shares['share']:.1%}[/] of the weight through the linear branch, "
+            f"where softmax puts {shares['softmax']:.1%}; by layer", *shares['layers'], highlight=False)
     if fig:
         with use_style(): drawn = plot_report(report, ('share','spearman','kl') if len(rows.mean('variant'))>1 else ('share','sink','support'))
         with atomic_write(fig) as p: save_picture(drawn, p)
         screen.say(f"against the layer: [bold]{fig}[/]")
-    screen.object(model=model_name(model), data='+'.join(map(model_name, data)), tokens=ids.numel(), seq_len=seq_len, block_start=block_start(tok, block_bos), rows=[{k:v for k,v in r.items() if not isinstance(v, float) or math.isfinite(v)} for r in rows], **({'older_keys':shares} if shares else {}))
+    screen.object(model=model_name(model), data='+'.join(map(model_name, data)), tokens=ids.numel(), seq_len=seq_len,
+        block_start=block_start(tok, block_bos),
+        rows=[{k:v for k,v in r.items() if not isinstance(v, float) or math.isfinite(v)} for r in rows],
+        **({'older_keys':shares} if shares else {}))
 
 # %% ../../nbs/93_cli.ipynb #c11s3lf2
 def _self_check(screen, device):
@@ -123,7 +140,9 @@ def _self_check(screen, device):
     n = len(default_cases())
     def on_row(r):
         error = '' if r['error'] is None else f"off by {r['error']:.1e} of {r['allowed']:g} allowed, "
-        screen.out.print(f"{r['kernel']:<12} {r['dtype']:<9} {r['head_dim']:>4} {r['form']:<15} [{'green' if r['verdict']=='good' else 'red'}]{escape(r['verdict'])}[/]  [dim]{error}{r['seconds']:.1f} s[/]", highlight=False, soft_wrap=True)
+        screen.out.print(f"{r['kernel']:<12} {r['dtype']:<9} {r['head_dim']:>4} {r['form']:<15} "
+            f"[{'green' if r['verdict']=='good' else 'red'}]{escape(r['verdict'])}[/]  [dim]{error}{r['seconds']:.1f} s[/]",
+            highlight=False, soft_wrap=True)
     def on_start(device):
         for k,x in surroundings(device).items(): screen.out.print(f"[dim]{k:<12}[/] {escape(x)}", highlight=False, soft_wrap=True)
     rows = self_check(device, on_row=on_row, on_start=on_start)
@@ -154,10 +173,12 @@ def _bench_printer(screen):
     'hedgehog bench --out results/bench-h200.json --resume', 'hedgehog bench --only hedgehog --only sdpa-flash'))
 @_command
 def bench_command(ctx:typer.Context,
-    out:Annotated[Path, _opt('--out', '-o', metavar='FILE', help="File of results, .json; written after every case, on a GPU every contender.")]=Path('bench.json'),
+    out:Annotated[Path, _opt('--out', '-o', metavar='FILE',
+        help="File of results, .json; written after every case, on a GPU every contender.")]=Path('bench.json'),
     minutes:Annotated[float, _opt('--minutes', metavar='X', min=0, help="Begin nothing but the first after so many minutes.")]=9.,
     timeout:Annotated[float, _opt('--timeout', metavar='X', min=1, help="On a GPU, stop a contender that takes so many seconds, compiling included.")]=120.,
-    only:Annotated[Optional[List[str]], _opt('--only', metavar='NAME', help="A contender, by the name of its column. May be given several times; all if not given.")]=None,
+    only:Annotated[Optional[List[str]], _opt('--only', metavar='NAME',
+        help="A contender, by the name of its column. May be given several times; all if not given.")]=None,
     resume:Annotated[bool, _opt('--resume', help="Keep what the file holds of this device, commit and versions, and measure the rest.")]=False,
     overwrite:Annotated[bool, _opt('--overwrite', help="Replace the file if it exists; with --resume, if it is of another device, commit or versions.")]=False,
     self_check:Annotated[bool, _opt('--self-check', help="Only compare every kernel with PyTorch on this GPU, and keep the verdicts.")]=False,
@@ -240,7 +261,8 @@ def demo_command(
     teacher,tok = load_embedded()
     train = token_blocks(load_texts('embedded'), tok, DEMO['seq_len'], seed=seed)
     test = token_blocks(load_texts('embedded', 'test'), tok, DEMO['seq_len'])
-    screen.say(f"[bold]stories260K[/], a Llama of {teacher.num_parameters():,} parameters that writes stories, has softmax attention.\nNow we give it linear attention, and measure on {test.numel():,} tokens it has not seen.\n")
+    screen.say(f"[bold]stories260K[/], a Llama of {teacher.num_parameters():,} parameters that writes stories, has softmax attention.\n"
+        f"Now we give it linear attention, and measure on {test.numel():,} tokens it has not seen.\n")
     camera = AttentionSnapshots(test[:1,:24], tok, DEMO['layer'])
     with screen.progress: model,rows = _demo_rows(train, test, quick, (screen.progress, camera), seed)
     screen.out.print('\n', perplexity_table(rows))

@@ -115,7 +115,8 @@ class Progress:
     ):
         from rich.progress import Progress, TextColumn, BarColumn, TaskProgressColumn, TimeRemainingColumn
         self.console,self.tasks = console,{}
-        self.bars = Progress(TextColumn('  {task.description:<9}'), BarColumn(24), TaskProgressColumn(), TextColumn('{task.fields[info]}'), TimeRemainingColumn(compact=True),
+        self.bars = Progress(TextColumn('  {task.description:<9}'), BarColumn(24), TaskProgressColumn(),
+            TextColumn('{task.fields[info]}'), TimeRemainingColumn(compact=True),
             console=console, transient=True, disable=not console.is_terminal)
     def __enter__(self): self.bars.start(); return self
     def __exit__(self, *_): self.bars.stop()
@@ -150,7 +151,10 @@ def report_table(rows):
     t = Table(box=box.SIMPLE_HEAD)
     for n in names: t.add_column(n, no_wrap=True)
     for c in heads: t.add_column(heads[c], justify='right')
-    for r in rows: t.add_row(*(str(r[n]) for n in names), *('–' if not math.isfinite(r[c]) else f'{r[c]:.3g}' if abs(r[c])>1e-9 else '0' for c in heads), style='bold' if r['variant']=='softmax' else None)
+    for r in rows:
+        t.add_row(*(str(r[n]) for n in names),
+            *('–' if not math.isfinite(r[c]) else f'{r[c]:.3g}' if abs(r[c])>1e-9 else '0' for c in heads),
+            style='bold' if r['variant']=='softmax' else None)
     return t
 
 # %% ../../nbs/93_cli.ipynb #6c86c0c9
@@ -166,7 +170,8 @@ def perplexity_table(
     t.add_column('model')
     for c in ('perplexity','× teacher','tokens','time'): t.add_column(c, justify='right')
     for r in rows:
-        t.add_row(label(r), f"{r['value']:.4g}", f"{r['value']/base:.3f}", f"{r['tokens']:,}" if r['tokens'] else '–', f"{r['seconds']:.0f} s" if r['tokens'] else '–',
+        t.add_row(label(r), f"{r['value']:.4g}", f"{r['value']/base:.3f}",
+            f"{r['tokens']:,}" if r['tokens'] else '–', f"{r['seconds']:.0f} s" if r['tokens'] else '–',
             style='bold' if r['variant']=='hedgehog' else '')
     return t
 

@@ -39,7 +39,8 @@ def check_output(
     if path.exists() and folder!=path.is_dir() or path.is_dir() and any(path.iterdir()) and not is_converted(path):
         raise ValueError(f"{path} is something else and will not be replaced; choose another {option}")
     up = next(p for p in path.absolute().parents if p.exists())
-    if not up.is_dir() or not os.access(up, os.W_OK): raise ValueError(f"{path} cannot be written, since {up} is no folder you may write to; choose another {option}")
+    if not up.is_dir() or not os.access(up, os.W_OK):
+        raise ValueError(f"{path} cannot be written, since {up} is no folder you may write to; choose another {option}")
     return path
 
 def model_name(
@@ -95,7 +96,8 @@ def open_model(
         from hedgehog_nb.models.loading import load_linearized
         from transformers import AutoTokenizer
         path = Path(spec).expanduser()
-        return load_linearized(path, implementation=implementation or 'saved', **({} if dtype is None else dict(dtype=parse_dtype(dtype)))).to(device), AutoTokenizer.from_pretrained(path)
+        return (load_linearized(path, implementation=implementation or 'saved',
+            **({} if dtype is None else dict(dtype=parse_dtype(dtype)))).to(device), AutoTokenizer.from_pretrained(path))
     model,tok = load_model(spec, dtype, device)
     if type(model).__name__ not in language_models.values():
         raise ValueError(f"{spec} is a {type(model).__name__}, no language model that writes left to right; convert it in Python, with hedgehog_nb.linearize")

@@ -34,7 +34,9 @@ def open_run_dir(
     theirs = json.loads(f.read_text())
     def said(v): return 'not given' if v is None else ('off','on')[v] if isinstance(v, bool) else v
     odd = [f"{k} {said(theirs.get(k))} there, {said(v)} here" for k,v in settings.items() if theirs.get(k)!=v]
-    if odd: raise ValueError(f"{work} keeps an unfinished run with other settings ({'; '.join(odd[:3])}); repeat that command to finish it, or say --restart to throw it away")
+    if odd:
+        raise ValueError(f"{work} keeps an unfinished run with other settings ({'; '.join(odd[:3])}); "
+            "repeat that command to finish it, or say --restart to throw it away")
     return True
 
 @contextmanager
@@ -55,8 +57,10 @@ def _plan(model, spec, feature_map, layers, extra, train, test, steps, batch_siz
     from hedgehog_nb.training.recipe import tokens_after
     n,(_,T) = model.num_parameters(),test.shape
     lines = [('convert', f"[bold]{model_name(spec)}[/], {type(model).__name__}, {n:,} parameters, {str(model.dtype)[6:]} on {model.device.type}"),
-        ('to', f"[bold]{feature_map}[/] attention in {layers} layers{f' but for heads {heads}' if heads else ''}, {extra:,} parameters of maps ({extra/n:.2%})")]
-    lines += [(w, f"{tokens_after(s, train, batch_size):,} tokens, {s} steps of {min(batch_size, len(train))} × {T}") for w,s in zip(('distill','finetune'), steps) if s]
+        ('to', f"[bold]{feature_map}[/] attention in {layers} layers{f' but for heads {heads}' if heads else ''}, "
+            f"{extra:,} parameters of maps ({extra/n:.2%})")]
+    lines += [(w, f"{tokens_after(s, train, batch_size):,} tokens, {s} steps of {min(batch_size, len(train))} × {T}")
+        for w,s in zip(('distill','finetune'), steps) if s]
     if lora and steps[1]: lines[-1] = (lines[-1][0], f"{lines[-1][1]}; adapters of rank {lora['r']} and the maps")
     return '\n'.join(f'  [dim]{w:<9}[/] {l}' for w,l in [*lines, ('measure', f'{test.numel():,} tokens in blocks of {T}{start}')])+'\n'
 
@@ -97,7 +101,8 @@ def _lora(model, rank, targets):
     if odd: raise ValueError(f"--lora-targets {odd[0]}: the model has no such module; the nearest is {difflib.get_close_matches(odd[0], names, 1, 0)[0]}")
     return dict(r=rank, lora_alpha=2*rank, target_modules=targets if targets=='all-linear' else targets.split(','))
 
-NON_RESULT_OPTIONS = {'out','save','overwrite','record','experiment','config','restart','save_every','grad_accum','as_json','debug'} # Options that do not shape the result
+# Options that do not shape the result
+NON_RESULT_OPTIONS = {'out','save','overwrite','record','experiment','config','restart','save_every','grad_accum','as_json','debug'}
 
 def _settings(ctx): return {p.opts[0]:ctx.params.get(p.name) for p in ctx.command.params if p.name not in NON_RESULT_OPTIONS}
 
@@ -111,7 +116,9 @@ def _save(model, tok, out, work, trained, record, camera, rows, own_tok, **run):
         if trained:
             shutil.copytree(trained, d)
             if own_tok: tok.save_pretrained(d)
-        else: save_linearized(model, d, tok, card={'data': rows[-1]['data'], 'tokens of training': rows[-1]['tokens'], 'perplexity on held-out text': f"{rows[-1]['value']:.4g}"})
+        else:
+            save_linearized(model, d, tok, card={'data': rows[-1]['data'], 'tokens of training': rows[-1]['tokens'],
+                'perplexity on held-out text': f"{rows[-1]['value']:.4g}"})
         camera.attention(d/'attention.png')
         camera.curve(d/'perplexity.png')
         for f in (work/'results.json', d/'results.json', record):
@@ -119,29 +126,47 @@ def _save(model, tok, out, work, trained, record, camera, rows, own_tok, **run):
 
 # %% ../../nbs/93_cli.ipynb #e870b766
 @app.command('linearize', epilog=_examples('hedgehog linearize embedded --data embedded --out stories-hedgehog --seq-len 256',
-    'hedgehog linearize SmolLM2.gguf --data wikitext-2/ --out smol --baseline --evals 5 --record smol.json', 'hedgehog linearize gpt2 --data book.txt --out gpt2-hedgehog --distill-tokens 1000000 --finetune-tokens 0',
-    'hedgehog linearize some-llama/ --data book.txt --out llama-hedgehog --lora-rank 8 --lora-targets q_proj,k_proj,v_proj,o_proj --grad-accum 4', 'hedgehog linearize --config run.toml --lr 0.02'))
+    'hedgehog linearize SmolLM2.gguf --data wikitext-2/ --out smol --baseline --evals 5 --record smol.json',
+    'hedgehog linearize gpt2 --data book.txt --out gpt2-hedgehog --distill-tokens 1000000 --finetune-tokens 0',
+    'hedgehog linearize some-llama/ --data book.txt --out llama-hedgehog --lora-rank 8 --lora-targets q_proj,k_proj,v_proj,o_proj --grad-accum 4',
+    'hedgehog linearize --config run.toml --lr 0.02'))
 @_command
 def linearize_command(ctx:typer.Context,
     model:ModelArg,
     data:DataOpt,
     out:Annotated[Path, _opt('--out', '-o', metavar='DIR', help="Folder to write: the model, figures, results.")],
     config:ConfigOpt=None,
-    save:Annotated[str, _opt('--save', metavar='NAME', help="The whole [cyan]model[/], or what was [cyan]trained[/], maps and adapters: a few MB, used beside the original.")]='model',
+    save:Annotated[str, _opt('--save', metavar='NAME',
+        help="The whole [cyan]model[/], or what was [cyan]trained[/], maps and adapters: a few MB, used beside the original.")]='model',
     overwrite:Annotated[bool, _opt('--overwrite', help="Replace what --out and --record name, if it is there.")]=False,
     restart:Annotated[bool, _opt('--restart', help="Throw away what an earlier run for --out has left unfinished, in place of going on with it.")]=False,
-    eval_data:Annotated[Optional[List[str]], _opt('--eval-data', metavar='DATA', help="Text to measure on, all of it; the test split of --data if not given.")]=None,
+    eval_data:Annotated[Optional[List[str]], _opt('--eval-data', metavar='DATA',
+        help="Text to measure on, all of it; the test split of --data if not given.")]=None,
     text_column:ColumnOpt=None,
-    feature_map:Annotated[str, _opt('--map', panel='Conversion', metavar='NAME', help="The feature map. Learned: [cyan]hedgehog[/], [cyan]hedgehog-window[/] (softmax for the last tokens, Hedgehog for older ones), [cyan]t2r[/], [cyan]rfa[/], [cyan]lognormal[/]. As they are: [cyan]elu[/], [cyan]relu[/], [cyan]exp[/], [cyan]taylor[/], [cyan]fast[/], [cyan]performer[/], [cyan]cosformer[/].")]='hedgehog',
-    form:Annotated[Optional[str], _opt('--form', panel='Conversion', metavar='NAME', help="Hedgehog's form: [cyan]softmax_halves[/], [cyan]softmax_joint[/] or [cyan]exp[/].")]=None,
-    num_maps:Annotated[Optional[int], _opt('--num-maps', panel='Conversion', metavar='N', min=1, help="Hedgehog's matrices per head: more features, a larger state.")]=None,
+    feature_map:Annotated[str, _opt('--map', panel='Conversion', metavar='NAME',
+        help="The feature map. Learned: [cyan]hedgehog[/], [cyan]hedgehog-window[/] "
+             "(softmax for the last tokens, Hedgehog for older ones), [cyan]t2r[/], [cyan]rfa[/], [cyan]lognormal[/]. "
+             "As they are: [cyan]elu[/], [cyan]relu[/], [cyan]exp[/], [cyan]taylor[/], [cyan]fast[/], "
+             "[cyan]performer[/], [cyan]cosformer[/].")]='hedgehog',
+    form:Annotated[Optional[str], _opt('--form', panel='Conversion', metavar='NAME',
+        help="Hedgehog's form: [cyan]softmax_halves[/], [cyan]softmax_joint[/] or [cyan]exp[/].")]=None,
+    num_maps:Annotated[Optional[int], _opt('--num-maps', panel='Conversion', metavar='N', min=1,
+        help="Hedgehog's matrices per head: more features, a larger state.")]=None,
     bias:Annotated[Optional[bool], _opt('--bias', panel='Conversion', help="Learn Hedgehog's vector b as well.")]=None,
-    window:Annotated[Optional[int], _opt('--window', panel='Conversion', metavar='N', min=0, help="Of [cyan]hedgehog-window[/]: tokens that keep softmax, each query's own included; 64 if not given.")]=None,
-    relative:Annotated[Optional[bool], _opt('--relative', panel='Conversion', help="Of [cyan]hedgehog-window[/]: linear weights relative to the largest in the window (LoLCATs).")]=None,
-    branch:Annotated[Optional[str], _opt('--branch', panel='Conversion', metavar='NAME', help="Of [cyan]hedgehog-window[/]: [cyan]both[/], or the [cyan]window[/] or the [cyan]linear[/] branch alone, to see what the other does.")]=None,
-    layers:Annotated[str, _opt('--layers', panel='Conversion', metavar='LIST', help="Layers to convert, such as [cyan]0-5,8[/], or [cyan]1-29:2[/] for every other; the rest stays softmax.")]='all',
-    softmax_heads:Annotated[Optional[str], _opt('--softmax-heads', panel='Conversion', metavar='LIST', help="Heads of these layers that stay softmax too, such as [cyan]3:0,2;7:4-5[/] for two of layer 3 and two of layer 7, in quotes.")]=None,
-    objective:Annotated[str, _opt('--objective', panel='Conversion', metavar='NAME', help="What the maps imitate: attention [cyan]weights[/], [cyan]outputs[/], [cyan]both[/], the [cyan]order[/] of all weights, or [cyan]weights+order[/].")]='weights',
+    window:Annotated[Optional[int], _opt('--window', panel='Conversion', metavar='N', min=0,
+        help="Of [cyan]hedgehog-window[/]: tokens that keep softmax, each query's own included; 64 if not given.")]=None,
+    relative:Annotated[Optional[bool], _opt('--relative', panel='Conversion',
+        help="Of [cyan]hedgehog-window[/]: linear weights relative to the largest in the window (LoLCATs).")]=None,
+    branch:Annotated[Optional[str], _opt('--branch', panel='Conversion', metavar='NAME',
+        help="Of [cyan]hedgehog-window[/]: [cyan]both[/], "
+             "or the [cyan]window[/] or the [cyan]linear[/] branch alone, to see what the other does.")]=None,
+    layers:Annotated[str, _opt('--layers', panel='Conversion', metavar='LIST',
+        help="Layers to convert, such as [cyan]0-5,8[/], or [cyan]1-29:2[/] for every other; the rest stays softmax.")]='all',
+    softmax_heads:Annotated[Optional[str], _opt('--softmax-heads', panel='Conversion', metavar='LIST',
+        help="Heads of these layers that stay softmax too, such as [cyan]3:0,2;7:4-5[/] for two of layer 3 and two of layer 7, in quotes.")]=None,
+    objective:Annotated[str, _opt('--objective', panel='Conversion', metavar='NAME',
+        help="What the maps imitate: attention [cyan]weights[/], [cyan]outputs[/], [cyan]both[/], "
+             "the [cyan]order[/] of all weights, or [cyan]weights+order[/].")]='weights',
     distill_tokens:Annotated[int, _opt('--distill-tokens', panel='Training', metavar='N', min=0, help="Budget for the maps alone; 0: none.")]=200_000,
     distill_steps:Annotated[Optional[int], _opt('--distill-steps', panel='Training', metavar='N', min=0, help="The same in steps; wins over tokens.")]=None,
     finetune_tokens:Annotated[int, _opt('--finetune-tokens', panel='Training', metavar='N', min=0, help="Budget for the whole model; 0: none.")]=200_000,
@@ -151,24 +176,32 @@ def linearize_command(ctx:typer.Context,
     batch_size:Annotated[int, _opt('--batch-size', panel='Training', metavar='N', min=1, help="Blocks per step.")]=8,
     lr:Annotated[float, _opt('--lr', panel='Training', metavar='X', help="Learning rate of the maps.")]=1e-2,
     finetune_lr:Annotated[float, _opt('--finetune-lr', panel='Training', metavar='X', help="Learning rate of the whole model, or of its adapters.")]=6e-4,
-    lora_rank:Annotated[int, _opt('--lora-rank', panel='Training', metavar='N', min=0, help="Finetune LoRA adapters of this rank, and the maps, in place of all weights; merged at the end. 0: none.")]=0,
-    lora_targets:Annotated[str, _opt('--lora-targets', panel='Training', metavar='LIST', help="Modules that get adapters, such as [cyan]q_proj,v_proj[/].")]='all-linear',
-    grad_accum:Annotated[int, _opt('--grad-accum', panel='Training', metavar='N', min=1, help="Compute each batch in so many pieces: the same step in less memory.")]=1,
-    save_every:Annotated[int, _opt('--save-every', panel='Training', metavar='N', min=1, help="Steps between two writings of the state that a stopped run goes on from.")]=50,
+    lora_rank:Annotated[int, _opt('--lora-rank', panel='Training', metavar='N', min=0,
+        help="Finetune LoRA adapters of this rank, and the maps, in place of all weights; merged at the end. 0: none.")]=0,
+    lora_targets:Annotated[str, _opt('--lora-targets', panel='Training', metavar='LIST',
+        help="Modules that get adapters, such as [cyan]q_proj,v_proj[/].")]='all-linear',
+    grad_accum:Annotated[int, _opt('--grad-accum', panel='Training', metavar='N', min=1,
+        help="Compute each batch in so many pieces: the same step in less memory.")]=1,
+    save_every:Annotated[int, _opt('--save-every', panel='Training', metavar='N', min=1,
+        help="Steps between two writings of the state that a stopped run goes on from.")]=50,
     baseline:Annotated[bool, _opt('--baseline', panel='Measuring', help="Finetune the softmax model too, with the same budget, to compare with.")]=False,
     eval_tokens:EvalOpt=None,
-    evals:Annotated[int, _opt('--evals', panel='Measuring', metavar='N', min=1, help="Evaluations during distillation, each at twice the tokens of the one before.")]=1,
+    evals:Annotated[int, _opt('--evals', panel='Measuring', metavar='N', min=1,
+        help="Evaluations during distillation, each at twice the tokens of the one before.")]=1,
     record:Annotated[Optional[Path], _opt('--record', panel='Measuring', metavar='FILE', help="Also write the results to this JSON file.")]=None,
     experiment:Annotated[str, _opt('--experiment', panel='Measuring', metavar='NAME', help="What the results call this run.")]='linearize',
-    dtype:DtypeOpt='float32', autocast:AutocastOpt=None, implementation:ImplOpt=None, device:DeviceOpt=None, seed:SeedOpt=0, as_json:JsonOpt=False, debug:DebugOpt=False,
+    dtype:DtypeOpt='float32', autocast:AutocastOpt=None, implementation:ImplOpt=None, device:DeviceOpt=None,
+    seed:SeedOpt=0, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
-    """[bold]Convert a model[/]: swap its attention, distil the maps, finetune, measure after each, save.
-
-    First each map learns alone to imitate the softmax it replaces ([cyan]--distill-tokens[/], [cyan]--lr[/]); this is cheap, and brings back most of the quality. Then the whole model, or LoRA adapters in it, learns to live with the rest ([cyan]--finetune-tokens[/], [cyan]--finetune-lr[/], [cyan]--lora-rank[/]).
-
-    A run that was stopped, killed, or ran out of disk goes on when the same command is given again, and ends as it would have. What it has done so far is in a hidden folder beside --out.
-
-    Without a GPU expect about a minute for the embedded model, and hours for a hundred million parameters; smaller budgets and [cyan]--eval-tokens[/] make it shorter. Out of memory: [cyan]--grad-accum[/]. Several processes or GPUs share each batch under [cyan]torchrun --nproc_per_node 2 --no-python hedgehog linearize …[/]."""
+    ("[bold]Convert a model[/]: swap its attention, distil the maps, finetune, measure after each, save.\n\n"
+     "    First each map learns alone to imitate the softmax it replaces ([cyan]--distill-tokens[/], [cyan]--lr[/]); this is cheap, "
+     "and brings back most of the quality. Then the whole model, or LoRA adapters in it, learns to live with the rest "
+     "([cyan]--finetune-tokens[/], [cyan]--finetune-lr[/], [cyan]--lora-rank[/]).\n\n"
+     "    A run that was stopped, killed, or ran out of disk goes on when the same command is given again, and ends as it would have. "
+     "What it has done so far is in a hidden folder beside --out.\n\n"
+     "    Without a GPU expect about a minute for the embedded model, and hours for a hundred million parameters; "
+     "smaller budgets and [cyan]--eval-tokens[/] make it shorter. Out of memory: [cyan]--grad-accum[/]. "
+     "Several processes or GPUs share each batch under [cyan]torchrun --nproc_per_node 2 --no-python hedgehog linearize …[/].")
     from hedgehog_nb.training.recipe import barrier, convert, is_main_process, read_eval_log
     from hedgehog_nb.results import code_version, command_line
     from hedgehog_nb.models.config import LinearizeConfig
@@ -195,11 +228,14 @@ def linearize_command(ctx:typer.Context,
         with screen.progress:
             rows = convert(m, train, test, how, *steps, batch_size, lr, finetune_lr, objective, evals, baseline=baseline, autocast=autocast, seed=seed,
                 on_event=tee(screen.progress, camera), accumulate=grad_accum, lora=lora, work=work, save_every=save_every, trained=trained, base=model)
-        rows = [dict(experiment=experiment, model=model_name(model), data='+'.join(map(model_name, data)), **r, seq_len=seq_len, block_start=begin, eval_tokens=test.numel()) for r in rows]
+        rows = [dict(experiment=experiment, model=model_name(model), data='+'.join(map(model_name, data)), **r,
+            seq_len=seq_len, block_start=begin, eval_tokens=test.numel()) for r in rows]
         if not is_main_process(): return
-        _save(m, tok, out, work, trained, record, camera, rows, block_bos is not None, command=command_line(_expand_config(ctx)), seed=seed, wall_s=before+time.perf_counter()-start, device=m.device, commit=commit)
+        _save(m, tok, out, work, trained, record, camera, rows, block_bos is not None, command=command_line(_expand_config(ctx)),
+            seed=seed, wall_s=before+time.perf_counter()-start, device=m.device, commit=commit)
     result = json.loads((out/'results.json').read_text())
     shutil.rmtree(work)
     screen.out.print(perplexity_table(rows))
-    screen.say(f"saved [bold]{out}[/], with {', '.join(p.name for p in sorted(out.glob('*.png')))} and results.json; let it write with\n  [cyan]hedgehog generate {out} --prompt \"…\"[/]")
+    screen.say(f"saved [bold]{out}[/], with {', '.join(p.name for p in sorted(out.glob('*.png')))} and results.json; let it write with\n"
+        f"  [cyan]hedgehog generate {out} --prompt \"…\"[/]")
     screen.object(**result, out=str(out))

@@ -52,19 +52,29 @@ def _explain(e):
 # %% ../../nbs/93_cli.ipynb #a2b549fb
 def _opt(*names, panel='Options', **kw): return typer.Option(*names, rich_help_panel=panel, **kw)
 
-ModelArg = Annotated[str, typer.Argument(metavar='MODEL', show_default=False, help="A local folder, a [cyan].gguf[/] file, a hub id, or [cyan]embedded[/], the small model that comes with the package.")]
-DataOpt = Annotated[List[str], _opt('--data', '-d', metavar='DATA', help="A text file, a folder, a [cyan]datasets[/] name ([cyan]name:config[/]), or [cyan]embedded[/]. May be given several times.")]
+ModelArg = Annotated[str, typer.Argument(metavar='MODEL', show_default=False,
+    help="A local folder, a [cyan].gguf[/] file, a hub id, or [cyan]embedded[/], the small model that comes with the package.")]
+DataOpt = Annotated[List[str], _opt('--data', '-d', metavar='DATA',
+    help="A text file, a folder, a [cyan]datasets[/] name ([cyan]name:config[/]), or [cyan]embedded[/]. May be given several times.")]
 ColumnOpt = Annotated[Optional[str], _opt('--text-column', metavar='NAME', help="Column that holds the text, where there are columns.")]
 LenOpt = Annotated[int, _opt('--seq-len', metavar='N', min=2, help="Tokens in a block.")]
-BlockBosOpt = Annotated[Optional[bool], _opt('--block-bos/--no-block-bos', help="Begin every block as the tokenizer begins a text, such as with [cyan]<s>[/], or leave that to where documents begin. "
-    "If not given: as the tokenizer's settings say ([cyan]block_bos[/]), and with it where they do not.")]
+BlockBosOpt = Annotated[Optional[bool], _opt('--block-bos/--no-block-bos',
+    help="Begin every block as the tokenizer begins a text, such as with [cyan]<s>[/], or leave that to where documents begin. "
+         "If not given: as the tokenizer's settings say ([cyan]block_bos[/]), and with it where they do not.")]
 BatchOpt = Annotated[int, _opt('--batch-size', metavar='N', min=1, help="Blocks per step.")]
-EvalOpt = Annotated[Optional[int], _opt('--eval-tokens', panel='Measuring', metavar='N', min=2, help="Measure on the first so many tokens of the test split; all of it if not given.")]
-DtypeOpt = Annotated[Optional[str], _opt('--dtype', panel='Machine', metavar='NAME', help="[cyan]float32[/], [cyan]bfloat16[/] or [cyan]float16[/]; as saved if not given.")]
-AutocastOpt = Annotated[Optional[str], _opt('--autocast', panel='Machine', metavar='NAME', help="Mixed precision: weights and states in float32, the model's products in [cyan]bfloat16[/] or [cyan]float16[/].")]
-ImplOpt = Annotated[Optional[str], _opt('--implementation', panel='Machine', metavar='NAME', help="How converted layers compute: [cyan]triton[/] (GPU), [cyan]c[/] (CPU), [cyan]chunked[/], [cyan]recurrent[/] or [cyan]naive[/], kept with a model that is saved. If not given: as it was saved, or by the input.")]
-DeviceOpt = Annotated[Optional[str], _opt('--device', panel='Machine', metavar='NAME', help="[cyan]cpu[/], [cyan]cuda[/], [cyan]cuda:1[/], [cyan]mps[/]; the first GPU, or the CPU, if not given.")]
-BaseOpt = Annotated[Optional[str], _opt('--base', metavar='MODEL', help="For a folder of [cyan]--save trained[/]: the original model; where it was if not given.")]
+EvalOpt = Annotated[Optional[int], _opt('--eval-tokens', panel='Measuring', metavar='N', min=2,
+    help="Measure on the first so many tokens of the test split; all of it if not given.")]
+DtypeOpt = Annotated[Optional[str], _opt('--dtype', panel='Machine', metavar='NAME',
+    help="[cyan]float32[/], [cyan]bfloat16[/] or [cyan]float16[/]; as saved if not given.")]
+AutocastOpt = Annotated[Optional[str], _opt('--autocast', panel='Machine', metavar='NAME',
+    help="Mixed precision: weights and states in float32, the model's products in [cyan]bfloat16[/] or [cyan]float16[/].")]
+ImplOpt = Annotated[Optional[str], _opt('--implementation', panel='Machine', metavar='NAME',
+    help="How converted layers compute: [cyan]triton[/] (GPU), [cyan]c[/] (CPU), [cyan]chunked[/], [cyan]recurrent[/] "
+         "or [cyan]naive[/], kept with a model that is saved. If not given: as it was saved, or by the input.")]
+DeviceOpt = Annotated[Optional[str], _opt('--device', panel='Machine', metavar='NAME',
+    help="[cyan]cpu[/], [cyan]cuda[/], [cyan]cuda:1[/], [cyan]mps[/]; the first GPU, or the CPU, if not given.")]
+BaseOpt = Annotated[Optional[str], _opt('--base', metavar='MODEL',
+    help="For a folder of [cyan]--save trained[/]: the original model; where it was if not given.")]
 SeedOpt = Annotated[int, _opt('--seed', panel='Machine', metavar='N', help="Same seed, same result.")]
 JsonOpt = Annotated[bool, _opt('--json', panel='Machine', help="Print one JSON object on stdout, all else on stderr.")]
 DebugOpt = Annotated[bool, _opt('--debug', panel='Machine', help="Show warnings, and the traceback of an error.")]
@@ -145,7 +155,8 @@ def _config(ctx:typer.Context, value:Optional[Path]):
     except ValueError as e: _fail(str(e))
     return value
 
-ConfigOpt = Annotated[Optional[Path], _opt('--config', metavar='FILE', is_eager=True, callback=_config, help="Read options from a [cyan].toml[/] or [cyan].yaml[/] file, by their names without the dashes; what is typed wins.")]
+ConfigOpt = Annotated[Optional[Path], _opt('--config', metavar='FILE', is_eager=True, callback=_config,
+    help="Read options from a [cyan].toml[/] or [cyan].yaml[/] file, by their names without the dashes; what is typed wins.")]
 
 def _expand_config(ctx):
     "The words of a command; those of its --config file written out."
@@ -161,7 +172,8 @@ def _expand_config(ctx):
     return words[:2]+more+words[2:]
 
 # %% ../../nbs/93_cli.ipynb #0677487b
-app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode='rich', context_settings=dict(help_option_names=['-h','--help']),
+app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    rich_markup_mode='rich', context_settings=dict(help_option_names=['-h','--help']),
     epilog=_examples('hedgehog demo', 'hedgehog linearize gpt2 --data book.txt --out gpt2-hedgehog',
         'hedgehog generate gpt2-hedgehog --prompt "The hedgehog"'))
 

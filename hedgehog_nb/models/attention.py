@@ -47,8 +47,9 @@ def padding_mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_
     m = attention_mask[:, kv_offset:kv_offset+kv_length].bool()
     return F.pad(m, (0, kv_length-m.shape[1]), value=True) # positions that the given mask does not reach are real
 
-UNSUPPORTED_KWARGS = dict(softcap="caps its scores", s_aux="has attention sinks", sinks="has attention sinks", position_bias="adds a position bias to its scores",
-    indices="attends to chosen keys", block_indices="attends to chosen blocks", cu_seq_lens_q="holds several sequences in a row")
+UNSUPPORTED_KWARGS = dict(softcap="caps its scores", s_aux="has attention sinks", sinks="has attention sinks",
+    position_bias="adds a position bias to its scores", indices="attends to chosen keys",
+    block_indices="attends to chosen blocks", cu_seq_lens_q="holds several sequences in a row")
 
 def _of_keys(mask, n, past):
     "The columns of a mask that belong to the `n` keys of this call; with a cache of fixed length it has columns of later tokens too."
@@ -60,9 +61,12 @@ def check_call(module, k, attention_mask, kwargs):
     more = [what for name,what in UNSUPPORTED_KWARGS.items() if kwargs.get(name) is not None]
     if more: raise ValueError(f"{type(module).__name__} {more[0]}: more than softmax of q·k, which linear attention cannot stand in for")
     if attention_mask is not None and attention_mask.dim()!=2:
-        raise ValueError(f"linear attention takes a (batch, tokens) padding mask; {type(module).__name__} was given a mask of shape {tuple(attention_mask.shape)}")
+        raise ValueError("linear attention takes a (batch, tokens) padding mask; "
+            f"{type(module).__name__} was given a mask of shape {tuple(attention_mask.shape)}")
     causal,past = is_causal(module, kwargs),kwargs.get('recurrent_layer')
-    if past is not None and past.length>k.shape[2] and not causal: raise ValueError(f"{type(module).__name__} goes on from {past.length-k.shape[2]} tokens without being causal, and a recurrent state holds a causal past")
+    if past is not None and past.length>k.shape[2] and not causal:
+        raise ValueError(f"{type(module).__name__} goes on from {past.length-k.shape[2]} tokens without being causal, "
+            "and a recurrent state holds a causal past")
     return causal, None if attention_mask is None else _of_keys(attention_mask, k.shape[2], past)
 
 # %% ../../nbs/08_linearize.ipynb #outa0002
@@ -82,7 +86,9 @@ def _implementation(module, q):
     "The implementation that was set, or None, the choice by the input, where it cannot run on this device."
     impl = getattr(module, '_implementation', None)
     if can_run(impl, q): return impl
-    if not torch.compiler.is_compiling(): _warn_once(f"hedgehog_nb: this model is set to implementation={impl!r}, which cannot run on {q.device.type}: it is chosen by the input there, with the same results up to rounding")
+    if not torch.compiler.is_compiling():
+        _warn_once(f"hedgehog_nb: this model is set to implementation={impl!r}, which cannot run on {q.device.type}: "
+            "it is chosen by the input there, with the same results up to rounding")
 
 def hedgehog_attention(module, q, k, v, attention_mask=None, scaling=None, dropout=0., **kwargs):
     "The attention function registered with transformers: linear where the module has a `feature_map`, softmax elsewhere."
@@ -106,7 +112,8 @@ def _at_hand(feature_map):
 def _attend(module, q, k, v, causal, mask, dropout, past):
     "The (B, T, H, D) outputs of a linear layer; what it remembers goes into `past`."
     impl = _implementation(module, q)
-    attend = partial(module.feature_map.attend, q, k, v, causal, mask, offset=0 if past is None else past.length-k.shape[2], **(dict(dropout=dropout) if module.feature_map.softmax_heads else {}))
+    attend = partial(module.feature_map.attend, q, k, v, causal, mask, offset=0 if past is None else past.length-k.shape[2],
+        **(dict(dropout=dropout) if module.feature_map.softmax_heads else {}))
     if past is None or not causal: o = attend(implementation=impl)
     elif impl!='naive': o,past.state = attend(initial_state=past.state, output_final_state=True, implementation=impl)
     else: # the oracle keeps no state: it gives the output of a first pass, and the chunked form the state
@@ -128,14 +135,16 @@ def _check_implementation(maps, implementation):
     "Raise `ValueError` where one of these attentions has no such implementation."
     for m in maps:
         have = m.linear_part()[0].implementations
-        if implementation not in (None, *have): raise ValueError(f"implementation is one of {', '.join(have)}, or None to choose by the input; given {implementation!r}")
+        if implementation not in (None, *have):
+            raise ValueError(f"implementation is one of {', '.join(have)}, or None to choose by the input; given {implementation!r}")
 
 # %% ../../nbs/08_linearize.ipynb #f0108919
 def set_implementation(
     model, # A converted model
     implementation:str=None, # A backend of `linear_attention`, or of `window_attention` for hybrids; None to choose by the input
 ):
-    "Choose the implementation of `linear_attention` in every converted layer; saved with the model. Raises `ValueError` on one that its attention does not have."
+    ("Choose the implementation of `linear_attention` in every converted layer; saved with the model. "
+     "Raises `ValueError` on one that its attention does not have.")
     ms = linear_layers(model).values()
     _check_implementation([m.feature_map for m in ms], implementation)
     for m in ms: m._implementation = implementation

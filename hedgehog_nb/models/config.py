@@ -23,9 +23,11 @@ class LinearizeConfig:
     implementation:str=None # Backend of the converted layers; chosen by the input if None
 
     def __post_init__(self):
-        if not isinstance(self.attention_kwargs, dict): raise ValueError(f"attention_kwargs is a dict of the attention's settings; given {self.attention_kwargs!r}")
+        if not isinstance(self.attention_kwargs, dict):
+            raise ValueError(f"attention_kwargs is a dict of the attention's settings; given {self.attention_kwargs!r}")
         check_attention(self.attention, self.attention_kwargs)
-        if not isinstance(self.layers, (str, list, tuple, range)): raise ValueError(f"layers is 'all', a string such as '0-5,8', or a list of integers; given {self.layers!r}")
+        if not isinstance(self.layers, (str, list, tuple, range)):
+            raise ValueError(f"layers is 'all', a string such as '0-5,8', or a list of integers; given {self.layers!r}")
         self.softmax_heads = self.softmax_heads or None
 
     def to_dict(self)->dict: # What differs from the defaults, beside `attention` and `layers`

@@ -39,7 +39,8 @@ MODEL_CARD_TEMPLATE = """---
 
 # {base}, with linear attention
 
-The softmax attention of this model was replaced by linear attention with [hedgehog_nb](https://github.com/hedgehog-nb/hedgehog_nb), after [The Hedgehog & the Porcupine](https://arxiv.org/abs/2402.04347).
+The softmax attention of this model was replaced by linear attention with \
+[hedgehog_nb](https://github.com/hedgehog-nb/hedgehog_nb), after [The Hedgehog & the Porcupine](https://arxiv.org/abs/2402.04347).
 
 | | |
 |---|---|
@@ -67,7 +68,8 @@ def model_card(
     return MODEL_CARD_TEMPLATE.format(header=data.to_yaml(), base=header.get('base_model', type(model).__name__), rows=rows)
 
 # %% ../../nbs/12_good_citizen.ipynb #12a00028
-UNLOADABLE_ATTN_IMPLEMENTATION = 'hedgehog_nb.load_linearized' # asked for as attention in config.json: a class that would load the model without its maps stops at this name
+# asked for as attention in config.json: a class that would load the model without its maps stops at this name
+UNLOADABLE_ATTN_IMPLEMENTATION = 'hedgehog_nb.load_linearized'
 
 def _one_way(op):
     "Does transformers know no way back from what it does to weights on loading?"
@@ -91,8 +93,9 @@ def _save_pretrained(model, *args, **kwargs):
     if is_hub_name(model.name_or_path): model.config.hedgehog_card = {'base_model':model.name_or_path, **getattr(model.config, 'hedgehog_card', {})}
     with reversible(model):
         try: type(model).save_pretrained(model, *args, **kwargs)
-        except NotImplementedError as e: raise ValueError(f"transformers cannot turn the weights of this quantised {type(model).__name__} back into what it saves; "
-            "keep maps and adapters alone (save_trained), or save with save_original_format=False") from e
+        except NotImplementedError as e:
+            raise ValueError(f"transformers cannot turn the weights of this quantised {type(model).__name__} back into what it saves; "
+                "keep maps and adapters alone (save_trained), or save with save_original_format=False") from e
     config,card = (Path(given['save_directory'])/f for f in ('config.json', 'README.md'))
     if not config.is_file() or not given.get('is_main_process', True): return
     cfg = json.loads(config.read_text())

@@ -30,7 +30,8 @@ def linear_weight_share(
     model, # A model converted to "hedgehog-window"
     **inputs # What its forward takes: input_ids, attention_mask …
 )->list: # Rows: layer, head, share (of the linear branch), softmax (its share on the same keys), both means over real tokens that have older keys
-    "How much of each head's weight lies on keys older than the window; memory T². Raises `ValueError` where the model has no hybrid layers, or the text no older keys."
+    ("How much of each head's weight lies on keys older than the window; memory T². "
+     "Raises `ValueError` where the model has no hybrid layers, or the text no older keys.")
     rows,hybrids = [],[m for m in model.modules() if hasattr(m, 'feature_map') and isinstance(m.feature_map.linear_part()[0], WindowAttention)]
     if not hybrids: raise ValueError("this model has no hybrid layers: convert it with linearize(model, 'hedgehog-window')")
     def fn(module, q, k, v, attention_mask, scaling=None, **kw):
@@ -41,7 +42,8 @@ def linear_weight_share(
             if not count.any(): raise ValueError(f"no token of this text has keys older than the window of {att.window}: give a longer one")
             mean = lambda x: (x*count).sum((0,2))/count.sum()
             shares = mean(att.linear_share(qs, ks, attention_mask)), mean(softmax_weights(qs, ks, scale=scaling, mask=attention_mask).tril(-att.window).sum(-1))
-            rows.extend(dict(layer=hybrids.index(module), head=h, share=a.item(), softmax=b.item()) for h,a,b in zip((h for h in range(q.shape[1]) if h not in module.feature_map.softmax_heads), *shares))
+            rows.extend(dict(layer=hybrids.index(module), head=h, share=a.item(), softmax=b.item())
+                for h,a,b in zip((h for h in range(q.shape[1]) if h not in module.feature_map.softmax_heads), *shares))
         return hedgehog_attention(module, q, k, v, attention_mask, scaling, **kw)
     with use_attention(model, fn, padding_mask): model.base_model(**inputs, use_cache=False)
     return rows

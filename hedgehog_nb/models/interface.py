@@ -96,7 +96,8 @@ def _lend(model):
     for own in dict.fromkeys(was.values()):
         if own in _kinds: continue
         _kinds.append(own)
-        for interface,fn in ((AttentionInterface, _lent_attention), (AttentionMaskInterface, _lent_mask)): interface.register(f'{LENT_PREFIX}{len(_kinds)-1}', fn)
+        for interface,fn in ((AttentionInterface, _lent_attention), (AttentionMaskInterface, _lent_mask)):
+            interface.register(f'{LENT_PREFIX}{len(_kinds)-1}', fn)
     return configs,was
 
 @contextmanager

@@ -35,7 +35,8 @@ def _dummy_input(model, name):
         size = cfg.image_size if isinstance(cfg.image_size, (tuple,list)) else (cfg.image_size,)*2
         return zeros(1, getattr(cfg, 'num_channels', 3), *size)
     if name=='input_features': return zeros(1, cfg.num_mel_bins, 2*cfg.max_source_positions) # Whisper: two frames a position
-    if name=='input_values': return zeros(1, cfg.max_length, cfg.num_mel_bins) if hasattr(cfg, 'num_mel_bins') else zeros(1, 8*math.prod(cfg.conv_stride)) # a spectrogram, or samples
+    if name=='input_values': # a spectrogram, or samples
+        return zeros(1, cfg.max_length, cfg.num_mel_bins) if hasattr(cfg, 'num_mel_bins') else zeros(1, 8*math.prod(cfg.conv_stride))
     raise KeyError(name)
 
 def probe_inputs(
@@ -46,7 +47,9 @@ def probe_inputs(
     two_towers = hasattr(model.config, 'vision_config') and not model.can_generate()
     names = [n for n in ('input_ids','pixel_values','decoder_input_ids') if n in takes and (n=='decoder_input_ids' or two_towers)]
     try: return {n:_dummy_input(model, n) for n in dict.fromkeys([name, *names])}
-    except (AttributeError,KeyError): raise ValueError(f"{type(model).__name__} takes {name!r} of a shape that its config does not tell; give `inputs`, a dict for its forward, so that its attention can be seen") from None
+    except (AttributeError,KeyError):
+        raise ValueError(f"{type(model).__name__} takes {name!r} of a shape that its config does not tell; "
+            "give `inputs`, a dict for its forward, so that its attention can be seen") from None
 
 # %% ../../nbs/08_linearize.ipynb #d195a8dd
 def _self_attention(model, calls, takes):
@@ -101,7 +104,8 @@ def probe_attention(
         got = fused_softmax_attention(q, k, v, is_causal(module, kw), scaling, window=kw.get('sliding_window')).transpose(1,2)
         rows,tol = next(todo),max(torch.finfo(q.dtype).eps, 1.2e-7)**.5*want.abs().max().clamp_min(1)
         if (want-got)[rows].abs().gt(tol).any():
-            raise ValueError(f"{names[module]} does not compute softmax of q·k alone, or not under the mask that it names, so linear attention cannot stand in for it")
+            raise ValueError(f"{names[module]} does not compute softmax of q·k alone, or not under the mask that it names, "
+                "so linear attention cannot stand in for it")
         return want, None
     _probe_forward(runs, x, see, padding_mask)
     stateful = {c.module:c.name for c in calls if c.causal and hasattr(c.module, 'layer_idx')}
@@ -121,7 +125,9 @@ def _make(name, call, settings, kept=()):
     "The attention that takes the place of one call's softmax, but for the heads `kept`."
     sizes = call.q.shape[-1], call.q.shape[1], call.k.shape[1], call.scale
     m = MixedHeadAttention(name, kept, *sizes, sliding_window=call.window, **settings) if kept else make_attention(name, *sizes, **settings)
-    if not m.is_recurrent: raise ValueError(f"{name!r} keeps no state, so a converted model could not write with it; there are {', '.join(n for n in sorted(ATTENTIONS) if ATTENTIONS[n].is_recurrent)}")
+    if not m.is_recurrent:
+        raise ValueError(f"{name!r} keeps no state, so a converted model could not write with it; "
+            f"there are {', '.join(n for n in sorted(ATTENTIONS) if ATTENTIONS[n].is_recurrent)}")
     if call.causal not in m.directions: raise ValueError(f"{name!r} is {'causal' if True in m.directions else 'bidirectional'} only, and {call.name} is not")
     return m.to(call.q.device, torch.promote_types(call.q.dtype, torch.float32))
 
@@ -175,7 +181,7 @@ def _owners(model):
 @torch.no_grad()
 def linearize(
     model:PreTrainedModel, # Any model on transformers' attention interface; changed in place
-    attention='hedgehog', # A registered attention (`ATTENTIONS`): "hedgehog", "hedgehog-window", "elu" …; or a `LinearizeConfig`, which says all of the following
+    attention='hedgehog', # A registered attention (`ATTENTIONS`): "hedgehog", "hedgehog-window", "elu" …; or a `LinearizeConfig`, which says all that follows
     layers='all', # As in `LinearizeConfig`
     softmax_heads=None, # As in `LinearizeConfig`
     implementation:str=None, # As in `LinearizeConfig`
@@ -185,7 +191,8 @@ def linearize(
     "Swap softmax attention for linear attention. Raises `ValueError` where that cannot be done, and leaves the model as it was."
     config = attention
     if not isinstance(config, LinearizeConfig): config = LinearizeConfig(attention, layers, softmax_heads, attention_kwargs, implementation)
-    elif (layers, softmax_heads, implementation, attention_kwargs)!=('all', None, None, {}): raise ValueError("a LinearizeConfig says all: change it with dataclasses.replace, or give its settings in place of it")
+    elif (layers, softmax_heads, implementation, attention_kwargs)!=('all', None, None, {}):
+        raise ValueError("a LinearizeConfig says all: change it with dataclasses.replace, or give its settings in place of it")
     owners = _owners(model)
     which,maps = build_attentions(model, config, inputs)
     for module,m in maps.items(): module.feature_map = m

@@ -27,7 +27,8 @@ def new_folder(
     path, # Folder to write
     overwrite:bool=False, # Replace the folder if it exists?
 ): # In the block, a folder beside it
-    "A folder that becomes `path` when the block ends, whole; until then, and where the block fails, what was there stays. Raises `ValueError` if the folder exists."
+    ("A folder that becomes `path` when the block ends, whole; until then, and where the block fails, what was there stays. "
+     "Raises `ValueError` if the folder exists.")
     path = Path(path).expanduser().resolve()
     if Path.cwd().is_relative_to(path): raise ValueError(f"{path} is where you are now; name a folder in it")
     if path.exists() and not path.is_dir(): raise ValueError(f"{path} is a file; choose another name for the folder")
@@ -106,7 +107,8 @@ def _weight_files(path, variant=None):
     if whole.is_file(): files = [whole]
     elif index.is_file():
         try: files = [path/f for f in sorted(set(json.loads(index.read_text())['weight_map'].values()))]
-        except (ValueError,LookupError,TypeError,AttributeError) as e: raise ValueError(f"{index} does not say in which files the weights are ({type(e).__name__}: {e})") from None
+        except (ValueError,LookupError,TypeError,AttributeError) as e:
+            raise ValueError(f"{index} does not say in which files the weights are ({type(e).__name__}: {e})") from None
     else: raise ValueError(f"{path} holds no weights: there is no {whole.name} in it, and no {index.name}")
     found = {}
     for f in files:
@@ -141,7 +143,8 @@ def _original(cls, own, path, config, ignore_mismatched_sizes=False, **kwargs):
         where = dict(pretrained_model_name_or_path=path.resolve().parent, subfolder=path.resolve().name, adapter_kwargs=dict(subfolder='none'))
     else: where = dict(pretrained_model_name_or_path=path)
     try: model,info = softmax.from_pretrained(**where, config=config, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
-    except (LookupError,AttributeError,AssertionError,ArithmeticError) as e: raise ValueError(f"{path/'config.json'} describes no {cls.__name__}: {type(e).__name__}, {e}") from e
+    except (LookupError,AttributeError,AssertionError,ArithmeticError) as e:
+        raise ValueError(f"{path/'config.json'} describes no {cls.__name__}: {type(e).__name__}, {e}") from e
     model.__class__,model.name_or_path = cls,str(path)
     shapes = [] if ignore_mismatched_sizes else sorted(info['mismatched_keys'])
     odd = [f"{n} is {tuple(there)} in its weights, {tuple(here)} by its config.json" for n,there,here in shapes]
@@ -244,7 +247,8 @@ class _AutoLinearized:
         given = {} if config is None else {k:v for k,v in config.to_dict().items() if k not in ('model_type','dtype','transformers_version')}
         return load_linearized(pretrained_model_name_or_path, auto=cls.auto, config=given, **kwargs)
     @classmethod
-    def _from_config(cls, config, **kwargs): raise ValueError("a converted model is loaded from its folder; to make a new one, build its softmax model and call linearize")
+    def _from_config(cls, config, **kwargs):
+        raise ValueError("a converted model is loaded from its folder; to make a new one, build its softmax model and call linearize")
 
 def _register():
     "Let every Auto class of transformers load converted models."

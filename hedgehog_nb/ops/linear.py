@@ -226,7 +226,8 @@ def _scan(part, segments, state, o, den=None, kept=None):
 
 # %% ../../nbs/02_linear_attention.ipynb #bck00003
 def _chunk_bwd(q, k, v, S, zs, decays, g, gd, dS, dz):
-    "Gradients of q, k, v and log weights of a few chunks, and of z before them, from g (N, n, G·C, D) and gd (N, n, G·C, 1), those of numerators and normalisers; dS moves on in place."
+    ("Gradients of q, k, v and log weights of a few chunks, and of z before them, "
+     "from g (N, n, G·C, D) and gd (N, n, G·C, 1), those of numerators and normalisers; dS moves on in place.")
     pair,past,into,fade,_ = decays
     A,dA,past = _causal_mask_(q@k.mT, pair),_causal_mask_((g@v.mT).add_(gd), pair),_each_row(past, q.shape[2])
     gp,gdp,vi = _mul_if(g, past),_mul_if(gd, past),_mul_if(v, into)
@@ -286,7 +287,8 @@ def _prepare(phi_q, phi_k, v, log_k, mask, state):
 def _wants_grad(*xs): return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in xs)
 
 def _chunk_sums(phi_q, phi_k, v, log_k, state, C):
-    "Outputs (B, H, T, D); normalisers (B, H, T), divided by exp(m); the running maxima m (B, Hkv, T) or None; the state after. Takes what `prepare_keys` and `_start` give."
+    ("Outputs (B, H, T, D); normalisers (B, H, T), divided by exp(m); the running maxima m (B, Hkv, T) or None; the state after. "
+     "Takes what `prepare_keys` and `_start` give.")
     if _wants_grad(phi_q, phi_k, v, log_k, *state):
         o,den,m,*end = _Chunks.apply(phi_q, phi_k, v, log_k, *state, C)
         return o, den, m, LinearState(*end)
@@ -342,7 +344,8 @@ def bidirectional_linear_attention(
 # %% ../../nbs/02_linear_attention.ipynb #5faabdm1
 def check_cu_seqlens(cu_seqlens, q):
     c = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
-    if not (isinstance(c, list) and all(isinstance(x, Integral) for x in c)): raise ValueError(f"cu_seqlens is a list or a one-dimensional tensor of integers; given {cu_seqlens}")
+    if not (isinstance(c, list) and all(isinstance(x, Integral) for x in c)):
+        raise ValueError(f"cu_seqlens is a list or a one-dimensional tensor of integers; given {cu_seqlens}")
     if q.shape[0]!=1: raise ValueError(f"cu_seqlens packs sequences into one row: batch must be 1, given {q.shape[0]}")
     if len(c)<2 or c[0]!=0 or c[-1]!=q.shape[2] or any(a>=b for a,b in zip(c, c[1:])):
         raise ValueError(f"cu_seqlens must rise from 0 to the {q.shape[2]} tokens given; got {c}")
@@ -378,11 +381,14 @@ def _dispatch(phi_q, phi_k, v, log_k, causal, mask, initial_state, output_final_
 def _packed(borders, phi_q, phi_k, v, log_k, causal, mask, initial_state, output_final_state, chunk_size, implementation):
     "Each sequence by itself, outputs in one row again and states in one batch."
     n = len(borders)-1
-    if initial_state is not None and any(len(x)!=n for x in initial_state): raise ValueError(f"initial_state needs one state for each of the {n} packed sequences; given shapes {[tuple(x.shape) for x in initial_state]}")
+    if initial_state is not None and any(len(x)!=n for x in initial_state):
+        raise ValueError(f"initial_state needs one state for each of the {n} packed sequences; "
+            f"given shapes {[tuple(x.shape) for x in initial_state]}")
     res = []
     for i,(a,b) in enumerate(zip(borders, borders[1:])):
         cut = [None if x is None else x[:,:,a:b] for x in (phi_q, phi_k, v, log_k)]
-        res.append(_dispatch(*cut, causal, None if mask is None else mask[:,a:b], initial_state and initial_state.apply(lambda x: x[i:i+1]), output_final_state, chunk_size, implementation))
+        res.append(_dispatch(*cut, causal, None if mask is None else mask[:,a:b],
+            initial_state and initial_state.apply(lambda x: x[i:i+1]), output_final_state, chunk_size, implementation))
     if not output_final_state: return torch.cat(res, 2)
     os,states = zip(*res)
     return torch.cat(os, 2), LinearState(*map(torch.cat, zip(*states)))
@@ -391,16 +397,19 @@ def _packed(borders, phi_q, phi_k, v, log_k, causal, mask, initial_state, output
 def offset_of(feature_map, initial_state, offset):
     "Keyword arguments for a map that looks at positions."
     if not getattr(feature_map, 'uses_positions', False): return {}
-    if offset is None and initial_state is not None: raise ValueError(f"{type(feature_map).__name__} looks at positions: give `offset`, the number of tokens before these")
+    if offset is None and initial_state is not None:
+        raise ValueError(f"{type(feature_map).__name__} looks at positions: give `offset`, the number of tokens before these")
     return dict(offset=offset or 0)
 
 @no_autocast
 def linear_attention_in_torch(
-    q, k, v, feature_map=None, causal=True, mask=None, initial_state=None, output_final_state=False, cu_seqlens=None, chunk_size=None, # As for `linear_attention`
+    q, k, v, feature_map=None, causal=True, mask=None, initial_state=None, output_final_state=False, cu_seqlens=None, chunk_size=None, # See `linear_attention`
     implementation:str='chunked', # "naive", "recurrent" or "chunked"
     at:dict={}, # `offset` for a map that looks at positions
 ):
     "Map, then the form of this page that `implementation` names. Shapes are checked by the forms."
-    if _can_stream_features(feature_map, q, k, v, causal, cu_seqlens, implementation): return _chunk_mapped(q, k, v, feature_map, mask, initial_state, output_final_state, chunk_size)
-    args = *((q,k,v,None) if feature_map is None else (*(phi := feature_map(q, k, **at))[:2], v, phi[2])), causal, mask, initial_state, output_final_state, chunk_size, implementation
+    if _can_stream_features(feature_map, q, k, v, causal, cu_seqlens, implementation):
+        return _chunk_mapped(q, k, v, feature_map, mask, initial_state, output_final_state, chunk_size)
+    args = (*((q,k,v,None) if feature_map is None else (*(phi := feature_map(q, k, **at))[:2], v, phi[2])),
+        causal, mask, initial_state, output_final_state, chunk_size, implementation)
     return _dispatch(*args) if cu_seqlens is None else _packed(check_cu_seqlens(cu_seqlens, q), *args)

@@ -22,7 +22,8 @@ def check_window(q, k, v, phi_q, phi_k, window, log_q=None, log_gamma=None, mask
     check_qkv(q, k, v, mask); check_qkv(phi_q, phi_k, v, mask)
     if isinstance(window, bool) or not isinstance(window, int) or window<0: raise ValueError(f"window is a number of keys, 0 or more; given {window!r}")
     if q.shape[2]!=k.shape[2]: raise ValueError(f"window attention is causal and needs as many queries as keys; given {q.shape[2]} and {k.shape[2]}")
-    if phi_q.shape[:3]!=q.shape[:3]: raise ValueError(f"phi_q is (batch, heads, tokens, features) of the queries {tuple(q.shape[:3])}; given {tuple(phi_q.shape)}")
+    if phi_q.shape[:3]!=q.shape[:3]:
+        raise ValueError(f"phi_q is (batch, heads, tokens, features) of the queries {tuple(q.shape[:3])}; given {tuple(phi_q.shape)}")
     if log_q is not None and log_q.shape!=q.shape[:3]: raise ValueError(f"log_q is (batch, heads, tokens) = {tuple(q.shape[:3])}; given {tuple(log_q.shape)}")
     if log_gamma is not None and log_gamma.shape!=q.shape[1:2]: raise ValueError(f"log_gamma is (heads,) = {(q.shape[1],)}; given {tuple(log_gamma.shape)}")
 
@@ -74,7 +75,9 @@ class WindowState(NamedTuple):
     @classmethod
     def empty(cls, k, v, phi_k, window): # The state that has seen nothing, for tensors of these shapes
         new = lambda x: x.new_zeros(*x.shape[:2], window, x.shape[-1])
-        return cls(new(k), new(v), new(phi_k), phi_k.new_full((*k.shape[:2], window), LOG_ZERO, dtype=torch.promote_types(phi_k.dtype, torch.float32)), LinearState.empty(phi_k, v))
+        return cls(new(k), new(v), new(phi_k),
+            phi_k.new_full((*k.shape[:2], window), LOG_ZERO, dtype=torch.promote_types(phi_k.dtype, torch.float32)),
+            LinearState.empty(phi_k, v))
 
     def apply(self, f): # Apply `f` to each tensor, batch first
         return WindowState(*map(f, self[:4]), self.linear.apply(f))
@@ -92,7 +95,8 @@ def _bands(x, T, window, C): # (B, h, window+T, d) -> (B, h, N, C+window-1, d)
     return x.unfold(2, C+window-1, C).mT
 
 def _window_scores(q, k, log_k, window, scale, log_gamma, C):
-    "Scores (B, Hkv, N, G, C, C+window-1) of the queries with the keys near them, `LOG_ZERO` where one is not seen; `k` and `log_k` have `window` places more in front."
+    ("Scores (B, Hkv, N, G, C, C+window-1) of the queries with the keys near them, `LOG_ZERO` where one is not seen; "
+     "`k` and `log_k` have `window` places more in front.")
     Hkv,T = k.shape[1],q.shape[2]
     qs,ks,ls = _rows(q, Hkv, C),_bands(k, T, window, C),_bands(log_k[...,None], T, window, C)[...,0]
     s = (qs.flatten(3,4) @ ks.mT).unflatten(3, (-1,C))*scale
@@ -128,7 +132,8 @@ def check_window_state(state, k, v, phi_k, window):
     if state is None: return
     want = WindowState.empty(*(x[:,:,:1] for x in (k, v, phi_k)), window)
     if any(a.shape!=b.shape for a,b in zip((*state[:4], *state.linear), (*want[:4], *want.linear))):
-        raise ValueError(f"initial_state has shapes {[tuple(s.shape) for s in (*state[:4], *state.linear)]}; these inputs and window={window} need {[tuple(s.shape) for s in (*want[:4], *want.linear)]}")
+        raise ValueError(f"initial_state has shapes {[tuple(s.shape) for s in (*state[:4], *state.linear)]}; "
+            f"these inputs and window={window} need {[tuple(s.shape) for s in (*want[:4], *want.linear)]}")
 
 @no_autocast
 def chunk_window_attention(
@@ -147,7 +152,8 @@ def chunk_window_attention(
     output_final_state:bool=False, # Also return the state after them?
     chunk_size:int=64, # Queries handled by one matrix product
 ): # (B, H, T, Dv) outputs in v's dtype; with `output_final_state` the pair (outputs, `WindowState`)
-    "Softmax in a sliding window and linear attention for older keys under one normaliser, in memory T·(chunk_size+window). Raises `ValueError` on inputs that do not fit."
+    ("Softmax in a sliding window and linear attention for older keys under one normaliser, in memory T·(chunk_size+window). "
+     "Raises `ValueError` on inputs that do not fit.")
     if chunk_size<1: raise ValueError(f"chunk_size must be at least 1; given {chunk_size}")
     check_window(q, k, v, phi_q, phi_k, window, log_q, log_gamma, mask); check_window_state(initial_state, k, v, phi_k, window)
     if initial_state is None and not output_final_state: window = min(window, q.shape[2])
@@ -173,7 +179,8 @@ def window_max(
     C,window = min(chunk_size, T),window if state else min(window, T)
     log = torch.zeros(k.shape[:3], dtype=dt, device=k.device)
     if mask is not None: log = log.masked_fill(~mask.bool()[:,None], LOG_ZERO)
-    before = (state.k.to(dt), state.log_k.to(dt)) if state else (k.new_zeros(*k.shape[:2], window, k.shape[3], dtype=dt), log.new_full((*k.shape[:2], window), LOG_ZERO))
+    before = (state.k.to(dt), state.log_k.to(dt)) if state else (
+        k.new_zeros(*k.shape[:2], window, k.shape[3], dtype=dt), log.new_full((*k.shape[:2], window), LOG_ZERO))
     k,log = (torch.cat([a,b], 2) for a,b in zip(before, (k.to(dt), log)))
     m = _window_scores(q.to(dt), k, log, window, q.shape[-1]**-0.5 if scale is None else scale, None, C).amax(-1, keepdim=True)
     m = _flat(m, T)[...,0]
