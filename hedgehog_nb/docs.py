@@ -1,4 +1,4 @@
-"""Three small pieces around the notebooks: the Colab badge under each title, the README for machines without Quarto, and a quicker interpreter for tests of kernels.
+"""The Colab badge under each title, the README for machines without Quarto, and a quicker interpreter for tests of kernels
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/docs.html.md"""
 

@@ -132,7 +132,9 @@ def _no_triton(x, dtypes, F, D):
     if not HAS_TRITON: return "implementation='triton' needs Triton, which exists for Linux: pip install triton. Elsewhere choose None, 'chunked' or 'naive'"
     if any(dt not in HALVES for dt in dtypes): return f"the kernels take float32, float16 or bfloat16; given {', '.join(map(str, dtypes))}"
     if F>512 or D>256: return f"the kernel takes up to 512 features and 256 channels of v; given {F} and {D}"
-    return '' if can_run('triton', x) or _runs_kernels(x) else f"the kernel runs on a GPU; given tensors on {x.device}. Choose None there, or set TRITON_INTERPRET=1 before Python starts to try the kernel in Triton's interpreter"
+    return '' if can_run('triton', x) or _runs_kernels(x) else (
+        f"the kernel runs on a GPU; given tensors on {x.device}. Choose None there, or set TRITON_INTERPRET=1 "
+        f"before Python starts to try the kernel in Triton's interpreter")
 
 def _features(c): return c.k.shape[-1] if c.feature_map is None else getattr(c.feature_map, 'feature_dim', None) or 0 # a plain function does not say
 
@@ -190,7 +192,8 @@ def linear_attention(
 ): # (B, H, Tq, Dv) outputs in v's dtype; with `output_final_state` the pair (outputs, `LinearState`), n states of packed sequences
     "Linear attention (paper, Eq. 2) from queries, keys and values. Raises `ValueError` that says what was given and what fits."
     check_qkv(q, k, v, mask)
-    call = LinearCall(q, k, v, feature_map, causal, mask, initial_state, output_final_state, cu_seqlens, chunk_size, offset_of(feature_map, initial_state, offset))
+    call = LinearCall(q, k, v, feature_map, causal, mask, initial_state, output_final_state, cu_seqlens, chunk_size,
+                      offset_of(feature_map, initial_state, offset))
     return choose_backend(LINEAR, implementation, call).run(call)
 
 # %% ../kernels/08_dispatch.ipynb #w1n0c4k2
@@ -200,7 +203,8 @@ def _step(c): return window_decode_step(*c[:5], c.initial_state, *c[6:11])
 def _window_supports(c):
     if why := _no_triton(c.v, [x.dtype for x in c[:3]], c.phi_k.shape[-1], max(c.q.shape[-1], c.v.shape[-1])): return why
     carried = () if c.initial_state is None else (*c.initial_state[:4], *c.initial_state.linear)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in carried): return "the kernel takes no gradient of initial_state: detach it, or choose implementation='chunked'"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in carried):
+        return "the kernel takes no gradient of initial_state: detach it, or choose implementation='chunked'"
     return ''
 
 def _window_auto(c):
@@ -238,6 +242,7 @@ def window_attention(
     output_final_state:bool=False, # Also return the state after them?
     implementation:str=None, # "naive", "chunked" or "triton"; chosen by the input and its device if None
 ): # (B, H, Tq, Dv) outputs in v's dtype; with `output_final_state` the pair (outputs, `WindowState`)
-    "Softmax over the last `window` keys and linear attention over older ones, under one normaliser. Raises `ValueError` that says what was given and what fits."
+    ("Softmax over the last `window` keys and linear attention over older ones, under one normaliser. "
+     "Raises `ValueError` that says what was given and what fits.")
     call = WindowCall(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, mask, initial_state, output_final_state)
     return choose_backend(WINDOW, implementation, call).run(call)

@@ -36,7 +36,9 @@ class Case(NamedTuple):
     def unit(self): return self.B*self.H*self.T*self.D*self.dtype.itemsize # bytes of q, or o
     @property
     def kv_unit(self): return self.B*self.Hkv*self.T*self.D*self.dtype.itemsize # bytes of k, or v
-    def __str__(self): return f"{self.kind} B={self.B} H={self.H}{f'/{self.Hkv}' if self.Hkv!=self.H else ''} T={self.T} D={self.D} {str(self.dtype)[6:]}{'' if self.causal else ' bidirectional'}"
+    def __str__(self):
+        return (f"{self.kind} B={self.B} H={self.H}{f'/{self.Hkv}' if self.Hkv!=self.H else ''} T={self.T} D={self.D} "
+                f"{str(self.dtype)[6:]}{'' if self.causal else ' bidirectional'}")
 
 # %% ../../kernels/07_benchmarks.ipynb #0ed5c591
 def floor_bytes(
@@ -162,7 +164,8 @@ register_benchmark('fla-fused', 'forward', 'train')(functools.partial(_fla, op='
 @register_benchmark('fla-naive', 'forward', 'train')
 def _(c, x):
     require(find_spec('fla') is not None, "flash-linear-attention is not installed")
-    require(not x['q'].is_cuda, "its kernels are measured on a GPU"); require(c.causal and c.Hkv==c.H and c.T%64==0, "it is causal, for as many key-value heads as query heads and multiples of 64 tokens")
+    require(not x['q'].is_cuda, "its kernels are measured on a GPU")
+    require(c.causal and c.Hkv==c.H and c.T%64==0, "it is causal, for as many key-value heads as query heads and multiples of 64 tokens")
     try: from fla.ops.linear_attn.naive import naive_chunk_linear_attn
     except ImportError as e: raise Unavailable(f"flash-linear-attention does not load: {e}")
     m = _map(c, x)
@@ -360,7 +363,8 @@ def default_cases(
     "The cases of `hedgehog bench`, the most important first."
     if torch.device(device).type!='cuda':
         f32,n = torch.float32,(512,1024,2048,4096,16384)
-        return [Case('forward',1,8,8,T,64,f32) for T in n] + [Case('train',1,8,8,T,64,f32) for T in n[:4]] + [Case('decode',1,9,3,T,64,f32) for T in (512,2048,8192)] + [Case(kind,1,8,8,4096,64,f32,False) for kind in ('forward','train')]
+        return ([Case('forward',1,8,8,T,64,f32) for T in n] + [Case('train',1,8,8,T,64,f32) for T in n[:4]]
+                + [Case('decode',1,9,3,T,64,f32) for T in (512,2048,8192)] + [Case(kind,1,8,8,4096,64,f32,False) for kind in ('forward','train')])
     bf,lengths = torch.bfloat16,[2**i for i in range(9, 18)]
     head = [Case(kind,8,16,16,8192,64,bf) for kind in ('forward','train')] + [Case('decode',64,16,16,8192,64,bf)]
     small = [Case(kind,1,8,8,T,64,bf) for T in lengths for kind in ('forward','train')]
@@ -632,7 +636,8 @@ def bench_table(
     failed = _measured(all_rows, experiment, 'failed', rows[0]['device'])
     names = list(dict.fromkeys(r['variant'] for r in rows + failed))
     got = {(_case(r), r['variant']): f"{r['value']:.3g} ({r['times_floor']:.1f}×)" if r['metric']=='ms' else 'failed' for r in failed + rows}
-    return Table(['case', *names], [[short(c), *[got.get((c,n), '–') for n in names]] for c in dict.fromkeys(map(_case, rows))], f"{rows[0]['device']}; milliseconds, and times the byte floor.")
+    return Table(['case', *names], [[short(c), *[got.get((c,n), '–') for n in names]] for c in dict.fromkeys(map(_case, rows))],
+                 f"{rows[0]['device']}; milliseconds, and times the byte floor.")
 
 # %% ../../kernels/07_benchmarks.ipynb #b0c1d2e3
 CURVES = dict(ms='time (ms)', bytes='memory of the call (MiB)', times_floor='time / byte floor') # What can be drawn against length, with its label

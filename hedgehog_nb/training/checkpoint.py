@@ -52,7 +52,8 @@ def load_state(
     try:
         with safe_open(path, 'pt') as f: meta = json.loads(f.metadata()['state'])
         return _unpack(meta, load_file(path))
-    except (SafetensorError, TypeError, KeyError, ValueError) as e: raise ValueError(f"{path} keeps no state of a training run ({type(e).__name__}); delete it to start anew") from None
+    except (SafetensorError, TypeError, KeyError, ValueError) as e:
+        raise ValueError(f"{path} keeps no state of a training run ({type(e).__name__}); delete it to start anew") from None
 
 # %% ../../nbs/11_training.ipynb #11b00020
 def _remedy(step, model):
@@ -92,7 +93,8 @@ class TrainingCheckpoint:
         if not self.state: return
         own = {} if model is None else dict([*model.named_parameters(), *model.named_buffers()])
         for n,t in self.state['model'].items() if own else ():
-            if n not in own or own[n].shape!=t.shape: raise ValueError(f"{self.path} keeps another model: {n} {tuple(t.shape)} is not in this one; name another file, or delete it to start anew")
+            if n not in own or own[n].shape!=t.shape:
+                raise ValueError(f"{self.path} keeps another model: {n} {tuple(t.shape)} is not in this one; name another file, or delete it to start anew")
             own[n].data.copy_(t)
         if optimizer is not None: optimizer.load_state_dict(self.state['optimizer'])
         if scheduler is not None: scheduler.load_state_dict(self.state['scheduler'])

@@ -105,7 +105,8 @@ def distill(
     checkpoint=None, # File that keeps the state; the same call takes it up (see `TrainingCheckpoint`)
     save_every:int=100, # Steps between two writings
 )->list: # Per step, the mean loss over layers
-    "Train every layer's map to imitate the softmax attention it replaced (paper, Section 4.2). Raises `ValueError` on bad settings, `FloatingPointError` where a loss is not finite."
+    ("Train every layer's map to imitate the softmax attention it replaced (paper, Section 4.2). "
+     "Raises `ValueError` on bad settings, `FloatingPointError` where a loss is not finite.")
     if objective not in LOSSES: raise ValueError(f"objective is one of {', '.join(LOSSES)}; given {objective!r}")
     if accumulate<1: raise ValueError(f"a batch is computed in 1 or more pieces; given accumulate={accumulate}")
     layers,(rank,n) = linear_layers(model),distributed_info()

@@ -55,7 +55,8 @@ class _Trainer(transformers.Trainer):
     def get_train_dataloader(self):
         a = self.args
         rows = batch_indices(len(self.train_dataset), a.max_steps, self.batch_size, a.seed, a.gradient_accumulation_steps, a.process_index, a.world_size)
-        return DataLoader(self.train_dataset, batch_sampler=rows, num_workers=a.dataloader_num_workers, collate_fn=self._get_collator_with_removed_columns(self.data_collator, 'training'))
+        return DataLoader(self.train_dataset, batch_sampler=rows, num_workers=a.dataloader_num_workers,
+                          collate_fn=self._get_collator_with_removed_columns(self.data_collator, 'training'))
 
     def get_batch_samples(self, *args, **kw):
         transformers.set_seed((self.args.seed + 1_000_003*self.state.global_step + 7_919*self.args.process_index)%2**32)
@@ -144,15 +145,19 @@ def finetune(
             "bf16=True; or give lora=…, which trains adapters and maps in float32")
     if lora and merge: _check_merge(model)
     if getattr(model, 'is_quantized', False) and not lora and not hasattr(model, 'peft_config'):
-        raise ValueError("quantised weights are not trained: give lora=dict(r=8, target_modules='all-linear') and merge=False, which trains adapters and maps beside them")
+        raise ValueError("quantised weights are not trained: give lora=dict(r=8, target_modules='all-linear') and merge=False, "
+            "which trains adapters and maps beside them")
     _float_maps(model)
     rank,n = distributed_info()
-    run = TrainingCheckpoint(steps, on_step, checkpoint, save_every, rank==0, phase='finetune', lr=lr, batch_size=batch_size, seed=seed, rows=len(data), lora=lora)
+    run = TrainingCheckpoint(steps, on_step, checkpoint, save_every, rank==0, phase='finetune', lr=lr, batch_size=batch_size,
+        seed=seed, rows=len(data), lora=lora)
     transformers.set_seed(seed)
     tuned = add_lora(model, **lora) if lora else model
     with tempfile.TemporaryDirectory() as d, run:
-        args = dict(output_dir=d, max_steps=steps, per_device_train_batch_size=max(1, batch_size//(accumulate*n)), gradient_accumulation_steps=accumulate, learning_rate=lr,
-            warmup_steps=int(warmup*steps), lr_scheduler_type='cosine', weight_decay=0., seed=seed, logging_steps=1, logging_nan_inf_filter=False, save_strategy='no', report_to='none',
+        args = dict(output_dir=d, max_steps=steps, per_device_train_batch_size=max(1, batch_size//(accumulate*n)),
+            gradient_accumulation_steps=accumulate, learning_rate=lr,
+            warmup_steps=int(warmup*steps), lr_scheduler_type='cosine', weight_decay=0., seed=seed, logging_steps=1,
+            logging_nan_inf_filter=False, save_strategy='no', report_to='none',
             disable_tqdm=True, use_cpu=model.device.type=='cpu', dataloader_pin_memory=False)
         args = transformers.TrainingArguments(**{**args, **training_args})
         if args.n_gpu>1: args._n_gpu = 1 # one process, one GPU: more of them are torchrun's, not DataParallel's

@@ -82,7 +82,8 @@ class EvalLog:
 
     def add(self, model, variant, stage, metric, value):
         "One more row."
-        self.rows.append(dict(variant=variant, stage=stage, metric=metric, value=value, unit='', tokens=self.tokens, seconds=round(self.seconds,2), **self.same))
+        self.rows.append(dict(variant=variant, stage=stage, metric=metric, value=value, unit='', tokens=self.tokens,
+                              seconds=round(self.seconds,2), **self.same))
         self.kept[self._key(**self.rows[-1])] = self.rows[-1]
         if self.path and is_main_process():
             with atomic_write(self.path) as p: p.write_text(json.dumps(dict(wall_s=self.before+time.perf_counter()-self.began, rows=[*self.kept.values()])))
@@ -165,7 +166,8 @@ def convert(
 )->list: # Rows
     "Swap, distil, finetune, and measure before and after each. Raises what `linearize`, `distill` and `finetune` raise."
     if isinstance(config, str): config = LinearizeConfig(config)
-    j,name = EvalLog(test, batch_size, on_event, work and work/'measured.json', map=config.attention, seed=seed),'window' if config.attention_kwargs.get('branch')=='window' else config.attention
+    j,name = (EvalLog(test, batch_size, on_event, work and work/'measured.json', map=config.attention, seed=seed),
+              'window' if config.attention_kwargs.get('branch')=='window' else config.attention)
     def keep(file): return dict(accumulate=accumulate, checkpoint=work and work/file, save_every=save_every)
     def tune(m, variant, file, merge=True):
         on_step = training_logger(j, m, 'finetune', variant, finetune_steps, train)
@@ -179,7 +181,8 @@ def convert(
         if distill_steps:
             data = batches(train, batch_size, seed, epochs=math.ceil(distill_steps*batch_size/len(train)))
             metric = dict(weights='kl', outputs='output-error').get(objective, 'loss')
-            distill(model, data, distill_steps, lr, objective, training_logger(j, model, 'distill', f'{name}-distilled', distill_steps, train, evals, metric), **keep('distill.safetensors'))
+            distill(model, data, distill_steps, lr, objective,
+                    training_logger(j, model, 'distill', f'{name}-distilled', distill_steps, train, evals, metric), **keep('distill.safetensors'))
         tuned = tune(model, name, 'finetune.safetensors', merge=False) if finetune_steps else model
         if trained and is_main_process(): save_trained(tuned, trained, base, overwrite=True)
         if tuned is not model and not (trained and getattr(model, 'is_quantized', False)): merge_lora(tuned)

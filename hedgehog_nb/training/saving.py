@@ -81,14 +81,17 @@ def _plain(module, weight):
     return weight if type(weight.data) is Tensor else weight.dequantize()
 
 def _sample(model, rewritten=False):
-    "{name and shape: 16 of its numbers} of the weights that the original has, converted or not, adapted or not; nan where peft trains them in place or has `rewritten` them."
-    ours,peft = re.compile(r'\.(feature_map|lora_\w+|modules_to_save|trainable_tokens_\w+)\.'),re.compile(r'\.(token_adapter\.)?(base_layer|original_module)(?=\.)')
+    ("{name and shape: 16 of its numbers} of the weights that the original has, converted or not, adapted or not; "
+     "nan where peft trains them in place or has `rewritten` them.")
+    ours,peft = (re.compile(r'\.(feature_map|lora_\w+|modules_to_save|trainable_tokens_\w+)\.'),
+                 re.compile(r'\.(token_adapter\.)?(base_layer|original_module)(?=\.)'))
     named = ((n, p) for n,p in model.named_parameters() if not ours.search(n))
     adapted = any('.lora_' in n for n,_ in model.named_parameters())
     if getattr(model, 'is_quantized', False): named = ((n, _plain(model.get_submodule(n.rpartition('.')[0]), p)) for n,p in named) # one at a time
     def some(n, p):
         if p.is_meta: raise ValueError(f"{n} is on the meta device: load the model without offloading, this reads its weights")
-        known = p.numel() and not (adapted and (p.requires_grad or '.original_module.' in n or rewritten and '.base_layer.' in n)) # a new head is at random in each load
+        # a new head is at random in each load
+        known = p.numel() and not (adapted and (p.requires_grad or '.original_module.' in n or rewritten and '.base_layer.' in n))
         return p.detach().flatten()[torch.linspace(0, p.numel()-1, 16, dtype=torch.float64).long()].float().cpu() if known else torch.full((16,), math.nan)
     return {f"{peft.sub('', n)} {tuple(p.shape)}": some(n, p) for n,p in named}
 
@@ -105,7 +108,8 @@ def _check_original(model, kept, path):
     what = f"{n.split()[0]} differs by {apart[n]:.0%} of its size"
     if apart[n]>.7: raise ValueError(f"{path} was trained on another model{name}: {what}") # weights at random differ by 140%, a copy in 3 bits by a third
     if kept.get('quantised', False)!=bool(getattr(model, 'is_quantized', False)):
-        warnings.warn(f"{path} was trained beside {'quantised weights' if kept.get('quantised') else 'weights in full precision'}, and the model given has others", stacklevel=3)
+        warnings.warn(f"{path} was trained beside {'quantised weights' if kept.get('quantised') else 'weights in full precision'}, "
+            "and the model given has others", stacklevel=3)
     elif apart[n]>.02: warnings.warn(f"{path} was trained on {kept['base'] or 'a model'} at another precision, or in another state: {what}", stacklevel=3)
 
 def _add_adapters(model, path):
@@ -150,7 +154,8 @@ def read_trained(
     try: kept = load_state(file)
     except ValueError: kept = {}
     if not {'maps','hedgehog','base'} <= kept.keys(): raise ValueError(f"{file} is damaged, or not of save_trained")
-    if not {'original','adapted','heads'} <= kept.keys(): raise ValueError(f"{path} is of an earlier version, which did not say what its original is; save it anew")
+    if not {'original','adapted','heads'} <= kept.keys():
+        raise ValueError(f"{path} is of an earlier version, which did not say what its original is; save it anew")
     return kept
 
 def _check_maps(model, kept, path, inputs):
@@ -174,7 +179,8 @@ def load_trained(
     inputs:dict=None, # As for `linearize`
     merge:bool=True, # Add the adapters to the weights? If not, a `PeftModel` is returned, as quantised weights need
 )->PreTrainedModel: # The converted model as it was trained
-    "Convert `model` and give it trained maps and adapters. Raises `ValueError` where the folder holds none, or not all, or those of another model, and leaves the model as it was."
+    ("Convert `model` and give it trained maps and adapters. Raises `ValueError` where the folder holds none, or not all, "
+     "or those of another model, and leaves the model as it was.")
     path,kept = Path(path),read_trained(path)
     if kept['adapted'] and merge: _check_merge(model)
     _check_original(model, kept, path)
