@@ -100,9 +100,9 @@ def at(call): return lambda c,x: lambda: call(c, x)
 def note(c, x): open(os.environ['NOTES'], 'a').write(f'{os.getpid()} ')
 def wait(c, x): note(c, x); time.sleep(1000)
 for name,call in dict(raises=lambda c,x: {}['no such kernel'], hangs=wait, dies=lambda c,x: os.kill(os.getpid(), 11)).items():\
- contender(name, 'forward')(at(call))
-contender('hedgehog-wrong', 'forward')(at(lambda c,x: x['v']*1.5))
-contender('infinite', 'forward')(at(lambda c,x: x['v']/0))
+ register_benchmark(name, 'forward')(at(call))
+register_benchmark('hedgehog-wrong', 'forward')(at(lambda c,x: x['v']*1.5))
+register_benchmark('infinite', 'forward')(at(lambda c,x: x['v']/0))
 cases = [Case('forward',1,2,2,T,16,torch.float32) for T in (64,128)]
 show = lambda c,said,done,total: print(c.T, *said.items(), f'{done}/{total}', flush=True)
 if __name__=='__main__': run_benchmark(sys.argv[1], 'cpu', cases, sys.argv[3:], 5, show, 'none', resume=True, timeout=float(sys.argv[2]), isolate=True)
