@@ -150,7 +150,7 @@ def convert(
     batch_size:int=8, # Blocks per step
     lr:float=1e-2, # Learning rate of the maps
     finetune_lr:float=6e-4, # Learning rate of the whole model
-    objective:str='weights', # What distillation compares, one of `OBJECTIVES`
+    objective:str='weights', # What distillation compares, one of `LOSSES`
     evals:int=1, # Evaluations during distillation, log-spaced
     teacher:bool=True, # Measure the softmax model first?
     baseline:bool=False, # Finetune a copy of the softmax model with the same budget?
