@@ -88,7 +88,7 @@ def choose_backend(
 # %% ../kernels/08_dispatch.ipynb #f0nc0012
 def _keeps_no_state(c): # c: a `LinearCall` or `WindowCall`
     stateful = c.initial_state is not None or c.output_final_state
-    return "the naive form keeps no state: choose implementation='recurrent' or 'chunked'" if stateful else ''
+    return "the naive form keeps no state: choose implementation='chunked'" if stateful else ''
 
 @register_backend(LINEAR, 'naive', _keeps_no_state)
 def _naive(c): return linear_attention_in_torch(*c[:10], 'naive', c.at)

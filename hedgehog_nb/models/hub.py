@@ -49,7 +49,7 @@ The softmax attention of this model was replaced by linear attention with \
 transformers alone cannot load it, and refuses to. With `pip install hedgehog_nb`:
 
 ```python
-from hedgehog_nb.models.loading import load_linearized
+from hedgehog_nb import load_linearized
 model = load_linearized("this folder, or its name on the hub")
 ```
 
