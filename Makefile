@@ -31,7 +31,7 @@ FACTS := settings.ini setup.py pyproject.toml
 TEST  := PATH="$(BIN):$$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 NBS   := $(TEST) nbdev-test --n-workers $(WORKERS) --timing
 # The notebooks that take longest go first: one that starts last keeps one worker only
-LONG  := ^(11_training|93_cli)
+LONG  := ^(09_training|94_cli)
 
 .PHONY: help demo test test-lowest test-all gpu gpu-smoke gpu-tests gpu-sanitize gpu-bench gpu-models gpu-files sync pages docs readme hooks clean
 .DEFAULT_GOAL := help

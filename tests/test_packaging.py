@@ -146,6 +146,22 @@ def test_sidebar_lists_every_page(root):
     assert sorted(listed) == sorted(pages)
     assert cfg['project']['render'][0] == listed[0] == 'nbs/index.ipynb'
 
+def test_pages_are_numbered_in_the_order_of_the_sidebar(root):
+    "Chapters from 01, kernels from 01, reference from 90, each without a hole"
+    pages = hrefs(yaml.safe_load((root/'_quarto.yml').read_text())['website']['sidebar'])[1:]
+    series = {}
+    for p in pages: series.setdefault((p.split('/')[0], p.split('/')[1] >= '90'), []).append(int(Path(p).name[:2]))
+    assert {k: (v[0], v == [*range(v[0], v[0]+len(v))]) for k, v in series.items()} == {('nbs', False): (1, True), ('kernels', False): (1, True), ('nbs', True): (90, True)}
+
+def test_home_page_and_sidebar_say_the_same(root):
+    "The same pages in the same order, each under the title that it has itself"
+    from fastcore.nbio import read_nb
+    pages = hrefs(yaml.safe_load((root/'_quarto.yml').read_text())['website']['sidebar'])[1:]
+    table = next(c.source for c in read_nb(root/'nbs/index.ipynb').cells if '| Chapter' in c.source)
+    rows = {os.path.normpath(f'nbs/{p}'): title for title, p in re.findall(r'^\| \[([^]]+)\]\(([^)]+)\)', table, re.M)}
+    assert [*rows] == pages
+    assert rows == {p: read_nb(root/p).cells[0].source.splitlines()[0].removeprefix('# ') for p in pages}
+
 def test_home_page_links_lead_somewhere(root):
     from fastcore.nbio import read_nb
     for c in read_nb(root/'nbs/index.ipynb').cells:
@@ -237,7 +253,7 @@ def synced(root, tmp_path_factory):
     "A small project in sync: one notebook, its module, and our sync script"
     p = tmp_path_factory.mktemp('synced')
     for d in ('.ci', 'nbs', 'hedgehog_nb'): (p/d).mkdir()
-    for f in ('pyproject.toml', '.gitignore', '.ci/sync', 'nbs/90_docs.ipynb', 'nbs/index.ipynb', 'hedgehog_nb/__init__.py'): shutil.copy(root/f, p/f)
+    for f in ('pyproject.toml', '.gitignore', '.ci/sync', 'nbs/91_docs.ipynb', 'nbs/index.ipynb', 'hedgehog_nb/__init__.py'): shutil.copy(root/f, p/f)
     ok('git', 'init', '-q', cwd=p)
     ok('nbdev-export', cwd=p, PATH=PATH)
     return p
@@ -263,7 +279,7 @@ class TestSync:
         assert rc == 1 and 'M hedgehog_nb/docs.py' in out and (proj/'hedgehog_nb/docs.py').read_text().endswith('x = 1\n')
 
     def test_module_without_notebook(self, proj):
-        code = (proj/'hedgehog_nb/docs.py').read_text().replace('90_docs', '99_gone')
+        code = (proj/'hedgehog_nb/docs.py').read_text().replace('91_docs', '99_gone')
         (proj/'hedgehog_nb/gone.py').write_text(code * (1 + 200_000//len(code)))  # a difference that no pipe holds
         rc, out = sync(proj)
         assert rc == 1 and 'D hedgehog_nb/gone.py' in out
@@ -274,10 +290,10 @@ class TestSync:
         assert rc == 1 and '?? hedgehog_nb/docs.py' in out
 
     def test_notebook_not_clean(self, proj):
-        nb = proj/'nbs/90_docs.ipynb'
+        nb = proj/'nbs/91_docs.ipynb'
         nb.write_text(nb.read_text().replace('"execution_count": null', '"execution_count": 7', 1))
         rc, out = sync(proj)
-        assert rc == 1 and 'M nbs/90_docs.ipynb' in out
+        assert rc == 1 and 'M nbs/91_docs.ipynb' in out
 
     def test_nowhere_to_copy_to(self, proj):
         before = sorted(proj.rglob('*'))
