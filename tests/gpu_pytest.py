@@ -15,7 +15,7 @@ LATE = 'errors','wrong','refused','fit','drawn' # these last
 def sources():
     "A digest of what the tests depend on."
     h = hashlib.sha256()
-    for p in sorted([*(ROOT/'hedgehog_nb').rglob('*.py'), *(ROOT/'tests').glob('*.py')]): h.update(p.read_bytes())
+    for p in sorted([*(ROOT/'hedgehog_nb').rglob('*.py'), *(ROOT/'tests').rglob('*.py')]): h.update(p.read_bytes())
     return h.hexdigest()[:16]
 
 def read(log):

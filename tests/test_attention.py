@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from hedgehog_nb.models.interface import use_attention, capture_attention
 from hedgehog_nb.ops.common import autocast_dtype, check_qkv, no_autocast, repeat_kv, make_attention_mask
 from hedgehog_nb.ops.softmax import fused_softmax_attention, softmax_attention, softmax_weights
-from tiny_models import MODELS, inputs, llama
+from helpers.tiny_models import MODELS, inputs, llama
 
 def qkv(B=2, H=4, Hkv=2, T=9, D=8, Tq=None, Dv=None, dtype=torch.float64):
     return torch.randn(B,H,Tq or T,D, dtype=dtype), torch.randn(B,Hkv,T,D, dtype=dtype), torch.randn(B,Hkv,T,Dv or D, dtype=dtype)

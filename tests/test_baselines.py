@@ -11,7 +11,7 @@ from hedgehog_nb.functional import linear_attention
 from hedgehog_nb.ops.linear import naive_linear_weights
 from hedgehog_nb.models.linearize import linearize
 from hedgehog_nb.ops.metrics import lognormal_fit
-from tiny_models import llama, tokens
+from helpers.tiny_models import llama, tokens
 
 SETTINGS = [(n,{}) for n in sorted(ATTENTIONS)] + [('exp',dict(t=2.)), ('taylor',dict(order=1)), ('taylor',dict(order=4)),
     ('fast',dict(order=4)), ('performer',dict(num_features=5)), ('rfa',dict(num_features=3)), ('cosformer',dict(max_len=64)),

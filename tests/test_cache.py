@@ -7,14 +7,14 @@ from hedgehog_nb.models.attention import linear_layers
 from hedgehog_nb.models.linearize import linearize
 from hedgehog_nb.models.loading import load_linearized, save_linearized
 from hedgehog_nb.models.cache import recurrent_layer, RecurrentLayer
-from tiny_models import gpt2, llama, tokens
+from helpers.decoding import FREE, forward, left_padded
+from helpers.tiny_models import gpt2, llama, tokens
 
 def embedded(seed=0, **kw): return load_embedded()[0]
 MODELS = dict(llama=llama, gpt2=gpt2, embedded=embedded)
 SETTINGS = [{}, dict(attention='hedgehog-window', window=4), dict(form='exp'),
     dict(form='softmax_joint', num_maps=2), dict(attention='elu'), dict(layers='0'), dict(layers='1-2', form='exp')]
 ids = lambda kw: '-'.join(f'{k}={v}' for k,v in kw.items()) or 'plain'
-FREE = dict(do_sample=False, eos_token_id=None, pad_token_id=0)   # write on to the end
 
 def model_of(name, seed=0, double=True, **kw):
     "A converted model with maps off their start. In fp64, so that near ties in a random model fall the same way in both computations."
@@ -24,20 +24,6 @@ def model_of(name, seed=0, double=True, **kw):
         for m in linear_layers(model).values():
             for p in m.feature_map.parameters(): p += .1*torch.randn(p.shape, generator=g)
     return (model.double() if double else model).eval()
-
-@torch.no_grad()
-def forward(model, x, mask=None, n=1):
-    "Greedy decoding by full forward passes without a cache."
-    mask = torch.ones_like(x) if mask is None else mask
-    for _ in range(n):
-        l = model(input_ids=x, attention_mask=mask, position_ids=(mask.cumsum(-1)-1).clamp_min(0), use_cache=False).logits[:,-1]
-        x,mask = torch.cat([x, l.argmax(-1, keepdim=True)], 1), torch.cat([mask, mask[:,:1]*0+1], 1)
-    return x
-
-def left_padded(lengths, seed=4):
-    T = max(lengths); x = tokens(len(lengths), T, seed)
-    mask = (torch.arange(T)>=T-torch.tensor(lengths)[:,None]).long()
-    return torch.where(mask.bool(), x, 0), mask
 
 def same(a, b, tol=1e-10): torch.testing.assert_close(a, b, atol=tol, rtol=tol)
 

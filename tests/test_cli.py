@@ -335,7 +335,7 @@ def test_what_was_trained_is_measured_as_it_was(here):
 def test_a_token_in_brackets_is_no_markup(token, here):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
-    from tiny_models import llama
+    from helpers.tiny_models import llama
     tok = Tokenizer(models.WordLevel({w:i for i,w in enumerate(['<unk>', token, *(f'w{i}' for i in range(50))])}, unk_token='<unk>'))
     tok.pre_tokenizer = pre_tokenizers.Whitespace()
     tok.post_processor = processors.TemplateProcessing(single=[token,'$A'], special_tokens=[(token,1)])

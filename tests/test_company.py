@@ -16,7 +16,7 @@ from hedgehog_nb.training.finetune import add_lora, finetune, merge_lora
 from hedgehog_nb.training.distill import distill, teacher_pass
 from hedgehog_nb.training.saving import load_trained, save_trained
 from hedgehog_nb.training.evaluate import perplexity
-from tiny_models import VOCAB, bert, corpus, gpt2, llama, shake, tokens, vit
+from helpers.tiny_models import VOCAB, bert, corpus, gpt2, llama, shake, tokens, vit
 
 FREE = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
 

@@ -1,7 +1,7 @@
 "`compile_only.py` on a file of its own: one kernel that compiles, one that does not, one that wants more shared memory than there is."
 import json
 import pytest
-from interpreter import python
+from helpers.interpreter import python
 pytest.importorskip('triton')
 
 KERNELS = '''
@@ -32,18 +32,18 @@ def test_large(): _large_kernel[(1,)](*torch.ones(2, 256, 256, dtype=torch.bfloa
 '''
 
 def test_what_it_takes(tmp_path):
-    said = python('tests/compile_only.py', '--help').stdout
+    said = python('tests/helpers/compile_only.py', '--help').stdout
     assert '-n 2' in said and "pytest's arguments" in said and 'It is a pytest plugin as well' in said
-    res = python('tests/compile_only.py', '--out', str(tmp_path/'nosuch'/'o.json'))
+    res = python('tests/helpers/compile_only.py', '--out', str(tmp_path/'nosuch'/'o.json'))
     assert res.returncode==2 and f"there is no folder {tmp_path/'nosuch'}" in res.stderr and not res.stdout
     file = tmp_path/'test_kernels_of_a_page.py'; file.write_text(KERNELS)
     for capability,most in ((80, '166,912'), (89, '101,376')):
-        res = python('tests/compile_only.py', '--capability', str(capability), f'{file}::test_double')
+        res = python('tests/helpers/compile_only.py', '--capability', str(capability), f'{file}::test_double')
         assert res.returncode==0 and f'2 variants compiled for sm_{capability}, 0 failed, 0 over {most} bytes' in res.stdout, res.stdout + res.stderr
 
 def test_a_line_for_each_kernel_and_what_is_wrong_with_it(tmp_path):
     (tmp_path/'test_kernels_of_a_page.py').write_text(KERNELS)
-    res = python('tests/compile_only.py', str(tmp_path/'test_kernels_of_a_page.py'), '--out', str(tmp_path/'out.json'))
+    res = python('tests/helpers/compile_only.py', str(tmp_path/'test_kernels_of_a_page.py'), '--out', str(tmp_path/'out.json'))
     rows = json.loads((tmp_path/'out.json').read_text())
     assert res.returncode==1 and '3 variants compiled for sm_90, 1 failed, 1 over 232,448' in res.stdout, res.stdout + res.stderr
     assert 'FAILED _unknown_kernel' in res.stdout and 'there_is_no_such_name' in res.stdout and 'TOO LARGE _large_kernel' in res.stdout

@@ -1,22 +1,16 @@
 "Faults and edge cases of `hedgehog_nb.data` and `hedgehog_nb.plots`."
-import gzip, json, os, struct, subprocess, sys
+import gzip, json, os, subprocess, sys
 from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 from hedgehog_nb.data import models, text as texts
-from hedgehog_nb.data.text import batches, block_marks, split_texts, DataError, load_texts, read_docs, token_blocks, write_stories, write_texts
-from hedgehog_nb.data.models import convert_llama2c, embedded_model_path, load_embedded, load_model, ModelError, naive_llama2c_encode, read_llama2c
+from hedgehog_nb.data.text import batches, block_marks, split_texts, DataError, load_texts, read_docs, token_blocks
+from hedgehog_nb.data.models import load_embedded, load_model, ModelError
 
 torch = pytest.importorskip('torch')
 
 @pytest.fixture(scope='module')
 def embedded(): return load_embedded()
-
-@pytest.fixture(scope='module')
-def vocab():
-    "Pieces and scores, read back from the tokenizer that ships."
-    ids = json.loads((embedded_model_path()/'tokenizer.json').read_text())['model']['vocab']
-    return [(p.encode(), 259.-i if i>258 else 0.) for p,i in sorted(ids.items(), key=lambda o: o[1])]
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
@@ -54,48 +48,13 @@ def test_embedded_is_quiet():
 
 hard = st.text(st.one_of(st.sampled_from("abcdefghinost  the and .,'\n\t<s>/0é€😀▁’\0"), st.characters(exclude_categories=['Cs'])), max_size=60)
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=hard)
-def test_tokenizer_is_llama2c(embedded, vocab, text):
-    tok = embedded[1]
-    ids = tok(text).input_ids
-    assert ids==naive_llama2c_encode(text, vocab)
-    assert tok.decode(ids, skip_special_tokens=True)==text
-
-def test_tokenizer_on_stories(embedded, vocab):
-    for s in load_texts('embedded','test')+load_texts('embedded','train')[:5]: assert embedded[1](s).input_ids==naive_llama2c_encode(s, vocab)
+def test_tokenizer_gives_the_text_back(embedded, text): assert embedded[1].decode(embedded[1](text).input_ids, skip_special_tokens=True)==text
 
 def test_tokenizer_batch_pads_left(embedded):
     b = embedded[1](['Once', 'Once upon a time'], padding=True, return_tensors='pt')
     assert b.input_ids[0,0]==2 and b.attention_mask[0].tolist()==[0]*(b.input_ids.shape[1]-2)+[1,1]
-
-def fake_llama2c(folder, tied=True, dim=16, hidden=24, L=2, H=4, Hkv=2, V=300, ctx=32):
-    hd, g = dim//H, torch.Generator().manual_seed(0)
-    sizes = [V*dim, L*dim, L*dim*dim, L*Hkv*hd*dim, L*Hkv*hd*dim, L*dim*dim, L*dim] + [L*hidden*dim]*3 + [dim, ctx*hd] + ([] if tied else [V*dim])
-    raw = torch.randn(sum(sizes), generator=g)*.1
-    (folder/'m.bin').write_bytes(struct.pack('7i', dim, hidden, L, H, Hkv, V if tied else -V, ctx)+raw.numpy().tobytes())
-    pieces = [b'<unk>', b'\n<s>\n', b'\n</s>\n'] + [f'<0x{i:02X}>'.encode() for i in range(256)] + [bytes([c]) for c in range(32,32+V-259)]
-    (folder/'t.bin').write_bytes(struct.pack('i',7)+b''.join(struct.pack('fi', -float(max(0,i-259)), len(p))+p for i,p in enumerate(pieces)))
-
-@pytest.mark.parametrize('tied', [True, False])
-def test_convert(here, tied):
-    fake_llama2c(here, tied)
-    model,tok = convert_llama2c('m.bin', 't.bin', 'out')
-    again,tok2 = load_model('out')
-    ids = torch.tensor([tok('I\'M').input_ids])
-    assert torch.equal(model(ids).logits, again(ids).logits) and tok2('I\'M').input_ids==ids[0].tolist()
-    assert model.config.tie_word_embeddings is tied and torch.equal(again.lm_head.weight, again.model.embed_tokens.weight) is tied
-
-def test_convert_truncated(here):
-    fake_llama2c(here)
-    (here/'m.bin').write_bytes((here/'m.bin').read_bytes()[:-4])
-    assert 'bytes' in one_line(ValueError, read_llama2c, 'm.bin')
-
-def test_write_stories(embedded):
-    torch.manual_seed(1); before = torch.get_rng_state()
-    a,b,c = [write_stories(*embedded, n=6, seed=s, batch_size=4, max_tokens=400) for s in (0,0,1)]
-    assert a==b!=c and 0<len(a)<=6 and all(a)
-    assert torch.equal(before, torch.get_rng_state())
 
 def test_embedded_text():
     train,valid,test = [load_texts('embedded',s) for s in ('train','val','test')]
@@ -105,13 +64,11 @@ def test_embedded_text():
 # Text files
 
 @pytest.mark.parametrize('name', ['a.txt','a.txt.gz'])
-def test_write_read(here, name):
+def test_documents_of_one_file(here, name):
     docs = ['one\ntwo', 'three', '¡ñ€😀!']
-    write_texts(docs, name)
+    raw = '\n<|endoftext|>\n'.join(docs).encode()
+    Path(name).write_bytes(gzip.compress(raw) if name.endswith('.gz') else raw)
     assert read_docs(name)==load_texts(name)==docs
-    first = Path(name).read_bytes()
-    write_texts(docs, name)
-    assert Path(name).read_bytes()==first
 
 def test_one_stream(here):
     text = ' \n = Hedgehog = \n \n It has <unk> spines . \n'

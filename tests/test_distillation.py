@@ -11,7 +11,7 @@ from hedgehog_nb.models.attention import linear_layers
 from hedgehog_nb.models.linearize import linearize
 from hedgehog_nb.training.distill import distill, teacher_pass
 from hedgehog_nb.ops.metrics import monotonicity
-from tiny_models import MODELS, inputs
+from helpers.tiny_models import MODELS, inputs
 
 def qkv(B=2, H=4, Hkv=2, T=13, D=8, dtype=torch.float64): return torch.randn(B,H,T,D, dtype=dtype), *torch.randn(2,B,Hkv,T,D, dtype=dtype)
 

@@ -17,7 +17,7 @@ from hedgehog_nb.training.distill import distill
 from hedgehog_nb.training.finetune import finetune, merge_lora
 from hedgehog_nb.training.checkpoint import load_state, save_state
 from hedgehog_nb.training.saving import load_trained, save_trained
-from tiny_models import MODELS, corpus, llama, tokens, vit
+from helpers.tiny_models import MODELS, corpus, llama, tokens, vit
 
 LORA = dict(r=4, target_modules='all-linear')
 

@@ -3,7 +3,7 @@ its scripts in Triton's interpreter, its pytest plugin on tests made up."""
 import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest, torch
-from interpreter import ROOT, python
+from helpers.interpreter import ROOT, python
 
 bash = pytest.mark.skipif(not shutil.which('bash'), reason='needs bash')
 INTERPRET = {} if torch.cuda.is_available() else dict(TRITON_INTERPRET='1')

@@ -10,7 +10,7 @@ from hedgehog_nb.data.models import load_model
 from hedgehog_nb.models.attention import linear_layers
 from hedgehog_nb.models.linearize import linearize
 from hedgehog_nb.models.loading import load_linearized, save_linearized
-from tiny_models import VOCAB, bert, llama, shake, tokens, vit
+from helpers.tiny_models import VOCAB, bert, llama, shake, tokens, vit
 
 
 @torch.no_grad()

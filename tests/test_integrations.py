@@ -1,8 +1,8 @@
 "Converted models in the tools of `integrations.py`: each case again on the small models, where its package is installed; INTEGRATIONS=all: the slow ones too."
 import copy, json, os
 import pytest, torch
-import integrations
-from integrations import CASES, REAL, SLOW, SUBJECTS, Subject, examine, installed
+from helpers import integrations
+from helpers.integrations import CASES, REAL, SLOW, SUBJECTS, Subject, examine, installed
 from hedgehog_nb.models.attention import linear_layers
 
 PAIRS = [(k, n) for k in CASES for n,(kind,_) in SUBJECTS.items() if kind==k[2]]

@@ -6,8 +6,8 @@ from hedgehog_nb import linear_attention as attention
 from hedgehog_nb import functional
 from hedgehog_nb.functional import HAS_TRITON
 from hedgehog_nb.ops.linear import bidirectional_linear_attention, LinearState, recurrent_linear_attention
-from interpreter import DEVICE, HERE, kernel, other_masks, python, run_under_interpreter
-from test_kernels_chunk import extras, inputs, rand
+from helpers.chunk_inputs import close, extras, inputs, rand
+from helpers.interpreter import DEVICE, HERE, kernel, other_masks, python, run_under_interpreter
 
 TOL = {torch.float32:2e-5, torch.float16:4e-3, torch.bfloat16:4e-2} # of the largest reference value; the interpreter cuts bf16 where a GPU rounds
 NAMES = 'phi_q','phi_k','v','log_k','S','z','m'
@@ -96,7 +96,6 @@ def packed(cu, Hkv, F, D, seed=3): # one state for each sequence
 @pytest.mark.parametrize('cu', [[0,50], [0,20,21,37,50]], ids=str)
 @pytest.mark.parametrize('causal', [True, False])
 def test_packed_is_separate(causal, cu):
-    from test_kernels_chunk import close
     q,k,v = inputs(1, 2, 1, 50)
     kw = extras(1, 1, 50, state=False)
     for schedule,before in (('scan', None), (3, packed(cu, 1, 16, 8))):

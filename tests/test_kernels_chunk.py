@@ -2,7 +2,8 @@
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from hedgehog_nb.ops.linear import bidirectional_linear_attention, chunk_linear_attention, LinearState, recurrent_linear_attention
-from interpreter import DEVICE, HERE, kernel, python, run_under_interpreter
+from helpers.chunk_inputs import close, extras, inputs, rand
+from helpers.interpreter import DEVICE, HERE, kernel, python, run_under_interpreter
 
 TOL = {torch.float32:1e-5, torch.float16:2e-3, torch.bfloat16:2e-2} # of the largest reference value; the interpreter cuts bf16 where a GPU rounds
 
@@ -11,24 +12,6 @@ if HERE:
     from hedgehog_nb.kernels.chunk import chunk_forward
 else:
     def test_under_the_interpreter(): run_under_interpreter(__file__)
-
-def rand(*s, seed=0): return torch.randn(*s, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-
-def inputs(B=1, H=2, Hkv=2, T=20, F=16, D=8, dtype=torch.float32, Tq=None, seed=0):
-    return tuple(x.to(dtype)
-        for x in (rand(B, H, Tq or T, F, seed=seed).softmax(-1), rand(B, Hkv, T, F, seed=seed+1).softmax(-1), rand(B, Hkv, T, D, seed=seed+2)))
-
-def extras(B=1, Hkv=2, T=20, F=16, D=8, seed=9, log=True, masked=True, state=True):
-    "Log weights, a mask with holes at both ends, and a state with its own maximum."
-    mask = rand(B, T, seed=seed) > -1
-    if T>2: mask[:,:2], mask[-1,-1] = False, False
-    before = LinearState(rand(B, Hkv, F, D, seed=seed+1), rand(B, Hkv, F, seed=seed+2).abs(), 3*rand(B, Hkv, seed=seed+3))
-    return dict(log_k=5*rand(B, Hkv, T, seed=seed+4) if log else None, mask=mask if masked else None, initial_state=before if state else None)
-
-def close(a, r, tol, name=''):
-    assert a.shape==r.shape and torch.isfinite(a).all(), name
-    err = ((a.double() - r).abs().max()/r.abs().max().clamp_min(1e-3)).item()
-    assert err < tol, f"{name}: {err:.1e}, allowed {tol:.0e}"
 
 def check(q, k, v, causal=True, schedule=None, tol=None, **kw):
     "Outputs and final state against the fp64 oracle."

@@ -4,7 +4,7 @@ from hypothesis import given, settings, strategies as st
 from hedgehog_nb.attentions.base import make_feature_map
 from hedgehog_nb.ops.hedgehog import FORMS
 from hedgehog_nb.ops.linear import LinearState, recurrent_linear_attention
-from interpreter import DEVICE, HERE, kernel, other_masks, python, run_under_interpreter
+from helpers.interpreter import DEVICE, HERE, kernel, other_masks, python, run_under_interpreter
 
 TOL = {torch.float32:1e-5, torch.float16:2e-3, torch.bfloat16:2e-2} # of the largest reference value; the interpreter cuts bf16 where a GPU rounds
 

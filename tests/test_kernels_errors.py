@@ -4,7 +4,7 @@ from hedgehog_nb import linear_attention
 from hedgehog_nb.attentions.base import make_feature_map
 from hedgehog_nb.ops.linear import LinearState
 from hedgehog_nb.ops.window import WindowState
-from interpreter import DEVICE, HERE, kernel, run_under_interpreter
+from helpers.interpreter import DEVICE, HERE, kernel, run_under_interpreter
 
 if HERE:
     from hedgehog_nb.kernels.chunk import chunk_forward

@@ -3,7 +3,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from hedgehog_nb.ops.features import per_head
 from hedgehog_nb.ops.hedgehog import FORMS, hedgehog_features
-from interpreter import DEVICE, HERE, kernel, python, run_under_interpreter
+from helpers.interpreter import DEVICE, HERE, kernel, python, run_under_interpreter
 
 TOL = {torch.float32:1e-5, torch.float16:2e-3, torch.bfloat16:2e-2} # of the largest reference value
 

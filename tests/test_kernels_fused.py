@@ -6,8 +6,8 @@ from hedgehog_nb.ops.hedgehog import FORMS, hedgehog_features
 from hedgehog_nb.attentions.hedgehog import Hedgehog
 from hedgehog_nb.ops.linear import bidirectional_linear_attention, chunk_linear_attention, LinearState
 from hedgehog_nb.functional import linear_attention
-from interpreter import DEVICE, HERE, kernel, other_masks, python, run_under_interpreter
-from wgmma import touched_early
+from helpers.interpreter import DEVICE, HERE, kernel, other_masks, python, run_under_interpreter
+from helpers.wgmma import touched_early
 
 TOL = {torch.float32:1e-5, torch.float16:4e-3, torch.bfloat16:3e-2} # of the largest reference value; the interpreter cuts bf16 where a GPU rounds
 NAMES = 'q','k','v','w_q','w_k','b_q','b_k','S','z','m'
@@ -370,7 +370,7 @@ def test_compiles_for_hopper(tmp_path):
     code = """
 from hedgehog_nb.kernels import feature_map, fused
 from hedgehog_nb.kernels.fused import fused_usage as use
-from wgmma import touched_early
+from helpers.wgmma import touched_early
 import triton
 old = triton.__version__.startswith('3.6.') # its assembler spills more, and waits for each product at 128 channels
 made,compiled = [],feature_map._offline

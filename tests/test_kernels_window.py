@@ -6,7 +6,7 @@ from hedgehog_nb.ops.hedgehog import FORMS
 from hedgehog_nb.ops.linear import LinearState
 from hedgehog_nb.ops.window import chunk_window_attention, naive_window_attention, window_decode_step, WindowState
 from hedgehog_nb.attentions.window import features_with_log_weights
-from interpreter import DEVICE, HERE, kernel, other_masks, python, run_under_interpreter
+from helpers.interpreter import DEVICE, HERE, kernel, other_masks, python, run_under_interpreter
 
 TOL = {torch.float32:1e-5, torch.float16:4e-3, torch.bfloat16:4e-2} # of the largest reference value; the interpreter cuts bf16 where a GPU rounds
 NAMES = 'q','k','v','phi_q','phi_k'

@@ -15,7 +15,7 @@ from hedgehog_nb.models.config import LinearizeConfig
 from hedgehog_nb.models.linearize import linearize
 from hedgehog_nb.models.loading import load_linearized, save_linearized
 from hedgehog_nb.attentions.specs import parse_layers
-from tiny_models import MODELS, VOCAB, bert, gpt2, inputs, llama, shake, tokens, vit
+from helpers.tiny_models import MODELS, VOCAB, bert, gpt2, inputs, llama, shake, tokens, vit
 
 SETTINGS = [(n,{}) for n in sorted(FEATURE_MAPS) if n!='hedgehog'] + [('hedgehog',dict(form=f)) for f in FORMS] + [('hedgehog',dict(form='exp', num_maps=2, bias=True))]
 ids = lambda v: v if isinstance(v,str) else '-'.join(f'{k}={x}' for k,x in v.items()) or 'plain'

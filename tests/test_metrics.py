@@ -13,7 +13,7 @@ from hedgehog_nb.analysis.report import attention_report, METRICS, plot_histogra
 from hedgehog_nb.ops.metrics import (
     attention_entropy, attention_metrics, inverted_pairs, kl_to_softmax, lognormal_fit,
     map_weights, top_p_tokens, monotonicity, valid_pairs, ranks, spectral_gap, remove_sink)
-from tiny_models import MODELS, inputs, llama, tokens
+from helpers.tiny_models import MODELS, inputs, llama, tokens
 
 PER_ROW = 'entropy','share','sink','entropy_rest','support','tokens90','spearman','inverted','kl'
 

@@ -11,7 +11,7 @@ from hedgehog_nb.attentions.base import make_attention, make_feature_map
 from hedgehog_nb import functional as linear
 from hedgehog_nb.kernels import decode, fused, self_check as sc, window as windows
 from hedgehog_nb.kernels.self_check import Case, trusts, verdict_file
-from interpreter import HERE, kernel, python, run_under_interpreter
+from helpers.interpreter import HERE, kernel, python, run_under_interpreter
 
 if not HERE:
     def test_under_the_interpreter(): run_under_interpreter(__file__)

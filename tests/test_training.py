@@ -11,8 +11,8 @@ from hedgehog_nb.training.checkpoint import load_state, TrainingCheckpoint, save
 from hedgehog_nb.training.distill import distill, split_batch, teacher_pass
 from hedgehog_nb.training.finetune import finetune, batch_indices
 from hedgehog_nb.training.evaluate import perplexity
-from tiny_models import MODELS, VOCAB, corpus, inputs, llama, vit
-from two_processes import train
+from helpers.tiny_models import MODELS, VOCAB, corpus, inputs, llama, vit
+from helpers.two_processes import train
 
 CAUSAL = 'llama','gpt2'
 
@@ -142,7 +142,7 @@ def test_finetuning_in_pieces(name):
 def in_processes(root, tmp_path_factory):
     "{number of processes: folder} after the same short training; two are stopped in between once, and started again"
     def run(folder, stopped=False):
-        p = subprocess.run([*torchrun, str(root/'tests'/'two_processes.py'), str(folder), *['--stop']*stopped],
+        p = subprocess.run([*torchrun, str(root/'tests'/'helpers'/'two_processes.py'), str(folder), *['--stop']*stopped],
             capture_output=True, text=True, env={**os.environ, 'PYTHONPATH':os.pathsep.join(sys.path), 'OMP_NUM_THREADS':'1'})
         assert (p.returncode!=0)==stopped, p.stderr
     d = {n:tmp_path_factory.mktemp(f'p{n}') for n in (1,2)}
@@ -291,7 +291,7 @@ def test_what_is_not_finite_is_not_kept(tmp_path):
     with pytest.raises(FloatingPointError, match='step 1: the loss is nan'): finetune(model, corpus(16), 2, 4)
 
 def test_killed_at_random():
-    from kill_resume import trials
+    from helpers.kill_resume import trials
     out = list(trials(3, seed=1))
     assert len(out)==3 and all(kills>0 and differ==0 for kills,differ in out), out
 

@@ -1,6 +1,6 @@
 """Window and linear attention against the fp64 oracle: shapes, forms, states, gradients, and what it refuses."""
 import pytest, torch
-from tiny_models import MODELS, tokens as token_ids
+from helpers.tiny_models import MODELS, tokens as token_ids
 from hypothesis import given, settings, strategies as st
 from transformers import DynamicCache
 from hedgehog_nb.ops.softmax import softmax_attention, softmax_weights

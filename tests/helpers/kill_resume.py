@@ -1,6 +1,6 @@
 """Kill a training run with SIGKILL at moments drawn at random, start it again until it is done, and compare its weights with those of a run that nobody killed.
 
-    python tests/kill_resume.py --trials 50 --record results/kill-resume-stories260k.json"""
+    python tests/helpers/kill_resume.py --trials 50 --record results/kill-resume-stories260k.json"""
 import argparse, multiprocessing, random, signal, sys, tempfile, time
 from pathlib import Path
 import torch, transformers

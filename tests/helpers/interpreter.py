@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest, torch
 
 os.environ.setdefault('HEDGEHOG_TUNE', '0') # each shape would be compiled several times
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HERE = torch.cuda.is_available() or os.environ.get('TRITON_INTERPRET')=='1'
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 

@@ -1,6 +1,6 @@
 """Distil and finetune in as many processes as `torchrun` starts; the first writes weights and losses.
 
-    torchrun --nproc_per_node 2 tests/two_processes.py FOLDER"""
+    torchrun --nproc_per_node 2 tests/helpers/two_processes.py FOLDER"""
 import sys
 from pathlib import Path
 import torch

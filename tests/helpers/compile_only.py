@@ -1,6 +1,6 @@
 """Compile everything that the kernels' tests launch, for a GPU that need not be there: nothing runs, no value is looked at.
 
-    python tests/compile_only.py [--capability 90] [--out FILE.json] [-n 2] [pytest's arguments: files, -k, ...]
+    python tests/helpers/compile_only.py [--capability 90] [--out FILE.json] [-n 2] [pytest's arguments: files, -k, ...]
 
 -n says how many processes compile side by side (1, in this one); without files it takes tests/test_kernels*.py.
 
@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHARED = {80:163, 86:99, 87:163, 89:99, 120:99} # KiB of shared memory that a program may have, by capability; 227 on Hopper and where nothing is said
 
 def stand_in(capability):
@@ -53,7 +53,7 @@ def spills(compiled):
     return int(re.search(r'STACK:(\d+)', said)[1])
 
 def pytest_configure(config):
-    import interpreter
+    from helpers import interpreter
     interpreter.HERE,interpreter.DEVICE = True,'cpu'
     stand_in(int(os.environ['COMPILE_ONLY_FOR']))
 
@@ -72,7 +72,7 @@ def main():
         env = os.environ | dict(COMPILE_ONLY=d, COMPILE_ONLY_FOR=str(a.capability), PYTHONOPTIMIZE='1', HEDGEHOG_TUNE='0', OMP_NUM_THREADS='1',
                                 PYTHONPATH=os.pathsep.join([str(ROOT/'tests'), str(ROOT), os.environ.get('PYTHONPATH', '')]))
         env.pop('TRITON_INTERPRET', None)
-        subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'compile_only', '--assert=plain', '-p', 'no:cacheprovider',
+        subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'helpers.compile_only', '--assert=plain', '-p', 'no:cacheprovider',
             '--no-header', '-r', 'N', '-W', 'ignore', '-k', 'not import and not compile and not tuning', *rest], cwd=ROOT, env=env)
         rows = {(r['kernel'], r.get('hash') or r['error']): r for f in Path(d).glob('*.jsonl') for r in map(json.loads, f.read_text().splitlines())}.values()
     bad,good = [r for r in rows if r.get('error')],[r for r in rows if not r.get('error')]

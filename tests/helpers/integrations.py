@@ -1,4 +1,4 @@
-"""Converted models among the tools that people bring: `python tests/integrations.py` tries each and writes `results/integrations.json`.
+"""Converted models among the tools that people bring: `PYTHONPATH=tests python -m helpers.integrations` tries each and writes `results/integrations.json`.
 
 A case takes a `Subject`, a model in its two forms, and fails where a tool does not do with the converted one what it does with any model.
 What a case returns is what to know of it, or the `Refusal` that it met. Cases whose package is not installed are left out; HEDGEHOG_MODELS adds real models."""
@@ -15,7 +15,7 @@ from hedgehog_nb.models.loading import load_linearized, save_linearized
 from hedgehog_nb.training.distill import distill
 from hedgehog_nb.training.finetune import finetune
 from hedgehog_nb.training.saving import load_trained, save_trained
-from tiny_models import VOCAB, bert, shake, vit
+from helpers.tiny_models import VOCAB, bert, shake, vit
 
 WORDS = [f'w{i}' for i in range(VOCAB-5)]
 TEXTS = {'decoder': ['Once upon a time, there was a little girl', 'Lily saw a big dog.', 'Tom'], 'encoder': ['w3 w9 w4', 'w7 w8', 'w1 w2 w3 w4 w5 w6']}
@@ -490,6 +490,6 @@ def main():
                     print(f"{time.time()-t:6.1f} s  {name:<14} {k[0]:<22} {k[1]:<40} {said}", flush=True)
     if bad: sys.exit(f"{len(bad)} failed")
     if len(sys.argv)>1: return
-    write_results(results_folder()/'integrations.json', rows, command='python tests/integrations.py', wall_s=time.time()-start, device='cpu')
+    write_results(results_folder()/'integrations.json', rows, command='PYTHONPATH=tests python -m helpers.integrations', wall_s=time.time()-start, device='cpu')
 
 if __name__=='__main__': main()

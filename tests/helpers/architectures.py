@@ -1,4 +1,4 @@
-"""Tiny random models of many architectures, and what is checked of each: `python tests/architectures.py` writes `results/architectures.json`.
+"""Tiny random models of many architectures, and what is checked of each: `PYTHONPATH=tests python -m helpers.architectures` writes `results/architectures.json`.
 
 Every model has two layers and heads of 8 channels; its matrices are drawn with a spread of 0.3, so that attention is far from uniform."""
 import copy, tempfile, time
@@ -8,7 +8,7 @@ from hedgehog_nb.models.attention import linear_layers, set_implementation
 from hedgehog_nb.models.linearize import linearize
 from hedgehog_nb.models.loading import load_linearized, save_linearized
 from hedgehog_nb.training.distill import base_forward, distill, teacher_pass
-from tiny_models import shake
+from helpers.tiny_models import shake
 
 VOCAB = 61
 SPECIAL = dict(vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -314,4 +314,4 @@ if __name__=='__main__':
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()
     start,rows = time.time(),[r for name in ARCHITECTURES for r in examine(name)]
-    write_results(results_folder()/'architectures.json', rows, command='python tests/architectures.py', wall_s=time.time()-start, device='cpu')
+    write_results(results_folder()/'architectures.json', rows, command='PYTHONPATH=tests python -m helpers.architectures', wall_s=time.time()-start, device='cpu')
