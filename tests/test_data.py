@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 from hedgehog_nb.data import models, text as texts
-from hedgehog_nb.data.text import batches, block_marks, split_texts, DataError, load_texts, read_docs, token_blocks
+from hedgehog_nb.data.text import batches, block_marks, DataError, load_texts, token_blocks
 from hedgehog_nb.data.models import load_embedded, load_model, ModelError
 
 torch = pytest.importorskip('torch')
@@ -68,7 +68,7 @@ def test_documents_of_one_file(here, name):
     docs = ['one\ntwo', 'three', '¡ñ€😀!']
     raw = '\n<|endoftext|>\n'.join(docs).encode()
     Path(name).write_bytes(gzip.compress(raw) if name.endswith('.gz') else raw)
-    assert read_docs(name)==load_texts(name)==docs
+    assert load_texts(name)==docs
 
 def test_one_stream(here):
     text = ' \n = Hedgehog = \n \n It has <unk> spines . \n'
@@ -133,7 +133,7 @@ def test_several(here):
 @pytest.mark.parametrize('n', [1,7,19,20,21,100])
 def test_cut(n):
     docs = [f'{i:03} '*60 for i in range(n)]
-    parts = [split_texts(docs, s) for s in ('train','validation','test')]
+    parts = [texts._split_texts(docs, s) for s in ('train','validation','test')]
     if n>=20: assert sum(parts, [])==docs
     else: assert [''.join(p) for p in zip(*parts)]==docs
 
@@ -416,5 +416,5 @@ def test_pieces_join(text, size):
 def test_marks(embedded):
     assert texts._marks(embedded[1])==([1],[])
     long = 'One day, Tim ran.\n'*5000
-    ids = sum(texts.token_ids([long,'x'], embedded[1]), [])
+    ids = sum(texts._token_ids([long,'x'], embedded[1]), [])
     assert ids.count(1)==2 and embedded[1].decode(ids[:20], skip_special_tokens=True)==long[:len(embedded[1].decode(ids[:20], skip_special_tokens=True))]
