@@ -3,9 +3,7 @@ import json, os, re, subprocess, sys
 from datetime import datetime, timezone
 import pytest
 from hedgehog_nb import results
-from hedgehog_nb.results import (
-    code_version, command_line, EXPERIMENTS, metrics_of, PAPER, provenance, read_results, results_folder, results_table, runs_table, trend_rows, UNITS,
-    write_results)
+from hedgehog_nb.results import code_version, command_line, PAPER, provenance, read_results, results_folder, results_table, write_results
 
 ROW = dict(experiment='pretrained-wikitext2', model='smollm2-135m', data='wikitext-2',
     variant='hedgehog', metric='ppl', value=30.25, unit='', tokens=1000, seed=0)
@@ -63,9 +61,6 @@ def test_a_file_that_is_no_result_is_named(tmp_path):
 def test_no_results_yet(tmp_path):
     assert read_results(tmp_path) == read_results(tmp_path/'absent') == []
     assert 'not run yet' in str(results_table([], 'recall', 'accuracy'))
-    t = runs_table([])
-    assert [r[0] for r in t.rows] == list(EXPERIMENTS) and all('not run yet' in r for r in t.rows)
-    assert trend_rows([]) == {}
 
 
 def test_provenance():
@@ -133,15 +128,8 @@ def test_which_number_counts():
     assert one({**e, 'metric':'kl', 'value':2.}) == ['not run yet']
 
 
-def test_trend_needs_two_points():
-    rows = _rows({}, dict(tokens=2000), dict(variant='softmax'), dict(variant='swapped', tokens=0))
-    assert {e: {r['variant'] for r in rs} for e,rs in trend_rows(rows).items()} == {'pretrained-wikitext2': {'hedgehog'}}
-
-
 def test_the_papers_numbers():
-    assert set(PAPER) <= set(EXPERIMENTS) and all(m in UNITS for p in PAPER.values() for m in p['metrics'])
     assert all(p['where'] and p['model'] and p['data'] for p in PAPER.values())
-    assert metrics_of([], 'samsum') == ['rouge1','rouge2','rougeL']
     assert PAPER['cola']['metrics']['mcc'] == dict(softmax=58.8, hedgehog=59.2, taylor=58.4,
         exp2=50.0, exp1=45.9, cosformer=39.9, relu=39.5, elu=28.1, performer=24.7)
 

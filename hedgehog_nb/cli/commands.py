@@ -16,7 +16,7 @@ from .inputs import block_start, check_output, describe_start, is_converted, mod
 from .options import (
     _command, _examples, _opt, app, BaseOpt, BatchOpt, BlockBosOpt, ColumnOpt, DataOpt, DebugOpt, DeviceOpt, DtypeOpt, EvalOpt,
     ImplOpt, JsonOpt, LenOpt, ModelArg, SeedOpt, Terminated)
-from ..data.files import atomic_write
+from ..files import atomic_write
 
 # %% ../../nbs/94_cli.ipynb #8f758508
 @app.command('evaluate', epilog=_examples('hedgehog evaluate stories-hedgehog --data embedded --seq-len 256',

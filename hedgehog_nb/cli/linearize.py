@@ -17,7 +17,7 @@ from .inputs import block_start, check_output, describe_start, is_converted, map
 from .options import (
     _command, _examples, _expand_config, _opt, app, AutocastOpt, BlockBosOpt, ColumnOpt, ConfigOpt, DataOpt, DebugOpt, DeviceOpt, DtypeOpt, EvalOpt,
     ImplOpt, JsonOpt, ModelArg, SeedOpt)
-from ..data.files import atomic_write
+from ..files import atomic_write
 
 # %% ../../nbs/94_cli.ipynb #11c00002
 def open_run_dir(

@@ -13,7 +13,7 @@ import json, math, os, time, torch
 from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
-from ..data.files import atomic_write
+from ..files import atomic_write
 from ..data.models import parse_dtype
 from ..data.text import batches
 from ..models.config import LinearizeConfig

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..models.attention import linear_layers
 from ..models.config import LinearizeConfig
 from ..models.linearize import build_attentions, linearize
-from ..models.loading import new_folder
+from ..files import new_folder
 from .checkpoint import load_state, save_state
 from .finetune import _check_merge, merge_lora
 
