@@ -14,9 +14,8 @@ settings.load_profile('book')
 def pytest_collection_modifyitems(items):
     ("The files that take longest come first, since the last one keeps one worker only: "
      "those that start Triton's interpreter, then those that start other processes.")
-    interpreted = {i.path for i in items if i.name=='test_under_the_interpreter'}
-    starting = {p for p in {i.path for i in items} if 'subprocess' in p.read_text(encoding='utf-8')}
-    items.sort(key=lambda i: (i.path not in interpreted, i.path not in starting))
+    long = {m:{i.path for i in items if i.get_closest_marker(m)} for m in ('interpreter','processes')}
+    items.sort(key=lambda i: [i.path not in paths for paths in long.values()])
 
 
 @pytest.fixture(autouse=True)

@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption('--gpu-log'): return
     past = json.loads(os.environ['GPU_PYTEST'])
     done,failed = set(past['done']),set(past['failed'])
-    keep = [i for i in items if vars(i.function).get('__test__') and i.nodeid not in done]
+    keep = [i for i in items if i.get_closest_marker('kernel') and i.nodeid not in done]
     config.hook.pytest_deselected(items=[i for i in items if i not in set(keep)])
     items[:] = sorted(keep, key=lambda i: (i.nodeid not in failed, rank(i.name)))
 

@@ -8,6 +8,7 @@ from hedgehog_nb.models.linearize import linearize
 from hedgehog_nb.models.loading import load_linearized, save_linearized
 from hedgehog_nb.models.cache import recurrent_layer, RecurrentLayer
 from helpers.decoding import FREE, forward, left_padded
+from helpers.interpreter import few
 from helpers.tiny_models import gpt2, llama, tokens
 
 def embedded(seed=0, **kw): return load_embedded()[0]
@@ -237,7 +238,7 @@ def test_a_real_model():
     same(torch.stack(a.logits)[:2], torch.stack(b.logits)[:2], 1e-2)
     assert torch.equal(a.sequences, b.sequences)
 
-@pytest.mark.parametrize('kw', [{}, dict(form='exp'), dict(attention='hedgehog-window', window=5)], ids=str)
+@few(2, 'kw', [{}, dict(attention='hedgehog-window', window=5), dict(form='exp')], ids=ids)
 @torch.no_grad()
 def test_a_step_compiles_into_one_graph_for_any_context(kw):
     graphs = []

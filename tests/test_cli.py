@@ -8,6 +8,8 @@ from hedgehog_nb.cli import app
 from hedgehog_nb.training.recipe import log_spaced, steps_for, tokens_after
 from hedgehog_nb.cli.console import word_wrap
 
+pytestmark = pytest.mark.processes
+
 torch = pytest.importorskip('torch')
 COMMANDS = 'linearize', 'evaluate', 'generate', 'properties', 'bench', 'demo'
 SHORT = '--seq-len 64 --batch-size 4 --eval-tokens 256'.split()

@@ -6,6 +6,8 @@ from typer.testing import CliRunner
 from hedgehog_nb.cli import commands as cli
 from hedgehog_nb.cli import app
 
+pytestmark = pytest.mark.processes
+
 torch = pytest.importorskip('torch')
 TINY = '--seq-len 64 --batch-size 4 --eval-tokens 128 --distill-steps 1 --finetune-steps 1'.split()
 
@@ -242,7 +244,7 @@ def until(p, what, seconds):
         if what in line: break
     time.sleep(seconds)
 
-@pytest.mark.parametrize('sig,phase', [(signal.SIGINT,'distill'), (signal.SIGTERM,'finetune')])
+@pytest.mark.parametrize('sig,phase', [(signal.SIGINT,'distill'), pytest.param(signal.SIGTERM, 'finetune', marks=pytest.mark.slow)])
 def test_stopped_run_says_where_it_is(here, root, sig, phase):
     other = dict(distill='finetune', finetune='distill')[phase]
     p = start(root, '--out', 'out', '--record', 'r.json', f'--{phase}-steps', '100000', f'--{other}-steps', '1')
@@ -260,6 +262,7 @@ def test_stopped_before_anything_was_done(here, root, monkeypatch):
     r = CliRunner().invoke(app, ['linearize','embedded','--data','embedded','--out','out',*TINY])
     assert r.exit_code==143 and r.stderr=='hedgehog: stopped; nothing was written\n' and left()==[]
 
+@pytest.mark.slow
 def test_killed_runs_end_as_if_they_had_not_been(here, root):
     "SIGKILL in each phase; then weights, rows and order of rows of a run that nobody killed, and no measurement made twice"
     steps = '--distill-steps', '16', '--finetune-steps', '16'
@@ -277,7 +280,7 @@ def test_killed_runs_end_as_if_they_had_not_been(here, root):
     assert [{k:v for k,v in r.items() if k!='seconds'} for r in a]==[{k:v for k,v in r.items() if k!='seconds'} for r in b]
     assert all(r['seconds']>0 for r in b if r['tokens'])
 
-@pytest.mark.parametrize('moved', [False,True])
+@pytest.mark.parametrize('moved', [pytest.param(False, marks=pytest.mark.slow), True], ids=['before the folder appears','after it'])
 def test_killed_as_it_ends(here, root, moved):
     "SIGKILL just before or just after the folder appears: nothing is left beside the working folder, and the same command ends well"
     code = """if True:

@@ -241,6 +241,7 @@ def test_traced_without_a_mask(double):
     model,x = made(double=double, layers=1),tokens(2, 12)
     same(torch.jit.trace(Logits(model), (x,), strict=False, check_trace=False)(x), logits(model, x), 1e-10 if double else 1e-5)
 
+@pytest.mark.slow
 def test_gradients_compiled_where_the_batch_varies():
     "The last batch of an epoch is smaller, and from then on the batch is a symbol to the compiler."
     fm = make_feature_map('hedgehog', 8, 2).double(); torch._dynamo.reset()

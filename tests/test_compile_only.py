@@ -3,9 +3,11 @@ import json
 import pytest
 from helpers.interpreter import python
 pytest.importorskip('triton')
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 KERNELS = '''
-import torch, triton, triton.language as tl
+import pytest, torch, triton, triton.language as tl
+pytestmark = pytest.mark.kernel
 
 @triton.jit
 def _double_kernel(x_ptr, n, BLOCK:tl.constexpr):

@@ -6,6 +6,8 @@ from hedgehog_nb.ops.hedgehog import FORMS, hedgehog_features
 from hedgehog_nb.ops.linear import chunk_linear_attention, naive_linear_attention, recurrent_linear_attention
 from hedgehog_nb.functional import linear_attention
 
+pytestmark = pytest.mark.processes
+
 class Watch(TorchDispatchMode):
     "Counts operations and remembers the largest new tensor."
     def __init__(self): super().__init__(); self.calls,self.largest = 0,0

@@ -19,6 +19,8 @@ from hedgehog_nb.training.checkpoint import load_state, save_state
 from hedgehog_nb.training.saving import load_trained, save_trained
 from helpers.tiny_models import MODELS, corpus, llama, tokens, vit
 
+pytestmark = pytest.mark.processes
+
 LORA = dict(r=4, target_modules='all-linear')
 
 # what was trained, alone
@@ -272,6 +274,7 @@ def test_the_last_table(tmp_path):
         ('embedded','tokens_per_s','finetune',100.), ('smollm2-135m','wall_s',None,9.), ('decode','wall_s',None,1.), ('decode','peak_bytes',None,7*10**9)]
     assert [(r['model'], r['metric'], r.get('phase'), r['value']) for r in rows]==want
 
+@pytest.mark.slow
 def test_two_steps_killed_and_taken_up(root, tmp_path):
     "The whole script on a CPU: killed after distillation, then run to its end, then once more with nothing left to do."
     out,work = tmp_path/'out',tmp_path/'work'

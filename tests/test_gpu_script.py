@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest, torch
 from helpers.interpreter import ROOT, python
 
+pytestmark = pytest.mark.processes
+
 bash = pytest.mark.skipif(not shutil.which('bash'), reason='needs bash')
 INTERPRET = {} if torch.cuda.is_available() else dict(TRITON_INTERPRET='1')
 PARTS = 'smoke','tests','sanitize','bench','models'
@@ -100,6 +102,7 @@ def test_what_was_carried_is_installed_and_joined(fake, tmp_path):
     assert said(res)==['bench: not run, typer missing: the wheels in .gpu could not be installed, '
         'pip says why above: carry .gpu/1 again, or put the packages on PYTHONPATH']
 
+@pytest.mark.slow
 @bash
 def test_a_part_has_its_time(fake):
     run,_ = fake
@@ -144,6 +147,7 @@ def test_make_leads_there():
 
 # Scripts
 
+@pytest.mark.slow
 def test_every_kernel_repeats(tmp_path):
     pytest.importorskip('triton')
     done = tmp_path/'done'
@@ -160,6 +164,7 @@ def test_every_kernel_repeats(tmp_path):
     res = python('tests/gpu_repeat.py', '--size', 'small', '--only', 'nosuch', **INTERPRET)
     assert res.returncode==1 and res.stderr.startswith('there is no kernel nosuch; there are map, ')
 
+@pytest.mark.slow
 def test_the_smoke_test(tmp_path):
     pytest.importorskip('triton')
     res = python('tests/gpu_smoke.py', '--small', '--out', str(tmp_path/'s.json'), **INTERPRET)
@@ -202,6 +207,7 @@ if __name__=='__main__':
     for name,state,value,s in in_parallel(work, ['hangs', 'dies', 'raises', 'a', 'b'], seconds=15, processes=2): print(name, state, value, flush=True)
 '''
 
+@pytest.mark.slow
 def test_side_by_side_one_that_breaks_costs_only_itself(tmp_path):
     (tmp_path/'p.py').write_text(PARALLEL)
     res = python(str(tmp_path/'p.py'), PYTHONPATH=f"{ROOT}:{ROOT/'tests'}")
@@ -225,7 +231,7 @@ def test_an_assembler_has_a_cache_of_its_own(tmp_path):
 
 MADE_UP = '''
 import os, pytest
-def kernel(f): f.__test__ = True; return f
+kernel = pytest.mark.kernel
 @kernel
 def test_drawn(): pass
 @kernel
@@ -260,12 +266,14 @@ def test_kernels_only_the_important_first_and_none_twice(made_up, tmp_path):
         res = python('tests/gpu_pytest.py', *args)
         assert res.returncode==1 and res.stderr==f'gpu_pytest.py LOG tells how the tests went; {why}\n'
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on(made_up):
     res,rows = made_up('-n', '1', '--dist', 'load', '--maxschedchunk', '1', KILL='1')
     assert res.returncode==-9 and 2<=len(rows)<=3
     res,rows = made_up('-n', '2', '--dist', 'load', '--maxschedchunk', '1')
     assert len(rows)==5==len({r['test'] for r in rows}), res.stdout
 
+@pytest.mark.slow
 def test_after_a_change_what_failed_comes_first(made_up, tmp_path):
     made_up()
     log = tmp_path/'log.jsonl'

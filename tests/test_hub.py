@@ -12,6 +12,8 @@ from hedgehog_nb.models.linearize import linearize
 from hedgehog_nb.models.loading import load_linearized, save_linearized
 from helpers.tiny_models import VOCAB, bert, llama, shake, tokens, vit
 
+pytestmark = pytest.mark.processes
+
 
 @torch.no_grad()
 def scores(model, x): return model(input_ids=x)[0]

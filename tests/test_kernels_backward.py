@@ -7,7 +7,7 @@ from hedgehog_nb import functional
 from hedgehog_nb.functional import HAS_TRITON
 from hedgehog_nb.ops.linear import bidirectional_linear_attention, LinearState, recurrent_linear_attention
 from helpers.chunk_inputs import close, extras, inputs, rand
-from helpers.interpreter import DEVICE, HERE, kernel, other_masks, python, run_under_interpreter
+from helpers.interpreter import DEVICE, HERE, compiles, few, kernel, other_masks, python, quick_and_slow, under_the_interpreter
 
 TOL = {torch.float32:2e-5, torch.float16:4e-3, torch.bfloat16:4e-2} # of the largest reference value; the interpreter cuts bf16 where a GPU rounds
 NAMES = 'phi_q','phi_k','v','log_k','S','z','m'
@@ -15,7 +15,7 @@ NAMES = 'phi_q','phi_k','v','log_k','S','z','m'
 if HERE:
     from hedgehog_nb.kernels.chunk_backward import triton_linear_attention
 else:
-    def test_under_the_interpreter(): run_under_interpreter(__file__)
+    test_under_the_interpreter = under_the_interpreter(__file__)
 
 def apart(q, k, v, log_k=None, causal=True, mask=None, initial_state=None, cu=None):
     "The recurrence, whose maxima have gradients too, or the bidirectional form, one packed sequence after the other: outputs and states."
@@ -54,7 +54,7 @@ def check(q, k, v, causal=True, schedule=None, tol=None, log_k=None, mask=None, 
         assert err < allowed, f"{name}: {err:.1e}, allowed {allowed:.0e}"
 
 @kernel
-@pytest.mark.parametrize('T', [1, 17, 64, 100, 257])
+@few(2, 'T', [1, 17, 64, 100, 257])
 @pytest.mark.parametrize('D', [8, 32, 60, 64, 128])
 def test_shapes(D, T):
     H,Hkv = [(4,4), (4,2), (4,1)][(D//4 + T) % 3]
@@ -67,6 +67,7 @@ def test_shapes(D, T):
 @pytest.mark.parametrize('heads', [(4,4), (4,2), (4,1)])
 def test_everything_at_once(heads, causal, schedule): check(*inputs(2, *heads, 24, 24, 20), causal, schedule, **extras(2, heads[1], 24, 24, 20))
 
+@pytest.mark.slow
 @kernel
 @pytest.mark.parametrize('log', [False, True])
 @pytest.mark.parametrize('masked', [False, True])
@@ -83,6 +84,7 @@ def test_dtypes_keep_states_in_fp32(causal, dtype):
     kw['log_k'] /= 5 # where one key outweighs all others, o is its v, and their difference is what rounding o leaves
     check(*inputs(1, 1, 1, 100, 64, 32, dtype=dtype), causal, 2, **kw)
 
+@pytest.mark.slow
 @kernel
 @pytest.mark.parametrize('F,D', [(512,256), (1,1), (17,130)])
 def test_widths_where_the_state_is_cut(F, D):
@@ -115,6 +117,7 @@ def test_packed_is_separate(causal, cu):
        Tq=st.integers(1, 50), F=st.integers(1, 40), D=st.integers(1, 40), causal=st.booleans(),
        log=st.booleans(), masked=st.booleans(), state=st.booleans(), bthd=st.booleans(), cuts=st.lists(st.integers(1, 69), max_size=3),
        dtype=st.sampled_from(list(TOL)), schedule=st.sampled_from([None, 'scan', 'parallel', 3]), seed=st.integers(0, 99))
+@pytest.mark.slow
 def test_drawn(B, Hkv, G, T, Tq, F, D, causal, log, masked, state, bthd, cuts, dtype, schedule, seed):
     cu = sorted({0, T, *(c for c in cuts if c<T)}) if cuts else None
     if cu: B,Tq = 1,None
@@ -125,6 +128,7 @@ def test_drawn(B, Hkv, G, T, Tq, F, D, causal, log, masked, state, bthd, cuts, d
         kw['initial_state'] = LinearState(*(x.abs() if i<2 else x for i,x in enumerate(packed(cu, Hkv, F, D) if cu else kw['initial_state'])))
     check(*qkv, causal, schedule, 4*TOL[dtype], cu=cu, **kw)
 
+@pytest.mark.slow
 @kernel
 def test_strided_views_and_cotangents():
     q,k,v = inputs(2, 2, 1, 20, 16, 16)
@@ -210,6 +214,7 @@ def test_autocast_changes_nothing():
         assert torch.equal(o, o2) and o2.dtype==dtype and s2.S.dtype==s2.z.dtype==torch.float32 and torch.equal(s.z, s2.z)
         assert all(g.dtype==dtype for g in torch.autograd.grad(o2.sum(), args))
 
+@pytest.mark.compiles
 @kernel
 @pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
 def test_compiles_in_one_graph(backend):
@@ -221,6 +226,7 @@ def test_compiles_in_one_graph(backend):
     gs = [torch.autograd.grad(o.sin().sum() + s.S.sum() + s.m.sum(), ins) for o,s in res]
     assert all(map(torch.equal, (res[0][0], *res[0][1], *gs[0]), (res[1][0], *res[1][1], *gs[1])))
 
+@pytest.mark.compiles
 @kernel
 def test_the_entry_point_compiles_too():
     torch._dynamo.reset()
@@ -305,9 +311,7 @@ def test_import_is_lazy_and_cpu_tensors_are_refused():
                  TRITON_INTERPRET='0', CUDA_VISIBLE_DEVICES='')
     assert res.returncode!=0 and 'ValueError: the kernel runs on a GPU; given tensors on cpu' in res.stderr, res.stderr
 
-def test_compiles_for_hopper(tmp_path):
-    pytest.importorskip('triton')
-    code = """
+HOPPER = """
 import torch
 from hedgehog_nb.kernels.chunk_backward import backward_usage as use
 def check(F, D, kernel, spilled, near, slots, tensor, programs=2, **kw): # cycles of an SM for a token
@@ -315,10 +319,11 @@ def check(F, D, kernel, spilled, near, slots, tensor, programs=2, **kw): # cycle
     fit = min(65536//(u['registers']*32*u['warps']), 227*1024//(u['shared_bytes'] + 1024))
     assert u['spilled_bytes']<=spilled and u['near']<=1.15*near and u['slots']<=1.15*slots and u['alu']<=1.5*slots\
  and u['tensor']<=tensor and fit>=programs, u # other versions differ by as much
-check(128, 64, 'dq', 64, 21.2, 18.4, 16)
+"""
+HOPPER_PARTS = dict(quick="""check(128, 64, 'dq', 64, 21.2, 18.4, 16)
 check(128, 64, 'dkv', 400, 29.8, 19.4, 26.5)
 check(128, 64, 'costates', 0, 6.9, 6.4, 5, 3)
-check(128, 64, 'dq', 160, 24.4, 20.8, 16, group=4)
+""", slow="""check(128, 64, 'dq', 160, 24.4, 20.8, 16, group=4)
 check(128, 64, 'dkv', 400, 35.4, 22.7, 26.5, group=4)
 check(128, 64, 'dq', 240, 27.9, 31.2, 16, log_k=True)
 check(128, 64, 'dkv', 800, 48.2, 39.6, 26.5, log_k=True)
@@ -330,9 +335,11 @@ check(128, 64, 'dk', 64, 164, 134, 91, 1, dtype=torch.float32)
 check(128, 64, 'dkv', 1024, 59, 46.3, 26.5, log_k=True, packed=True, HAS_MASK=True, HAS_END=True, group=4)
 for kernel,dtype in (('dq',torch.float32), ('dk',torch.float16), ('dv',torch.float16)):\
  assert use(512, 256, dtype, kernel)['shared_bytes']<=227*1024 # the largest
-"""
-    res = python('-c', code, TRITON_INTERPRET='0', TRITON_DEFAULT_FP_FUSION='1', TRITON_CACHE_DIR=str(tmp_path))
-    assert res.returncode==0, res.stderr
+""")
+
+@pytest.mark.compiles
+@quick_and_slow
+def test_compiles_for_hopper(which, tmp_path): compiles(HOPPER + HOPPER_PARTS[which], tmp_path)
 
 @kernel
 @pytest.mark.parametrize('causal', [True, False])

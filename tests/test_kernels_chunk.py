@@ -3,7 +3,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from hedgehog_nb.ops.linear import bidirectional_linear_attention, chunk_linear_attention, LinearState, recurrent_linear_attention
 from helpers.chunk_inputs import close, extras, inputs, rand
-from helpers.interpreter import DEVICE, HERE, kernel, python, run_under_interpreter
+from helpers.interpreter import DEVICE, HERE, compiles, few, kernel, python, quick_and_slow, under_the_interpreter
 
 TOL = {torch.float32:1e-5, torch.float16:2e-3, torch.bfloat16:2e-2} # of the largest reference value; the interpreter cuts bf16 where a GPU rounds
 
@@ -11,7 +11,7 @@ if HERE:
     from hedgehog_nb.kernels import chunk
     from hedgehog_nb.kernels.chunk import chunk_forward
 else:
-    def test_under_the_interpreter(): run_under_interpreter(__file__)
+    test_under_the_interpreter = under_the_interpreter(__file__)
 
 def check(q, k, v, causal=True, schedule=None, tol=None, **kw):
     "Outputs and final state against the fp64 oracle."
@@ -28,7 +28,7 @@ def check(q, k, v, causal=True, schedule=None, tol=None, **kw):
 SCHEDULES = 'scan','parallel',2
 
 @kernel
-@pytest.mark.parametrize('T', [1, 17, 64, 100, 257])
+@few(4, 'T', [1, 17, 64, 100, 257])
 @pytest.mark.parametrize('F,D', [(16,8), (120,60), (128,64), (16,32)])
 def test_shapes(F, D, T):
     for i,schedule in enumerate(('scan', 'parallel')):
@@ -62,6 +62,7 @@ def test_mixed_dtypes():
     q,k,v = inputs(T=70)
     check(q.bfloat16(), k.bfloat16(), v, tol=1e-2); check(q, k, v.half(), tol=2e-3); check(q.half(), k.half(), v.bfloat16(), tol=1e-2)
 
+@pytest.mark.slow
 @kernel
 @pytest.mark.parametrize('F,D', [(512,256), (300,8), (1,1), (17,130)])
 def test_extreme_widths(F, D):
@@ -72,12 +73,14 @@ def test_extreme_widths(F, D):
 @given(B=st.integers(1, 2), Hkv=st.integers(1, 2), G=st.integers(1, 3), T=st.integers(1, 140), Tq=st.integers(1, 80), F=st.integers(1, 40),
        D=st.integers(1, 40), causal=st.booleans(), log=st.booleans(), masked=st.booleans(), state=st.booleans(), bthd=st.booleans(),
        dtype=st.sampled_from(list(TOL)), schedule=st.sampled_from([None, 'scan', 'parallel', 3]), seed=st.integers(0, 99))
+@pytest.mark.slow
 def test_drawn(B, Hkv, G, T, Tq, F, D, causal, log, masked, state, bthd, dtype, schedule, seed):
     qkv = inputs(B, Hkv*G, Hkv, T, F, D, dtype, None if causal else Tq, seed)
     if bthd: qkv = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv]
     # a state of random signs makes sums that cancel: o is then as large as it is uncertain
     check(*qkv, causal, schedule, tol=3*TOL[dtype], **extras(B, Hkv, T, F, D, seed, log, masked, state))
 
+@pytest.mark.slow
 @kernel
 def test_strided_views_are_read_in_place():
     q,k,v = inputs(2, 4, 2, 20, 16, 16)
@@ -223,9 +226,7 @@ def test_import_without_a_gpu_works_and_cpu_tensors_are_refused():
         TRITON_INTERPRET='0', CUDA_VISIBLE_DEVICES='')
     assert res.returncode!=0 and 'ValueError: the kernel runs on a GPU; given tensors on cpu' in res.stderr
 
-def test_compiles_for_hopper(tmp_path):
-    pytest.importorskip('triton')
-    code = """
+HOPPER = """
 import torch
 from hedgehog_nb.kernels import chunk
 from hedgehog_nb.kernels.chunk import chunk_usage as use
@@ -234,10 +235,11 @@ def check(F, D, spilled, near, slots, tensor, programs=2, **kw): # cycles of an 
     fit = min(65536//(u['registers']*32*u['warps']), 227*1024//(u['shared_bytes'] + 1024))
     assert u['spilled_bytes']<=spilled and u['near']<=1.15*near and u['slots']<=1.15*slots and u['alu']<=1.5*slots\
  and u['tensor']<=tensor and fit>=programs, u # other versions differ by as much
-check(128, 64, 0, 12.2, 11.4, 16)
+"""
+HOPPER_PARTS = dict(quick="""check(128, 64, 0, 12.2, 11.4, 16)
 check(128, 64, 0, 4, 3.5, 5, 4, kernel='states')
 check(128, 64, 0, 8.5, 4.6, 5, 3, kernel='read')
-check(128, 64, 128, 12.2, 11.6, 16, parallel=True)
+""", slow="""check(128, 64, 128, 12.2, 11.6, 16, parallel=True)
 check(128, 64, 64, 16.9, 11.1, 16, group=4)
 check(128, 64, 160, 18.6, 25.4, 16, log_k=True)
 check(256, 128, 400, 28.2, 17.9, 21)
@@ -247,6 +249,8 @@ for F,D,dtype in ((512,256,torch.bfloat16), (256,64,torch.float16), (512,256,tor
 assert use(60, 60, kernel='states', log_k=True, HAS_MASK=True)['spilled_bytes']==0
 chunk.offline_usage(chunk._scan_states_kernel, dict(WIDTH=8320, BLOCK=1024, HAS_LOG=True, EVERY=True, PACKED=True, REVERSE=False, num_warps=4, num_stages=1),\
  'fp32', others=dict(plan_ptr='i32'))
-"""
-    res = python('-c', code, TRITON_INTERPRET='0', TRITON_DEFAULT_FP_FUSION='1', TRITON_CACHE_DIR=str(tmp_path))
-    assert res.returncode==0, res.stderr
+""")
+
+@pytest.mark.compiles
+@quick_and_slow
+def test_compiles_for_hopper(which, tmp_path): compiles(HOPPER + HOPPER_PARTS[which], tmp_path)

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
+pytestmark = pytest.mark.processes
+
 torch = pytest.importorskip('torch')
 import hedgehog_nb.kernels.cpu as cpu
 from hedgehog_nb.training.losses import naive_weight_loss, weight_loss
@@ -336,6 +338,7 @@ def test_other_instructions(flags, monkeypatch, tmp_path):
         compare(x); compare(x, causal=False)
     same_losses(2, 4, 2, 100, 24, 40, True, True)
 
+@pytest.mark.slow
 @needs_compiler
 def test_no_access_outside_of_what_was_given(tmp_path, root):
     "Under the address sanitizer, where the compiler has it: a grid of shapes that fit nothing, and a planted fault that it must see"

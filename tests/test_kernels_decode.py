@@ -4,7 +4,7 @@ from hypothesis import given, settings, strategies as st
 from hedgehog_nb.attentions.base import make_feature_map
 from hedgehog_nb.ops.hedgehog import FORMS
 from hedgehog_nb.ops.linear import LinearState, recurrent_linear_attention
-from helpers.interpreter import DEVICE, HERE, kernel, other_masks, python, run_under_interpreter
+from helpers.interpreter import DEVICE, HERE, compiles, kernel, other_masks, python, quick_and_slow, under_the_interpreter
 
 TOL = {torch.float32:1e-5, torch.float16:2e-3, torch.bfloat16:2e-2} # of the largest reference value; the interpreter cuts bf16 where a GPU rounds
 
@@ -12,7 +12,7 @@ if HERE:
     from hedgehog_nb.kernels import decode
     from hedgehog_nb.kernels.decode import decode_step
 else:
-    def test_under_the_interpreter(): run_under_interpreter(__file__)
+    test_under_the_interpreter = under_the_interpreter(__file__)
 
 def rand(*s, seed=0): return torch.randn(*s, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
@@ -83,6 +83,7 @@ def test_half_precision_maps_and_no_bias():
 @given(B=st.integers(1, 2), Hkv=st.integers(1, 2), G=st.integers(1, 2), D=st.integers(1, 40), Dv=st.integers(1, 40),
        maps=st.integers(1, 2), kind=st.sampled_from([*FORMS, 'given']), log=st.booleans(), masked=st.booleans(),
        state=st.booleans(), bias=st.booleans(), bthd=st.booleans(), dtype=st.sampled_from(list(TOL)), seed=st.integers(0, 99))
+@pytest.mark.slow
 def test_drawn(B, Hkv, G, D, Dv, maps, kind, log, masked, state, bias, bthd, dtype, seed):
     q,k,v = inputs(B, Hkv*G, Hkv, 2, D, Dv, dtype, seed)
     if bthd: q,k,v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
@@ -153,6 +154,7 @@ def test_out_is_written_in_place():
     want = decode_step(q, k, v, s.apply(torch.clone), hedgehog())
     assert decode_step(q, k, v, s, hedgehog(), out=out) is out and torch.equal(out, want)
 
+@pytest.mark.slow
 @kernel
 @pytest.mark.parametrize('form', [*FORMS, 'given'])
 def test_not_in_place_is_the_same_to_the_bit(form):
@@ -166,6 +168,7 @@ def test_not_in_place_is_the_same_to_the_bit(form):
     assert all(map(torch.equal, s, start)) and all(torch.equal(a[0], b[0]) for a,b in zip(after, s)) and not torch.equal(after.S[1], s.S[1])
     assert torch.equal(o, decode_step(q, k, v, s, fm, mask=mask)) and all(map(torch.equal, s, after))
 
+@pytest.mark.compiles
 @kernel
 def test_compiles_into_one_graph():
     torch._dynamo.reset()
@@ -209,18 +212,11 @@ x = torch.ones(1,1,1,8); decode_step(x, x, x, LinearState.empty(x, x))'''
     res = python('-c', code, TRITON_INTERPRET='0', CUDA_VISIBLE_DEVICES='')
     assert res.returncode!=0 and 'ValueError: the kernel runs on a GPU; given tensors on cpu' in res.stderr
 
-def test_compiles_for_hopper(tmp_path):
-    ("Nothing spills, and where tiles share z the machine code reads it before the ticket and writes it after: "
-     "the interpreter, one program at a time, cannot tell.")
-    pytest.importorskip('triton')
-    code = """
+HOPPER = """
 import re, triton
 from hedgehog_nb.kernels.decode import decode_usage as use
-for kw in (dict(), dict(batch=64, form='exp', HAS_BIAS=True, HAS_MASK=True), dict(kv_heads=4, batch=64), dict(form='given', HAS_LOG=True)):
-    assert use(64, **kw)['spilled_bytes']==0, kw
-assert use(128, batch=64)['spilled_bytes']==0
-
-compile,ptx = triton.compile,[]
+"""
+HOPPER_PARTS = dict(quick="""compile,ptx = triton.compile,[]
 def keep(*args, **kw): ptx.append(res := compile(*args, **kw)); return res
 triton.compile = keep
 use(64, kv_heads=4, HAS_MASK=True); use(64, batch=64)
@@ -228,9 +224,18 @@ tiled,whole = (re.findall(r'ld\\.global|bar\\.sync|atom\\.global\\.gpu\\.acq_rel
 ticket = tiled.index('atom.global.gpu.acq_rel')
 assert 'ld.global' in tiled[:ticket] and tiled[ticket-1]=='bar.sync' and 'ld.global' not in tiled[ticket:] and tiled[ticket:].count('st.global')>=4, tiled
 assert 'atom.global.gpu.acq_rel' not in whole
-"""
-    res = python('-c', code, TRITON_INTERPRET='0', TRITON_DEFAULT_FP_FUSION='1', TRITON_CACHE_DIR=str(tmp_path))
-    assert res.returncode==0, res.stderr
+""", slow="""for kw in (dict(), dict(batch=64, form='exp', HAS_BIAS=True, HAS_MASK=True), dict(kv_heads=4, batch=64), dict(form='given', HAS_LOG=True)):
+    assert use(64, **kw)['spilled_bytes']==0, kw
+assert use(128, batch=64)['spilled_bytes']==0
+
+""")
+
+@pytest.mark.compiles
+@quick_and_slow
+def test_compiles_for_hopper(which, tmp_path):
+    ("Nothing spills, and where tiles share z the machine code reads it before the ticket and writes it after: "
+     "the interpreter, one program at a time, cannot tell.")
+    compiles(HOPPER + HOPPER_PARTS[which], tmp_path)
 
 @kernel
 def test_masks_of_any_dtype():

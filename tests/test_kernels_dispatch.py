@@ -5,13 +5,13 @@ from hedgehog_nb import functional
 from hedgehog_nb.attentions.base import FEATURE_MAPS, make_feature_map
 from hedgehog_nb.ops.hedgehog import FORMS
 from hedgehog_nb.ops.linear import LinearState
-from helpers.interpreter import DEVICE, HERE, kernel, python, run_under_interpreter
+from helpers.interpreter import DEVICE, HERE, kernel, python, under_the_interpreter
 
 TOL = {torch.float32:1e-5, torch.float16:4e-3, torch.bfloat16:3e-2} # of the largest reference value; the interpreter cuts bf16 where a GPU rounds
 
 if HERE: from hedgehog_nb.kernels import chunk_backward, decode, dispatch, fused
 else:
-    def test_under_the_interpreter(): run_under_interpreter(__file__)
+    test_under_the_interpreter = under_the_interpreter(__file__)
 
 def rand(*s, seed=0): return torch.randn(*s, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 def inputs(B=1, H=2, Hkv=1, T=20, D=8, dtype=torch.float32): return tuple(rand(B, h, T, D, seed=i).to(dtype) for i,h in enumerate((H, Hkv, Hkv)))
@@ -81,6 +81,7 @@ def test_packed(monkeypatch, name, causal):
     close(o, r.detach(), TOL[torch.float32])
     for a,b in zip(whole(s), whole(t)): close(a, b.detach(), TOL[torch.float32])
 
+@pytest.mark.slow
 @kernel
 @pytest.mark.parametrize('form', FORMS)
 def test_prompt_then_token_by_token(form):
@@ -131,6 +132,7 @@ def test_the_schedule_is_handed_on(schedule):
     for m in (fm, make('elu')):
         close(functional._triton(functional.LinearCall(q, k, v, m), schedule=schedule), attention(q, k, v, m, implementation='chunked'), TOL[torch.float32])
 
+@pytest.mark.compiles
 @kernel
 def test_compiles_into_one_graph():
     torch._dynamo.reset()

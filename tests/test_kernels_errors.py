@@ -4,7 +4,7 @@ from hedgehog_nb import linear_attention
 from hedgehog_nb.attentions.base import make_feature_map
 from hedgehog_nb.ops.linear import LinearState
 from hedgehog_nb.ops.window import WindowState
-from helpers.interpreter import DEVICE, HERE, kernel, run_under_interpreter
+from helpers.interpreter import DEVICE, HERE, kernel, under_the_interpreter
 
 if HERE:
     from hedgehog_nb.kernels.chunk import chunk_forward
@@ -14,7 +14,7 @@ if HERE:
     from hedgehog_nb.kernels.fused import fused_hedgehog_attention
     from hedgehog_nb.kernels.window import triton_window_attention
 else:
-    def test_under_the_interpreter(): run_under_interpreter(__file__)
+    test_under_the_interpreter = under_the_interpreter(__file__)
 
 def rand(*s): return torch.rand(*s, device=DEVICE)
 
@@ -74,6 +74,7 @@ def test_channels_that_lie_apart(name):
         apart = torch.stack([kw[n], kw[n]], -1)[...,0]
         with pytest.raises(ValueError, match='last stride 1'): f(**kw | {n: apart})
 
+@pytest.mark.slow
 @kernel
 @pytest.mark.parametrize('name', ['chunk_forward', 'triton_linear_attention', 'fused_hedgehog_attention', 'linear_attention', 'linear_attention, a map'])
 @pytest.mark.parametrize('cu', [[0,4,2,6], [0,3,3,6], [1,6], [0,5], [0], [], [0,2.5,6]], ids=str)

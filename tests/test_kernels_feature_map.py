@@ -3,7 +3,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from hedgehog_nb.ops.features import per_head
 from hedgehog_nb.ops.hedgehog import FORMS, hedgehog_features
-from helpers.interpreter import DEVICE, HERE, kernel, python, run_under_interpreter
+from helpers.interpreter import DEVICE, HERE, compiles, few, kernel, python, quick_and_slow, under_the_interpreter
 
 TOL = {torch.float32:1e-5, torch.float16:2e-3, torch.bfloat16:2e-2} # of the largest reference value
 
@@ -11,7 +11,7 @@ if HERE:
     import triton, triton.language as tl
     from hedgehog_nb.kernels.feature_map import fused_feature_map
 else:
-    def test_under_the_interpreter(): run_under_interpreter(__file__)
+    test_under_the_interpreter = under_the_interpreter(__file__)
 
 def inputs(B, H, T, D, E=None, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
@@ -54,6 +54,7 @@ def test_extreme_widths(D, E, form): check(*inputs(1, 1, 5, D, E), form)
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(B=st.integers(1, 3), H=st.integers(1, 3), T=st.integers(1, 140), D=st.integers(1, 80), E=st.integers(1, 80), form=st.sampled_from(FORMS),
        dtype=st.sampled_from(list(TOL)), bias=st.booleans(), bthd=st.booleans(), seed=st.integers(0, 99))
+@pytest.mark.slow
 def test_drawn(B, H, T, D, E, form, dtype, bias, bthd, seed):
     x,w,b = inputs(B, H, T, D, E, dtype, seed)
     if bthd: x = x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -89,6 +90,7 @@ def test_only_what_is_needed():
         fused_feature_map(*part)[0].square().sum().backward()
         assert torch.equal(part[i].grad, full[i].grad) and all(a.grad is None for j,a in enumerate(part) if j!=i)
 
+@pytest.mark.slow
 @kernel
 @pytest.mark.parametrize('form', FORMS)
 def test_repeats_to_the_bit(form):
@@ -120,6 +122,7 @@ def test_mixed_dtypes():
     check(x.float(), w, b, 'softmax_halves', out_dtype=torch.bfloat16)
     check(x.half(), w, b.float(), 'softmax_joint', tol=2e-2)
 
+@pytest.mark.compiles
 @kernel
 @pytest.mark.parametrize('form', FORMS)
 @pytest.mark.parametrize('bias', [False, True])
@@ -131,7 +134,7 @@ def test_compiles_into_one_graph(bias, form):
     assert all(map(torch.equal, ours, theirs))
 
 @kernel
-@pytest.mark.parametrize('form', ['exp', 'softmax_joint'])
+@few(1, 'form', ['exp', 'softmax_joint'])
 def test_registered_as_torch_wants_it(form):
     from hedgehog_nb.kernels import feature_map as m
     x,w,b = inputs(1, 2, 9, 8)
@@ -206,22 +209,29 @@ for kernel,exps in ((plain, 1), (looped, 200)):
     res = python(str(tmp_path/'loops.py'), TRITON_INTERPRET='0', TRITON_CACHE_DIR=str(tmp_path))
     assert res.returncode==0, res.stderr
 
-def test_compiles_for_hopper_without_spills(tmp_path):
-    pytest.importorskip('triton')
-    code = """
+HOPPER = """
 import torch
 import triton
 from hedgehog_nb.kernels.feature_map import feature_map_usage as use
 most = 16 if triton.__version__.startswith('3.6.') else 0
-for form in ('exp', 'softmax_halves', 'softmax_joint'):
+"""
+HOPPER_PARTS = dict(quick="""forms = ('softmax_halves',)
+for form in forms:
+    for backward in (False, True):
+        u = use(64, torch.bfloat16, form, backward, HAS_BIAS=True)
+        assert u['spilled_bytes']<=most and u['shared_bytes']<=227*1024 and max(u['slots'], u['near'])<=28, u # memory takes 25
+""", slow="""forms = 'exp','softmax_joint'
+for form in forms:
     for backward in (False, True):
         u = use(64, torch.bfloat16, form, backward, HAS_BIAS=True)
         assert u['spilled_bytes']<=most and u['shared_bytes']<=227*1024 and max(u['slots'], u['near'])<=28, u # memory takes 25
 for backward,most in ((False,30), (True,65)): assert use(128, torch.bfloat16, backward=backward)['near']<=most
 assert all(use(128, torch.float32, backward=b)['shared_bytes']<=227*1024 for b in (False, True))
-"""
-    res = python('-c', code, TRITON_INTERPRET='0', TRITON_CACHE_DIR=str(tmp_path))
-    assert res.returncode==0, res.stderr
+""")
+
+@pytest.mark.compiles
+@quick_and_slow
+def test_compiles_for_hopper_without_spills(which, tmp_path): compiles(HOPPER + HOPPER_PARTS[which], tmp_path)
 
 
 # ---- Triton's interpreter runs on NumPy, and not each on each

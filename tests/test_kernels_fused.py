@@ -6,7 +6,7 @@ from hedgehog_nb.ops.hedgehog import FORMS, hedgehog_features
 from hedgehog_nb.attentions.hedgehog import Hedgehog
 from hedgehog_nb.ops.linear import bidirectional_linear_attention, chunk_linear_attention, LinearState
 from hedgehog_nb.functional import linear_attention
-from helpers.interpreter import DEVICE, HERE, kernel, other_masks, python, run_under_interpreter
+from helpers.interpreter import DEVICE, HERE, compiles, few, kernel, other_masks, python, quick_and_slow, under_the_interpreter
 from helpers.wgmma import touched_early
 
 TOL = {torch.float32:1e-5, torch.float16:4e-3, torch.bfloat16:3e-2} # of the largest reference value; the interpreter cuts bf16 where a GPU rounds
@@ -14,7 +14,7 @@ NAMES = 'q','k','v','w_q','w_k','b_q','b_k','S','z','m'
 
 if HERE: from hedgehog_nb.kernels.fused import fused_hedgehog_attention
 else:
-    def test_under_the_interpreter(): run_under_interpreter(__file__)
+    test_under_the_interpreter = under_the_interpreter(__file__)
 
 def inputs(B=1, H=2, Hkv=1, T=20, D=8, DV=None, E=None, dtype=torch.float32, Tq=None, bias=True, seed=0):
     "q, k, v, w_q, w_k, b_q, b_k."
@@ -82,9 +82,10 @@ def test_shapes(D, T): # forms, heads and dtypes take turns; test_drawn mixes ev
 
 @kernel
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str) # apart, fused
-@pytest.mark.parametrize('form', FORMS)
+@few(1, 'form', FORMS)
 def test_wide_heads(form, dtype): check(inputs(1, 1, 1, 18, 128, dtype=dtype), form, final=False)
 
+@pytest.mark.slow
 @kernel
 @pytest.mark.parametrize('B,H,D,E,DV,dtype', [(1, 1, 256, 256, 20, torch.float32), (2, 2, 136, 64, 8, torch.float16), (1, 1, 60, 256, 130, torch.bfloat16)])
 def test_wide_maps_whose_gradient_is_taken_apart(B, H, D, E, DV, dtype):
@@ -107,6 +108,7 @@ def test_packed_is_separate(form, causal, cu):
 def test_borders_that_do_not_fit(cu):
     with pytest.raises(ValueError, match='cu_seqlens'): fused_hedgehog_attention(*inputs(), cu_seqlens=cu)
 
+@pytest.mark.slow
 @kernel
 @pytest.mark.parametrize('form,schedule', [('softmax_halves', 'scan'), ('exp', 3)])
 def test_long(form, schedule): check(inputs(1, 1, 1, 257, 16, dtype=torch.bfloat16), form, schedule=schedule, final=False)
@@ -120,6 +122,7 @@ def test_everything_at_once(form, heads, causal):
 @kernel
 @pytest.mark.parametrize('form,causal,kw', [('exp', True, dict(schedule=2)), ('exp', True, dict(cu=[0,7,8,20])),
     ('softmax_halves', True, dict()), ('softmax_joint', False, dict(schedule=2)), ('exp', False, dict())], ids=str)
+@pytest.mark.slow
 def test_everything_at_once_apart(form, causal, kw):
     "A map of more outputs than the fused backward takes, by its width or by that of the values; the forward is fused in bf16."
     for wide in (dict(E=72), dict(DV=70), *[dict(E=72, dtype=torch.bfloat16)]*(form!='exp')): # a loss of S exp(m) is no measure in bf16
@@ -144,6 +147,7 @@ def test_widths_that_differ(kw):
        D=st.integers(1, 20), DV=st.integers(1, 40), maps=st.integers(1, 2), form=st.sampled_from(FORMS), causal=st.booleans(),
        masked=st.booleans(), state=st.booleans(), bias=st.booleans(), bthd=st.booleans(), cuts=st.lists(st.integers(1, 39), max_size=3),
        dtype=st.sampled_from(list(TOL)), schedule=st.sampled_from([None, 'scan', 'parallel', 3]), seed=st.integers(0, 99))
+@pytest.mark.slow
 def test_drawn(B, Hkv, G, T, Tq, D, DV, maps, form, causal, masked, state, bias, bthd, cuts, dtype, schedule, seed):
     cu = sorted({0, T, *(c for c in cuts if c<T)}) if cuts else None
     if cu: B,Tq = 1,None
@@ -235,7 +239,7 @@ def test_causal_and_padding():
     assert all(torch.isfinite(g).all() for g in grads) and not grads[1][:,:,:9].any() and not grads[2][:,:,40:].any()
 
 @kernel
-@pytest.mark.parametrize('causal,wide', [(True, {}), (False, {}), (True, dict(DV=70)), (True, dict(E=72))], ids=str) # in one kernel, and in kernels apart
+@few(2, 'causal,wide', [(True, {}), (False, {}), (True, dict(DV=70)), (True, dict(E=72))], ids=str) # in one kernel, and in kernels apart
 def test_masks_of_any_dtype(causal, wide):
     x = inputs(**wide)
     real = extras(x)['mask']
@@ -260,6 +264,7 @@ def test_large_log_weights():
     assert (x[1][:,0]@x[4][0].T).abs().max() > 89
     check(x, 'exp', tol=1e-4, final=False, schedule=2)
 
+@pytest.mark.slow
 @kernel
 def test_repeats_to_the_bit_and_under_autocast():
     for schedule in (1, 3):
@@ -280,6 +285,7 @@ def test_matrices_in_fp32_beside_bf16_inputs():
     assert torch.equal(o, fused_hedgehog_attention(*half, *(a.bfloat16() for a in x[3:])))
     assert all(g.dtype==torch.float32 for g in torch.autograd.grad(o.float().sum(), maps))
 
+@pytest.mark.compiles
 @kernel
 def test_compiles_into_one_graph():
     x = [a.requires_grad_() for a in inputs(1, 2, 1, 24, 8)]
@@ -290,7 +296,7 @@ def test_compiles_into_one_graph():
     assert all(map(torch.equal, ours, theirs))
 
 @kernel
-@pytest.mark.parametrize('kw', [dict(), dict(form='exp', schedule=2), dict(schedule=3, state=True), dict(causal=False)], ids=str)
+@few(1, 'kw', [dict(), dict(form='exp', schedule=2), dict(schedule=3, state=True), dict(causal=False)], ids=str)
 def test_one_graph_serves_all_lengths(kw):
     "With as many segments as a length asks for; and what it gives is what comes without a graph."
     kw,(wq,wk) = dict(kw),inputs(1, 2, 1, 8, 8)[3:5]
@@ -365,9 +371,7 @@ def test_registers_of_products_in_flight():
     assert early(second='STS.64 [R3], R30 ;')==[] and early(second='STS.128 [R3], R30 ;')==['0050']
     assert early(second='SHFL.BFLY PT, R185, R3, 0x1, 0x1f ;')==['0050']
 
-def test_compiles_for_hopper(tmp_path):
-    pytest.importorskip('triton')
-    code = """
+HOPPER = """
 from hedgehog_nb.kernels import feature_map, fused
 from hedgehog_nb.kernels.fused import fused_usage as use
 from helpers.wgmma import touched_early
@@ -376,27 +380,32 @@ old = triton.__version__.startswith('3.6.') # its assembler spills more, and wai
 made,compiled = [],feature_map._offline
 def keep(*args, **kw): made.append(compiled(*args, **kw)); return made[-1]
 feature_map._offline = keep
-for kernel,(most,slots,near) in dict(o=(104,27,23) if old else (0,25,21), states=(0,10.5 if old else 10,10.5), dq=(440,35,37.5), dkv=(600,48,50)).items():
+def no_early_touch():
+    for c in made:
+        found,products,left = touched_early(feature_map._read_binary(c, 'nvdisasm', '-c', '-ndf'))
+        assert products and not found, (c.name, found)
+"""
+HOPPER_PARTS = dict(quick="""for kernel,(most,slots,near) in dict(o=(104,27,23) if old else (0,25,21), states=(0,10.5 if old else 10,10.5), dq=(440,35,37.5), dkv=(600,48,50)).items():
     u = use(64, kernel=kernel)
     assert u['spilled_bytes']<=most and u['shared_bytes']<=113*1024, u # two programs to an SM
     assert u['slots']<=slots and u['near']<=near and (kernel=='dkv' or not u['serialized']), u
-u = use(128)
+no_early_touch()
+""", slow="""u = use(128)
 assert u['near']<=(46 if old else 45) and u['shared_bytes']<=227*1024 and u['serialized']<=old, u
 u = use(64, form='exp')
 assert u['spilled_bytes']<=(248 if old else 176) and u['near']<=(27 if old else 26) and u['shared_bytes']<=113*1024 and not u['serialized'], u
 assert use(128, form='exp')['shared_bytes']<=227*1024
 u = use(64, form='exp', kernel='dkv')
 assert u['spilled_bytes']<=1056 and u['near']<=64 and u['shared_bytes']<=113*1024, u
-for c in made:
-    found,products,left = touched_early(feature_map._read_binary(c, 'nvdisasm', '-c', '-ndf'))
-    assert products and not found, (c.name, found)
+no_early_touch()
 on = dict.fromkeys(('BIAS_Q','BIAS_K','HAS_BIAS','HAS_START','HAS_END','HAS_MASK','PACKED','HAS_LOG'), True)
 for kernel in ('o', 'dq', 'dkv'): use(16, form='exp', kernel=kernel, group=2, **on), use(16, form='exp', kernel=kernel, CAUSAL=False, **on)
 use(16, form='exp', kernel='states', QUERIES=True, EVERY=True, **on)
 for r in (True, False):\
  fused.offline_usage(fused._fused_scan_kernel, dict(WIDTH=8320, BLOCK=1024, HAS_LOG=True, EVERY=r, PACKED=True, REVERSE=r, num_warps=4, num_stages=1),\
  'fp32', others=dict(plan_ptr='i32'))
-"""
-    path = os.pathsep.join(('tests', *filter(None, [os.environ.get('PYTHONPATH')])))
-    res = python('-c', code, TRITON_INTERPRET='0', TRITON_DEFAULT_FP_FUSION='1', TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=path)
-    assert res.returncode==0, res.stderr
+""")
+
+@pytest.mark.compiles
+@quick_and_slow
+def test_compiles_for_hopper(which, tmp_path): compiles(HOPPER + HOPPER_PARTS[which], tmp_path)

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest, yaml
 from packaging.requirements import Requirement
 
+pytestmark = pytest.mark.processes
+
 NAMES = {'make_attention', 'attention_report', 'compare_attentions', 'linear_attention',
     'linearize', 'save_linearized', 'load_linearized', 'distill', 'finetune', 'make_feature_map'}
 

@@ -11,10 +11,10 @@ from hedgehog_nb.attentions.base import make_attention, make_feature_map
 from hedgehog_nb import functional as linear
 from hedgehog_nb.kernels import decode, fused, self_check as sc, window as windows
 from hedgehog_nb.kernels.self_check import Case, trusts, verdict_file
-from helpers.interpreter import HERE, kernel, python, run_under_interpreter
+from helpers.interpreter import HERE, kernel, python, under_the_interpreter
 
 if not HERE:
-    def test_under_the_interpreter(): run_under_interpreter(__file__)
+    test_under_the_interpreter = under_the_interpreter(__file__)
 
 CPU,KIND = torch.device('cpu'),dict(dtype=torch.float32, head_dim=8, value_dim=8, feature_dim=16)
 
@@ -380,6 +380,7 @@ def test_default_dtype_and_global_randomness_are_left_alone():
     finally: torch.set_default_dtype(torch.float32)
     assert torch.equal(torch.get_rng_state(), state)
 
+@pytest.mark.slow
 @kernel
 def test_over_processes(tmp_path):
     "A second process finds the first one's verdict."

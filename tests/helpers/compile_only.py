@@ -1,6 +1,6 @@
 """Compile everything that the kernels' tests launch, for a GPU that need not be there: nothing runs, no value is looked at.
 
-    python tests/helpers/compile_only.py [--capability 90] [--out FILE.json] [-n 2] [pytest's arguments: files, -k, ...]
+    python tests/helpers/compile_only.py [--capability 90] [--out FILE.json] [-n 2] [pytest's arguments: files, ...]
 
 -n says how many processes compile side by side (1, in this one); without files it takes tests/test_kernels*.py.
 
@@ -73,7 +73,7 @@ def main():
                                 PYTHONPATH=os.pathsep.join([str(ROOT/'tests'), str(ROOT), os.environ.get('PYTHONPATH', '')]))
         env.pop('TRITON_INTERPRET', None)
         subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'helpers.compile_only', '--assert=plain', '-p', 'no:cacheprovider',
-            '--no-header', '-r', 'N', '-W', 'ignore', '-k', 'not import and not compile and not tuning', *rest], cwd=ROOT, env=env)
+            '--no-header', '-r', 'N', '-W', 'ignore', '-m', 'kernel and not compiles', *rest], cwd=ROOT, env=env)
         rows = {(r['kernel'], r.get('hash') or r['error']): r for f in Path(d).glob('*.jsonl') for r in map(json.loads, f.read_text().splitlines())}.values()
     bad,good = [r for r in rows if r.get('error')],[r for r in rows if not r.get('error')]
     if a.out: a.out.write_text(json.dumps(list(rows), indent=0))

@@ -1,7 +1,7 @@
 """Kernels are tested on a GPU where there is one, else in Triton's interpreter.
 
 The interpreter must be chosen before Triton is imported and holds for the whole process, so without a GPU one test runs
-its file again in a process of its own, and the other tests of the suite keep theirs as it is."""
+those of its file that are marked `kernel` in a process of its own, and the other tests of the suite keep theirs as it is."""
 import os, subprocess, sys
 from pathlib import Path
 import pytest, torch
@@ -25,13 +25,32 @@ if HERE and DEVICE=='cpu':
 def kernel(f):
     "A test that runs kernels: collected only where this process can."
     f.__test__ = HERE
-    return f
+    return pytest.mark.kernel(f)
 
-def run_under_interpreter(file):
-    "Run the tests of `file` that run kernels in a process with the interpreter."
+quick_and_slow = pytest.mark.parametrize('which', ['quick', pytest.param('slow', marks=pytest.mark.slow)])
+
+def few(n, names, cases, **kw):
+    "As `pytest.mark.parametrize`; all but the first `n` cases are slow."
+    cases = list(cases)
+    slow = [pytest.param(*(c if ',' in names else (c,)), marks=pytest.mark.slow) for c in cases[n:]]
+    return pytest.mark.parametrize(names, cases[:n] + slow, **kw)
+
+def compiles(code, tmp_path):
+    "Run `code`, which compiles for a GPU that need not be there, in a process of its own without anything compiled before."
     pytest.importorskip('triton')
-    res = python('-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', '-k', 'not import and not compile', '--durations=5', file,
-                 TRITON_INTERPRET='1', OMP_NUM_THREADS='1', PYTEST_ADDOPTS='')
-    print(res.stdout)
-    assert res.returncode==0, res.stdout + res.stderr
-    assert ' passed' in res.stdout and 'skipped' not in res.stdout
+    path = os.pathsep.join((str(ROOT/'tests'), *filter(None, [os.environ.get('PYTHONPATH')])))
+    res = python('-c', code, TRITON_INTERPRET='0', TRITON_DEFAULT_FP_FUSION='1', TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=path)
+    assert res.returncode==0, res.stderr
+
+def under_the_interpreter(file):
+    "A test that runs the tests of `file` that run kernels in a process with the interpreter: those that are quick, and those that are slow."
+    @pytest.mark.interpreter
+    @quick_and_slow
+    def run(which):
+        pytest.importorskip('triton')
+        res = python('-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', '--durations=5', file,
+            '-m', f"kernel and not compiles and {'' if which=='slow' else 'not '}slow", TRITON_INTERPRET='1', OMP_NUM_THREADS='1', PYTEST_ADDOPTS='')
+        print(res.stdout)
+        assert res.returncode==0, res.stdout + res.stderr
+        assert ' passed' in res.stdout and 'skipped' not in res.stdout
+    return run
