@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from hedgehog_nb.ops.common import repeat_kv
 from hedgehog_nb.ops.softmax import softmax_attention, softmax_weights
 from hedgehog_nb.attentions.base import Attention, ATTENTIONS, FEATURE_MAPS, FeatureMap, make_attention, make_feature_map, register_attention
-from hedgehog_nb.attentions.baselines import join_softmax, monomials, orthogonal_gaussian, scan_softmax
+from hedgehog_nb.attentions.baselines import _monomials, _orthogonal_gaussian
 from hedgehog_nb.functional import linear_attention
 from hedgehog_nb.ops.linear import naive_linear_weights
 from hedgehog_nb.models.linearize import linearize
@@ -16,7 +16,7 @@ from helpers.tiny_models import llama, tokens
 SETTINGS = [(n,{}) for n in sorted(ATTENTIONS)] + [('exp',dict(t=2.)), ('taylor',dict(order=1)), ('taylor',dict(order=4)),
     ('fast',dict(order=4)), ('performer',dict(num_features=5)), ('rfa',dict(num_features=3)), ('cosformer',dict(max_len=64)),
     ('linformer',dict(rank=4, max_len=32)), ('latte',dict(num_latents=3)), ('transnormer',dict(decay=False)),
-    ('softmax-scan',dict(block=3)), *[('hedgehog',dict(form=f, num_maps=2, bias=True)) for f in ('exp','softmax_halves','softmax_joint')]]
+    *[('hedgehog',dict(form=f, num_maps=2, bias=True)) for f in ('exp','softmax_halves','softmax_joint')]]
 CASES = [(n,kw,c) for n,kw in SETTINGS for c in ATTENTIONS[n].directions]
 ids = lambda v: v if isinstance(v,str) else 'causal' if v is True else 'both' if v is False else '-'.join(f'{k}={x}' for k,x in v.items()) or 'plain'
 every = pytest.mark.parametrize('name,kw,causal', CASES, ids=ids)
@@ -166,7 +166,7 @@ def test_converted_model_generates_what_its_forward_says(name, tmp_path):
 def test_taylor_keeps_each_monomial_once():
     for D,p in ((1,3), (3,2), (4,4)):
         m,x,y = make_attention('taylor', D, order=p, scale=1.).double(), *torch.randn(2,D, dtype=torch.float64)
-        assert sum(len(i) for i,_ in monomials(D, p))+1==math.comb(D+p, p)==m.feature_dim
+        assert sum(len(i) for i,_ in _monomials(D, p))+1==math.comb(D+p, p)==m.feature_dim
         (f,l),(g,n) = m._expand(x), m._expand(y)
         same((f@g)*(l+n).exp(), sum((x@y)**i/math.factorial(i) for i in range(p+1)))
 
@@ -176,13 +176,13 @@ def test_fast_standardises():
     same(make_attention('fast', 5, 4, 2).double().weights(q, k), make_attention('taylor', 5, 4, 2).double().weights(norm(q), norm(k)))
 
 def test_directions_are_orthogonal_and_gaussian():
-    w = orthogonal_gaussian(4096, 16, seed=3).view(256,16,16)
+    w = _orthogonal_gaussian(4096, 16, seed=3).view(256,16,16)
     g = w@w.mT
     assert (g-torch.diag_embed(g.diagonal(dim1=1, dim2=2))).abs().max()<1e-3
     w = w.flatten(0,1)
     assert w.mean(0).abs().max()<.1 and (w.T@w/4096-torch.eye(16)).abs().max()<.1 and abs(w.norm(dim=-1).var()/(16-w.norm(dim=-1).mean()**2)-1)<.3
-    assert (torch.equal(orthogonal_gaussian(5, 3, 1), orthogonal_gaussian(5, 3, 1))
-            and not torch.equal(orthogonal_gaussian(5, 3, 1), orthogonal_gaussian(5, 3, 2)))
+    assert (torch.equal(_orthogonal_gaussian(5, 3, 1), _orthogonal_gaussian(5, 3, 1))
+            and not torch.equal(_orthogonal_gaussian(5, 3, 1), _orthogonal_gaussian(5, 3, 2)))
 
 def test_performer_has_no_bias_and_redraws():
     "The mean over many draws of one pair's kernel is exp(q·k)."
@@ -242,22 +242,6 @@ def test_latte_is_a_mixture_over_latents():
     m2 = torch.einsum('bhtl,bhsl->bhts', p, y.softmax(2))
     same(m.weights(q, k, causal=False), m2)
 
-@given(st.integers(1,17), st.integers(0,2**16), st.sampled_from([1.,50.]))
-def test_scan_of_softmax(T, seed, size):
-    g = torch.Generator().manual_seed(seed)
-    s,v = size*torch.randn(2,T, generator=g, dtype=torch.float64),torch.randn(2,T,3, generator=g, dtype=torch.float64)
-    want = torch.stack([(s[:,:t].softmax(-1)[:,None]@v[:,:t])[:,0] for t in range(1,T+1)], 1)
-    same(scan_softmax(s, v), want)
-
-def test_join_is_associative():
-    a,b,c = ((torch.randn(4)*30, torch.rand(4), torch.randn(4,3)) for _ in range(3))
-    for x,y in zip(join_softmax(join_softmax(a,b),c), join_softmax(a,join_softmax(b,c))): same(x, y, 1e-6)
-
-def test_scan_attention_is_softmax():
-    q,k,v = qkv(T=30); mask = torch.rand(2,30)<.7
-    for causal in (True,False):
-        same(make_attention('softmax-scan', 5, 4, 2, block=4).attend(4*q, 4*k, v, causal, mask), softmax_attention(4*q, 4*k, v, causal, mask=mask))
-
 # --- the registry
 
 def test_your_own():
@@ -275,7 +259,7 @@ def test_your_own():
     (lambda: make_feature_map('nope', 8), 'no feature map'), (lambda: make_attention('elu', 8, t=1), 'takes no settings|no settings'),
     (lambda: make_attention('taylor', 8, order=0), 'order.*0'), (lambda: make_attention('performer', 8, num_features=0), 'num_features.*0'),
     (lambda: make_attention('cosformer', 8, max_len=0), 'max_len.*0'), (lambda: make_attention('linformer', 8, rank=300), 'rank=300'),
-    (lambda: make_attention('latte', 8, num_latents=0), 'num_latents.*0'), (lambda: make_attention('softmax-scan', 8, block=0), 'block.*0'),
+    (lambda: make_attention('latte', 8, num_latents=0), 'num_latents.*0'),
     (lambda: make_attention('softmax', 8, 4, 3), '3.*4'), (lambda: linearize(llama(), 'linformer'), 'keeps no state')])
 def test_bad_settings(make, says):
     with pytest.raises(ValueError, match=says): make()

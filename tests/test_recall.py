@@ -4,6 +4,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from hedgehog_nb.attentions.base import ATTENTIONS, make_attention
 from hedgehog_nb.experiments.recall import *
+from hedgehog_nb.experiments.recall import _best_recall, _rotary, _rotate
 
 make_attention('hedgehog', 1)
 TINY = RecallTask(vocab_size=8, seq_len=8)
@@ -99,7 +100,7 @@ def test_linformer_says_why():
 
 def test_rotation_knows_distances_only():
     q,k = torch.randn(2, 1, 1, 1, 16, dtype=torch.double).expand(2, 1, 1, 9, 16)
-    s = rotate(q, rotary(9, 16).to(torch.cdouble)) @ rotate(k, rotary(9, 16).to(torch.cdouble)).mT
+    s = _rotate(q, _rotary(9, 16).to(torch.cdouble)) @ _rotate(k, _rotary(9, 16).to(torch.cdouble)).mT
     for d in range(-8, 9): assert s[0,0].diagonal(d).std(correction=0)<1e-5
     assert s[0,0,0].std()>1e-3
 
@@ -145,7 +146,7 @@ def test_sweep_goes_on_after_a_kill(tmp_path):
 
 def test_rate_is_chosen_on_validation():
     runs = {.1:dict(valid=50., steps=9, accuracy=90.), .2:dict(valid=60., steps=9, accuracy=10.), .3:dict(valid=60., steps=5, accuracy=5.)}
-    assert best_recall('a', [*runs], runs.get)==(.3, runs[.3])
+    assert _best_recall('a', [*runs], runs.get)==(.3, runs[.3])
 
 
 @pytest.mark.parametrize('name', ['softmax','hedgehog','elu'])

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from fastcore.basics import patch
 from torch import Tensor
 from .base import Attention, make_attention
-from .specs import check_softmax_heads, format_ranges
+from .specs import _check_softmax_heads, _format_ranges
 from ..ops.common import repeat_kv
 from ..ops.softmax import fused_softmax_attention, softmax_weights
 
@@ -50,7 +50,7 @@ class MixedHeadAttention(Attention):
         **settings # Of the attention of the others
     ):
         super().__init__(head_dim, num_heads, num_kv_heads, scale)
-        G,self.softmax_heads = self.num_heads//self.num_kv_heads,check_softmax_heads(kept, self.num_heads, self.num_kv_heads)
+        G,self.softmax_heads = self.num_heads//self.num_kv_heads,_check_softmax_heads(kept, self.num_heads, self.num_kv_heads)
         self.sliding_window,self.name = sliding_window,name
         self.runs,self.runs_kv = _runs(self.softmax_heads, self.num_heads),_runs([h//G for h in self.softmax_heads], self.num_kv_heads)
         n = self.num_heads-len(self.softmax_heads)
@@ -58,7 +58,7 @@ class MixedHeadAttention(Attention):
         for a in ('trainable','positive','directions','is_recurrent','feature_dim'): setattr(self, a, getattr(self.rest, a))
     def _share(self, kept, q, k, v=None, o=None): return (*(_take(x, r, kept) for x,r in ((q,self.runs), (k,self.runs_kv), (v,self.runs_kv), (o,self.runs))),)
     def linear_part(self, q=None, k=None, v=None, o=None): return self.rest, *self._share(False, q, k, v, o)
-    def extra_repr(self): return f"{super().extra_repr()}, kept={format_ranges(self.softmax_heads)}"
+    def extra_repr(self): return f"{super().extra_repr()}, kept={_format_ranges(self.softmax_heads)}"
 
 # %% ../../nbs/13_heads.ipynb #13a00024
 @patch
