@@ -486,12 +486,12 @@ def test_heads_are_picked_by_what_was_measured():
     assert sum(len(m.feature_map.softmax_heads)//2 for m in linear_layers(linearize(model, **choice)).values())+2*(3-len(choice['layers']))==3
 
 def test_reports_and_pictures():
-    from hedgehog_nb.cli.console import attention_maps
+    from hedgehog_nb.models.attention import attention_weights
     kept,whole,x = linearize(llama(), softmax_heads='0:0-1'),linearize(llama()),tokens(2, 24)
     rows,want = ({(r['variant'],r['layer'],r['head']):r for r in attention_report(m, x, min_keys=4)} for m in (kept, whole))
     assert want.keys()-rows.keys()=={('hedgehog',0,0),('hedgehog',0,1)} and rows.keys()<want.keys()
     for h in (2,3): assert rows['hedgehog',0,h]['kl']==pytest.approx(want['hedgehog',0,h]['kl'], rel=1e-6)
-    a,b,c = attention_maps(kept, x[:1], 0),attention_maps(whole, x[:1], 0),attention_maps(llama(), x[:1], 0)
+    a,b,c = (attention_weights(m, input_ids=x[:1])[0][0] for m in (kept, whole, llama()))
     same(a[:2], c[:2], 1e-6); same(a[2:], b[2:], 1e-6); assert (a[2:]-c[2:]).abs().max()>1e-2
 
 def test_the_command_line(tmp_path, monkeypatch):
