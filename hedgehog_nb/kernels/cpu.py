@@ -6,8 +6,8 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/cpu.html.md"""
 
 # %% auto #0
 __all__ = ['FLAGS', 'PRODUCT', 'TRANSPOSE', 'EXP', 'FEATURES', 'SIZES', 'DATA', 'CHUNK', 'RECORDS', 'MOVES', 'FORWARD', 'STEP',
-           'BACKWARD', 'LOSS', 'FORMS', 'cache_folder', 'compile_c', 'holds_numbers', 'library', 'for_all_threads',
-           'suits', 'unsupported', 'attend', 'c_attention', 'loss_sums']
+           'BACKWARD', 'LOSS', 'cache_folder', 'compile_c', 'holds_numbers', 'library', 'for_all_threads', 'suits',
+           'unsupported', 'attend', 'c_attention', 'loss_sums']
 
 # %% ../../kernels/10_cpu.ipynb #cpuk0004
 import ctypes, hashlib, os, platform, shutil, subprocess, tempfile
@@ -17,6 +17,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 from ..ops.common import check_qkv, no_autocast
+from ..ops.hedgehog import FORMS
 from .common import check_map, kernel_params
 from ..ops.linear import LinearState
 from .common import custom_op
@@ -660,14 +661,14 @@ def _call(name, data, sizes):
     getattr(library()[0], name)(_Numbers(*sizes), _Pointers(*(_pointer(data.get(x)) for x in DATA)))
 
 # %% ../../kernels/10_cpu.ipynb #cpuk0046
-FORMS = 'features','softmax_halves','softmax_joint' # q and k are features already, or go through a map
+_KINDS = 'features',*FORMS[1:] # q and k are features already, or go through a map of one of these forms
 
 def _parts(heads, T): # Parts to cut a sequence in
     return max(1, min(torch.get_num_threads()//heads, T//(4*CHUNK)))
 
 def _sizes(q, k, v, w_q, form, causal): # All but the last of `SIZES` before the strides
     (B,H,T,D),N = q.shape,k.shape[1]
-    return torch.get_num_threads(), _parts(B*N, T), B, N, H//N, T, D, v.shape[-1], 1 if w_q is None else w_q.shape[1], FORMS.index(form), causal
+    return torch.get_num_threads(), _parts(B*N, T), B, N, H//N, T, D, v.shape[-1], 1 if w_q is None else w_q.shape[1], _KINDS.index(form), causal
 
 def _floats(sizes): # Numbers of one state in a room
     _,_,_,_,_,_,D,V,E,mapped,_ = (-(-x//16)*16 for x in sizes)
@@ -678,7 +679,7 @@ def _sums(v, sizes): # Room for the sums of parts, where they are needed
 
 def _outputs(q, k, v, w_q, form, causal, keep):
     "Empty o, S, z, den and states."
-    (B,H,T,D),N,V,mapped,new = q.shape,k.shape[1],v.shape[3],FORMS.index(form),v.new_empty
+    (B,H,T,D),N,V,mapped,new = q.shape,k.shape[1],v.shape[3],_KINDS.index(form),v.new_empty
     E,G = 1 if w_q is None else w_q.shape[1],H//N
     f,states = 2*E if mapped else D,(B, N, -(-T//CHUNK), _floats(_sizes(q, k, v, w_q, form, causal))) if keep and causal else (0,)
     return new((B, T, N*G, V)).transpose(1,2), new((B, N, f, V)), new((B, N, f)), new((B, N*G, T) if keep else (0,)), new(states)
@@ -738,7 +739,7 @@ _c_op.register_autograd(_gradient, setup_context=_save)
 def _held(feature_map):
     "The map's matrices and biases, and its form, where the kernel does its work; else None."
     h = kernel_params(feature_map)
-    return h and h['form'] in FORMS and ([h[n] for n in ('w_q','w_k','b_q','b_k')], h['form'])
+    return h and h['form'] in _KINDS and ([h[n] for n in ('w_q','w_k','b_q','b_k')], h['form'])
 
 def for_all_threads():
     "Are the kernels there, with as many threads as PyTorch has?"

@@ -8,12 +8,13 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/tuning.html.md"""
 __all__ = ['CHOSEN', 'neighbours', 'tuning_file', 'choose', 'assemblers', 'tuned_launch']
 
 # %% ../../kernels/09_tuning.ipynb #56343806
-import json, math, os, tempfile, torch
+import json, math, os, torch
 from functools import lru_cache
 from pathlib import Path
 import triton
 from filelock import FileLock
 from triton.runtime.errors import OutOfResources
+from ..files import atomic_write
 from .cpu import cache_folder
 
 # %% ../../kernels/09_tuning.ipynb #37e44898
@@ -41,16 +42,12 @@ def _read(path):
 
 def _write(path, key, choice):
     "Add one choice to the file, all of it or nothing; a process at a time."
-    path,tmp = Path(path),None
+    path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f'.{path.name}.lock'), timeout=10):
-            with tempfile.NamedTemporaryFile('w', encoding='utf-8', dir=path.parent, prefix='.', suffix='.tmp', delete=False) as f:
-                tmp = f.name
-                json.dump(_read(path) | {key:choice}, f, indent=0, sort_keys=True)
-            os.replace(tmp, path)
-    except OSError:
-        if tmp: Path(tmp).unlink(missing_ok=True)
+        with FileLock(path.with_name(f'.{path.name}.lock'), timeout=10), atomic_write(path) as new:
+            new.write_text(json.dumps(_read(path) | {key:choice}, indent=0, sort_keys=True), encoding='utf-8')
+    except OSError: pass
 
 # %% ../../kernels/09_tuning.ipynb #2d66f403
 def _time(candidate, timer, default):
