@@ -1,6 +1,6 @@
 # Two commands do everything, set-up included, on a fresh Linux or macOS machine with Python 3.10 or later:
 #     make demo      the main job on the embedded model: a table, a picture, generated text
-#     make test      every notebook, the kernels in Triton's interpreter, and the pytest files
+#     make test      every notebook, the kernels in Triton's interpreter, and the pytest files but for their slow tests
 # What may be overridden, as in `make test PYTHON=python3.12`:
 #     PYTHON    the interpreter the environment is made with   (the first of python3, python3.13, ... that is new enough)
 #     VENV      where the environment lives                    (.venv)
@@ -33,7 +33,7 @@ NBS   := $(TEST) nbdev-test --n-workers $(WORKERS) --timing
 # The notebooks that take longest go first: one that starts last keeps one worker only
 LONG  := ^(09_training|94_cli)
 
-.PHONY: help demo test test-lowest test-all gpu gpu-smoke gpu-tests gpu-sanitize gpu-bench gpu-models gpu-files sync pages docs readme hooks clean
+.PHONY: help demo test test-slow test-lowest test-all gpu gpu-smoke gpu-tests gpu-sanitize gpu-bench gpu-models gpu-files sync pages docs readme hooks clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -43,23 +43,26 @@ help:  ## Show the targets
 demo: $(VENV)/.stamp-core  ## Set up, then convert the embedded model: perplexities, a figure, generated text
 	@PATH="$(BIN):$$PATH" hedgehog demo
 
-test: $(VENV)/.stamp-dev  ## Set up, then test the notebooks, the kernels (in Triton's interpreter) and tests/
+test: $(VENV)/.stamp-dev  ## Set up, then test the notebooks, the kernels (in Triton's interpreter) and tests/ but for its slow tests
 	@if $(BIN)/python -c 'import triton' 2>/dev/null; then \
 	  echo "== notebooks" && $(NBS) --file-re '$(LONG)' && $(NBS) --skip-file-re '^[_.]|$(LONG)' && \
 	  echo "== kernels, in Triton's interpreter" && $(TEST) TRITON_INTERPRET=1 nbdev-test kernels --flags triton --n-workers $(WORKERS) --timing; \
 	else \
 	  echo "== notebooks (no Triton on this system: kernels/ is left out)" && $(NBS) nbs --file-re '$(LONG)' && $(NBS) nbs --skip-file-re '^[_.]|$(LONG)'; \
 	fi
-	@echo "== tests" && $(TEST) python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests
+	@echo "== tests" && $(TEST) python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow" tests
 
 test-lowest: $(LOWEST)/.stamp-lowest  ## The same tests, with the lowest versions that settings.ini allows, in an environment of their own
 	@$(MAKE) --no-print-directory test VENV=$(LOWEST)
 
-test-all: test  ## `make test`, then converted models in more tools, then in transformers' own tests (pip fetches both)
+test-slow: $(VENV)/.stamp-dev  ## The slow tests of tests/ alone
+	@echo "== slow tests" && $(TEST) python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m slow tests
+
+test-all: test test-slow  ## `make test`, its slow tests, then converted models in more tools, then in transformers' own tests (pip fetches both)
 	@$(PIP) -q -e '.[integrations]' && echo "== tools" && INTEGRATIONS=all $(TEST) python -m pytest -q -n $(WORKERS) tests/test_integrations.py
 	@$(PIP) -q parameterized && v=`$(BIN)/python -c 'from transformers import __version__ as v; print(v)'` && d=_data/transformers-$$v && \
 	  { [ -n "$$TRANSFORMERS_SOURCE" ] || [ -d $$d ] || { mkdir -p _data && $(BIN)/python -m pip -q download --no-binary transformers --no-deps -d _data transformers==$$v && tar xzf $$d.tar.gz -C _data; }; } && \
-	  echo "== transformers' own tests" && TRANSFORMERS_SOURCE=$${TRANSFORMERS_SOURCE:-$$d} $(TEST) python -m pytest -q -n $(WORKERS) -W ignore::pytest.PytestUnraisableExceptionWarning tests/mixins.py
+	  echo "== transformers' own tests" && TRANSFORMERS_SOURCE=$${TRANSFORMERS_SOURCE:-$$d} $(TEST) python -m pytest -q -n $(WORKERS) -o addopts= -W ignore::pytest.PytestUnraisableExceptionWarning tests/mixins.py
 
 gpu:  ## On a GPU machine: smoke test, kernels' tests, sanitizer, benchmark, models, 9 minutes each (gpu-smoke, gpu-tests, ... one of them)
 	@tests/gpu.sh $(PARTS)

@@ -8,8 +8,12 @@ from hedgehog_nb.experiments.bench import (
     bench_curves, bench_table, Case, compile_ahead, compile_share, register_benchmark, BENCHMARKS, CURVES,
     default_cases, measurements, plot_bench, prepare, resumable, run_benchmark, TURNS, WrongResult)
 from hedgehog_nb.results import read_results, Table, write_results
+from helpers.timing import measured_quickly
 
 pytestmark = pytest.mark.processes
+
+@pytest.fixture(autouse=True)
+def quick_measurements(monkeypatch): measured_quickly(monkeypatch)
 
 def row(T, variant='hedgehog', metric='ms', value=1., experiment='bench-forward', B=1, floor=.5, **kw):
     return dict(experiment=experiment, model='attention', data='random', variant=variant, metric=metric,
@@ -181,8 +185,7 @@ def test_a_run_that_is_killed_leaves_what_it_measured_and_goes_on(own, tmp_path)
 
 @pytest.fixture
 def contenders(monkeypatch):
-    "Contenders that a test registers are gone after it; what this machine can do is stated, not measured."
-    monkeypatch.setattr(bench, '_rates', lambda device, dtype: dict(device='cpu', copy=1e9, matmul=1e9))
+    "Contenders that a test registers are gone after it."
     for kind in BENCHMARKS: monkeypatch.setitem(BENCHMARKS, kind, dict(BENCHMARKS[kind]))
 
 def test_by_turns_what_raises_leaves_the_others(contenders, tmp_path):

@@ -29,7 +29,8 @@ def hedgehog(*args, code=0, **kw):
 def converted(tmp_path_factory):
     "A folder written by `hedgehog linearize`, its results file, and what the command printed"
     d = tmp_path_factory.mktemp('converted')
-    r = hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', d/'tales', '--record', d/'run.json', '--json', '--baseline', '--evals', 3, '--num-maps', 2, '--seed', 1,
+    r = hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', d/'tales', '--record', d/'run.json', '--json', '--baseline', '--evals', 3,
+        '--num-maps', 2, '--seed', 1,
         '--distill-tokens', 2048, '--finetune-steps', 3, '--experiment', 'demo', *SHORT)
     return d/'tales', d/'run.json', r
 
@@ -49,7 +50,8 @@ def test_help_names_every_map_and_form():
     assert all(n in out for n in (*FORMS, *FEATURE_MAPS))
 
 def test_help_is_quick_and_light(root):
-    code = "import sys; from hedgehog_nb.cli import app; app(['--help'], standalone_mode=False); print([m for m in ('torch','transformers','datasets','matplotlib','numpy') if m in sys.modules])"
+    code = ("import sys; from hedgehog_nb.cli import app; app(['--help'], standalone_mode=False); "
+        "print([m for m in ('torch','transformers','datasets','matplotlib','numpy') if m in sys.modules])")
     spent = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     took = []
     for _ in range(2): # the first may have bytecode to write
@@ -165,7 +167,8 @@ def test_unlearned_map_is_not_distilled(here):
 def test_own_text_and_eval_data(here):
     Path('book.txt').write_text('The cat sat on the mat. It was a fat cat.\n'*200)
     Path('other.txt').write_text('The dog ran in the park. It was a big dog.\n'*40)
-    r = json.loads(hedgehog('linearize', 'embedded', '--data', 'book.txt', '--eval-data', 'other.txt', '--out', 'm', '--distill-steps', 1, '--finetune-steps', 0, '--json', *SHORT).stdout)
+    r = json.loads(hedgehog('linearize', 'embedded', '--data', 'book.txt', '--eval-data', 'other.txt', '--out', 'm', '--distill-steps', 1,
+        '--finetune-steps', 0, '--json', *SHORT).stdout)
     assert r['rows'][0]['data']=='book.txt' and r['rows'][-1]['variant']=='hedgehog-distilled'
     assert json.loads(hedgehog('evaluate', 'm', '--data', 'other.txt', '--split', 'all', '--json', *SHORT).stdout)['eval_tokens']==256
 
@@ -182,7 +185,8 @@ def test_demo(demo):
     d,as_json,plain = demo
     j = json.loads(as_json.stdout)
     ppl = [r for r in j['rows'] if r['metric']=='ppl']
-    assert [(r['variant'],r['map']) for r in ppl] == [('softmax-zero-shot','hedgehog'), ('swapped','hedgehog'), ('hedgehog-distilled','hedgehog'), ('hedgehog','hedgehog'), ('swapped','elu'), ('elu','elu')]
+    assert [(r['variant'],r['map']) for r in ppl] == [('softmax-zero-shot','hedgehog'), ('swapped','hedgehog'), ('hedgehog-distilled','hedgehog'),
+        ('hedgehog','hedgehog'), ('swapped','elu'), ('elu','elu')]
     assert ppl[3]['tokens']==ppl[5]['tokens']==3*4*64
     assert len(j['state_bytes'])==1 and j['story'].startswith('Once upon a time')
     assert [p.name for p in d.iterdir()]==['hedgehog_demo.png']
@@ -219,7 +223,8 @@ def test_word_wrap():
 # properties and bench
 
 def test_properties_of_a_model_and_of_maps(here):
-    r = hedgehog('properties', 'embedded', '--data', 'embedded', '--map', 'elu', '--map', 'taylor', '--seq-len', 64, '--tokens', 128, '--out', here/'p.png', '--json')
+    r = hedgehog('properties', 'embedded', '--data', 'embedded', '--map', 'elu', '--map', 'taylor', '--seq-len', 64,
+        '--tokens', 128, '--out', here/'p.png', '--json')
     got = json.loads(r.stdout)
     rows = {x['variant']:x for x in got['rows']}
     assert list(rows)==['softmax','elu','taylor'] and got['tokens']==128 and (here/'p.png').read_bytes()[:4]==b'\x89PNG'
@@ -232,14 +237,18 @@ def test_properties_of_a_converted_model(converted):
     assert 'softmax' in r.stdout and 'hedgehog' in r.stdout and 'rank' in r.stdout
 
 def test_a_hybrid_and_how_much_its_linear_branch_carries(here):
-    r = hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', here/'h', '--map', 'hedgehog-window', '--window', 8, '--relative', '--distill-steps', 1, '--finetune-steps', 0, '--json', *SHORT)
+    r = hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', here/'h', '--map', 'hedgehog-window', '--window', 8,
+        '--relative', '--distill-steps', 1, '--finetune-steps', 0, '--json', *SHORT)
     assert [x['variant'] for x in json.loads(r.stdout)['rows'] if x['metric']=='ppl']==['softmax-zero-shot','swapped','hedgehog-window-distilled']
-    assert json.loads((here/'h'/'config.json').read_text())['hedgehog']==dict(attention='hedgehog-window', layers=[0,1,2,3,4], attention_kwargs=dict(window=8, relative=True))
+    assert json.loads((here/'h'/'config.json').read_text())['hedgehog']==dict(attention='hedgehog-window', layers=[0,1,2,3,4],
+        attention_kwargs=dict(window=8, relative=True))
     r = hedgehog('properties', here/'h', '--data', 'embedded', '--seq-len', 64, '--tokens', 64, '--json')
     older = json.loads(r.stdout)['older_keys']
     assert len(older['layers'])==5 and all(0<older[k]<1 for k in ('share','softmax'))
 
-def test_bench_writes_what_it_measured(here):
+def test_bench_writes_what_it_measured(here, monkeypatch):
+    from helpers.timing import measured_quickly
+    measured_quickly(monkeypatch)
     r = hedgehog('bench', '--minutes', 0, '--only', 'sdpa', '--only', 'hedgehog-kernels', '--out', here/'b.json')
     rows = json.loads((here/'b.json').read_text())['rows']
     assert [x['value']>0 for x in rows if x['variant']=='sdpa']==[True] and {x['variant'] for x in rows}=={'sdpa','copy','matmul'}
@@ -247,22 +256,28 @@ def test_bench_writes_what_it_measured(here):
     assert 'cases were not begun' in r.stderr and r.stdout.count('not run: train B=')>1
     assert 'cases for a GPU were not run' in r.stderr or torch.cuda.is_available()
 
-@pytest.mark.parametrize('args,says', [(('properties','embedded','--data','embedded','--by','token'), 'model, layer, head; given'), (('properties','embedded','--data','embedded','--map','nope'), "no feature map is called 'nope'"),
-    (('properties','embedded','--data','embedded','--out','x.doc'), 'draws a .png'), (('bench','--only','nope'), 'given nope'), (('bench','--out','x.txt'), 'is a .json file')])
+@pytest.mark.parametrize('args,says', [(('properties','embedded','--data','embedded','--by','token'), 'model, layer, head; given'),
+    (('properties','embedded','--data','embedded','--map','nope'), "no feature map is called 'nope'"),
+    (('properties','embedded','--data','embedded','--out','x.doc'), 'draws a .png'), (('bench','--only','nope'), 'given nope'),
+    (('bench','--out','x.txt'), 'is a .json file')])
 def test_what_properties_and_bench_refuse(args, says):
     r = hedgehog(*args, code=1)
     assert says in r.stderr and r.stderr.count('\n')==1
 
 # Settings from a file, adapters, pieces
 
-@pytest.mark.parametrize('name,text', [('run.toml', 'model = "embedded"\ndata = ["embedded"]\nout = "from-file"\ndistill_steps = 2\nfinetune-steps = 2\nlr = 0.5\nlora-rank = 4\nlora-targets = ["q_proj", "v_proj"]\nbias = true\n'),
-    ('run.yaml', 'model: embedded\ndata: embedded\nout: from-file\ndistill-steps: 2\nfinetune_steps: 2\nlr: 5e-1\nlora-rank: 4\nlora-targets: q_proj,v_proj\nbias: true\n')])
+@pytest.mark.parametrize('name,text', [
+    ('run.toml', 'model = "embedded"\ndata = ["embedded"]\nout = "from-file"\ndistill_steps = 2\nfinetune-steps = 2\nlr = 0.5\n'
+        'lora-rank = 4\nlora-targets = ["q_proj", "v_proj"]\nbias = true\n'),
+    ('run.yaml', 'model: embedded\ndata: embedded\nout: from-file\ndistill-steps: 2\nfinetune_steps: 2\nlr: 5e-1\n'
+        'lora-rank: 4\nlora-targets: q_proj,v_proj\nbias: true\n')])
 def test_config_is_what_would_be_typed(here, name, text):
     from safetensors.torch import load_file
     if name.endswith('.toml') and sys.version_info<(3,11): pytest.skip('TOML is read by Python 3.11 and later')
     (here/name).write_text(text)
     r = hedgehog('linearize', '--config', name, '--lr', 0.02, *SHORT)
-    hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', 'typed', '--distill-steps', 2, '--finetune-steps', 2, '--lr', .02, '--lora-rank', 4, '--lora-targets', 'q_proj,v_proj', '--bias', *SHORT)
+    hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', 'typed', '--distill-steps', 2, '--finetune-steps', 2, '--lr', .02, '--lora-rank', 4,
+        '--lora-targets', 'q_proj,v_proj', '--bias', *SHORT)
     a,b = load_file('from-file/model.safetensors'),load_file('typed/model.safetensors')
     assert a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     said = json.loads((here/'from-file'/'results.json').read_text())['command'].split()
@@ -270,7 +285,8 @@ def test_config_is_what_would_be_typed(here, name, text):
 
 def test_adapters_leave_a_plain_model_and_move_their_targets_alone(here):
     from safetensors.torch import load_file
-    for out,steps in (('a',0),('b',3)): hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', out, '--distill-steps', 1, '--finetune-steps', steps, '--lora-rank', 2, '--lora-targets', 'q_proj', '--grad-accum', 2, *SHORT)
+    for out,steps in (('a',0),('b',3)): hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', out, '--distill-steps', 1,
+        '--finetune-steps', steps, '--lora-rank', 2, '--lora-targets', 'q_proj', '--grad-accum', 2, *SHORT)
     a,b = load_file('a/model.safetensors'),load_file('b/model.safetensors')
     assert a.keys()==b.keys() and {k for k in a if not torch.equal(a[k], b[k])}=={k for k in a if 'q_proj' in k or 'feature_map' in k}
 
@@ -285,9 +301,11 @@ def test_overwritten_and_restarted(here):
 
 def test_the_implementation_is_an_option(converted, here):
     from hedgehog_nb.models.loading import load_linearized
-    hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', 'plain', '--implementation', 'chunked', '--distill-steps', 0, '--finetune-steps', 0, *SHORT)
+    hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', 'plain', '--implementation', 'chunked',
+        '--distill-steps', 0, '--finetune-steps', 0, *SHORT)
     assert json.loads((here/'plain'/'config.json').read_text())['hedgehog']['implementation']=='chunked'
-    values = [json.loads(hedgehog('evaluate', 'plain', '--data', 'embedded', *SHORT, *more, '--json').stdout)['value'] for more in ((), ('--implementation', 'naive'))]
+    values = [json.loads(hedgehog('evaluate', 'plain', '--data', 'embedded', *SHORT, *more, '--json').stdout)['value']
+        for more in ((), ('--implementation', 'naive'))]
     assert values[0]==pytest.approx(values[1], rel=1e-4)
     assert hedgehog('generate', 'plain', '--prompt', 'Once', '-n', 3, '--implementation', 'recurrent').stdout
     assert 'implementation is one of naive' in hedgehog('evaluate', 'plain', '--data', 'embedded', *SHORT, '--implementation', 'cuda', code=1).stderr
@@ -299,10 +317,12 @@ def test_the_implementation_is_an_option(converted, here):
 def test_self_check_prints_the_verdicts(monkeypatch, here, found, code):
     pytest.importorskip('triton')
     from hedgehog_nb.kernels import self_check as sc
-    monkeypatch.setenv('XDG_CACHE_HOME', str(here/'cache')); monkeypatch.setattr(sc, '_run', lambda c, device: found); monkeypatch.setattr(sc.triton.knobs.runtime, 'interpret', True)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(here/'cache')); monkeypatch.setattr(sc, '_run', lambda c, device: found)
+    monkeypatch.setattr(sc.triton.knobs.runtime, 'interpret', True)
     r = hedgehog('bench', '--self-check', '--device', 'cpu', code=code)
     n = len(sc.default_cases())
-    assert all(f in r.stdout for f in (*sc.FAMILIES, 'bfloat16', 'triton', 'driver')) and r.stdout.count(found[0] or 'good')==n and not (here/'bench.json').exists()
+    assert all(f in r.stdout for f in (*sc.FAMILIES, 'bfloat16', 'triton', 'driver')) and \
+        r.stdout.count(found[0] or 'good')==n and not (here/'bench.json').exists()
     assert (f'{n} of {n} checks failed' in r.stderr and sc.ISSUES in r.stderr) if code else (f'all {n} checks passed' in r.stderr)
     rows = json.loads(hedgehog('bench', '--self-check', '--device', 'cpu', '--json', code=code).stdout)
     assert len(rows['rows'])==n and rows['failed']==(n if code else 0)

@@ -46,7 +46,8 @@ from transformers import AutoConfig, AutoModel, pipeline
 transformers.logging.set_verbosity_error()
 said = {}
 for folder,cls,task in json.loads(sys.argv[1]):
-    loads = dict(config=lambda: AutoConfig.from_pretrained(folder), auto=lambda: AutoModel.from_pretrained(folder), own=lambda: getattr(transformers, cls).from_pretrained(folder),
+    loads = dict(config=lambda: AutoConfig.from_pretrained(folder), auto=lambda: AutoModel.from_pretrained(folder),
+        own=lambda: getattr(transformers, cls).from_pretrained(folder),
         pipe=lambda: pipeline(task, model=folder))
     for name,load in loads.items():
         try: load(); said[f'{cls}, {name}'] = 'loaded'
@@ -55,7 +56,8 @@ print(json.dumps([any(m.startswith('hedgehog_nb') for m in sys.modules), said]))
 '''
 
 def test_transformers_alone_refuses_and_names_the_package(folders):
-    what = [(str(folders[n]),c,t) for n,c,t in (('stories','LlamaForCausalLM','text-generation'), ('bert','BertForMaskedLM','fill-mask'), ('vit','ViTForImageClassification','image-classification'))]
+    what = [(str(folders[n]),c,t) for n,c,t in (('stories','LlamaForCausalLM','text-generation'), ('bert','BertForMaskedLM','fill-mask'),
+        ('vit','ViTForImageClassification','image-classification'))]
     out = subprocess.run([sys.executable, '-c', ALONE, json.dumps(what)], capture_output=True, text=True, check=True)
     here,said = json.loads(out.stdout.splitlines()[-1])
     assert not here and len(said)==12 and all(v.startswith('ValueError') and 'hedgehog_nb' in v for v in said.values()), said
@@ -98,7 +100,8 @@ def test_folders_of_before_still_load(folders, tmp_path):
     "Without a type and a lock of their own, as `save_pretrained` wrote them."
     shutil.copytree(folders['stories'], tmp_path/'old')
     cfg = json.loads((tmp_path/'old'/'config.json').read_text())
-    (tmp_path/'old'/'config.json').write_text(json.dumps({**{k:v for k,v in cfg.items() if k not in ('attn_implementation','base_model_type')}, 'model_type':cfg['base_model_type']}))
+    (tmp_path/'old'/'config.json').write_text(json.dumps({**{k:v for k,v in cfg.items() if k not in ('attn_implementation','base_model_type')},
+        'model_type':cfg['base_model_type']}))
     same(scores(load_linearized(tmp_path/'old'), tokens()), scores(load_linearized(folders['stories']), tokens()))
 
 # --- saving, whoever does it
@@ -129,11 +132,14 @@ def test_other_processes_leave_the_files_to_the_first(tmp_path):
 
 def test_the_card_says_what_was_done(folders, tmp_path):
     card = ModelCard.load(folders['stories']/'README.md')
-    assert card.data.license=='mit' and card.data.library_name=='hedgehog_nb' and card.data.pipeline_tag=='text-generation' and 'linear-attention' in card.data.tags
-    for part in ('| data | TinyStories |', '| linear layers | 0, 1, 2, 3, 4 |', 'load_linearized', 'transformers alone cannot load it'): assert part in card.text
+    assert card.data.license=='mit' and card.data.library_name=='hedgehog_nb'
+    assert card.data.pipeline_tag=='text-generation' and 'linear-attention' in card.data.tags
+    for part in ('| data | TinyStories |', '| linear layers | 0, 1, 2, 3, 4 |', 'load_linearized', 'transformers alone cannot load it'):
+        assert part in card.text
     assert ModelCard.load(folders['vit']/'README.md').data.pipeline_tag is None
     again = save_linearized(load_linearized(folders['stories']), tmp_path/'m', card=dict(steps=7))
-    assert (again/'README.md').read_text()==(folders['stories']/'README.md').read_text().replace('| data | TinyStories |', '| data | TinyStories |\n| steps | 7 |')
+    assert (again/'README.md').read_text()==(folders['stories']/'README.md').read_text().replace('| data | TinyStories |',
+        '| data | TinyStories |\n| steps | 7 |')
 
 @pytest.mark.parametrize('name,known', [('EleutherAI/pythia-14m',True), ('/home/someone/models/pythia',False), ('./pythia',False), ('',False)])
 def test_the_card_names_models_of_the_hub_alone(name, known, tmp_path):
@@ -159,7 +165,8 @@ def test_push_to_hub_sends_the_folder_with_its_card(monkeypatch, stories):
         def create_repo(self, repo_id, **kw): sent.update(kw); return type('Url', (), dict(repo_id=f'someone/{repo_id}'))
         def upload_folder(self, repo_id, folder_path, **kw):
             folder = Path(folder_path)
-            sent.update(kw, repo_id=repo_id, files={f.name for f in folder.iterdir()}, type=json.loads((folder/'config.json').read_text())['model_type'], card=(folder/'README.md').read_text())
+            sent.update(kw, repo_id=repo_id, files={f.name for f in folder.iterdir()}, type=json.loads((folder/'config.json').read_text())['model_type'],
+                card=(folder/'README.md').read_text())
             return 'done'
     monkeypatch.setattr(hub, 'HfApi', Api)
     assert stories[0].push_to_hub('stories', private=True, token='t')=='done'
@@ -198,7 +205,8 @@ def test_fill_mask_and_features(folders, words):
 
 def trainer(model, folder, steps, **kw):
     data = [dict(input_ids=x, labels=x) for x in tokens(16, 12)]
-    args = transformers.TrainingArguments(output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-3, save_steps=2, report_to='none', disable_tqdm=True,
+    args = transformers.TrainingArguments(output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-3, save_steps=2,
+        report_to='none', disable_tqdm=True,
         use_cpu=True, dataloader_pin_memory=False, seed=0, **kw)
     return transformers.Trainer(model, args, train_dataset=data, eval_dataset=data)
 
@@ -207,7 +215,9 @@ def test_trainer_saves_and_resumes(make, tmp_path):
     model = shake(linearize(make()))
     t = trainer(model, tmp_path/'run', 4); t.train()
     half,end = tmp_path/'run'/'checkpoint-2',tmp_path/'run'/'checkpoint-4'
-    for d in (half, end): assert {'config.json','model.safetensors','README.md'} <= {f.name for f in d.iterdir()} and json.loads((d/'config.json').read_text())['model_type']=='hedgehog_nb'
+    for d in (half, end):
+        assert {'config.json','model.safetensors','README.md'} <= {f.name for f in d.iterdir()}
+        assert json.loads((d/'config.json').read_text())['model_type']=='hedgehog_nb'
     same(scores(load_linearized(end), tokens()), scores(model.eval(), tokens()))
     other = shake(linearize(make()))
     trainer(other, tmp_path/'again', 4).train(resume_from_checkpoint=str(half))
@@ -280,7 +290,8 @@ def test_lm_evaluation_harness(given, stories, folders):
     hf = pytest.importorskip('lm_eval.models.huggingface', reason='lm_eval is not installed')
     from lm_eval.api.instance import Instance
     model,tok = stories
-    lm = hf.HFLM(pretrained=model if given=='model' else str(folders['stories']), tokenizer=tok, backend='causal', device='cpu', batch_size=3, add_bos_token=False)
+    lm = hf.HFLM(pretrained=model if given=='model' else str(folders['stories']), tokenizer=tok, backend='causal',
+        device='cpu', batch_size=3, add_bos_token=False)
     got = lm.loglikelihood([Instance('loglikelihood', {}, a, i) for i,a in enumerate(TEXTS)])
     for (ll,greedy),(c,d) in zip(got, TEXTS):
         want = by_hand(model, tok, c, d)

@@ -385,7 +385,8 @@ def no_early_touch():
         found,products,left = touched_early(feature_map._read_binary(c, 'nvdisasm', '-c', '-ndf'))
         assert products and not found, (c.name, found)
 """
-HOPPER_PARTS = dict(quick="""for kernel,(most,slots,near) in dict(o=(104,27,23) if old else (0,25,21), states=(0,10.5 if old else 10,10.5), dq=(440,35,37.5), dkv=(600,48,50)).items():
+HOPPER_PARTS = dict(quick="""limits = dict(o=(104,27,23) if old else (0,25,21), states=(0,10.5 if old else 10,10.5), dq=(440,35,37.5), dkv=(600,48,50))
+for kernel,(most,slots,near) in limits.items():
     u = use(64, kernel=kernel)
     assert u['spilled_bytes']<=most and u['shared_bytes']<=113*1024, u # two programs to an SM
     assert u['slots']<=slots and u['near']<=near and (kernel=='dkv' or not u['serialized']), u

@@ -17,7 +17,8 @@ from hedgehog_nb.models.loading import load_linearized, save_linearized
 from hedgehog_nb.attentions.specs import parse_layers
 from helpers.tiny_models import MODELS, VOCAB, bert, gpt2, inputs, llama, shake, tokens, vit
 
-SETTINGS = [(n,{}) for n in sorted(FEATURE_MAPS) if n!='hedgehog'] + [('hedgehog',dict(form=f)) for f in FORMS] + [('hedgehog',dict(form='exp', num_maps=2, bias=True))]
+SETTINGS = [(n,{}) for n in sorted(FEATURE_MAPS) if n!='hedgehog']\
+    + [('hedgehog',dict(form=f)) for f in FORMS] + [('hedgehog',dict(form='exp', num_maps=2, bias=True))]
 ids = lambda v: v if isinstance(v,str) else '-'.join(f'{k}={x}' for k,x in v.items()) or 'plain'
 CAUSAL = 'llama','gpt2'
 
@@ -37,7 +38,8 @@ def oracle(causal):
     return fn
 
 def by_definition(model, name, **x):
-    with torch.no_grad(), use_attention(model, oracle(name in CAUSAL), padding_mask): return model(**x, **({'use_cache':False} if name in CAUSAL else {})).logits
+    with torch.no_grad(), use_attention(model, oracle(name in CAUSAL), padding_mask):
+        return model(**x, **({'use_cache':False} if name in CAUSAL else {})).logits
 
 @torch.no_grad()
 def logits(model, **x): return model(**x).logits
@@ -50,7 +52,8 @@ def same(a, b, tol): torch.testing.assert_close(a.double(), b.double(), atol=tol
 
 # --- what it looks at
 
-ASKED = [*((n,{}) for n in ('llama','bert','vit')), ('llama',dict(layers='0,2')), ('bert',dict(layers='1')), ('llama',dict(layers='0,1', softmax_heads='1:0-1')), ('llama',dict(attention='hedgehog-window', window=4)), ('llama',dict(attention='elu'))]
+ASKED = [*((n,{}) for n in ('llama','bert','vit')), ('llama',dict(layers='0,2')), ('bert',dict(layers='1')),
+    ('llama',dict(layers='0,1', softmax_heads='1:0-1')), ('llama',dict(attention='hedgehog-window', window=4)), ('llama',dict(attention='elu'))]
 
 @pytest.mark.parametrize('name,settings,padded', [(n,kw,p) for n,kw in ASKED for p in (False,True) if not p or n!='vit'])
 def test_weights_are_those_it_uses(name, settings, padded):
@@ -65,7 +68,8 @@ def test_weights_are_those_it_uses(name, settings, padded):
     assert len(asked)==len(seen)==3
     for a,(w,by_weights,o) in zip(asked, seen):
         assert torch.equal(a, w)
-        same(by_weights[real], o[real], 1e-10); same(w.sum(-1).transpose(1,2)[real], torch.ones(1, dtype=torch.float64).expand_as(w.sum(-1).transpose(1,2)[real]), 1e-10)
+        same(by_weights[real], o[real], 1e-10)
+        same(w.sum(-1).transpose(1,2)[real], torch.ones(1, dtype=torch.float64).expand_as(w.sum(-1).transpose(1,2)[real]), 1e-10)
     with torch.no_grad(): assert model(**x).get('attentions') is None
 
 def test_weights_on_what_was_forgotten():
@@ -88,7 +92,7 @@ def test_forward_is_its_own_oracle(name, feature_map, kw):
     same(got, want, 1e-10)
     set_implementation(model, 'naive'); same(logits(model, **x), want, 1e-10)
     set_implementation(model, None)
-    same(logits(model.float(), **{k: v.float() if v.is_floating_point() else v for k,v in x.items()}), want, 2e-3)  # fp32: logits of order 10, through three layers
+    same(logits(model.float(), **{k: v.float() if v.is_floating_point() else v for k,v in x.items()}), want, 2e-3) # fp32: order 10, three layers
 
 @pytest.mark.parametrize('name,seed,head_dim', [(n,s,d) for n in MODELS for s,d in ((1,8),(2,12),(3,60))])
 def test_forward_for_other_seeds_and_sizes(name, seed, head_dim):
@@ -152,7 +156,8 @@ def test_layers_are_read():
     for bad in ('', '3', '0-3', 'x', '-1', '1-', [3], [-1], [], '0,,1', '0-2:', '0-2:0', '1:2'):
         with pytest.raises(ValueError, match='layers'): parse_layers(bad, 3)
 
-BAD = [dict(attention='hedghog'), dict(layers='0-9'), dict(layers='first'), dict(form='halves'), dict(attention='elu', form='exp'), dict(num_maps=0), dict(inputs=dict(nonsense=1))]
+BAD = [dict(attention='hedghog'), dict(layers='0-9'), dict(layers='first'), dict(form='halves'), dict(attention='elu', form='exp'),
+    dict(num_maps=0), dict(inputs=dict(nonsense=1))]
 
 @pytest.mark.parametrize('kw', BAD, ids=ids)
 @pytest.mark.parametrize('training', [True,False])
@@ -280,7 +285,8 @@ TAMPERED = dict(
     cut=(cut, r'model\.safetensors is cut off'),
     more_layers=(lambda p: config(p, num_hidden_layers=4), r'does not fit together: model\.layers\.3\..* is missing from its weights'),
     fewer_weights=(lambda p: weights(p, lambda k: 'layers.1.self_attn.q_proj' not in k), r'layers\.1\.self_attn\.q_proj\.weight is missing'),
-    fewer_layers=(lambda p: config(p, hedgehog=dict(feature_map='hedgehog', layers=[0])), r'does not fit together: model\.layers\.1\.self_attn\.feature_map\.\S+ is in its weights, and in no map'),
+    fewer_layers=(lambda p: config(p, hedgehog=dict(feature_map='hedgehog', layers=[0])),
+    r'does not fit together: model\.layers\.1\.self_attn\.feature_map\.\S+ is in its weights, and in no map'),
     other_map=(lambda p: config(p, hedgehog=dict(feature_map='elu')), r'feature_map\.\S+ is in its weights, and in no map'),
     layers=(lambda p: config(p, hedgehog=dict(feature_map='hedgehog', layers=3)), r'config\.json says hedgehog: .*layers.* 3'),
     model=(lambda p: config(p, hedgehog=dict(model=3)), r'config\.json says hedgehog: .*settings attention.*given model'),
@@ -377,7 +383,8 @@ def test_the_implementation_is_used(monkeypatch):
     model = linearize(llama(), implementation='chunked', layers='0,2'); logits(model, input_ids=tokens())
     assert seen==['chunked']*2
 
-@pytest.mark.parametrize('feature_map,impl,names', [('hedgehog', 'cuda', 'naive, recurrent, chunked, c, triton'), ('hedgehog', True, 'naive'), ('hedgehog-window', 'c', 'naive, chunked, triton'), ('hedgehog-window', 'recurrent', 'naive, chunked, triton')])
+@pytest.mark.parametrize('feature_map,impl,names', [('hedgehog', 'cuda', 'naive, recurrent, chunked, c, triton'), ('hedgehog', True, 'naive'),
+    ('hedgehog-window', 'c', 'naive, chunked, triton'), ('hedgehog-window', 'recurrent', 'naive, chunked, triton')])
 def test_an_implementation_that_there_is_not(feature_map, impl, names, tmp_path):
     model = llama()
     with pytest.raises(ValueError, match=f'implementation is one of {names}.*or None.*given {impl!r}'): linearize(model, feature_map, implementation=impl)
@@ -404,7 +411,8 @@ def test_a_model_saved_for_triton_runs_on_a_cpu(feature_map, tmp_path, monkeypat
     close(got[0], want); close(got[1], want); assert out.shape[1]==x['input_ids'].shape[1]+3 and used(again)=={'triton'}
 
 OLD = dict(plain=dict(feature_map='hedgehog', layers=[0,1,2]), window=dict(feature_map='hedgehog-window', layers=[0,2], window=4, relative=True),
-           heads=dict(feature_map='hedgehog', layers=[0,1,2], softmax_heads='0:0-1', form='exp'), elu=dict(feature_map='elu', layers=[1], implementation='recurrent'))
+           heads=dict(feature_map='hedgehog', layers=[0,1,2], softmax_heads='0:0-1', form='exp'),
+           elu=dict(feature_map='elu', layers=[1], implementation='recurrent'))
 
 @pytest.mark.parametrize('old', OLD.values(), ids=OLD)
 def test_settings_stored_side_by_side_are_read(old, tmp_path):

@@ -1,5 +1,5 @@
 "What a user installs, and the frame around the book: wheel, lazy names, README, site, Makefile, sync check."
-import configparser, os, re, shutil, subprocess, sys, tarfile, zipfile
+import configparser, json, os, re, shutil, subprocess, sys, tarfile, zipfile
 from email import message_from_string
 from pathlib import Path
 
@@ -153,7 +153,8 @@ def test_pages_are_numbered_in_the_order_of_the_sidebar(root):
     pages = hrefs(yaml.safe_load((root/'_quarto.yml').read_text())['website']['sidebar'])[1:]
     series = {}
     for p in pages: series.setdefault((p.split('/')[0], p.split('/')[1] >= '90'), []).append(int(Path(p).name[:2]))
-    assert {k: (v[0], v == [*range(v[0], v[0]+len(v))]) for k, v in series.items()} == {('nbs', False): (1, True), ('kernels', False): (1, True), ('nbs', True): (90, True)}
+    assert {k: (v[0], v == [*range(v[0], v[0]+len(v))]) for k, v in series.items()} == {('nbs', False): (1, True),
+        ('kernels', False): (1, True), ('nbs', True): (90, True)}
 
 def test_home_page_and_sidebar_say_the_same(root):
     "The same pages in the same order, each under the title that it has itself"
@@ -186,7 +187,7 @@ def make(root, *args):
 class TestMakefile:
     def test_help_names_the_commands(self, root):
         rc, out = make(root)
-        assert rc == 0 and all(re.search(rf'^  {t} ', out, re.M) for t in ('demo', 'test', 'test-lowest', 'gpu', 'sync', 'docs'))
+        assert rc == 0 and all(re.search(rf'^  {t} ', out, re.M) for t in ('demo', 'test', 'test-slow', 'test-lowest', 'test-all', 'gpu', 'sync', 'docs'))
 
     def test_fresh_set_up_takes_torch_first(self, root, tmp_path):
         rc, out = make(root, '-n', 'demo', f'VENV={tmp_path}/v')
@@ -224,7 +225,22 @@ class TestMakefile:
         runs = [s.get('run', '') for f in (root/'.github/workflows').glob('*.yaml') for j in yaml.safe_load(f.read_text())['jobs'].values() for s in j['steps']]
         named = set(re.findall(r'^make ([\w-]+)', '\n'.join([*runs, (root/'.ci/run').read_text()]), flags=re.M))
         have = set(re.findall(r'^([\w-]+):', (root/'Makefile').read_text(), flags=re.M))
-        assert {'sync', 'test', 'test-lowest', 'demo', 'docs'} <= named <= have
+        assert {'sync', 'test', 'test-slow', 'test-lowest', 'demo', 'docs'} <= named <= have
+
+    def test_slow_tests_are_left_out_and_run_apart(self, root, tmp_path):
+        "`make test` and `make test-slow` run each test once, and CI runs both."
+        for s in ('torch', 'core', 'dev'): (tmp_path/f'.stamp-{s}').touch()
+        said = {t: re.findall(r'-m pytest .* -m (.*) tests$', make(root, '-n', t, f'VENV={tmp_path}')[1], re.M) for t in ('test', 'test-slow', 'test-all')}
+        assert said == {'test': ['"not slow"'], 'test-slow': ['slow'], 'test-all': ['"not slow"', 'slow']}
+        jobs = yaml.safe_load((root/'.github/workflows/test.yaml').read_text())['jobs'].values()
+        assert any(re.search(r'make test-slow$', s.get('run', '')) for j in jobs for s in j['steps'])
+        assert 'make test ' in (root/'.ci/run').read_text()
+
+    def test_every_marker_is_registered(self, root):
+        "pytest refuses any other, so that a slip of the pen leaves no test out."
+        registered = set(re.findall(r'^    "(\w+): ', (root/'pyproject.toml').read_text(), re.M))
+        used = set(re.findall(r'pytest\.mark\.(\w+)', '\n'.join(f.read_text() for f in (root/'tests').rglob('*.py'))))
+        assert used - {'parametrize', 'skipif'} == registered and '--strict-markers' in (root/'pyproject.toml').read_text()
 
     def test_second_run_sets_nothing_up(self, root, tmp_path):
         for s in ('torch', 'core'): (tmp_path/f'.stamp-{s}').touch()
@@ -296,6 +312,22 @@ class TestSync:
         nb.write_text(nb.read_text().replace('"execution_count": null', '"execution_count": 7', 1))
         rc, out = sync(proj)
         assert rc == 1 and 'M nbs/91_docs.ipynb' in out
+
+    @pytest.mark.parametrize('where', ['tests/helpers/x.py', 'hedgehog_nb/by_hand.py', 'nbs/91_docs.ipynb'])
+    def test_long_line(self, proj, where):
+        "Of code: prose and captions are one line a paragraph."
+        f = proj/where; f.parent.mkdir(parents=True, exist_ok=True)
+        def plant(line, kind='code'):
+            if f.suffix=='.py': return f.write_text(f'{line}\n')
+            nb = json.loads(f.read_text()); nb['cells'][-1] |= dict(cell_type=kind, source=[line], metadata={}) | (dict(execution_count=None, outputs=[]) if kind=='code' else {})
+            f.write_text(json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False)+'\n')
+        plant('x = "' + 'a'*154 + '"'); rc, out = sync(proj)
+        assert rc == 0, out
+        plant('x = "' + 'a'*155 + '"'); rc, out = sync(proj)
+        assert rc == 1 and 'at most 160 columns' in out and where in out and 'line 1: 161 columns' in out, out
+        if f.suffix=='.ipynb':
+            plant('#| fig-cap: "' + 'a'*155 + '"'); rc, out = sync(proj)
+            assert rc == 0, out
 
     def test_nowhere_to_copy_to(self, proj):
         before = sorted(proj.rglob('*'))
