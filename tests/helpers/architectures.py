@@ -1,4 +1,5 @@
-"""Tiny random models of many architectures, and what is checked of each: `PYTHONPATH=tests python -m helpers.architectures` writes `results/architectures.json`.
+"""Tiny random models of many architectures, and what is checked of each.
+`PYTHONPATH=tests python -m helpers.architectures` writes `results/architectures.json`.
 
 Every model has two layers and heads of 8 channels; its matrices are drawn with a spread of 0.3, so that attention is far from uniform."""
 import copy, tempfile, time
@@ -314,4 +315,5 @@ if __name__=='__main__':
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error(); transformers.utils.logging.disable_progress_bar()
     start,rows = time.time(),[r for name in ARCHITECTURES for r in examine(name)]
-    write_results(results_folder()/'architectures.json', rows, command='PYTHONPATH=tests python -m helpers.architectures', wall_s=time.time()-start, device='cpu')
+    write_results(results_folder()/'architectures.json', rows, command='PYTHONPATH=tests python -m helpers.architectures',
+        wall_s=time.time()-start, device='cpu')
