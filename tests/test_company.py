@@ -17,6 +17,7 @@ from hedgehog_nb.training.distill import distill, teacher_pass
 from hedgehog_nb.training.saving import load_trained, save_trained
 from hedgehog_nb.training.evaluate import perplexity
 from helpers.tiny_models import VOCAB, bert, corpus, gpt2, llama, shake, tokens, vit
+from helpers.training import adapted, finetuned
 
 FREE = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
 
@@ -80,7 +81,7 @@ def test_replicas_in_threads_train_as_one_model(kw):
 
 def test_two_distillations_at_once():
     make = lambda: [shake(linearize(llama(seed, layers=2))) for seed in (1, 2)]
-    data = list(corpus(40).split(4)); run = lambda m: distill(m, data, steps=10, lr=.02)
+    data = list(corpus(40).split(4)); run = lambda m: distill(m, data, steps=10, lr=.02).losses
     want,models = [run(m) for m in make()],make()
     assert at_once(*(lambda m=m: run(m) for m in models))==want
 
@@ -255,7 +256,7 @@ def test_gradients_compiled_where_the_batch_varies():
 def test_finetuned_and_measured_compiled():
     model,data = made(double=False),corpus(16)
     assert torch.isfinite(torch.tensor(perplexity(torch.compile(model, backend='eager'), data)))
-    assert len(linear_layers(finetune(model, data, steps=2, batch_size=4, torch_compile=True, torch_compile_backend='eager')))==2
+    assert len(linear_layers(finetuned(model, data, steps=2, batch_size=4, torch_compile=True, torch_compile_backend='eager')))==2
 
 def test_fake_tensors_have_shapes_and_no_numbers():
     "The kernel in C would read at address 0."
@@ -343,7 +344,7 @@ def test_maps_and_adapters_train_and_nothing_else():
 
 @pytest.mark.parametrize('kw', KINDS.values(), ids=KINDS)
 def test_trained_folders_of_adapted_models(kw, tmp_path):
-    tuned = finetune(made(double=False, **kw), corpus(16), steps=3, batch_size=4, lr=.05, lora=dict(r=2, target_modules=['q_proj']), merge=False)
+    tuned = adapted(made(double=False, **kw), corpus(16), steps=3, batch_size=4, lr=.05, lora=dict(r=2, target_modules=['q_proj']))
     want,x = logits(tuned, tokens()),tokens()
     save_trained(tuned, tmp_path/'t')
     same(logits(load_trained(llama(layers=2), tmp_path/'t'), x), want, 1e-5)
@@ -433,14 +434,14 @@ def test_a_models_own_error_says_what_to_give():
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_a_model_wholly_in_half_precision_distils(dtype):
     model = linearize(llama(layers=2)).to(dtype)
-    losses = distill(model, list(corpus(96).split(8)), steps=12, lr=.02)
+    losses = distill(model, list(corpus(96).split(8)), steps=12, lr=.02).losses
     assert all(p.dtype==torch.float32 for m in linear_layers(model).values() for p in m.feature_map.parameters())
     assert losses[-1]<losses[0] and model.dtype==dtype and logits(model, tokens()).isfinite().all()
 
 def test_weights_in_float16_are_not_finetuned_but_adapters_are():
     model = linearize(llama(layers=2)).half()
     with pytest.raises(ValueError, match='float16 .nan at the second step.: load the model in float32'): finetune(model, corpus(16), steps=2, batch_size=4)
-    assert logits(finetune(model, corpus(16), steps=3, batch_size=4, lora=dict(r=2, target_modules=['q_proj'])), tokens()).isfinite().all()
+    assert logits(finetuned(model, corpus(16), steps=3, batch_size=4, lora=dict(r=2, target_modules=['q_proj'])), tokens()).isfinite().all()
 
 def test_a_first_loss_that_is_not_finite_is_not_the_learning_rates():
     model = linearize(llama(layers=1))
@@ -452,13 +453,14 @@ def test_streams_and_what_is_no_data():
     model,x = linearize(llama(layers=1)),corpus(16); rows = [dict(input_ids=r.tolist(), labels=r.tolist()) for r in x]
     stream = lambda: datasets.Dataset.from_list(rows).to_iterable_dataset()
     a,b = copy.deepcopy(model),copy.deepcopy(model)
-    finetune(a, stream(), steps=2, batch_size=4); finetune(b, rows[:8], steps=2, batch_size=4)
+    finetune(a, stream(), steps=2, batch_size=4); finetune(b, x[:8].split(4), steps=2)
     assert all(torch.equal(p, q) for p,q in zip(a.parameters(), b.parameters()))
-    assert len(distill(a, torch.utils.data.DataLoader(stream().with_format('torch'), batch_size=4), steps=3))==3
-    for data,said in ((['text'], "given a row 'text'"), (x[:0], 'given none'), (iter(()), 'given none')):
+    assert len(distill(a, torch.utils.data.DataLoader(stream().with_format('torch'), batch_size=4), steps=3).losses)==3
+    for data,said in ((['text'], "given a row 'text'"), (x[:0], 'Tensor. is empty'), (iter(()), 'is empty'), (7, 'given int')):
         with pytest.raises(ValueError, match=said): finetune(a, data, steps=2, batch_size=4)
-    for batch,said in ((rows[0], "given {'input_ids': 'list', 'labels': 'list'}"), ('text', 'given str'), (dict(text='a'), 'str')):
-        with pytest.raises(ValueError, match=said): distill(a, [batch], steps=1)
+    lists = torch.utils.data.DataLoader(rows, batch_size=4, collate_fn=lambda b: dict(input_ids=[r['input_ids'] for r in b]))
+    for data,said in ((lists, "given {'input_ids': 'list'}"), (['text'], "given a row 'text'"), ([dict(text='a')], 'given rows of text')):
+        with pytest.raises(ValueError, match=said): distill(a, data, steps=1)
 
 # --- loans that meet other calls
 
@@ -580,11 +582,11 @@ def test_padding_anywhere_takes_places_in_a_window(holes):
 
 def test_adapters_stay_beside_quantised_weights(tmp_path):
     model,data = linearize(llama(layers=1)),corpus(8); model.is_quantized = True
-    with pytest.raises(ValueError, match='quantised weights are not trained: give lora='): finetune(model, data, steps=1)
+    with pytest.raises(ValueError, match='quantised weights are not trained: finetune adapters'): finetune(model, data, steps=1)
     with pytest.raises(ValueError, match='rounded again'): finetune(model, data, steps=1, lora=dict(r=2, target_modules=['q_proj']))
     assert not any('lora_' in n for n,_ in model.named_parameters())
     model.is_quantized = False
-    tuned = finetune(model, data, steps=1, batch_size=4, lora=dict(r=2, target_modules=['q_proj']), merge=False)
+    tuned = adapted(model, data, steps=1, batch_size=4, lora=dict(r=2, target_modules=['q_proj']))
     model.is_quantized = True
     with pytest.raises(ValueError, match='rounded again'): merge_lora(tuned)
     save_trained(tuned, tmp_path/'t')
@@ -633,7 +635,7 @@ def test_classifiers_with_a_decoder(kind, config, tmp_path):
 
 def test_adapters_of_finetune_come_back_by_autopeft(tmp_path):
     made().float().save_pretrained(tmp_path/'m')
-    tuned = finetune(load_linearized(tmp_path/'m'), corpus(8), steps=1, batch_size=4, lora=dict(r=2, target_modules=['q_proj']), merge=False)
+    tuned = adapted(load_linearized(tmp_path/'m'), corpus(8), steps=1, batch_size=4, lora=dict(r=2, target_modules=['q_proj']))
     tuned.save_pretrained(tmp_path/'a')
     same(logits(peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path/'a'), tokens()), logits(tuned, tokens()), 1e-5)
 
@@ -644,7 +646,7 @@ def test_adapters_of_experts_are_kept_beside_the_original(tmp_path):
     fresh = lambda: AutoModelForCausalLM.from_pretrained(tmp_path/'m')
     try: peft.get_peft_model(fresh(), peft.LoraConfig(r=2, target_modules='all-linear'))
     except ValueError: pytest.skip(f"peft {peft.__version__} adapts no mixture of experts, of softmax either")
-    tuned = finetune(linearize(fresh()), corpus(8), steps=1, batch_size=4, lora=dict(r=2, target_modules='all-linear'), merge=False)
+    tuned = adapted(linearize(fresh()), corpus(8), steps=1, batch_size=4, lora=dict(r=2, target_modules='all-linear'))
     save_trained(tuned, tmp_path/'t')
     same(logits(load_trained(fresh(), tmp_path/'t'), tokens()), logits(tuned, tokens()), 1e-5)
 

@@ -184,6 +184,6 @@ def test_whole_models_learn_order(name, objective):
             lambda module, q, k, v, causal, scale, mask, o: out.append(naive_order_loss(q, k, module.feature_map, causal, scale, mask).mean().item()))
         return out
     before = total()
-    history = distill(model, [batch]*25, 25, objective=objective)
+    history = distill(model, [batch]*25, 25, objective=objective).losses
     after = total()
     assert len(after)==len(linear_layers(model)) and all(math.isfinite(x) for x in history) and all(b<a for a,b in zip(before, after))

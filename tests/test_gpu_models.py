@@ -18,6 +18,7 @@ from hedgehog_nb.training.finetune import finetune, merge_lora
 from hedgehog_nb.training.checkpoint import load_state, save_state
 from hedgehog_nb.training.saving import load_trained, save_trained
 from helpers.tiny_models import MODELS, corpus, llama, tokens, vit
+from helpers.training import adapted, finetuned
 
 pytestmark = pytest.mark.processes
 
@@ -32,7 +33,7 @@ def logits(model, x): return model(input_ids=x, use_cache=False).logits
 def test_maps_and_adapters_make_the_same_model(name, tmp_path):
     model = linearize(MODELS[name](), layers='0,2', num_maps=2)
     distill(model, [corpus(4)], 1)
-    tuned = finetune(model, corpus(8), 2, 4, lora=LORA, merge=False)
+    tuned = adapted(model, corpus(8), 2, 4, lora=LORA)
     save_trained(tuned, tmp_path/'a', base='somewhere')
     want = logits(merge_lora(tuned), tokens())
     back = load_trained(MODELS[name](), tmp_path/'a')
@@ -93,14 +94,14 @@ def test_another_original_is_refused_before_it_is_changed(trained, make):
 def test_what_peft_trains_beside_adapters_is_not_compared(more, tmp_path):
     make = MODELS['gpt2' if 'bias' in more else 'llama']
     lora = dict(r=4, target_modules=['c_attn'] if 'bias' in more else 'all-linear', **more)
-    tuned = finetune(linearize(make()), corpus(8), 2, 4, lr=.1, lora=lora, merge=False)
+    tuned = adapted(linearize(make()), corpus(8), 2, 4, lr=.1, lora=lora)
     save_trained(tuned, tmp_path/'a', base='it')
     want,base = logits(merge_lora(tuned), tokens()),make()
     if 'modules_to_save' in more: torch.nn.init.normal_(base.lm_head.weight) # a new head, as a classifier's is at each load
     torch.testing.assert_close(logits(load_trained(base, tmp_path/'a'), tokens()), want)
 
 def test_a_model_that_was_finetuned_whole_needs_its_own_weights(tmp_path):
-    model = finetune(linearize(llama()), corpus(8), 4, 4, lr=.3)
+    model = finetuned(linearize(llama()), corpus(8), 4, 4, lr=.3)
     save_trained(model, tmp_path/'a', base='llama')
     with pytest.raises(ValueError, match='another model'): load_trained(llama(), tmp_path/'a')
     base = llama(); base.load_state_dict(model.state_dict(), strict=False)
@@ -156,7 +157,7 @@ def test_as_many_weights_in_other_heads(tmp_path):
 @pytest.mark.parametrize('more', [dict(init_lora_weights='pissa'), dict(init_lora_weights='olora'), dict(trainable_token_indices=[5,6])],
     ids=lambda m: next(iter(m)))
 def test_adapters_that_change_the_weights_they_start_from(more, tmp_path):
-    tuned = finetune(linearize(llama()), corpus(8), 2, 4, lr=.01, lora=dict(r=4, target_modules='all-linear', **more), merge=False)
+    tuned = adapted(linearize(llama()), corpus(8), 2, 4, lr=.01, lora=dict(r=4, target_modules='all-linear', **more))
     save_trained(tuned, tmp_path/'a', base='llama')
     want = logits(merge_lora(tuned), tokens())
     torch.testing.assert_close(logits(load_trained(llama(), tmp_path/'a'), tokens()), want, atol=1e-5, rtol=1e-5)
@@ -174,7 +175,7 @@ def test_what_was_there_stays_until_it_is_replaced(trained, tmp_path, monkeypatc
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-    return save_trained(finetune(linearize(llama()), corpus(8), 1, 4, lora=LORA, merge=False), tmp_path_factory.mktemp('trained')/'a', base='llama')
+    return save_trained(adapted(linearize(llama()), corpus(8), 1, 4, lora=LORA), tmp_path_factory.mktemp('trained')/'a', base='llama')
 
 def hedgehog(*args, code=0):
     r = CliRunner().invoke(app, [str(a) for a in args], prog_name='hedgehog')

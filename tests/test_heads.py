@@ -25,6 +25,7 @@ from hedgehog_nb.attentions.window import WindowAttention
 from hedgehog_nb.models.hybrid import linear_weight_share, set_branch
 from helpers.decoding import FREE, forward, left_padded
 from helpers.tiny_models import MODELS, VOCAB, bert, corpus, gpt2, inputs, llama, shake, tokens
+from helpers.training import OnStep
 
 HEADS = '0:0-1;2:2-3'                                # whole groups of the tiny Llama, which has two; the others have none
 CAUSAL = 'llama','gpt2'
@@ -337,7 +338,7 @@ def test_the_target_is_the_teacher_s_within_its_window():
         got = module.feature_map.rest.attend(q[:,2:], k[:,1:], v[:,1:])
         losses.append((((got-o[:,2:])**2).sum((0,2,3))/(o[:,2:]**2).sum((0,2,3))).mean().item())
     teacher_pass(model, dict(input_ids=tokens()), by_hand)
-    assert distill(model, [dict(input_ids=tokens())], 1, objective='outputs')[0]==pytest.approx(sum(losses)/2, rel=1e-9)
+    assert distill(model, [dict(input_ids=tokens())], 1, objective='outputs').losses[0]==pytest.approx(sum(losses)/2, rel=1e-9)
 
 def test_the_cache_is_reordered_repeated_selected_and_counted():
     model = linearize(llama(), softmax_heads=HEADS); x,mask = tokens(3, 6),torch.ones(3, 6, dtype=torch.long); mask[1,:4] = 0
@@ -412,14 +413,14 @@ def test_distillation_teaches_the_other_heads_maps_alone(name, objective):
         if fm.softmax_heads: q,k,v,o,fm = q[:,2:],k[:,k.shape[1]//2:],v[:,k.shape[1]//2:],o[:,2:],fm.rest
         want.append(layer_loss(objective, fm, q, k, v, causal, scale, mask, o).item())
     teacher_pass(model, batches[0], by_hand)
-    history = distill(model, batches, 12, objective=objective)
+    history = distill(model, batches, 12, objective=objective).losses
     assert history[0]==pytest.approx(sum(want)/2, rel=1e-5) and history[-1]<.97*history[0]
     for k,v in model.state_dict().items(): assert torch.equal(v, before[k])==('.feature_map.' not in k), k
 
 def test_a_hybrid_s_other_heads_are_distilled():
     model = linearize(llama(), 'hedgehog-window', window=4, softmax_heads=HEADS)
     for objective in ('weights', 'outputs', 'both'):
-        h = distill(model, data_of(model, 'llama', 1)*8, 8, objective=objective)
+        h = distill(model, data_of(model, 'llama', 1)*8, 8, objective=objective).losses
         assert all(map(math.isfinite, h)) and h[-1]<h[0]
     with pytest.raises(ValueError, match='window of 4'): distill(model, data_of(model, 'llama', 1), 1, objective='order')
 
@@ -438,9 +439,9 @@ def test_a_stopped_distillation_goes_on(tmp_path):
         def on_step(step, *_):
             if step==stop: raise KeyboardInterrupt
         if stop:
-            with pytest.raises(KeyboardInterrupt): distill(linearize(llama(), softmax_heads=HEADS), batches, 9, checkpoint=f, save_every=2, on_step=on_step)
+            with pytest.raises(KeyboardInterrupt): distill(linearize(llama(), softmax_heads=HEADS), batches, 9, checkpoint=f, save_steps=2, callbacks=[OnStep(on_step)])
             with pytest.raises(ValueError, match='another model'): distill(linearize(llama(), softmax_heads='1:0-1'), batches, 9, checkpoint=f)
-        runs.append((distill(model, batches, 9, checkpoint=f, save_every=2), model.state_dict()))
+        runs.append((distill(model, batches, 9, checkpoint=f, save_steps=2).losses, model.state_dict()))
     assert runs[0][0]==runs[1][0] and all(torch.equal(x, runs[1][1][n]) for n,x in runs[0][1].items())
 
 @pytest.mark.parametrize('lora', [None, dict(r=2, target_modules=['q_proj','v_proj'])], ids=['full','lora'])

@@ -227,7 +227,8 @@ def linearize_command(ctx:typer.Context,
         camera = AttentionSnapshots(test[:1,:24], tok, which[len(which)//2], feature_map)
         with screen.progress:
             rows = convert(m, train, test, how, *steps, batch_size, lr, finetune_lr, objective, evals, baseline=baseline, autocast=autocast, seed=seed,
-                on_event=tee(screen.progress, camera), accumulate=grad_accum, lora=lora, work=work, save_every=save_every, trained=trained, base=model)
+                on_event=tee(screen.progress, camera), gradient_accumulation_steps=grad_accum, lora=lora, work=work,
+                save_steps=save_every, trained=trained, base=model)
         rows = [dict(experiment=experiment, model=model_name(model), data='+'.join(map(model_name, data)), **r,
             seq_len=seq_len, block_start=begin, eval_tokens=test.numel()) for r in rows]
         if not is_main_process(): return

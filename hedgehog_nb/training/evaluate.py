@@ -1,4 +1,4 @@
-"""Distil the maps, then finetune the model: in one pass, in pieces, in several processes, and with nothing lost when it is killed
+"""Distil the maps, then finetune the model, on any data that a Trainer takes, with nothing lost when it is killed
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/training.html.md"""
 

@@ -1,4 +1,4 @@
-"""Distil the maps, then finetune the model: in one pass, in pieces, in several processes, and with nothing lost when it is killed
+"""Distil the maps, then finetune the model, on any data that a Trainer takes, with nothing lost when it is killed
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/training.html.md"""
 
@@ -26,7 +26,7 @@ from .finetune import _check_merge, merge_lora
 TRAINED = 'maps.safetensors' # The file that `save_trained` writes beside those of peft
 
 def save_trained(
-    model, # A converted model, or the `PeftModel` around it that `finetune(…, merge=False)` returns
+    model, # A converted model, or the `PeftModel` around it that `add_lora` makes
     path, # Folder to write
     base:str=None, # Where the original is to be had: a folder or a name on the hub; where `model` was loaded from if None
     overwrite:bool=False, # Replace the folder if it exists?

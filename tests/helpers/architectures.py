@@ -279,7 +279,7 @@ def save(kind, model, x, soft):
 def train(kind, model, x, soft):
     "Distillation lowers the loss, moves the maps of every layer, and moves nothing else."
     before = {k:v.clone() for k,v in model.state_dict().items()}
-    history = distill(model, [x]*4, 4)
+    history = distill(model, [x]*4, 4).losses
     moved = {k for k,v in model.state_dict().items() if not torch.equal(v, before[k])}
     return history[-1]<history[0] and moved=={k for k,_ in model.named_parameters() if '.feature_map.' in k}
 

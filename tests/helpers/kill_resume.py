@@ -20,8 +20,8 @@ def train(folder):
     model.config.attention_dropout = .1
     linearize(model, num_maps=2)
     data = token_blocks(load_texts('embedded'), tok, 64, max_tokens=2**14, seed=0)
-    distill(model, data.split(8), STEPS, .1, checkpoint=folder/'distill', save_every=EVERY)
-    finetune(model, data, STEPS, lr=2e-3, checkpoint=folder/'finetune', save_every=EVERY)
+    distill(model, data, STEPS, lr=.1, checkpoint=folder/'distill', save_steps=EVERY)
+    finetune(model, data, STEPS, lr=2e-3, checkpoint=folder/'finetune', save_steps=EVERY)
     save_state(folder/'done', weights=dict(model.named_parameters()))
 
 CLEAN = multiprocessing.get_context('forkserver') # forked from this process, autograd refuses where it has run threads here
@@ -71,7 +71,7 @@ if __name__=='__main__':
     start,commit,rows = time.perf_counter(),code_version(),[]
     for i,(kills,differ) in enumerate(trials(a.trials, a.seed)):
         print(f'trial {i}: {kills} kills, {differ} weights differ', flush=True)
-        same = dict(experiment='kill-resume', model='stories260k', data='embedded', variant='hedgehog', trial=i, steps=2*STEPS, save_every=EVERY)
+        same = dict(experiment='kill-resume', model='stories260k', data='embedded', variant='hedgehog', trial=i, steps=2*STEPS, save_steps=EVERY)
         rows += [dict(same, metric='kills', value=kills), dict(same, metric='weights-that-differ', value=differ)]
     if a.record: write_results(a.record, rows, seed=a.seed, wall_s=time.perf_counter()-start, device='cpu', commit=commit)
     sys.exit(any(r['value'] for r in rows if r['metric']=='weights-that-differ'))
