@@ -247,6 +247,12 @@ def _best_recall(
     return max(runs, key=lambda r: (r[1]['valid'], -r[1]['steps']))
 
 # %% ../../nbs/07_associative_recall.ipynb #0b3b7404
+def _kept_rows(path, command, seed):
+    "The rows in a file of results, none if it is not there, and a function that writes them, with the time that all runs took."
+    path,start,commit = Path(path),time.time(),code_version()
+    old = json.loads(path.read_text(encoding='utf-8')) if path.exists() else dict(rows=[], wall_s=0.)
+    return old['rows'], lambda: write_results(path, old['rows'], command, seed, old['wall_s']+time.time()-start, 'cpu', commit)
+
 def recall_sweep(
     path, # File of results to write, and to go on with if it exists
     rows:dict, # Label -> (registered name, settings)
@@ -259,9 +265,7 @@ def recall_sweep(
     **kwargs # Of `train_recall`: steps, batch_size, sizes, progress, …
 ): # (rows of results, {label: why it was left out})
     "Train every attention on every seed, writing each run as it ends. What is in the file is not run again; what cannot do the task says why."
-    path,start,commit = Path(path),time.time(),code_version()
-    old = json.loads(path.read_text(encoding='utf-8')) if path.exists() else dict(rows=[], wall_s=0.)
-    done,why = old['rows'],{}
+    (done,save),why = _kept_rows(path, command, seeds[0]),{}
     for seed in seeds:
         data = recall_data(task, seed=seed)
         for label,(name,settings) in rows.items():
@@ -271,7 +275,7 @@ def recall_sweep(
             try: lr,run = _best_recall(label, rates, lambda lr: train_recall(name, task, seed, lr, data=data, **settings, **kwargs))
             except ValueError as e: why[label] = str(e); continue
             done.append(check_row(_recall_row(label, experiment, task, run, seed, lr)))
-            write_results(path, done, command, seeds[0], old['wall_s']+time.time()-start, 'cpu', commit)
+            save()
             if on_row: on_row(done[-1])
     return done,why
 
@@ -311,9 +315,7 @@ def conversion_sweep(
     **kwargs # Of `convert_recall`
 )->list: # Rows of results, two a conversion: "swapped" and "finetuned"
     "Train softmax on each seed, convert it to every attention of `rows`, and write each conversion as it ends; what is in the file is not run again."
-    path,start,commit = Path(path),time.time(),code_version()
-    old = json.loads(path.read_text(encoding='utf-8')) if path.exists() else dict(rows=[], wall_s=0.)
-    done = old['rows']
+    done,save = _kept_rows(path, command, seeds[0])
     def add(label, seed, state, value, **more):
         done.append(check_row(dict(experiment='recall-converted', model='2 layers', data=f'vocabulary {task.vocab_size}', variant=label,
             metric='accuracy', value=round(value, 2), seed=seed, seq_len=task.seq_len, state=state, **more)))
@@ -327,6 +329,6 @@ def conversion_sweep(
             c = convert_recall(teacher['model'], row[0], data, task, seed, **{**kwargs, **row[1]})
             add(label, seed, 'swapped', c['swapped'], kl=[round(x, 4) for x in c['kl']])
             if c['accuracy'] is not None: add(label, seed, 'finetuned', c['accuracy'], tokens=kwargs.get('finetune_steps', 100)*32*task.seq_len)
-            write_results(path, done, command, seeds[0], old['wall_s']+time.time()-start, 'cpu', commit)
+            save()
             if on_row: on_row(label, seed, c)
     return done

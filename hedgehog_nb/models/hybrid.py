@@ -15,13 +15,18 @@ from .attention import hedgehog_attention, padding_mask
 from .interface import use_attention
 
 # %% ../../nbs/12_window.ipynb #c47fac49
+def _hybrids(model):
+    "The attention modules that attend with `WindowAttention`. Raises `ValueError` where there are none."
+    res = [m for m in model.modules() if hasattr(m, 'feature_map') and isinstance(m.feature_map.linear_part()[0], WindowAttention)]
+    if not res: raise ValueError("this model has no hybrid layers: convert it with linearize(model, 'hedgehog-window')")
+    return res
+
 def set_branch(
     model, # A model converted to "hedgehog-window"
     branch:str='both', # "both", or "window" or "linear" alone
 ):
     "Leave only one branch of every hybrid layer. Raises `ValueError` where there is none, or on an unknown branch."
-    hybrids = [m for m in model.modules() if isinstance(m, WindowAttention)]
-    if not hybrids: raise ValueError("this model has no hybrid layers: convert it with linearize(model, 'hedgehog-window')")
+    hybrids = [m.feature_map.linear_part()[0] for m in _hybrids(model)]
     if branch not in BRANCHES: raise ValueError(f"branch is one of {', '.join(BRANCHES)}; given {branch!r}")
     for m in hybrids: m.branch = branch
 
@@ -32,8 +37,7 @@ def linear_weight_share(
 )->list: # Rows: layer, head, share (of the linear branch), softmax (its share on the same keys), both means over real tokens that have older keys
     ("How much of each head's weight lies on keys older than the window; memory T². "
      "Raises `ValueError` where the model has no hybrid layers, or the text no older keys.")
-    rows,hybrids = [],[m for m in model.modules() if hasattr(m, 'feature_map') and isinstance(m.feature_map.linear_part()[0], WindowAttention)]
-    if not hybrids: raise ValueError("this model has no hybrid layers: convert it with linearize(model, 'hedgehog-window')")
+    rows,hybrids = [],_hybrids(model)
     def fn(module, q, k, v, attention_mask, scaling=None, **kw):
         if module in hybrids:
             (att,qs,ks,*_),T = module.feature_map.linear_part(q, k),q.shape[2]
