@@ -1,1 +1,1 @@
-"Models, texts and files, from the package, from folders, or from the hub."
+"Models and texts, from the package, from folders, or from the hub."
