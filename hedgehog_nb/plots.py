@@ -32,7 +32,7 @@ _colors = dict(softmax='#000000', softmax_finetuned='#4A4A4A', softmax_zero_shot
     hedgehog='#D55E00', exp='#F08A24', softmax_halves='#A84300', softmax_joint='#FFB46B', hedgehog_window='#7A2F00', t2r='#3F1669', t2r_hh='#A66FE6',
     elu='#0072B2', relu='#56B4E9', exp1='#1F4E79', exp2='#8FC1DE', performer='#009E73', rfa='#66C2A5', cosformer='#B8C800',
     taylor='#E08AB8', fast='#C2185B', linformer='#6B6B2F', latte='#5A4632', lognormal='#7FA32E', flowformer='#2FA6A0',
-    transnormer='#5B3FA8', softmax_scan='#8C8C8C', hedgehog_torch='#F3A15F', hedgehog_compiled='#C98A3D', hedgehog_kernels='#8F4A1B',
+    transnormer='#5B3FA8', hedgehog_torch='#F3A15F', hedgehog_compiled='#C98A3D', hedgehog_kernels='#8F4A1B',
     fla_chunk='#1B7FB5', fla_fused='#6FB7DF', fla_naive='#A9CFE6', fast_transformers='#3E9B6E',
     sdpa_flash='#3A3A3A', sdpa_cudnn='#6A6A6A', flex='#7D4B9A', einsum='#3F7F5F')
 _aliases = {'1+elu':'elu', 'elu+1':'elu', 'full':'softmax', 'teacher':'softmax', 'student':'hedgehog', 'sdpa':'softmax', 'hedgehog_exp':'exp',
