@@ -18,6 +18,20 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda i: [i.path not in paths for paths in long.values()])
 
 
+def pytest_make_parametrize_id(val):
+    "Names that a reader understands: settings as name=value, a dtype, function or class by its name, a list by what is in it."
+    def name(x):
+        if isinstance(x, dict): return ','.join(f'{k}={name(v)}' for k,v in x.items()) or 'plain'
+        if isinstance(x, (list, tuple)): return f"({','.join(map(name, x))})" if x else 'none'
+        if isinstance(x, (set, frozenset)): return name(sorted(x, key=str))
+        if callable(x): return getattr(x, '__name__', type(x).__name__).replace('<lambda>', '')
+        if type(x).__name__ in ('Tensor','ndarray'): return f'{type(x).__name__}{tuple(x.shape)}'
+        return str(x).removeprefix('torch.')
+    if val is not None and not isinstance(val, (bool, int, float, bytes)):
+        s = ' '.join(name(val).split())
+        return (s if len(s)<=70 else s[:67]+'...') or None
+
+
 @pytest.fixture(autouse=True)
 def seed():
     if 'torch' in sys.modules: sys.modules['torch'].manual_seed(0)

@@ -28,7 +28,10 @@ def stored(root):
 def test_the_results_are_of_these_architectures(stored):
     assert set(stored[0])==set(ARCHITECTURES) and len(ARCHITECTURES)-len(REFUSED)>=45 and len(HERE)>=len(ARCHITECTURES)-3
 
-@pytest.mark.parametrize('name', HERE)
+# of each kind, and of each shape that attention takes; the others are slow
+QUICK = {'GPT-2','Llama','Mistral, windowed','Qwen3-MoE','Gemma3','BERT','ModernBERT','BART','ViT','CLIP','Whisper','wav2vec 2.0','Mllama, text', *REFUSED}
+
+@pytest.mark.parametrize('name', [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in HERE])
 def test_architecture(name, stored):
     rows,(want,same) = examine(name),stored
     if rows[0]['value']: assert {r['metric']:r['value'] for r in rows}==dict.fromkeys(['convert', *asked(ARCHITECTURES[name][2], rows[0]['layers'])], 1)

@@ -210,7 +210,7 @@ def test_reserved_room_gives_the_same_logits():
     assert caches.cache_bytes(cache)==3*2*2*2*12*8*4
     with pytest.raises(ValueError, match='room for 12'): model(input_ids=x[:,:1], past_key_values=cache)
 
-@pytest.mark.parametrize('kw', [None, {}, dict(layers='1'), dict(attention='hedgehog-window', window=4)], ids=str)
+@pytest.mark.parametrize('kw', [None, {}, dict(layers='1'), dict(attention='hedgehog-window', window=4)])
 @torch.no_grad()
 def test_each_repetition_writes_the_same_tokens(kw):
     "What a CUDA graph records and replays, run twice: it begins where it began."

@@ -77,7 +77,7 @@ def test_each_alone(log, masked, state):
         check(*inputs(1, 2, 1, 20), causal, schedule, use=use, **extras(1, 1, 20, log=log, masked=masked, state=state))
 
 @kernel
-@pytest.mark.parametrize('dtype', TOL, ids=str)
+@pytest.mark.parametrize('dtype', TOL)
 @pytest.mark.parametrize('causal', [True, False])
 def test_dtypes_keep_states_in_fp32(causal, dtype):
     kw = extras(1, 1, 100, 64, 32)
@@ -95,7 +95,7 @@ def packed(cu, Hkv, F, D, seed=3): # one state for each sequence
     return LinearState(rand(n, Hkv, F, D, seed=seed), rand(n, Hkv, F, seed=seed+1).abs(), 3*rand(n, Hkv, seed=seed+2))
 
 @kernel
-@pytest.mark.parametrize('cu', [[0,50], [0,20,21,37,50]], ids=str)
+@pytest.mark.parametrize('cu', [[0,50], [0,20,21,37,50]])
 @pytest.mark.parametrize('causal', [True, False])
 def test_packed_is_separate(causal, cu):
     q,k,v = inputs(1, 2, 1, 50)
@@ -265,7 +265,7 @@ def test_the_entry_point_leads_here():
     with pytest.raises(ValueError, match='float32, float16 or bfloat16'): attention(q.double(), k.double(), v.double(), implementation='triton')
 
 @kernel
-@pytest.mark.parametrize('cu', [[0,5], [1,20], [0,9,9,20], [0,12,6,20], [0], [], [0,1.5,20], torch.ones(2,2)], ids=str)
+@pytest.mark.parametrize('cu', [[0,5], [1,20], [0,9,9,20], [0,12,6,20], [0], [], [0,1.5,20], torch.ones(2,2)])
 def test_borders_that_do_not_fit(cu):
     with pytest.raises(ValueError, match='cu_seqlens'): triton_linear_attention(*inputs(), cu_seqlens=cu)
 

@@ -52,7 +52,7 @@ def test_each_alone(log, masked, state):
         for schedule in ('scan', 'parallel'): check(*inputs(1, 2, 1, 40), causal, schedule, **extras(1, 1, 40, log=log, masked=masked, state=state))
 
 @kernel
-@pytest.mark.parametrize('dtype', TOL, ids=str)
+@pytest.mark.parametrize('dtype', TOL)
 @pytest.mark.parametrize('causal', [True, False])
 def test_dtypes(causal, dtype):
     for schedule in SCHEDULES[:2]: check(*inputs(1, 2, 1, 150, 64, 32, dtype=dtype), causal, schedule, **extras(1, 1, 150, 64, 32))
@@ -142,7 +142,7 @@ def test_large_log_weights_and_sums_beyond_fp16():
     for causal in (True, False): check(60*q, 5000*k, 30*v, causal, 'parallel', tol=4e-3)
 
 @kernel
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('causal', [True, False])
 def test_normalisers_have_more_bits_than_the_inputs(causal, dtype):
     q,k,v = inputs(1, 2, 1, 300, 32, 8, dtype)

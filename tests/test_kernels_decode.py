@@ -61,7 +61,7 @@ def test_heads_and_widths(H, Hkv, D): # the forms take turns
 def test_many_tokens(form, T): check(*inputs(1, 1, 1, T), hedgehog(H=1, form=form))
 
 @kernel
-@pytest.mark.parametrize('dtype', TOL, ids=str)
+@pytest.mark.parametrize('dtype', TOL)
 @pytest.mark.parametrize('form', FORMS)
 def test_dtypes(form, dtype):
     fm = hedgehog(form=form)

@@ -100,7 +100,7 @@ def test_prompt_then_token_by_token(form):
 
 @kernel
 @pytest.mark.parametrize('name', ['hedgehog', 'elu'])
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_autocast_rounds_products_and_keeps_states(name, dtype):
     (q,k,v),fm = inputs(T=40),make(name)
     low = [x.to(dtype) for x in (q, k, v)]

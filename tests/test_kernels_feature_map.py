@@ -35,7 +35,7 @@ def check(x, weight, bias, form, tol=None, **kw):
         assert err < tol, f"{name}: {err:.1e}, allowed {tol:.0e}"
 
 @kernel
-@pytest.mark.parametrize('dtype', TOL, ids=str)
+@pytest.mark.parametrize('dtype', TOL)
 @pytest.mark.parametrize('form', FORMS)
 def test_forms_and_dtypes(form, dtype): check(*inputs(2, 3, 70, 64, dtype=dtype), form)
 

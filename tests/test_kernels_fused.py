@@ -81,7 +81,7 @@ def test_shapes(D, T): # forms, heads and dtypes take turns; test_drawn mixes ev
         FORMS[i % 3], final=False, tol=1e-4 if T==1 else None)
 
 @kernel
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str) # apart, fused
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16]) # apart, fused
 @few(1, 'form', FORMS)
 def test_wide_heads(form, dtype): check(inputs(1, 1, 1, 18, 128, dtype=dtype), form, final=False)
 
@@ -92,7 +92,7 @@ def test_wide_maps_whose_gradient_is_taken_apart(B, H, D, E, DV, dtype):
     check(inputs(B, H, 1, 18, D, DV, E, dtype), 'exp' if D==256 else 'softmax_joint', D!=136, final=False, schedule=2)
 
 @kernel
-@pytest.mark.parametrize('cu', [[0,50], [0,20,21,37,50]], ids=str)
+@pytest.mark.parametrize('cu', [[0,50], [0,20,21,37,50]])
 @pytest.mark.parametrize('form,causal', [('exp', True), ('softmax_halves', True), ('exp', False)])
 def test_packed_is_separate(form, causal, cu):
     x = inputs(1, 2, 1, 50)
@@ -104,7 +104,7 @@ def test_packed_is_separate(form, causal, cu):
     assert torch.equal(a[:,:,cu[1]:], b[:,:,cu[1]:]) and not torch.equal(a, b)
 
 @kernel
-@pytest.mark.parametrize('cu', [[0,5], [1,20], [0,9,9,20], [0,12,6,20], [0], [], [0,1.5,20]], ids=str)
+@pytest.mark.parametrize('cu', [[0,5], [1,20], [0,9,9,20], [0,12,6,20], [0], [], [0,1.5,20]])
 def test_borders_that_do_not_fit(cu):
     with pytest.raises(ValueError, match='cu_seqlens'): fused_hedgehog_attention(*inputs(), cu_seqlens=cu)
 
@@ -121,7 +121,7 @@ def test_everything_at_once(form, heads, causal):
 
 @kernel
 @pytest.mark.parametrize('form,causal,kw', [('exp', True, dict(schedule=2)), ('exp', True, dict(cu=[0,7,8,20])),
-    ('softmax_halves', True, dict()), ('softmax_joint', False, dict(schedule=2)), ('exp', False, dict())], ids=str)
+    ('softmax_halves', True, dict()), ('softmax_joint', False, dict(schedule=2)), ('exp', False, dict())])
 @pytest.mark.slow
 def test_everything_at_once_apart(form, causal, kw):
     "A map of more outputs than the fused backward takes, by its width or by that of the values; the forward is fused in bf16."
@@ -131,12 +131,12 @@ def test_everything_at_once_apart(form, causal, kw):
         else: check(x, form, causal, **kw, **extras(x))
 
 @kernel
-@pytest.mark.parametrize('dtype', TOL, ids=str)
+@pytest.mark.parametrize('dtype', TOL)
 @pytest.mark.parametrize('form', FORMS)
 def test_dtypes(form, dtype): check(inputs(T=40, D=16, dtype=dtype), form, **extras(inputs(T=40, D=16), state=False), final=False)
 
 @kernel
-@pytest.mark.parametrize('kw', [dict(DV=40), dict(DV=1), dict(E=24), dict(D=1, E=1), dict(D=3, E=5, DV=17), dict(T=1, Tq=9)], ids=str)
+@pytest.mark.parametrize('kw', [dict(DV=40), dict(DV=1), dict(E=24), dict(D=1, E=1), dict(D=3, E=5, DV=17), dict(T=1, Tq=9)])
 def test_widths_that_differ(kw):
     for causal in (True, False) if 'Tq' not in kw else (False,):
         check(inputs(**kw), 'exp' if causal else 'softmax_joint', causal, final=False, schedule=2, tol=1e-4 if 'Tq' in kw else None)
@@ -239,7 +239,7 @@ def test_causal_and_padding():
     assert all(torch.isfinite(g).all() for g in grads) and not grads[1][:,:,:9].any() and not grads[2][:,:,40:].any()
 
 @kernel
-@few(2, 'causal,wide', [(True, {}), (False, {}), (True, dict(DV=70)), (True, dict(E=72))], ids=str) # in one kernel, and in kernels apart
+@few(2, 'causal,wide', [(True, {}), (False, {}), (True, dict(DV=70)), (True, dict(E=72))]) # in one kernel, and in kernels apart
 def test_masks_of_any_dtype(causal, wide):
     x = inputs(**wide)
     real = extras(x)['mask']
@@ -296,7 +296,7 @@ def test_compiles_into_one_graph():
     assert all(map(torch.equal, ours, theirs))
 
 @kernel
-@few(1, 'kw', [dict(), dict(form='exp', schedule=2), dict(schedule=3, state=True), dict(causal=False)], ids=str)
+@few(1, 'kw', [dict(), dict(form='exp', schedule=2), dict(schedule=3, state=True), dict(causal=False)])
 def test_one_graph_serves_all_lengths(kw):
     "With as many segments as a length asks for; and what it gives is what comes without a graph."
     kw,(wq,wk) = dict(kw),inputs(1, 2, 1, 8, 8)[3:5]
@@ -312,7 +312,7 @@ def test_one_graph_serves_all_lengths(kw):
 
 @kernel
 @pytest.mark.parametrize('kw',
-    [dict(), dict(form='exp', schedule=2), dict(form='exp', schedule=2, keep=False), dict(causal=False, form='exp'), dict(cu=[0,9,40])], ids=str)
+    [dict(), dict(form='exp', schedule=2), dict(form='exp', schedule=2, keep=False), dict(causal=False, form='exp'), dict(cu=[0,9,40])])
 def test_fake_kernels_tell_the_shapes(kw):
     from hedgehog_nb.kernels import fused
     x = inputs(1, 2, 1, 40, 8)

@@ -54,7 +54,7 @@ def test_a_machine_without_an_assembler(monkeypatch):
     monkeypatch.setattr(tuning.triton.knobs, 'nvidia', Nothing())
     assert tuning.assemblers()==dict(ptxas='', ptxas_path='')
 
-@pytest.mark.parametrize('text', ['', '{', '[1]', 'null', '{"k": {"n": 7}}', '{"k": 3}', '['*100_000, b'\xff\xfe\x00'], ids=str)
+@pytest.mark.parametrize('text', ['', '{', '[1]', 'null', '{"k": {"n": 7}}', '{"k": 3}', '['*100_000, b'\xff\xfe\x00'])
 def test_a_file_that_makes_no_sense_is_ignored_and_replaced(tmp_path, text):
     path = tmp_path/'t.json'
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -126,7 +126,7 @@ def test_a_launch_is_tuned_on_a_gpu_only(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize('change,chosen', [(dict(args=('x',4096,64,1024)), 1), (dict(args=('x',8192,64,513)), 1), (dict(grid=(4,)), 1), # the same class
     (dict(args=('x',4096,64,1025)), 2), (dict(args=('x',4096,64,8192)), 2), (dict(grid=(5,)), 2),
-    (dict(grid=(2048,)), 2), (dict(args=('x',4096,1024,1000)), 2)], ids=str)
+    (dict(grid=(2048,)), 2), (dict(args=('x',4096,1024,1000)), 2)])
 def test_the_shape_of_a_launch_is_in_the_key(monkeypatch, tmp_path, change, chosen):
     "Tokens and programs up to a factor of two, and the stride between tokens: a short test does not choose for a long run."
     k = on_a_gpu(monkeypatch, tmp_path)

@@ -67,7 +67,7 @@ def test_windows(Hkv, window): check(inputs(1, 4, Hkv, 40 if window==16 else 24,
 
 @pytest.mark.slow
 @kernel
-@pytest.mark.parametrize('window,T,dtype', [*((w, 40, torch.float32) for w in (14, 15, 17)), *((w, 140, torch.bfloat16) for w in (62, 63, 65, 128))], ids=str)
+@pytest.mark.parametrize('window,T,dtype', [*((w, 40, torch.float32) for w in (14, 15, 17)), *((w, 140, torch.bfloat16) for w in (62, 63, 65, 128))])
 @pytest.mark.parametrize('form', ['softmax_halves', 'exp'])
 def test_windows_that_end_near_a_block(form, window, T, dtype):
     "Blocks have 16 rows in fp32, 64 in half precision; without log weights or padding fewer masks are made."
@@ -76,7 +76,7 @@ def test_windows_that_end_near_a_block(form, window, T, dtype):
 
 @kernel
 @pytest.mark.parametrize('form', FORMS)
-@pytest.mark.parametrize('dtype', TOL, ids=str)
+@pytest.mark.parametrize('dtype', TOL)
 def test_forms_and_dtypes(dtype, form): check(inputs(1, 2, 1, 40, 16, form=form, dtype=dtype), 7)
 
 @kernel
@@ -140,7 +140,7 @@ def test_a_prompt_in_parts_is_the_whole(schedule, form, window):
     for n,x in f(triton_window_attention).items(): close(x, f(chunk_window_attention)[n].double(), 2e-5, n)
 
 @kernel
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_a_state_in_fp32_beside_half_precision(dtype):
     "Its keys are rounded as the new ones are; strided views of (B, T, H, D) go on from it as their copies do."
     a = inputs(1, 2, 1, 40, dtype=dtype, masked=True)
@@ -171,7 +171,7 @@ def test_states_that_do_not_fit():
     with pytest.raises(ValueError, match='must lie on'): triton_window_attention(**a, window=4, initial_state=s.apply(lambda x: x.detach().to('meta')))
 
 @kernel
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_autocast_rounds_products_and_keeps_states(dtype):
     "q and k in fp32 beside v in half precision, as a rotary embedding leaves them, with features in fp32."
     a = inputs(T=40)
@@ -196,7 +196,7 @@ def agree(f, *ins):
 
 @kernel
 @pytest.mark.parametrize('state', [False, True])
-@few(1, 'given', [(), ('log_q',), ('log_k', 'mask'), ('log_gamma', 'mask'), ('log_q', 'log_k', 'log_gamma', 'mask')], ids=str)
+@few(1, 'given', [(), ('log_q',), ('log_k', 'mask'), ('log_gamma', 'mask'), ('log_q', 'log_k', 'log_gamma', 'mask')])
 def test_one_graph(given, state):
     "In torch.compile, with and without what may be there; schedule and window take turns."
     a,window,schedule = inputs(1, 2, 1, 22, masked=True),3 + 2*len(given),(None, 2)[len(given) % 2]
@@ -210,7 +210,7 @@ def test_one_graph(given, state):
     agree(f, *(x.requires_grad_() if x.is_floating_point() else x for x in (a[n] for n in names)), *before)
 
 @kernel
-@few(1, 'kw', [dict(window=5, form='exp'), dict(window=5, relative=True), dict(window=5, branch='linear')], ids=str)
+@few(1, 'kw', [dict(window=5, form='exp'), dict(window=5, relative=True), dict(window=5, branch='linear')])
 def test_the_module_in_one_graph(kw):
     "`WindowAttention.attend` asked for Triton: gradients of inputs and of what it learns; a state and a mask; several tokens and one."
     m = make_attention('hedgehog-window', 8, 4, 2, **kw).to(DEVICE)
@@ -337,7 +337,7 @@ def test_compiles_for_hopper(which, tmp_path): compiles(HOPPER + HOPPER_PARTS[wh
 
 @kernel
 @pytest.mark.parametrize('kw', [dict(window=5), dict(window=16, form='exp'), dict(window=5, relative=True),
-    dict(window=5, branch='window'), dict(window=5, branch='linear')], ids=str)
+    dict(window=5, branch='window'), dict(window=5, branch='linear')])
 def test_the_module_on_the_kernel(kw):
     "`WindowAttention.attend` asked for Triton: a prompt, its continuation and single tokens as in PyTorch."
     a = make_attention('hedgehog-window', 16, 4, 2, **kw).to(DEVICE)

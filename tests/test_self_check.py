@@ -67,7 +67,7 @@ def test_another_card_or_version_is_checked_anew(monkeypatch, what):
     assert trusts(CPU, 'fused', **KIND) and len(r)==2
 
 @pytest.mark.parametrize('text', ['', '{', '[1]', 'null', b'\xff\xfe\x00', '{"KEY": 3}', '{"KEY": {"ok": true}}',
-    '{"KEY": {"ok": "yes", "why": "", "error": 0, "seconds": 1, "keep": true}}'], ids=str)
+    '{"KEY": {"ok": "yes", "why": "", "error": 0, "seconds": 1, "keep": true}}'])
 def test_a_file_that_makes_no_sense_is_survived(monkeypatch, text):
     r,key = runs(monkeypatch),json.dumps(sc._key(Case('fused', **KIND), CPU))
     verdict_file().parent.mkdir(parents=True)
@@ -109,7 +109,7 @@ def test_one_warning_for_each_family_and_process(monkeypatch):
 
 @pytest.mark.parametrize('error,kept', [(OutOfResources(300_000, 232_448, 'shared memory'), True),
                                         (RuntimeError('CUDA error: an illegal memory access was encountered'), True),
-                                        (OSError(28, 'No space left on device'), False), (RuntimeError('Failed to find C compiler'), False)], ids=str)
+                                        (OSError(28, 'No space left on device'), False), (RuntimeError('Failed to find C compiler'), False)])
 def test_errors_are_bad_verdicts(monkeypatch, error, kept):
     r = runs(monkeypatch, error)
     with pytest.warns(RuntimeWarning, match=type(error).__name__): assert not trusts(CPU, 'fused', **KIND)

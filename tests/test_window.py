@@ -206,7 +206,7 @@ def test_steps_refuse_more_than_a_token():
 
 KINDS = [dict(window=7, form='exp'), dict(window=7), dict(window=7, relative=True), dict(window=1, bias=True),
     dict(window=90), dict(window=0), dict(window=7, branch='window'), dict(window=7, branch='linear')]
-kind = pytest.mark.parametrize('kw', KINDS, ids=str)
+kind = pytest.mark.parametrize('kw', KINDS)
 
 def hybrid(D=8, H=4, Hkv=2, by=.2, **kw):
     "A hybrid in fp64, moved off its start."
