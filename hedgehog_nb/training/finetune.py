@@ -50,8 +50,11 @@ def _with_labels(model):
         if not causal or 'input_ids' not in batch:
             raise ValueError(f"{type(inner).__name__} learns from {' and '.join(names)}; given {', '.join(batch)}: "
                 "put them into the rows, or let a collator make them")
-        y = batch['input_ids']
-        return batch | dict(labels=y.masked_fill(batch['attention_mask']==0, -100) if 'attention_mask' in batch else y.clone())
+        y = batch['input_ids'].clone()
+        if 'attention_mask' in batch:
+            real = batch['attention_mask'].bool()
+            y[:,1:].masked_fill_(~(real[:,1:] & real[:,:-1]), -100) # nor is a text's first token predicted from the padding before it
+        return {**batch, 'labels':y}
     return prepare
 
 # %% ../../nbs/09_training.ipynb #11b00027

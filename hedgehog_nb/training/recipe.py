@@ -1,4 +1,4 @@
-"""A whole conversion as one function: distil, finetune, evaluate on the way, and record it all
+"""A whole conversion as one function: swap, distil, finetune, evaluate on the way, and record it all
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/recipe.html.md"""
 

@@ -43,7 +43,7 @@ def training_arguments(
     for k in _OURS.keys() & more.keys(): raise ValueError(f"{k}: say {_OURS[k]}")
     known = {f.name for f in fields(transformers.TrainingArguments)}
     for k in more.keys()-known: raise TypeError(f"{k}={more[k]!r}: neither this function nor TrainingArguments has it; "
-        f"the nearest is {difflib.get_close_matches(k, [*known, *_NAMES], 1, 0)[0]}")
+        f"the nearest is {difflib.get_close_matches(k, [*known-_OURS.keys(), *_NAMES], 1, 0)[0]}")
     if pieces<1: raise ValueError(f"a batch is computed in 1 or more pieces; given gradient_accumulation_steps={pieces}")
     if eval_steps is not None and eval_steps<1: raise ValueError(f"evaluations are 1 or more steps apart; given eval_steps={eval_steps}")
     if eval_steps is not None and not evaluate: raise ValueError(f"eval_steps={eval_steps} asks for evaluations: give eval_data too")
