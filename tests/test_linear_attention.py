@@ -29,14 +29,14 @@ def oracle(phi_q, phi_k, v, log_k=None, causal=True, mask=None):
                 o[b,h,i] = w@v[b,g,ok]/w.sum().clamp_min(1e-300)
     return o
 
-def same(a, b, tol=1e-10): torch.testing.assert_close(a.double(), b.double(), atol=tol, rtol=tol)
+def same(a, b, tol=1e-13): torch.testing.assert_close(a.double(), b.double(), atol=tol, rtol=tol)
 
 def true_state(s):
     "S and z of a state with the common factor put back."
     f = s.m.double().exp()
     return s.S.double()*f[...,None,None], s.z.double()*f[...,None]
 
-def same_state(a, b, tol=1e-10):
+def same_state(a, b, tol=1e-13):
     for x,y in zip(true_state(a), true_state(b)): same(x, y, tol)
 
 
@@ -237,7 +237,7 @@ def test_gradcheck_through_the_state(logs):
             return o, *true_state(e)
         assert torch.autograd.gradcheck(run, (*s,*leaves))
 
-@pytest.mark.parametrize('dtype,tol', [(torch.float32,2e-5), (torch.float16,2e-3), (torch.bfloat16,1.6e-2)])
+@pytest.mark.parametrize('dtype,tol', [(torch.float32,1e-6), (torch.float16,1.3e-3), (torch.bfloat16,1e-2)]) # four times what was measured
 @pytest.mark.parametrize('logs', [False,True])
 def test_low_precision_inputs_keep_a_float_state(dtype, tol, logs):
     "fp16 and bf16 round inputs and outputs only: half a unit in the last place of outputs of order 1."
@@ -248,7 +248,7 @@ def test_low_precision_inputs_keep_a_float_state(dtype, tol, logs):
         o,s = f(*args, output_final_state=True)
         assert o.dtype==dtype and all(x.dtype==torch.float32 for x in s)
         same(o, want, tol)
-        for x,y in zip(s, ws): same(x, y, 3e-5)
+        for x,y in zip(s, ws): same(x, y, 3e-6)
     for o in (bidirectional_linear_attention(*args), naive_linear_attention(*args)): assert o.dtype==dtype
     assert recurrent_linear_attention(*(x if x is None else x.double() for x in args), output_final_state=True)[1].S.dtype==torch.float64
 
@@ -259,16 +259,16 @@ def test_the_normaliser_does_not_stall_over_8192_tokens():
     want = (torch.einsum('bhtf,bhtfd->bhtd', q.double(), (k.double()[...,None]*v.double()[...,None,:]).cumsum(2))/(q.double()*z).sum(-1, keepdim=True))
     for f in CAUSAL.values():
         o,s = f(q, k, v, output_final_state=True)
-        same(s.z, z[:,:,-1], 1e-4)
+        same(s.z, z[:,:,-1], 1e-6)
         same(o, want, 8e-3)                       # half a bf16 step of outputs near 1
         assert (f(q.float(), k.float(), v.float())-want).abs().max()<1e-4
     stalled = torch.zeros(1,1,4, dtype=torch.bfloat16)
     for kt in k.unbind(2): stalled = stalled+kt   # what a bf16 z would do
     assert (stalled.double()/z[:,:,-1]).max()<.5
 
-@pytest.mark.parametrize('dtype', [torch.float32,torch.float64])
+@pytest.mark.parametrize('dtype,tol', [(torch.float32,1e-6), (torch.float64,1e-13)])
 @pytest.mark.parametrize('shape', ['rising','falling','mixed','constant'])
-def test_log_weights_of_ten_thousand(shape, dtype):
+def test_log_weights_of_ten_thousand(shape, dtype, tol):
     q,k,v,_ = features(T=40, dtype=dtype)
     t = torch.linspace(-1e4, 1e4, 40, dtype=dtype)
     l = dict(rising=t, falling=-t, mixed=t[torch.randperm(40)], constant=torch.full_like(t, 1e4))[shape].expand(2,2,40)
@@ -276,9 +276,9 @@ def test_log_weights_of_ten_thousand(shape, dtype):
     for f in (recurrent_linear_attention, lambda *a, **kw: chunk_linear_attention(*a, chunk_size=7, **kw)):
         o,s = f(q, k, v, l, output_final_state=True)
         assert all(x.isfinite().all() for x in s)
-        same(o, want, 1e-10 if dtype==torch.float64 else 1e-5)
-    same(naive_linear_attention(q, k, v, l), want, 1e-10 if dtype==torch.float64 else 1e-5)
-    same(bidirectional_linear_attention(q, k, v, l), oracle(q, k, v, l, causal=False), 1e-10 if dtype==torch.float64 else 1e-5)
+        same(o, want, tol)
+    same(naive_linear_attention(q, k, v, l), want, tol)
+    same(bidirectional_linear_attention(q, k, v, l), oracle(q, k, v, l, causal=False), tol)
 
 def test_features_far_below_one_are_still_weights():
     "exp(−30) as features on both sides: the weights are ratios, whatever the size."
@@ -286,7 +286,7 @@ def test_features_far_below_one_are_still_weights():
     want = oracle(q, k, v)
     for e in (-10,-20,-30):
         for f in (naive_linear_attention, *CAUSAL.values(), bidirectional_linear_attention):
-            same(f(q*2.718281828**e, k*2.718281828**e, v), want if f is not bidirectional_linear_attention else oracle(q, k, v, causal=False), 1e-4)
+            same(f(q*2.718281828**e, k*2.718281828**e, v), want if f is not bidirectional_linear_attention else oracle(q, k, v, causal=False), 1e-6)
 
 def test_channels_of_values_and_features_may_differ():
     q,k,v,l = features(T=5, F=3, D=11)

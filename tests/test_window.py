@@ -35,7 +35,7 @@ def tokens(args, kw, s): return [x[:,:,s] for x in args],{n: x if x is None or n
 
 def leaves(s): return (*s[:4], *s.linear)
 
-def close(a, r, tol=1e-10):
+def close(a, r, tol=1e-13):
     assert a.shape==r.shape and torch.isfinite(a).all()
     if r.numel(): assert (a.double()-r.double()).abs().max() <= tol*r.abs().max().clamp_min(1), (a.double()-r.double()).abs().max()
 
@@ -72,7 +72,7 @@ def test_window_counts_positions():
        masked=st.booleans(), maps=st.integers(1, 2), dtype=st.sampled_from([torch.float64, torch.float32]), seed=st.integers(0, 99))
 def test_drawn(B, Hkv, G, T, D, window, chunk, cut, form, masked, maps, dtype, seed):
     args,kw = inputs(B, Hkv*G, Hkv, T, D, form, dtype, seed, masked, maps)
-    tol = 1e-9 if dtype==torch.float64 else 1e-4
+    tol = 1e-13 if dtype==torch.float64 else 1e-6
     want = naive_window_attention(*(x.double() for x in args), window, **{n: x.double() if x is not None and n!='mask' else x for n,x in kw.items()})
     close(chunk_window_attention(*args, window, **kw, chunk_size=chunk), want, tol)
     cut = min(cut, T-1)
@@ -133,7 +133,7 @@ def test_padding_on_the_left_is_the_sequence_alone():
     close(chunk_window_attention(*args, 6, **kw)[:,:,11:], chunk_window_attention(*alone, 6, **ka))
     assert not chunk_window_attention(*args, 6, **kw)[:,:,:11].any() # rows that see no key give 0
 
-@pytest.mark.parametrize('dtype,tol', [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize('dtype,tol', [(torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
 def test_half_precision_keeps_its_state_in_fp32(dtype, tol):
     args,kw = inputs(1, T=100, D=16)
     half = [x.to(dtype) for x in args]
@@ -148,7 +148,7 @@ def test_neither_branch_overflows():
     for f in (60, 600):
         steep = (f*q, k, *rest); logs = dict(log_q=f*kw['log_q'], log_k=kw['log_k'])
         want = naive_window_attention(*(x.double() for x in steep), 7, **{n: x.double() for n,x in logs.items()})
-        close(chunk_window_attention(*steep, 7, **logs), want, 1e-3)
+        close(chunk_window_attention(*steep, 7, **logs), want, 1.5e-5)
 
 def test_share():
     args,kw = inputs(2, T=40, masked=True)
@@ -173,7 +173,7 @@ def test_as_an_attention(form, relative):
     o = att.attend(q, k, v)
     o.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum()>0 for p in att.parameters())
-    close(o, att.weights(q, k) @ v.repeat_interleave(2, 1), 1e-5)
+    close(o, att.weights(q, k) @ v.repeat_interleave(2, 1), 5e-7)
     assert ((att.linear_share(q, k)>=0) & (att.linear_share(q, k)<=1)).all()
     with pytest.raises(ValueError, match='causal only'): att.attend(q, k, v, causal=False)
     with pytest.raises(ValueError, match='window is a number'): make_attention('hedgehog-window', 8, 4, window=-1)
