@@ -192,7 +192,7 @@ def test_disk_full(monkeypatch):
         assert r.exit_code==1 and left()==['.out-run']
         says(r.stderr.splitlines()[-1], 'No space left', 'kept in .out-run', 'same command goes on')
     from hedgehog_nb.training import distill, finetune
-    monkeypatch.setattr(distill, 'teacher_pass', full); monkeypatch.setattr(finetune._Trainer, 'training_step', full)
+    monkeypatch.setattr(distill, 'teacher_pass', full); monkeypatch.setattr(finetune._FinetuneTrainer, 'training_step', full)
     r = CliRunner().invoke(app, ['linearize','embedded','--data','embedded','--out','out',*TINY])
     assert r.exit_code==0 and left()==['out'], r.stderr
 
