@@ -439,7 +439,8 @@ def test_a_stopped_distillation_goes_on(tmp_path):
         def on_step(step, *_):
             if step==stop: raise KeyboardInterrupt
         if stop:
-            with pytest.raises(KeyboardInterrupt): distill(linearize(llama(), softmax_heads=HEADS), batches, 9, checkpoint=f, save_steps=2, callbacks=[OnStep(on_step)])
+            with pytest.raises(KeyboardInterrupt):
+                distill(linearize(llama(), softmax_heads=HEADS), batches, 9, checkpoint=f, save_steps=2, callbacks=[OnStep(on_step)])
             with pytest.raises(ValueError, match='another model'): distill(linearize(llama(), softmax_heads='1:0-1'), batches, 9, checkpoint=f)
         runs.append((distill(model, batches, 9, checkpoint=f, save_steps=2).losses, model.state_dict()))
     assert runs[0][0]==runs[1][0] and all(torch.equal(x, runs[1][1][n]) for n,x in runs[0][1].items())

@@ -386,5 +386,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
 @pytest.mark.parametrize('objective', ['weights','outputs'])
 def test_distillation_in_mixed_precision(objective):
     model = linearize(llama())
-    with torch.autocast('cpu', torch.bfloat16, cache_enabled=False): history = distill(model, [corpus(4, seed=i) for i in range(20)], 20, objective=objective).losses
+    data = [corpus(4, seed=i) for i in range(20)]
+    with torch.autocast('cpu', torch.bfloat16, cache_enabled=False): history = distill(model, data, 20, objective=objective).losses
     assert history[-1]<.95*history[0] and all(p.dtype==torch.float32 for p in model.parameters())

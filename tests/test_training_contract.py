@@ -63,7 +63,8 @@ def test_epochs_and_steps(train):
     count = lambda **kw: len(train(made(), BLOCKS, batch_size=4, **kw).losses)
     assert [count(), count(epochs=1), count(epochs=2), count(epochs=.5), count(steps=2)]==[3, 3, 6, 2, 2]
     assert train(made(), BLOCKS, epochs=2, batch_size=4).losses==train(made(), BLOCKS, steps=6, batch_size=4).losses
-    for kw,said in ((dict(steps=2, epochs=2), 'steps or epochs'), (dict(steps=0), '1 or more steps'), (dict(epochs=0), '1 or more'), (dict(batch_size=0), 'batch_size=0'),
+    for kw,said in ((dict(steps=2, epochs=2), 'steps or epochs'), (dict(steps=0), '1 or more steps'), (dict(epochs=0), '1 or more'),
+        (dict(batch_size=0), 'batch_size=0'),
         (dict(eval_steps=3), 'give eval_data too'), (dict(eval_steps=0, eval_data=BLOCKS), 'eval_steps=0'), (dict(save_steps=0), 'save_steps=0')):
         with pytest.raises(ValueError, match=said): train(made(), BLOCKS, **kw)
     with pytest.raises(TypeError, match="save_every=3.*nearest is save_steps"): train(made(), BLOCKS, save_every=3)
@@ -179,7 +180,8 @@ def tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
     t = Tokenizer(models.WordLevel({'<pad>':0, '<unk>':1, '<mask>':2, **{f'w{i}':i for i in range(3, VOCAB)}}, unk_token='<unk>'))
     t.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', unk_token='<unk>', mask_token='<mask>', model_input_names=['input_ids','attention_mask'])
+    return PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', unk_token='<unk>', mask_token='<mask>',
+        model_input_names=['input_ids','attention_mask'])
 
 @pytest.mark.parametrize('train', PHASES)
 def test_the_collators_of_transformers(train):
