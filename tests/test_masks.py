@@ -42,7 +42,8 @@ def test_whatever_is_not_zero_is_true():
 
 @each_dtype
 @pytest.mark.parametrize('name,kw',
-    [(n, kw) for n in ('llama','gpt2','bert') for kw in ({}, dict(attention='elu'), dict(softmax_heads='0:0-1'), dict(layers='1'))] + [(n, dict(attention='hedgehog-window', window=4)) for n in ('llama','gpt2')])
+    [(n, kw) for n in ('llama','gpt2','bert') for kw in ({}, dict(attention='elu'), dict(softmax_heads='0:0-1'), dict(layers='1'))]
+    + [(n, dict(attention='hedgehog-window', window=4)) for n in ('llama','gpt2')])
 @torch.no_grad()
 def test_converted_models(name, kw, dtype):
     model,(x,mask) = shake(linearize(MODELS[name](layers=2), **kw)),left_padded([19,11])

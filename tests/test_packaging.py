@@ -317,9 +317,9 @@ class TestSync:
     def test_long_line(self, proj, where):
         "Of code: prose and captions are one line a paragraph."
         f = proj/where; f.parent.mkdir(parents=True, exist_ok=True)
-        def plant(line, kind='code'):
+        def plant(line):
             if f.suffix=='.py': return f.write_text(f'{line}\n')
-            nb = json.loads(f.read_text()); nb['cells'][-1] |= dict(cell_type=kind, source=[line], metadata={}) | (dict(execution_count=None, outputs=[]) if kind=='code' else {})
+            nb = json.loads(f.read_text()); nb['cells'][-1] |= dict(cell_type='code', source=[line], metadata={}, execution_count=None, outputs=[])
             f.write_text(json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False)+'\n')
         plant('x = "' + 'a'*154 + '"'); rc, out = sync(proj)
         assert rc == 0, out
