@@ -1,5 +1,5 @@
 "What every test file shares: no network, no window, one thread a process, the same seed before each test."
-import os, sys
+import gc, os, sys
 os.environ.update(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', TOKENIZERS_PARALLELISM='false', MPLBACKEND='agg')
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
@@ -16,6 +16,13 @@ def pytest_collection_modifyitems(items):
      "those that start Triton's interpreter, then those that start other processes.")
     long = {m:{i.path for i in items if i.get_closest_marker(m)} for m in ('interpreter','processes')}
     items.sort(key=lambda i: [i.path not in paths for paths in long.values()])
+
+
+def pytest_collection_finish():
+    "What was imported stays. Each run of a Trainer collects garbage, a quarter of a second among a million objects of libraries."
+    gc.collect(); gc.freeze()
+
+def pytest_sessionfinish(): gc.unfreeze()
 
 
 def pytest_make_parametrize_id(val):

@@ -165,6 +165,13 @@ def test_home_page_and_sidebar_say_the_same(root):
     assert [*rows] == pages
     assert rows == {p: read_nb(root/p).cells[0].source.splitlines()[0].removeprefix('# ') for p in pages}
 
+def test_titles_stand_alone(root):
+    "nbdev leaves out of a page what stands in the cell of its title, but for the line below it."
+    from fastcore.nbio import read_nb
+    for p in [*(root/'nbs').glob('[!_.]*.ipynb'), *(root/'kernels').glob('[!_.]*.ipynb')]:
+        title,*rest = read_nb(p).cells[0].source.splitlines()
+        assert title.startswith('# ') and all(not l or l.startswith('> ') for l in rest), p.name
+
 def test_home_page_links_lead_somewhere(root):
     from fastcore.nbio import read_nb
     for c in read_nb(root/'nbs/index.ipynb').cells:

@@ -176,6 +176,7 @@ def test_two_processes_make_the_same_steps(in_processes):
     for k in one: torch.testing.assert_close(one[k], two[k], rtol=0, atol=2e-4)
     assert sorted(p.name for p in in_processes[2].iterdir())==['distill','done','finetune']
 
+@pytest.mark.slow
 def test_the_command_in_two_processes(root, tmp_path):
     "The same rows as in one, up to rounding; said and written once."
     (tmp_path/'hedgehog.py').write_text("from hedgehog_nb.cli import app\napp(prog_name='hedgehog')\n")
@@ -303,6 +304,7 @@ def test_what_is_not_finite_is_not_kept(tmp_path):
     with torch.no_grad(): model.lm_head.weight[0] = float('nan')
     with pytest.raises(FloatingPointError, match='step 1: the loss is nan'): finetune(model, corpus(16), 2, 4)
 
+@pytest.mark.slow
 def test_killed_at_random():
     from helpers.kill_resume import trials
     out = list(trials(3, seed=1))
