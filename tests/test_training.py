@@ -7,10 +7,10 @@ from hedgehog_nb.cli import app
 from hedgehog_nb.training.losses import naive_weight_loss
 from hedgehog_nb.models.attention import linear_layers
 from hedgehog_nb.models.linearize import linearize
-from hedgehog_nb.training.checkpoint import load_state, TrainingCheckpoint, save_state
+from hedgehog_nb.training.checkpoint import load_state, TrainingHistory, save_state
 from hedgehog_nb.training.batches import batch_indices, Placeholder, split_rows, StepBatches, TrainingData
 from hedgehog_nb.training.distill import distill, teacher_pass
-from hedgehog_nb.training.finetune import add_lora, finetune
+from hedgehog_nb.training.finetune import finetune
 from hedgehog_nb.training.evaluate import perplexity
 from helpers.tiny_models import MODELS, VOCAB, corpus, inputs, llama, vit
 from helpers.two_processes import train
@@ -172,6 +172,7 @@ def test_two_processes_make_the_same_steps(in_processes):
     "Losses up to fp32 rounding. Weights less so: Adam divides a gradient by its own size, and magnifies the rounding of one that is nearly nothing."
     one,two = (load_file(in_processes[n]/'done') for n in (1,2))
     torch.testing.assert_close(one.pop('losses'), two.pop('losses'), atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(one.pop('evaluations'), two.pop('evaluations'), atol=2e-6, rtol=1e-6)
     assert one.keys()==two.keys()
     for k in one: torch.testing.assert_close(one[k], two[k], rtol=0, atol=2e-4)
     assert sorted(p.name for p in in_processes[2].iterdir())==['distill','done','finetune']
@@ -223,7 +224,7 @@ def test_taken_up_it_is_the_same(tmp_path, name, phase, at, lora):
     a = go(make(), tmp_path/'a', phase=phase, callbacks=[OnStep(lambda *s: seen.append(s[:2]))], **kw)
     b = go(make(), tmp_path/'b', phase=phase, **kw)
     assert equal(a, b) and [s for s,_ in seen]==list(range(1,9))
-    assert [l for _,l in seen]==TrainingCheckpoint(8, tmp_path/'b'/phase).history.losses
+    assert [l for _,l in seen]==TrainingHistory.load(tmp_path/'b'/phase).losses
     assert equal(go(make(), tmp_path/'a', phase=phase, **kw), b)  # and once more, when it is done
 
 def test_states_are_safetensors_alone(tmp_path):

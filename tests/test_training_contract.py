@@ -3,8 +3,9 @@ import inspect, math
 import datasets, pytest, torch, transformers
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding, PreTrainedTokenizerFast
+from hedgehog_nb.models.attention import linear_layers
 from hedgehog_nb.models.linearize import linearize
-from hedgehog_nb.training.checkpoint import TrainingCheckpoint, TrainingHistory
+from hedgehog_nb.training.checkpoint import TrainingHistory
 from hedgehog_nb.training.distill import distill
 from hedgehog_nb.training.finetune import add_lora, finetune, merge_lora
 from helpers.tiny_models import VOCAB, bert, corpus, gpt2, llama, vit
@@ -64,6 +65,7 @@ def test_epochs_and_steps(train):
     assert [count(), count(epochs=1), count(epochs=2), count(epochs=.5), count(steps=2)]==[3, 3, 6, 2, 2]
     assert train(made(), BLOCKS, epochs=2, batch_size=4).losses==train(made(), BLOCKS, steps=6, batch_size=4).losses
     for kw,said in ((dict(steps=2, epochs=2), 'steps or epochs'), (dict(steps=0), '1 or more steps'), (dict(epochs=0), '1 or more'),
+        (dict(epochs=math.nan), 'epochs=nan'), (dict(steps=2.5), 'steps=2.5'),
         (dict(batch_size=0), 'batch_size=0'),
         (dict(eval_steps=3), 'give eval_data too'), (dict(eval_steps=0, eval_data=BLOCKS), 'eval_steps=0'), (dict(save_steps=0), 'save_steps=0')):
         with pytest.raises(ValueError, match=said): train(made(), BLOCKS, **kw)
@@ -101,11 +103,8 @@ def test_evaluations(train, kind):
 @pytest.mark.parametrize('train', PHASES)
 @pytest.mark.parametrize('at', [2,4,6,7])
 def test_evaluations_are_taken_up_too(tmp_path, train, at):
-    class Stop(Exception): pass
-    def stop(step, *_):
-        if step==at: raise Stop
     kw = dict(batch_size=4, eval_data=BLOCKS[:4], eval_steps=3, save_steps=2, checkpoint=tmp_path/'a')
-    with pytest.raises(Stop): train(made(), BLOCKS, 7, callbacks=[OnStep(stop)], **kw)
+    with pytest.raises(Stop): train(made(), BLOCKS, 7, callbacks=[stop_at(at)], **kw)
     seen = []
     class Note(transformers.TrainerCallback):
         def on_train_begin(self, args, state, control, **kw): seen.extend(state.log_history)
@@ -115,7 +114,7 @@ def test_evaluations_are_taken_up_too(tmp_path, train, at):
     done = {2:2, 4:4, 6:4, 7:6}[at] # at step 6 the state is written after the evaluation, which it did not live to see
     assert [l['step'] for l in seen if 'loss' in l]==list(range(1, done+1)) and [l['step'] for l in seen if 'eval_loss' in l]==[s for s in (3,6) if s<=done]
     again = train(made(), BLOCKS, 7, **kw)
-    assert again==history==TrainingCheckpoint(7, tmp_path/'a').history # and nothing is done twice
+    assert again==history==TrainingHistory.load(tmp_path/'a') # and nothing is done twice
 
 def test_metrics_beside_the_loss():
     model = linearize(vit(layers=1))
@@ -193,6 +192,124 @@ def test_the_collators_of_transformers(train):
     masked = lambda: train(linearize(bert(layers=1)), data, 4, batch_size=4, collator=DataCollatorForLanguageModeling(tok), eval_data=data, eval_steps=2)
     a,b = masked(),masked()
     assert a.losses==b.losses and a.evaluations==b.evaluations and a.evaluations[0]['loss']!=a.evaluations[1]['loss']
+
+@pytest.mark.parametrize('pieces', [1,3,4,7])
+def test_rows_without_a_label_count_nothing(pieces):
+    y = BLOCKS[:4].clone(); y[0] = -100
+    run = lambda x, y, **kw: finetune(made().double(), [dict(input_ids=x, labels=y)], 2, **kw).losses
+    assert run(BLOCKS[:4], y, gradient_accumulation_steps=pieces)==pytest.approx(run(BLOCKS[1:4], BLOCKS[1:4]), rel=1e-6)
+
+def test_a_batch_without_labels_counts_nothing():
+    none = dict(input_ids=BLOCKS[:4], labels=torch.full_like(BLOCKS[:4], -100))
+    history = finetune(made(), [none, BLOCKS[:4]], 2, eval_data=[none])
+    assert history.losses[0]==0 and history.losses[1]>1 and math.isnan(history.evaluations[0]['loss'])
+
+@pytest.mark.parametrize('pieces', [1,2])
+def test_smoothed_labels_are_a_mean_over_labels_too(pieces):
+    run = lambda **kw: finetune(made(), BLOCKS[:4], 1, 4, lr=0., gradient_accumulation_steps=pieces, **kw).losses[0]
+    assert run(label_smoothing_factor=1e-6)==pytest.approx(run(), rel=1e-3)
+
+def test_labels_that_are_no_tensor():
+    "As those of detectors: a dict for each image."
+    from hedgehog_nb.training.finetune import _FinetuneTrainer
+    assert _FinetuneTrainer.weight(None, dict(pixel_values=torch.ones(2,3,4,4), labels=[{}, {}]))==2
+
+@pytest.mark.parametrize('train', PHASES)
+def test_token_ids_of_any_whole_type(train):
+    want = train(made(), BLOCKS, 3, batch_size=4).losses
+    for x in (BLOCKS.int(), BLOCKS.numpy(), dict(input_ids=BLOCKS.tolist())): assert train(made(), x, 3, batch_size=4).losses==want
+    with pytest.raises(ValueError, match='token ids are whole numbers; given torch.float32'): train(made(), BLOCKS.float(), 3)
+    if train is finetune:
+        with pytest.raises(ValueError, match='a label for each token; given labels'): finetune(made(), [dict(input_ids=x, label=1) for x in BLOCKS], 3)
+
+# --- what a run leaves behind, and what it goes on from
+
+class Stop(Exception): pass
+
+def stop_at(at):
+    def stop(step, *_):
+        if step==at: raise Stop
+    return OnStep(stop)
+
+class RandomRows(torch.utils.data.Dataset):
+    def __len__(self): return len(BLOCKS)
+    def __getitem__(self, i):
+        x = BLOCKS[i].clone(); x[torch.randint(len(x), (3,))] = int(torch.randint(VOCAB, ()))
+        return dict(input_ids=x)
+
+class RandomStream(torch.utils.data.IterableDataset):
+    def __iter__(self): yield from RandomRows()
+
+def random_generator(): yield from (r for _ in range(9) for r in RandomRows())
+
+def own_dice():
+    g = torch.Generator().manual_seed(3); torch.rand(2, generator=g)
+    return DataLoader(BLOCKS, batch_size=4, shuffle=True, generator=g)
+
+@pytest.mark.parametrize('train', PHASES)
+@pytest.mark.parametrize('data', [RandomRows, RandomStream, random_generator, own_dice])
+@pytest.mark.parametrize('at', [1,4])
+def test_random_data_is_the_same_when_taken_up(tmp_path, train, data, at):
+    kw = dict(batch_size=4, checkpoint=tmp_path/'a', save_steps=1, gradient_accumulation_steps=2)
+    with pytest.raises(Stop): train(made(), data(), 7, callbacks=stop_at(at), **kw)
+    assert train(made(), data(), 7, **kw).losses==train(made(), data(), 7, **{**kw, 'checkpoint':None}).losses
+
+def test_random_masks_are_the_same_when_taken_up(tmp_path):
+    tok = tokenizer(); pad = DataCollatorForLanguageModeling(tok, mlm_probability=.3)
+    run = lambda **kw: finetune(linearize(bert(layers=1)), [dict(input_ids=x.tolist()) for x in BLOCKS], 6, batch_size=4, collator=pad, save_steps=1, **kw)
+    with pytest.raises(Stop): run(checkpoint=tmp_path/'a', callbacks=[stop_at(3)])
+    assert run(checkpoint=tmp_path/'a').losses==run().losses
+
+@pytest.mark.parametrize('train', PHASES)
+def test_a_run_that_was_stopped_early_is_over(tmp_path, train):
+    kw = dict(batch_size=4, lr=1., eval_data=BLOCKS[:4], eval_steps=1, metric_for_best_model='loss', checkpoint=tmp_path/'a', save_steps=1)
+    run = lambda **more: train(made(), BLOCKS, 12, callbacks=[transformers.EarlyStoppingCallback(2)], **{**kw, **more})
+    whole = run(checkpoint=None)
+    assert len(whole.losses)<12
+    for at in range(1, len(whole.losses)):
+        kw['checkpoint'] = tmp_path/f'{at}'
+        with pytest.raises(Stop): train(made(), BLOCKS, 12, callbacks=[transformers.EarlyStoppingCallback(2), stop_at(at)], **kw)
+        for _ in range(2): assert run().losses==whole.losses
+
+@pytest.mark.parametrize('train', PHASES)
+def test_another_setting_is_another_run(tmp_path, train):
+    train(made(), BLOCKS, 3, checkpoint=tmp_path/'a')
+    for kw in (dict(weight_decay=.5), dict(optim='sgd'), dict(lr_scheduler_type='constant'), dict(max_grad_norm=3.)):
+        with pytest.raises(ValueError, match=f'keeps another run: {next(iter(kw))} is None there'): train(made(), BLOCKS, 3, checkpoint=tmp_path/'a', **kw)
+    with pytest.raises(ValueError, match='is a folder'): train(made(), BLOCKS, 3, checkpoint=tmp_path)
+
+@pytest.mark.parametrize('train,name,said',
+    [(t, n, 'has no effect here') for t in PHASES for n in ('logging_strategy','load_best_model_at_end','dataloader_drop_last')]
+    + [(distill, n, 'nothing in distillation') for n in ('gradient_checkpointing','label_smoothing_factor','torch_compile')])
+def test_settings_without_effect_are_refused(train, name, said):
+    with pytest.raises(ValueError, match=f'{name}.*{said}'): train(made(), BLOCKS, 3, **{name:1})
+    with pytest.raises(TypeError, match='finetune alone has it'): distill(made(), BLOCKS, 3, warmup_ratio=.1)
+    with pytest.raises(TypeError, match='distill alone has it'): finetune(made(), BLOCKS, 3, objective='both')
+
+def test_frozen_parameters():
+    model = made().requires_grad_(False); before = {k:v.clone() for k,v in model.state_dict().items()}
+    distill(model, BLOCKS, 2) # the maps learn all the same
+    assert all(torch.equal(v, before[k])==('feature_map' not in k) for k,v in model.state_dict().items())
+    assert not any(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match='all parameters are frozen'): finetune(model, BLOCKS, 2)
+    model = made(); first,second = (m.feature_map for m in linear_layers(model).values())
+    first.requires_grad_(False); before = [p.clone() for m in (first, second) for p in m.parameters()]
+    distill(model, BLOCKS, 2) # one map alone
+    n = len(list(first.parameters()))
+    assert [torch.equal(a, b) for a,b in zip(before, [*first.parameters(), *second.parameters()])]==[True]*n+[False]*n
+
+@pytest.mark.parametrize('train', PHASES)
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('ends', [True, False])
+def test_the_model_is_left_as_it_was_but_for_its_weights(train, training, ends):
+    model = made().train(training); vars_before = {k for k in vars(model)}
+    kw = dict(gradient_checkpointing=True, neftune_noise_alpha=5., bf16=True) if train is finetune else dict(bf16=True)
+    if ends: train(model, BLOCKS, 2, **kw)
+    else:
+        with pytest.raises(Stop): train(model, BLOCKS, 2, callbacks=[stop_at(1)], **kw)
+    assert model.training==(training and not (ends and train is finetune)) and model.config.use_cache and not model.is_gradient_checkpointing
+    assert vars(model).keys()==vars_before and not model.get_input_embeddings()._forward_hooks and model.config._attn_implementation=='hedgehog'
+    if train is distill: assert all(p.grad is None for p in model.parameters())
 
 # --- schedules and defaults
 

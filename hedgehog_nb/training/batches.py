@@ -31,6 +31,10 @@ def forward_parameters(model):
     names = inspect.signature(inner.forward).parameters
     return {*names} if inner.main_input_name in names else None
 
+def set_step_seed(seed:int, step:int, rank:int=0):
+    "Seed all generators for one step of one process."
+    transformers.set_seed((seed + 1_000_003*step + 7_919*rank)%2**32)
+
 # %% ../../nbs/09_training.ipynb #09b00003
 class TrainingData:
     "Token blocks, rows or batches, as the batches that a model's forward takes."
@@ -42,14 +46,15 @@ class TrainingData:
         prepare=None, # Called with each batch; gives the batch to use
         unused:bool=False, # Keep what the forward does not take?
         num_workers:int=0, # Processes that load rows
+        seed:int=0, # Dice of the data, where it has any
     ):
-        self.main,self.batch_size,self.prepare,self.num_workers,takes = model.main_input_name,batch_size,prepare,num_workers,forward_parameters(model)
+        self.main,self.batch_size,self.prepare,self.num_workers,self.seed,self.passes = model.main_input_name,batch_size,prepare,num_workers,seed,0
+        takes = forward_parameters(model)
         self.takes = None if unused or takes is None else {*takes, 'labels', 'label', 'label_ids'}
         self.counts = takes is not None and 'position_ids' in takes and model.can_generate()
         self.collator = collator or transformers.default_data_collator
-        if batch_size<1: raise ValueError(f"a batch has 1 or more rows; given batch_size={batch_size}")
-        if isinstance(data, Mapping) and all(isinstance(v, Tensor) for v in data.values()): # such as a tokenizer's: a row for each text
-            data = [dict(zip(data, r)) for r in zip(*data.values())]
+        if not isinstance(batch_size, int) or batch_size<1: raise ValueError(f"a batch has 1 or more rows; given batch_size={batch_size}")
+        if isinstance(data, Mapping) and self.main in data: data = [dict(zip(data, r)) for r in zip(*data.values())] # columns, such as a tokenizer's
         if isinstance(data, Mapping):
             raise ValueError(f"data has parts {', '.join(map(str, data))}: give one of them, such as data[{next(iter(data), None)!r}]")
         first,self.data = self._first(data)
@@ -60,16 +65,19 @@ class TrainingData:
 
     def _first(self, data):
         "The first element, and the data with it."
+        if isinstance(data, Iterator): set_step_seed(self.seed, 0)
         try: first = next(it := iter(data))
-        except StopIteration: raise ValueError(f"there is nothing to train on: the data ({type(data).__name__}) is empty") from None
+        except StopIteration: raise ValueError(f"there is nothing to read: the data ({type(data).__name__}) is empty") from None
         except TypeError: raise ValueError(f"data is {_KINDS}; given {type(data).__name__}") from None
         return first, chain([first], it) if it is data else data
 
     def _row(self, x):
         "A row as a dict of what the forward takes."
+        if hasattr(x, '__array__') and not isinstance(x, Tensor): x = torch.as_tensor(x)
         if isinstance(x, Tensor) or isinstance(x, (list,tuple)) and x and all(isinstance(i, int) for i in x): x = {self.main: x}
         if not isinstance(x, Mapping) or isinstance(x.get(self.main), Tensor) and not x[self.main].dim():
-            raise ValueError(f"data is {_KINDS}; given a row {x!r:.80}")
+            hint = '; datasets.Dataset.from_pandas makes rows of a DataFrame' if isinstance(x, str) else ''
+            raise ValueError(f"data is {_KINDS}; given a row {x!r:.80}{hint}")
         row = {k:v for k,v in x.items() if self.takes is None or k in self.takes}
         if not row.keys()-{'label','labels','label_ids'}:
             raise ValueError(f"the model's forward takes {self.main}; given rows of {', '.join(map(str, x)) or 'nothing'}: "
@@ -95,6 +103,9 @@ class TrainingData:
             raise ValueError(f"a batch is (B, T) token ids, or a dict of tensors for the model's forward; given {kinds}. Rows of `datasets` become batches by "
                 ".with_format('torch') and a DataLoader")
         x = {k:v for k,v in x.items() if self.takes is None or k in self.takes}
+        if 'input_ids' in x and isinstance(x['input_ids'], Tensor):
+            if x['input_ids'].is_floating_point(): raise ValueError(f"token ids are whole numbers; given {x['input_ids'].dtype}")
+            x['input_ids'] = x['input_ids'].long()
         mask = x.get('attention_mask')
         if self.counts and isinstance(mask, Tensor) and mask.dim()==2 and not mask[:,0].all() and 'position_ids' not in x:
             x['position_ids'] = (mask.long().cumsum(-1)-1).clamp_min(0) # from the first token that is no padding, as `generate` counts
@@ -104,6 +115,9 @@ class TrainingData:
         return len(self.data) if self.ready else math.ceil(len(self.data)/self.batch_size)
 
     def __iter__(self): # one pass, in the order of the data
+        for g in {getattr(o, 'generator', None) for o in (self.data, getattr(self.data, 'sampler', None))}-{None}: # a loader's own dice
+            if isinstance(g, torch.Generator): g.manual_seed(self.seed+self.passes)
+        self.passes += 1
         it = iter(self.data) if not self.indexed else (self.data[i] for i in range(len(self.data)))
         if self.ready: yield from map(self.batch, it)
         else:
@@ -137,10 +151,6 @@ def split_rows(
 
 class Placeholder(dict): "Inputs of a piece that has no rows of its own. All processes compute equally many pieces; this one counts nothing."
 
-def set_step_seed(seed:int, step:int, rank:int=0):
-    "Seed all generators for one step of one process."
-    transformers.set_seed((seed + 1_000_003*step + 7_919*rank)%2**32)
-
 class StepBatches:
     "What this process computes, piece after piece. Of each epoch `iter` gives what is left."
     def __init__(self,
@@ -160,7 +170,8 @@ class StepBatches:
     def _from_rows(self):
         order = islice(batch_indices(len(self.data.data), self.steps, self.data.batch_size, self.seed), self.done, None)
         mine,again = tee((p,rows) for rows in order for p in split_rows(rows, self.pieces*self.world)[self.rank::self.world])
-        loader = DataLoader(self.data.data, batch_sampler=(p or rows[:1] for p,rows in mine), collate_fn=self.data.collate, num_workers=self.data.num_workers)
+        loader = DataLoader(self.data.data, batch_sampler=(p or rows[:1] for p,rows in mine), collate_fn=self.data.collate,
+            num_workers=self.data.num_workers, generator=torch.Generator().manual_seed(self.seed)) # which it would draw from the dice of a step
         for (p,_),x in zip(again, loader): yield x if p else Placeholder(x)
 
     def _again(self):
@@ -198,14 +209,15 @@ def training_steps(
     if steps is None:
         try: n = len(data)
         except TypeError: raise ValueError("a stream has no length, so an epoch of it has none: give steps=…") from None
+        if epochs is not None and not 0<epochs<math.inf: raise ValueError(f"training takes 1 or more steps; given epochs={epochs}")
         steps = math.ceil((1 if epochs is None else epochs)*n)
-    if steps<1: raise ValueError(f"training takes 1 or more steps; given {f'steps={steps}' if epochs is None else f'epochs={epochs}'}")
+    if not isinstance(steps, int) or steps<1: raise ValueError(f"training takes 1 or more steps; given steps={steps!r}")
     return steps
 
-def training_source(model, collator, batch_size, training_args, prepare=None):
+def training_source(model, collator, batch_size, seed, training_args, prepare=None):
     "A function that makes `TrainingData` of data and of evaluation data alike; `once=False` keeps what can be read only once."
     def source(data, once=True):
         if not once and isinstance(data, Iterator): data = list(data)
         return TrainingData(model, data, batch_size, collator, prepare, not training_args.get('remove_unused_columns', True),
-            training_args.get('dataloader_num_workers', 0))
+            training_args.get('dataloader_num_workers', 0), seed)
     return source

@@ -71,6 +71,14 @@ class TrainingHistory:
     seconds:list = field(default_factory=list) # That each step took
     evaluations:list = field(default_factory=list) # A dict for each evaluation: step, loss on `eval_data`, and what `compute_metrics` gave
 
+    @classmethod
+    def load(cls,
+        path, # The `checkpoint` of a run, done or not
+    )->'TrainingHistory':
+        "What a run has noted down so far. Raises `ValueError` where the file is none of a run."
+        state = load_state(path)
+        return cls(*state['history'].T.tolist(), state['evaluations'])
+
 _TIMES = 'runtime','samples_per_second','steps_per_second','model_preparation_time'
 
 class TrainingCheckpoint(transformers.TrainerCallback):
@@ -82,10 +90,11 @@ class TrainingCheckpoint(transformers.TrainerCallback):
         writes:bool=True, # False in all processes but the first
         **settings # What tells this run from another
     ):
+        if path and Path(path).expanduser().is_dir(): raise ValueError(f"the checkpoint is a file; {path} is a folder")
         if save_steps<1: raise ValueError(f"a state is written every 1 or more steps; given save_steps={save_steps}")
         self.steps,self.path,self.save_steps,self.writes = steps,path and Path(path).expanduser(),save_steps,writes
         self.settings,self.history,self.saved,self.state,self.model,self.per_epoch = dict(settings, steps=steps),TrainingHistory(),0,None,None,steps
-        self.started = time.perf_counter()
+        self.started,self.over,self.trainer = time.perf_counter(),False,dict
         if self.path and self.path.exists(): self._open()
 
     @property
@@ -94,11 +103,10 @@ class TrainingCheckpoint(transformers.TrainerCallback):
     def _open(self):
         self.state = load_state(self.path)
         theirs = self.state['settings']
-        odd = [f"{k} is {theirs.get(k)} there, {v} here" for k,v in self.settings.items() if theirs.get(k)!=v]
+        odd = [f"{k} is {theirs.get(k)} there, {self.settings.get(k)} here" for k in {**self.settings, **theirs} if theirs.get(k)!=self.settings.get(k)]
         if odd: raise ValueError(f"{self.path} keeps another run: {', '.join(odd)}; name another file, or delete it to start anew")
-        losses,seconds = self.state['history'].T.tolist()
-        self.history = TrainingHistory(losses, seconds, self.state['evaluations'])
-        self.saved = self.done
+        self.history = TrainingHistory(*self.state['history'].T.tolist(), self.state['evaluations'])
+        self.saved,self.over = self.done,self.state['over'] or self.done==self.steps
 
     def log_history(self):
         "What the Trainer would have logged so far, in its words."
@@ -130,17 +138,18 @@ class TrainingCheckpoint(transformers.TrainerCallback):
         if not math.isfinite(loss): raise FloatingPointError(f"step {step}: the loss is {loss}; {nonfinite_hint(step, self.model)}")
         self.history.losses.append(loss); self.history.seconds.append(time.perf_counter()-self.started)
         logs['seconds'] = state.log_history[-1]['seconds'] = self.history.seconds[-1]
-        if not control.should_evaluate: self.save_if_due(step, optimizer, lr_scheduler)
+        if not control.should_evaluate: self.save_if_due(optimizer, lr_scheduler)
 
-    def on_evaluate(self, args, state, control, metrics=None, optimizer=None, lr_scheduler=None, **kw):
+    def on_evaluate(self, args, state, control, metrics=None, **kw):
         self.history.evaluations.append(dict(step=state.global_step) | {k[5:]:v for k,v in metrics.items() if k.startswith('eval_') and k[5:] not in _TIMES})
-        self.save_if_due(state.global_step, optimizer, lr_scheduler)
 
     def on_train_end(self, args, state, control, optimizer=None, lr_scheduler=None, **kw):
-        if self.path and self.writes and self.saved<self.done: self.save(optimizer, lr_scheduler) # the data ended, or a callback stopped it
+        if self.over: return
+        self.over = True # the data may have ended, or a callback have stopped it: the same call does not go on
+        if self.path and self.writes and self.done<self.steps: self.save(optimizer, lr_scheduler)
 
-    def save_if_due(self, step, optimizer, scheduler):
-        if self.path and self.writes and (step%self.save_steps==0 or step==self.steps): self.save(optimizer, scheduler)
+    def save_if_due(self, optimizer, scheduler):
+        if self.path and self.writes and (self.done%self.save_steps==0 or self.done==self.steps): self.save(optimizer, scheduler)
 
     def save(self, optimizer, scheduler):
         "Write the state. Raises `FloatingPointError` where a weight is not finite: the last good state stays."
@@ -150,7 +159,8 @@ class TrainingCheckpoint(transformers.TrainerCallback):
         bad = [n for n,t in own.items() if not t.isfinite().all()]
         if bad: raise FloatingPointError(f"step {self.done}: {bad[0]} is no longer finite; lower the learning rate")
         try: save_state(self.path, model=own, optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(), settings=self.settings,
-            history=torch.tensor([self.history.losses, self.history.seconds], dtype=torch.float64).T, evaluations=self.history.evaluations)
+            history=torch.tensor([self.history.losses, self.history.seconds], dtype=torch.float64).T, evaluations=self.history.evaluations,
+            over=self.over, trainer=self.trainer())
         except OSError as e: raise OSError(e.errno, f"{e.strerror}; {self.resume_hint()}", str(self.path)) from None
         self.saved = self.done
 

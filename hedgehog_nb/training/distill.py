@@ -8,7 +8,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/training.html.md"""
 __all__ = ['teacher_pass', 'distill']
 
 # %% ../../nbs/09_training.ipynb #11a000i1
-import inspect, torch
+import inspect, tempfile, torch
 from contextlib import nullcontext
 from torch import distributed, Tensor
 from transformers import PreTrainedModel
@@ -18,7 +18,7 @@ from ..ops.softmax import fused_softmax_attention
 from .batches import distributed_info, forward_parameters, Placeholder, training_source, training_steps
 from .checkpoint import nonfinite_hint, TrainingCheckpoint, TrainingHistory
 from .losses import layer_loss, LOSSES
-from .trainer import ResumableTrainer, training_arguments
+from .trainer import kept_settings, ResumableTrainer, training_arguments
 
 # %% ../../nbs/09_training.ipynb #09b00013
 def base_forward(model):
@@ -44,6 +44,9 @@ def teacher_pass(
     with torch.no_grad(), use_attention(model, fn, padding_mask): body(**{**inputs, **kw})
 
 # %% ../../nbs/09_training.ipynb #09b00014
+_NOT_IN_DISTILLATION = {'gradient_checkpointing','gradient_checkpointing_kwargs','activation_checkpointing','label_smoothing_factor','label_names',
+    'neftune_noise_alpha','torch_compile','torch_compile_backend','torch_compile_mode','use_liger_kernel'}
+
 class _Maps(torch.nn.ModuleList):
     "What the Trainer trains in distillation; the model around it stays where it is."
     def __init__(self, model, device):
@@ -73,6 +76,7 @@ class _DistillTrainer(ResumableTrainer):
         "Mean loss over layers; with a `share`, its gradients are added up, layer by layer."
         losses = []
         def on_layer(module, q, k, v, causal, scale, mask, o):
+            if not any(p.requires_grad for p in module.feature_map.parameters()): return # frozen, or with nothing to learn
             with torch.set_grad_enabled(share is not None):
                 part,q,k,v,o = module.feature_map.linear_part(q, k, v, o)
                 loss = layer_loss(self.objective, part, q, k, v, causal, scale, mask, o)
@@ -133,14 +137,22 @@ def distill(
     ("Train every layer's map to imitate the softmax attention it replaced (paper, Section 4.2). "
      "Raises `ValueError` on bad settings or data, `FloatingPointError` where a loss is not finite.")
     if objective not in LOSSES: raise ValueError(f"objective is one of {', '.join(LOSSES)}; given {objective!r}")
-    if not float_maps(model): raise ValueError("this model has no maps to train: convert it with a learned map first, such as linearize(model, 'hedgehog')")
-    source = training_source(model, collator, batch_size, training_args)
+    maps = float_maps(model)
+    if not maps: raise ValueError("this model has no maps to train: convert it with a learned map first, such as linearize(model, 'hedgehog')")
+    for k in _NOT_IN_DISTILLATION & training_args.keys(): raise ValueError(f"{k}: there is nothing in distillation that it would change; finetune takes it")
+    source = training_source(model, collator, batch_size, seed, training_args)
     data,eval_data = source(data),None if eval_data is None else source(eval_data, once=False)
     steps,was = training_steps(data, steps, epochs),model.training
     args = training_arguments(model, steps, batch_size, lr, seed, gradient_accumulation_steps, eval_data is not None, eval_steps,
         **{**dict(lr_scheduler_type='linear', max_grad_norm=0., optim='adamw_torch'), **training_args})
     run = TrainingCheckpoint(steps, checkpoint, save_steps, distributed_info()[0]==0, phase='distill', lr=lr, objective=objective,
-        batch_size=batch_size, seed=seed, rows=len(data.data) if data.indexed else None)
-    trainer = _DistillTrainer(model.eval(), data, run, args, eval_data, callbacks, progress, objective=objective)
-    try: return trainer.fit()
-    finally: model.train(was)
+        batch_size=batch_size, seed=seed, rows=len(data.data) if data.indexed else None, **kept_settings(training_args))
+    frozen = [] if any(p.requires_grad for p in maps) else maps # with the rest of the model, which is none of their business
+    try:
+        for p in frozen: p.requires_grad_()
+        with tempfile.TemporaryDirectory() as args.output_dir:
+            return _DistillTrainer(model.eval(), data, run, args, eval_data, callbacks, progress, objective=objective).fit()
+    finally:
+        for p in frozen: p.requires_grad_(False)
+        for p in maps: p.grad = None
+        model.train(was)

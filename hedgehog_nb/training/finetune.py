@@ -8,7 +8,8 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/training.html.md"""
 __all__ = ['add_lora', 'merge_lora', 'finetune']
 
 # %% ../../nbs/09_training.ipynb #11a00003
-import torch, transformers
+import tempfile, torch, transformers
+from contextlib import contextmanager
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -17,7 +18,7 @@ from ..models.attention import linear_layers
 from .batches import distributed_info, Placeholder, training_source, training_steps
 from .checkpoint import TrainingCheckpoint, TrainingHistory
 from .distill import float_maps
-from .trainer import ResumableTrainer, training_arguments
+from .trainer import kept_settings, ResumableTrainer, training_arguments
 
 # %% ../../nbs/09_training.ipynb #ee0463d3
 class _FinetuneTrainer(ResumableTrainer):
@@ -29,12 +30,14 @@ class _FinetuneTrainer(ResumableTrainer):
         "How many labels count; how many rows, where there are none by that name."
         if isinstance(batch, Placeholder): return 0
         y = batch.get('labels')
-        if y is None: return len(next(v for v in batch.values() if isinstance(v, Tensor) and v.dim()))
+        if not isinstance(y, Tensor): return len(next(v for v in batch.values() if isinstance(v, Tensor) and v.dim()))
         return (y[:,1:] if self.shifts else y).ne(-100).sum().item()
 
     def compute_loss(self, model, inputs, return_outputs=False, **kw):
+        share = self.share(inputs) if model.training else None # before the labels are taken out, to be smoothed
         loss,outputs = super().compute_loss(model, inputs, return_outputs=True)
-        if model.training: loss = loss*(self.share(inputs)*self.args.gradient_accumulation_steps*self.args.world_size) # the Trainer takes a plain mean
+        if share==0: loss = loss.nan_to_num()*0. # a mean over no labels
+        elif share: loss = loss*(share*self.args.gradient_accumulation_steps*self.args.world_size) # the Trainer takes a plain mean
         return (loss,outputs) if return_outputs else loss
 
 def is_causal_lm(model)->bool: # As its class's name says
@@ -46,16 +49,38 @@ def _with_labels(model):
     inner = model.get_base_model() if hasattr(model, 'get_base_model') else model
     names,causal = find_labels(type(inner)),is_causal_lm(model)
     def prepare(batch):
+        if causal and isinstance(batch.get('labels'), Tensor) and batch['labels'].dim()<2:
+            raise ValueError(f"a language model learns from a label for each token; given labels {tuple(batch['labels'].shape)}: leave the column out")
         if not names or any(k in batch for k in names): return batch
         if not causal or 'input_ids' not in batch:
             raise ValueError(f"{type(inner).__name__} learns from {' and '.join(names)}; given {', '.join(batch)}: "
                 "put them into the rows, or let a collator make them")
         y = batch['input_ids'].clone()
-        if 'attention_mask' in batch:
+        if isinstance(batch.get('attention_mask'), Tensor) and batch['attention_mask'].dim()==2:
             real = batch['attention_mask'].bool()
             y[:,1:].masked_fill_(~(real[:,1:] & real[:,:-1]), -100) # nor is a text's first token predicted from the padding before it
         return {**batch, 'labels':y}
     return prepare
+
+@contextmanager
+def _as_it_was(model):
+    "Undo what the Trainer changes about a model beside its weights: its mode, its cache, checkpointing, hooks, a forward of its own."
+    def checkpointing(): return getattr(model, 'is_gradient_checkpointing', False)
+    try: embeddings = model.get_input_embeddings()
+    except (AttributeError,NotImplementedError): embeddings = None # of a model that takes no tokens
+    config = getattr(model, 'config', None)
+    hooks = {*embeddings._forward_hooks} if embeddings is not None else ()
+    was,cache,saves,had = model.training,getattr(config, 'use_cache', None),checkpointing(),{*vars(model)}
+    try: yield
+    finally:
+        model.train(was)
+        if cache is not None: config.use_cache = cache
+        if checkpointing() and not saves:
+            getattr(model, 'activation_checkpointing_disable', model.gradient_checkpointing_disable)()
+            if '_require_grads_hook' in {*vars(model)}-had: model.disable_input_require_grads()
+        for h in [h for h in embeddings._forward_hooks if h not in hooks] if embeddings is not None else (): del embeddings._forward_hooks[h]
+        for k in ('forward','_is_accelerate_prepared','_require_grads_hook','_require_grads_hooks'):
+            if k not in had: vars(model).pop(k, None)
 
 # %% ../../nbs/09_training.ipynb #11b00027
 def add_lora(
@@ -116,22 +141,25 @@ def finetune(
     if getattr(model, 'is_quantized', False) and not hasattr(model, 'peft_config'):
         raise ValueError("quantised weights are not trained: finetune adapters and maps beside them, tuned = add_lora(model, r=8, target_modules='all-linear')")
     float_maps(model)
+    if not lora and not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("all parameters are frozen: model.requires_grad_(True), or lora=…, which trains adapters and maps beside them")
     if not lora and any(p.dtype==torch.float16 and p.requires_grad for p in model.parameters()):
         raise ValueError("AdamW cannot train weights in float16 (nan at the second step): load the model in float32 or bfloat16, and train with fp16=True or "
             "bf16=True; or give lora=…, which trains adapters and maps in float32")
-    source = training_source(model, collator, batch_size, training_args, _with_labels(model))
+    source = training_source(model, collator, batch_size, seed, training_args, _with_labels(model))
     data,eval_data = source(data),None if eval_data is None else source(eval_data, once=False)
     steps = training_steps(data, steps, epochs)
     args = training_arguments(model, steps, batch_size, lr, seed, gradient_accumulation_steps, eval_data is not None, eval_steps,
         **{**dict(lr_scheduler_type='cosine', warmup_steps=int(warmup_ratio*steps)), **training_args})
     run = TrainingCheckpoint(steps, checkpoint, save_steps, distributed_info()[0]==0, phase='finetune', lr=lr, batch_size=batch_size, seed=seed, lora=lora,
-        rows=len(data.data) if data.indexed else None)
+        warmup_ratio=warmup_ratio, rows=len(data.data) if data.indexed else None, **kept_settings(training_args))
     transformers.set_seed(seed)
-    tuned = add_lora(model, **lora) if lora else model
-    try: history = _FinetuneTrainer(tuned, data, run, args, eval_data, callbacks, progress, compute_metrics=compute_metrics).fit()
-    except BaseException:
-        if lora: _strip_peft(tuned.unload())
-        raise
-    if lora: merge_lora(tuned)
+    with tempfile.TemporaryDirectory() as args.output_dir, _as_it_was(model):
+        tuned = add_lora(model, **lora) if lora else model
+        try: history = _FinetuneTrainer(tuned, data, run, args, eval_data, callbacks, progress, compute_metrics=compute_metrics).fit()
+        except BaseException:
+            if lora: _strip_peft(tuned.unload())
+            raise
+        if lora: merge_lora(tuned)
     model.eval()
     return history

@@ -8,10 +8,11 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/training.html.md"""
 __all__ = ['ResumableTrainer']
 
 # %% ../../nbs/09_training.ipynb #09b00002
-import difflib, sys, tempfile, time, torch, transformers, warnings
+import difflib, math, sys, time, torch, transformers, warnings
 from dataclasses import fields
 from pathlib import Path
 from fastcore.imports import in_notebook
+from transformers.trainer_callback import ExportableState
 from .batches import distributed_info, set_step_seed, StepBatches, TrainingData
 from .checkpoint import TrainingCheckpoint, TrainingHistory
 
@@ -26,7 +27,11 @@ def _shows_progress(): return transformers.utils.logging.is_progress_bar_enabled
 _NAMES = 'steps','epochs','batch_size','lr','objective','warmup_ratio','lora','collator','eval_data','compute_metrics','callbacks','checkpoint','save_steps'
 _OURS = dict(max_steps='steps', num_train_epochs='epochs', per_device_train_batch_size='batch_size, the rows of an optimiser step',
     per_device_eval_batch_size='batch_size', learning_rate='lr', data_seed='seed', output_dir='checkpoint, a file', save_strategy='checkpoint, a file',
-    eval_strategy='eval_data and eval_steps', logging_steps='nothing: each step is logged', ignore_data_skip='nothing')
+    resume_from_checkpoint='checkpoint, a file', eval_strategy='eval_data and eval_steps')
+_WITHOUT = {k:why for ks,why in ((('load_best_model_at_end','save_total_limit','save_only_model','push_to_hub'), "what is kept is one state, in `checkpoint`"),
+    (('logging_steps','logging_strategy','ignore_data_skip','auto_find_batch_size'), "each step is logged, and can be taken up"),
+    (('train_sampling_strategy','group_by_length','dataloader_drop_last'), "rows are read in the order of `seed`, all of them; give batches for another order"))
+    for k in ks}
 
 def training_arguments(
     model, # The model to train
@@ -42,8 +47,11 @@ def training_arguments(
     "Settings of the Trainer for one phase. Raises `ValueError` on those that have another name here."
     for k in _OURS.keys() & more.keys(): raise ValueError(f"{k}: say {_OURS[k]}")
     known = {f.name for f in fields(transformers.TrainingArguments)}
-    for k in more.keys()-known: raise TypeError(f"{k}={more[k]!r}: neither this function nor TrainingArguments has it; "
-        f"the nearest is {difflib.get_close_matches(k, [*known-_OURS.keys(), *_NAMES], 1, 0)[0]}")
+    for k in _WITHOUT.keys() & more.keys(): raise ValueError(f"{k} has no effect here: {_WITHOUT[k]}")
+    for k in more.keys() & {'objective','warmup_ratio','lora','compute_metrics'}:
+        raise TypeError(f"{k}: {'distill' if k=='objective' else 'finetune'} alone has it")
+    for k in more.keys()-known: raise TypeError(f"{k}={more[k]!r:.60}: neither this function nor TrainingArguments has it; "
+        f"the nearest is {difflib.get_close_matches(k, [*known-_OURS.keys()-_WITHOUT.keys(), *_NAMES], 1, 0)[0]}")
     if pieces<1: raise ValueError(f"a batch is computed in 1 or more pieces; given gradient_accumulation_steps={pieces}")
     if eval_steps is not None and eval_steps<1: raise ValueError(f"evaluations are 1 or more steps apart; given eval_steps={eval_steps}")
     if eval_steps is not None and not evaluate: raise ValueError(f"eval_steps={eval_steps} asks for evaluations: give eval_data too")
@@ -54,6 +62,11 @@ def training_arguments(
         dataloader_pin_memory=False, ignore_data_skip=True), **more})
     if args.n_gpu>1: args._n_gpu = 1 # one process, one GPU: more of them are torchrun's, not DataParallel's
     return args
+
+def kept_settings(training_args):
+    "What of the Trainer's settings tells one run from another, as JSON keeps it."
+    same = 'dataloader_','report_to','log_','disable_tqdm','run_name','eval_'
+    return {k: v if isinstance(v, (int,float,str,bool,type(None))) else str(v) for k,v in training_args.items() if not k.startswith(same)}
 
 # %% ../../nbs/09_training.ipynb #09b0000c
 class ResumableTrainer(transformers.Trainer):
@@ -69,13 +82,25 @@ class ResumableTrainer(transformers.Trainer):
         progress:bool=None, # Show a bar? If None, in a terminal or a notebook
         **kw # More of `transformers.Trainer`
     ):
-        self.folder = tempfile.TemporaryDirectory() # which the Trainer wants to have
-        args.output_dir = self.folder.name
+        if isinstance(callbacks, transformers.TrainerCallback): callbacks = [callbacks]
+        if run.done: args.eval_on_start = False
         bar = [ProgressBar()] if (_shows_progress() if progress is None else progress) else []
         super().__init__(model, args, train_dataset=data, eval_dataset=eval_data, data_collator=data.collate, callbacks=[run, *bar, *callbacks], **kw)
         self.remove_callback(transformers.PrinterCallback)
         self.whole,self.data,self.run,self.model_accepts_loss_kwargs,run.model = whole,data,run,False,whole
-        self.evaluated = [0., 0]
+        self.evaluated,run.trainer = [0., 0],self.kept_state
+
+    def stateful(self): return [c for c in self.callback_handler.callbacks if isinstance(c, ExportableState)]
+
+    def kept_state(self):
+        "What the Trainer and its callbacks remember, such as the best evaluation and how long ago it was."
+        return dict(best_metric=self.state.best_metric, best_global_step=self.state.best_global_step,
+            callbacks=[[type(c).__name__, c.state()['attributes']] for c in self.stateful()])
+
+    def _maybe_log_save_evaluate(self, *args, **kw):
+        before = len(self.run.history.evaluations)
+        super()._maybe_log_save_evaluate(*args, **kw)
+        if len(self.run.history.evaluations)>before: self.run.save_if_due(self.optimizer, self.lr_scheduler)
 
     def get_train_dataloader(self):
         a = self.args
@@ -102,10 +127,12 @@ class ResumableTrainer(transformers.Trainer):
     def share(self, batch): return self.weight(batch)/self.total if self.total else 0.
 
     def evaluation_loop(self, *args, metric_key_prefix='eval', **kw):
-        self.evaluated = [0., 0]
+        self.evaluated,self.gather_function = [0., 0],lambda x: x # all processes have all of it
+        self.eval_dataset.passes = 0
         set_step_seed(self.args.seed, 0) # a collator that masks at random masks the same each time
         out = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kw)
-        out.metrics[f'{metric_key_prefix}_loss'] = self.evaluated[0]/max(self.evaluated[1], 1) # the Trainer's own is a mean over batches, whatever is in them
+        loss,n = self.evaluated
+        out.metrics[f'{metric_key_prefix}_loss'] = loss/n if n else math.nan # the Trainer's own is a mean over batches, whatever is in them
         return out
 
     def prediction_step(self, model, inputs, *args, **kw):
@@ -121,17 +148,20 @@ class ResumableTrainer(transformers.Trainer):
 
     def fit(self)->TrainingHistory:
         "Train from where the run stands."
-        run,handler = self.run,self.callback_handler
-        state = transformers.TrainerState(global_step=run.done, max_steps=run.steps, train_batch_size=self.args.train_batch_size, log_history=run.log_history())
+        run,handler,kept = self.run,self.callback_handler,(self.run.state or {}).get('trainer', {})
+        state = transformers.TrainerState(global_step=run.done, max_steps=run.steps, train_batch_size=self.args.train_batch_size, log_history=run.log_history(),
+            best_metric=kept.get('best_metric'), best_global_step=kept.get('best_global_step'))
         state.compute_steps(self.args, run.steps)
-        with self.folder as d, run:
-            if run.done==run.steps: # nothing is left to do
+        for c,(name,attributes) in zip(self.stateful(), kept.get('callbacks', ())):
+            if type(c).__name__==name: vars(c).update(attributes)
+        with run:
+            if run.over: # nothing is left to do
                 run.restore(self.whole)
                 self.state = state
                 handler.on_train_begin(self.args, state, self.control); handler.on_train_end(self.args, state, self.control)
                 return run.history
-            state.save_to_json(Path(d)/'trainer_state.json')
-            try: self.train(resume_from_checkpoint=d if run.done else None)
+            state.save_to_json(Path(self.args.output_dir)/'trainer_state.json')
+            try: self.train(resume_from_checkpoint=self.args.output_dir if run.done else None)
             finally: self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False) # it runs in its own precision again
         if run.done<run.steps and not self.control.should_training_stop: warnings.warn(f"the data ended after {run.done} of {run.steps} steps")
         return run.history

@@ -23,8 +23,9 @@ def train(folder, steps=4, stop=False):
         if stop and step==3: raise SystemExit('stopped')
     a = distill(model, data.split(3), steps, lr=.1, checkpoint=folder/'distill', save_steps=2).losses
     maps = {f'map.{n}':p.detach().clone() for n,p in model.named_parameters() if 'feature_map' in n}
-    b = finetune(model, data, steps, 4, lr=1e-3, warmup_ratio=0, gradient_accumulation_steps=2, checkpoint=folder/'finetune', save_steps=2,
-        callbacks=[OnStep(on_step)]).losses
-    if rank==0: save_file({**maps, **{n:p.detach() for n,p in model.named_parameters()}, 'losses':torch.tensor(a+b)}, folder/'done')
+    h = finetune(model, data, steps, 4, lr=1e-3, warmup_ratio=0, gradient_accumulation_steps=2, checkpoint=folder/'finetune', save_steps=2,
+        callbacks=[OnStep(on_step)], eval_data=data[:5], eval_steps=2, compute_metrics=lambda p: dict(rows=len(p.predictions)))
+    if rank==0: save_file({**maps, **{n:p.detach() for n,p in model.named_parameters()}, 'losses':torch.tensor(a+h.losses),
+        'evaluations':torch.tensor([[e['step'], e['loss'], e['rows']] for e in h.evaluations])}, folder/'done')
 
 if __name__=='__main__': train(Path(sys.argv[1]), stop='--stop' in sys.argv)
