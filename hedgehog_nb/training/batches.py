@@ -46,7 +46,7 @@ class TrainingData:
         prepare=None, # Called with each batch; gives the batch to use
         unused:bool=False, # Keep what the forward does not take?
         num_workers:int=0, # Processes that load rows
-        seed:int=0, # Dice of the data, where it has any
+        seed:int=0, # Random numbers of the data, where it draws any
     ):
         self.main,self.batch_size,self.prepare,self.num_workers,self.seed,self.passes = model.main_input_name,batch_size,prepare,num_workers,seed,0
         takes = forward_parameters(model)
@@ -115,7 +115,7 @@ class TrainingData:
         return len(self.data) if self.ready else math.ceil(len(self.data)/self.batch_size)
 
     def __iter__(self): # one pass, in the order of the data
-        for g in {getattr(o, 'generator', None) for o in (self.data, getattr(self.data, 'sampler', None))}-{None}: # a loader's own dice
+        for g in {getattr(o, 'generator', None) for o in (self.data, getattr(self.data, 'sampler', None))}-{None}: # a loader's own random numbers
             if isinstance(g, torch.Generator): g.manual_seed(self.seed+self.passes)
         self.passes += 1
         it = iter(self.data) if not self.indexed else (self.data[i] for i in range(len(self.data)))
@@ -171,7 +171,7 @@ class StepBatches:
         order = islice(batch_indices(len(self.data.data), self.steps, self.data.batch_size, self.seed), self.done, None)
         mine,again = tee((p,rows) for rows in order for p in split_rows(rows, self.pieces*self.world)[self.rank::self.world])
         loader = DataLoader(self.data.data, batch_sampler=(p or rows[:1] for p,rows in mine), collate_fn=self.data.collate,
-            num_workers=self.data.num_workers, generator=torch.Generator().manual_seed(self.seed)) # which it would draw from the dice of a step
+            num_workers=self.data.num_workers, generator=torch.Generator().manual_seed(self.seed)) # it would draw one from a step's own
         for (p,_),x in zip(again, loader): yield x if p else Placeholder(x)
 
     def _again(self):
@@ -183,7 +183,7 @@ class StepBatches:
 
     def _from_stream(self):
         batches = self._again()
-        for step in range(self.done): # what was trained on before is drawn again, with the same dice
+        for step in range(self.done): # what was trained on before is drawn again, with the same random numbers
             set_step_seed(self.seed, step); next(batches, None)
         if self.done: set_step_seed(self.seed, self.done)
         for x in islice(batches, self.steps-self.done):

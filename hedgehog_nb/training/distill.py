@@ -123,7 +123,7 @@ def distill(
     lr:float=1e-2, # AdamW's learning rate, decaying linearly to 0
     objective:str='weights', # One of `LOSSES`: "weights" (the paper), "outputs" (LoLCATs), "both", "order", "weights+order"
     epochs:float=None, # Passes over the data, if not `steps`; one if neither is given
-    seed:int=0, # Order of the rows, and all dice
+    seed:int=0, # Order of the rows, and all random numbers
     collator=None, # Makes a batch of rows, such as `transformers.DataCollatorWithPadding`; stacks them if None
     eval_data=None, # What to evaluate on, of any kind that `data` may be
     eval_steps:int=None, # Steps between two evaluations; if None one at the end

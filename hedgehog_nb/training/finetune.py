@@ -122,7 +122,7 @@ def finetune(
     warmup_ratio:float=0.05, # Share of the steps spent warming up
     lora:dict=None, # Train adapters and maps only, merged at the end; settings of `peft.LoraConfig`, such as dict(r=8, target_modules='all-linear')
     epochs:float=None, # Passes over the data, if not `steps`; one if neither is given
-    seed:int=0, # Order of the rows, and all dice: dropout, adapters
+    seed:int=0, # Order of the rows, and all random numbers: dropout, adapters
     collator=None, # Makes a batch of rows, such as `transformers.DataCollatorWithPadding`; stacks them if None
     eval_data=None, # What to evaluate on, of any kind that `data` may be
     eval_steps:int=None, # Steps between two evaluations; if None one at the end

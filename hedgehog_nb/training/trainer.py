@@ -38,7 +38,7 @@ def training_arguments(
     steps:int, # Optimiser steps
     batch_size:int, # Rows per step, over all pieces and processes
     lr:float, # Learning rate
-    seed:int, # Order and dice
+    seed:int, # Order and random numbers
     pieces:int, # Pieces that a process computes a batch in
     evaluate:bool, # Is there something to evaluate on?
     eval_steps:int=None, # Steps between two evaluations; None: one at the end
@@ -70,7 +70,7 @@ def kept_settings(training_args):
 
 # %% ../../nbs/09_training.ipynb #09b0000c
 class ResumableTrainer(transformers.Trainer):
-    "A Trainer whose order and dice are functions of seed and step, and whose state is kept by a `TrainingCheckpoint`."
+    "A Trainer whose order and random numbers are functions of seed and step, and whose state is kept by a `TrainingCheckpoint`."
     def __init__(self,
         model, # What the optimiser trains
         whole, # The model it is part of
