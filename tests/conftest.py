@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    "What was imported stays. Each run of a Trainer collects garbage, a quarter of a second among a million objects of libraries."
+    "What was imported stays. Each run of a Trainer collects garbage, and would look through all objects of the libraries for it."
     gc.collect(); gc.freeze()
 
 def pytest_sessionfinish(): gc.unfreeze()

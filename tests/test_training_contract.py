@@ -328,7 +328,7 @@ def test_finetuning_warms_up_and_decays_by_a_cosine():
     assert rates(finetune, 20, lr=.5, warmup_ratio=.2)==pytest.approx(up+[.25*(1+math.cos(math.pi*i/16)) for i in range(16)])
     assert rates(finetune, 4, lr=.5)==pytest.approx([.25*(1+math.cos(math.pi*i/4)) for i in range(4)]) # a twentieth of 4 steps is none
 
-def test_the_rate_in_the_log_is_the_rate_of_the_step():
+def test_the_schedule_reaches_the_weights():
     "A constant rate ends elsewhere."
     runs = [distill(m, BLOCKS, 6, batch_size=4, lr=.1, **kw) and m for kw in ({}, dict(lr_scheduler_type='constant')) for m in [made()]]
     assert any(not torch.equal(p, q) for p,q in zip(runs[0].parameters(), runs[1].parameters()))

@@ -104,9 +104,9 @@ class ResumableTrainer(transformers.Trainer):
 
     def get_train_dataloader(self):
         a = self.args
-        self.batches = StepBatches(self.data, self.run.steps, a.seed, a.gradient_accumulation_steps, a.process_index, a.world_size, self.run.done)
-        self.run.per_epoch = self.batches.per_epoch
-        return self.batches
+        batches = StepBatches(self.data, self.run.steps, a.seed, a.gradient_accumulation_steps, a.process_index, a.world_size, self.run.done)
+        self.run.per_epoch = batches.per_epoch
+        return batches
 
     def get_eval_dataloader(self, eval_dataset=None): return self.eval_dataset # each process evaluates on all of it
 
