@@ -1,5 +1,5 @@
 "Mistakes of users and accidents of machines: one clear line on stderr, an exit code that is not 0, nothing written."
-import gzip, json, os, signal, subprocess, sys, time
+import gzip, json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 from typer.testing import CliRunner
@@ -40,6 +40,42 @@ def tiny(cls, config, folder='tiny'):
     cls(config).save_pretrained(folder)
     load_embedded()[1].save_pretrained(folder)
     return folder
+
+# Code of the user's own
+
+SQUARE = """from hedgehog_nb.attentions.base import FeatureMap, register_attention
+@register_attention('square_of_a_test')
+class Square(FeatureMap):
+    def phi(self, x): return x*x
+"""
+
+@pytest.fixture
+def square(here, monkeypatch):
+    "A file that registers a feature map; all as it was afterwards."
+    from hedgehog_nb.attentions.base import ATTENTIONS
+    (here/'square_file.py').write_text(SQUARE)
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    yield 'square_file.py'
+    ATTENTIONS.pop('square_of_a_test', None); sys.modules.pop('square_file', None)
+
+def test_a_map_in_a_file_of_ones_own(square):
+    from hedgehog_nb.attentions.base import ATTENTIONS
+    (Path('c.toml')).write_text('map = "square_of_a_test"')
+    def go(*args):
+        r = CliRunner().invoke(app, [*args], prog_name='hedgehog')
+        assert r.exit_code==0, r.stderr
+    go('--import', square, 'linearize', 'embedded', '--data', 'embedded', '--out', 'out', *TINY, '--config', 'c.toml')
+    assert f'hedgehog --import {square} linearize --map square_of_a_test embedded' in json.loads(Path('out/results.json').read_text())['command']
+    go('--import', square, 'evaluate', 'out', '--data', 'embedded', '--seq-len', '64', '--eval-tokens', '128')
+    ATTENTIONS.pop('square_of_a_test')
+    says(fails('evaluate', 'out', '--data', 'embedded'), "no attention is called 'square_of_a_test'", '--import FILE')
+
+@pytest.mark.parametrize('name,text,words', [('nothing.py', None, ['no file nothing.py']), ('no_such_module', None, ["No module named 'no_such_module'"]),
+    ('random.py', '', ['another module is called random']), ('broken_file.py', 'x = 1/0', ['broken_file.py', 'ZeroDivisionError'])])
+def test_imports_that_fail(here, monkeypatch, name, text, words):
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    if text is not None: (here/name).write_text(text)
+    says(fails('--import', name, 'evaluate', 'embedded', '--data', 'embedded'), f'--import {name}', *words)
 
 # Models
 
@@ -251,7 +287,9 @@ def test_stopped_run_says_where_it_is(here, root, sig, phase):
     until(p, 'swapped in' if phase=='distill' else 'distilled', .5)
     p.send_signal(sig)
     out,err = p.communicate(timeout=60)
-    assert p.returncode==128+sig and err.splitlines()[-1]=='hedgehog: stopped; what was done is kept in .out-run, and the same command goes on from there'
+    last = err.splitlines()[-1]
+    assert p.returncode==128+sig and re.fullmatch(rf'hedgehog: stopped; {phase} had seen [\d,]+ of [\d,]+ tokens; '
+        r'what was done is kept in \.out-run, and the same command goes on from there', last), last
     assert out=='' and 'Traceback' not in err and left()==['.out-run']
     says(linearize('embedded', '--lr', '0.3'), '.out-run keeps an unfinished run with other settings', '--num-maps 2 there, not given here', '--restart')
 

@@ -179,8 +179,8 @@ def test_heads_are_read_and_written_one_way(given, want):
     ('1:2', 'layer 1: head 2 shares its keys with head 3: keep all of them or none; given 2'),
     ('3:1-5', 'layer 3: head 1 shares its keys with heads 0, 2, 3, 4 and 5: keep all of them or none; given 1-5'),
     ('1:0-2', 'head 2 shares its keys with head 3'),
-    *((x, "softmax_heads is like '3:0,2;7:4-5'") for x in ('0', ':0', '0:', '0:1;', 'x:0', '-1:0', '1-2:0', {0:[]}, {'a':1}, '180')),
-    *((x, 'heads is .all., or like') for x in ('0:x', '0:0,,1', '0:1-', {0:[-1]}, {0:[1.5]}, {0:[None]}))])
+    *((x, "softmax_heads is like '3:0,2;7:4-5'") for x in ('0', ':0', '0:', '0:1;', 'x:0', '-1:0', '1-2:0', {'a':1}, '180')),
+    *((x, 'heads is .all., or like') for x in ('0:x', '0:0,,1', '0:1-', {0:[]}, {0:[-1]}, {0:[1.5]}, {0:[None]}))])
 def test_what_cannot_be_kept(given, says):
     with pytest.raises(ValueError, match=says): parse_heads(given, SHAPES, [0,1,3])
 

@@ -16,7 +16,7 @@ from typing import Annotated, List, Optional
 from hedgehog_nb.cli.console import AttentionSnapshots, perplexity_table, tee, Terminal
 from hedgehog_nb.cli.inputs import block_start, check_output, describe_start, is_converted, map_plan, model_name, open_blocks, open_model
 from hedgehog_nb.cli.options import (
-    _command, _examples, _expand_config, _opt, app, AutocastOpt, BlockBosOpt, ColumnOpt, ConfigOpt, DataOpt, DebugOpt, DeviceOpt, DtypeOpt, EvalOpt,
+    _command, _examples, _expand_config, _opt, app, AutocastOpt, BlockBosOpt, ColumnOpt, ConfigOpt, DataOpt, DebugOpt, DeviceOpt, EvalOpt,
     ImplOpt, JsonOpt, ModelArg, SeedOpt)
 from hedgehog_nb.files import atomic_write
 
@@ -43,13 +43,14 @@ def open_run_dir(
 @contextmanager
 def keep_run_dir(
     work:Path, # Working folder of the run
+    where=lambda: '', # How far it is, in words
 ):
     "Whatever ends the block early says where the work is; a folder in which nothing is done yet goes."
     from hedgehog_nb.training.recipe import is_main_process
     try: yield
     except BaseException as e:
         if is_main_process() and [p.name for p in work.glob('*')] in ([], ['command.json']): shutil.rmtree(work, ignore_errors=True)
-        elif str(work) not in str(e): e.note = f"what was done is kept in {work}, and the same command goes on from there"
+        elif str(work) not in str(e): e.note = f"{where()}what was done is kept in {work}, and the same command goes on from there"
         raise
 
 # %% ../../nbs/94_cli.ipynb #d9af9d2a
@@ -191,7 +192,9 @@ def linearize_command(ctx:typer.Context,
         help="Evaluations during distillation, each at twice the tokens of the one before.")]=1,
     record:Annotated[Optional[Path], _opt('--record', panel='Measuring', metavar='FILE', help="Also write the results to this JSON file.")]=None,
     experiment:Annotated[str, _opt('--experiment', panel='Measuring', metavar='NAME', help="What the results call this run.")]='linearize',
-    dtype:DtypeOpt='float32', autocast:AutocastOpt=None, implementation:ImplOpt=None, device:DeviceOpt=None,
+    dtype:Annotated[str, _opt('--dtype', panel='Machine', metavar='NAME',
+        help="Of the weights: [cyan]float32[/], [cyan]bfloat16[/] or [cyan]float16[/]; maps are trained in float32.")]='float32',
+    autocast:AutocastOpt=None, implementation:ImplOpt=None, device:DeviceOpt=None,
     seed:SeedOpt=0, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
     ("[bold]Convert a model[/]: swap its attention, distil the maps, finetune, measure after each, save.\n\n"
@@ -215,7 +218,7 @@ def linearize_command(ctx:typer.Context,
     out,record = check_output(out, overwrite or written[0]),check_output(record, overwrite or written[1], '--record', folder=False)
     _check(objective, record, save, not lora_rank and (finetune_tokens if finetune_steps is None else finetune_steps), lr=lr, finetune_lr=finetune_lr)
     trained = work/'trained' if save=='trained' else None
-    with keep_run_dir(work):
+    with keep_run_dir(work, screen.progress.where):
         if is_main_process() and open_run_dir(work, settings, restart): screen.say(f"going on with what is in [bold]{work}[/]")
         barrier()
         before = read_eval_log(work/'measured.json')['wall_s']

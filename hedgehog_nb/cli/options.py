@@ -8,7 +8,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/cli.html.md"""
 __all__ = ['app', 'main']
 
 # %% ../../nbs/94_cli.ipynb #aaaf85i2
-import difflib, os, signal, sys, threading, typer, warnings
+import difflib, importlib, os, signal, sys, threading, typer, warnings
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -65,7 +65,7 @@ BatchOpt = Annotated[int, _opt('--batch-size', metavar='N', min=1, help="Blocks 
 EvalOpt = Annotated[Optional[int], _opt('--eval-tokens', panel='Measuring', metavar='N', min=2,
     help="Measure on the first so many tokens of the test split; all of it if not given.")]
 DtypeOpt = Annotated[Optional[str], _opt('--dtype', panel='Machine', metavar='NAME',
-    help="[cyan]float32[/], [cyan]bfloat16[/] or [cyan]float16[/]; as saved if not given.")]
+    help="[cyan]float32[/], [cyan]bfloat16[/] or [cyan]float16[/]. If not given: as saved.")]
 AutocastOpt = Annotated[Optional[str], _opt('--autocast', panel='Machine', metavar='NAME',
     help="Mixed precision: weights and states in float32, the model's products in [cyan]bfloat16[/] or [cyan]float16[/].")]
 ImplOpt = Annotated[Optional[str], _opt('--implementation', panel='Machine', metavar='NAME',
@@ -169,16 +169,37 @@ def _expand_config(ctx):
         else: more += [w for x in (v if isinstance(v, (list,tuple)) else [v]) for w in (p.opts[0], str(x))]
     at = [i for i,w in enumerate(words) if w.split('=')[0]=='--config']
     for i in at: del words[i:i+(1 if '=' in words[i] else 2)]
-    return words[:2]+more+words[2:]
+    n = words.index(ctx.info_name)+1
+    return words[:n]+more+words[n:]
+
+# %% ../../nbs/94_cli.ipynb #c1a0f001
+def import_code(
+    name:str, # A .py file, whose folder is put on the path, or a module that is installed
+):
+    "Import code of the user's own. Raises `ValueError` where it is not found, or where it fails."
+    path = Path(name).expanduser()
+    try:
+        if path.suffix!='.py': return importlib.import_module(name)
+        if not path.is_file(): raise ModuleNotFoundError(f"there is no file {path}")
+        sys.path.insert(0, str(path.resolve().parent))
+        module = importlib.import_module(path.stem)
+    except Exception as e: raise ValueError(f"--import {name}: {type(e).__name__}, {e}") from e
+    if Path(module.__file__ or '').resolve()!=path.resolve(): raise ValueError(f"--import {name}: another module is called {path.stem}; rename the file")
+
 
 # %% ../../nbs/94_cli.ipynb #0677487b
 app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     rich_markup_mode='rich', context_settings=dict(help_option_names=['-h','--help']),
     epilog=_examples('hedgehog demo', 'hedgehog linearize gpt2 --data book.txt --out gpt2-hedgehog',
-        'hedgehog generate gpt2-hedgehog --prompt "The hedgehog"'))
+        'hedgehog generate gpt2-hedgehog --prompt "The hedgehog"',
+        'hedgehog --import square.py linearize gpt2 --map square --data book.txt --out gpt2-square'))
 
 @app.callback()
 def main(
+    modules:Annotated[Optional[List[str]], typer.Option('--import', metavar='MODULE', show_default=False,
+        help="Import a [cyan].py[/] file or a module first, such as one that registers a feature map. May be given several times.")]=None,
     version:Annotated[bool, typer.Option('--version', callback=_version, is_eager=True, help="Show the versions, and leave.")]=False,
 ):
     "Turn a pretrained Transformer's softmax attention into [bold]linear attention[/] that imitates it: the Hedgehog map, distilled, then finetuned."
+    with one_line_errors():
+        for m in modules or (): import_code(m)

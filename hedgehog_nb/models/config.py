@@ -10,12 +10,14 @@ __all__ = ['LinearizeConfig']
 # %% ../../nbs/08_linearize.ipynb #858b65i9
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
-from ..attentions.base import check_attention
+from ..attentions.base import ATTENTIONS, check_attention
+from ..attentions.specs import format_heads, parse_numbers, split_heads
+from ..functional import LINEAR, WINDOW
 
 # %% ../../nbs/08_linearize.ipynb #cfg00002
 @dataclass
 class LinearizeConfig:
-    "How a model is converted. Raises `ValueError` on a name or a setting that there is not."
+    "How a model is converted. Raises `ValueError` on a name or a setting that there is not; `linearize` checks what depends on the model."
     attention:str='hedgehog' # A registered attention (`ATTENTIONS`): "hedgehog", "hedgehog-window", "elu" …
     layers:Any='all' # Attention layers to convert: "0-5,8", "1-29:2", a list of integers, or "all": those that see everything, where others have a window
     softmax_heads:Any=None # Heads of these layers that stay softmax: "3:0,2;7:4-5", or {layer: heads}
@@ -26,9 +28,15 @@ class LinearizeConfig:
         if not isinstance(self.attention_kwargs, dict):
             raise ValueError(f"attention_kwargs is a dict of the attention's settings; given {self.attention_kwargs!r}")
         check_attention(self.attention, self.attention_kwargs)
-        if not isinstance(self.layers, (str, list, tuple, range)):
-            raise ValueError(f"layers is 'all', a string such as '0-5,8', or a list of integers; given {self.layers!r}")
+        if not ATTENTIONS[self.attention].is_recurrent:
+            raise ValueError(f"{self.attention!r} keeps no state, so a converted model could not write with it; "
+                f"there are {', '.join(n for n in sorted(ATTENTIONS) if ATTENTIONS[n].is_recurrent)}")
+        layers,heads,names = parse_numbers(self.layers),split_heads(self.softmax_heads),dict.fromkeys([*LINEAR, *WINDOW])
+        if not isinstance(self.layers, str): self.layers = layers
+        if not isinstance(self.softmax_heads, str): self.softmax_heads = format_heads(heads)
         self.softmax_heads = self.softmax_heads or None
+        if self.implementation not in (None, *names):
+            raise ValueError(f"implementation is one of {', '.join(names)}, or None to choose by the input; given {self.implementation!r}")
 
     def to_dict(self)->dict: # What differs from the defaults, beside `attention` and `layers`
         "As config.json holds it."
@@ -39,6 +47,7 @@ class LinearizeConfig:
         d:dict, # From `to_dict`, or of a version that stored `feature_map` and the map's settings side by side
     ):
         "Read what `to_dict` gave. Raises `ValueError` on settings that there are not."
+        if not isinstance(d, dict): raise ValueError(f"a conversion is a dict of its settings, such as {cls().to_dict()}; given {d!r}")
         d,names = dict(d),[f.name for f in fields(cls)]
         if 'feature_map' in d: d = dict(attention=d.pop('feature_map'), attention_kwargs={k:d.pop(k) for k in [*d] if k not in names}, **d)
         if bad := [k for k in d if k not in names]: raise ValueError(f"a conversion has the settings {', '.join(names)}; given {', '.join(bad)}")

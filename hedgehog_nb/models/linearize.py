@@ -125,9 +125,6 @@ def _make(name, call, settings, kept=()):
     "The attention that takes the place of one call's softmax, but for the heads `kept`."
     sizes = call.q.shape[-1], call.q.shape[1], call.k.shape[1], call.scale
     m = MixedHeadAttention(name, kept, *sizes, sliding_window=call.window, **settings) if kept else make_attention(name, *sizes, **settings)
-    if not m.is_recurrent:
-        raise ValueError(f"{name!r} keeps no state, so a converted model could not write with it; "
-            f"there are {', '.join(n for n in sorted(ATTENTIONS) if ATTENTIONS[n].is_recurrent)}")
     if call.causal not in m.directions: raise ValueError(f"{name!r} is {'causal' if True in m.directions else 'bidirectional'} only, and {call.name} is not")
     return m.to(call.q.device, torch.promote_types(call.q.dtype, torch.float32))
 

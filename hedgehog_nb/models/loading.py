@@ -182,7 +182,9 @@ def load_linearized(
     if (path/'adapter_config.json').is_file(): adapter.setdefault('_adapter_model_path', str(path))
     model,info = _original(cls, saved, path, own, **kwargs)
     try: linearize(model, LinearizeConfig.from_dict(cfg['hedgehog'] | ({} if implementation=='saved' else dict(implementation=implementation))), inputs=inputs)
-    except (TypeError,ValueError) as e: raise ValueError(f"{path/'config.json'} says hedgehog: {cfg['hedgehog']}. {e}") from e
+    except (TypeError,ValueError) as e:
+        if 'no attention is called' in str(e): e = f"{e}; import the module that registers yours first (the command line: hedgehog --import FILE …)"
+        raise ValueError(f"{path/'config.json'} says hedgehog: {cfg['hedgehog']}. {e}") from None
     names,made = _saved_names(model),model.state_dict()
     more = sorted(k for k in files if '.feature_map.' in k and k not in names)
     if more and not config: raise ValueError(f"{path} does not fit together: {more[0]} is in its weights, and in no map of its config.json")

@@ -161,7 +161,7 @@ def convert(
     lr:float=1e-2, # Learning rate of the maps
     finetune_lr:float=6e-4, # Learning rate of the whole model
     objective:str='weights', # What distillation compares, one of `LOSSES`
-    evals:int=1, # Evaluations during distillation, log-spaced
+    evals:int=1, # Evaluations during distillation, log-spaced; the last is at its end
     teacher:bool=True, # Measure the softmax model first?
     baseline:bool=False, # Finetune a copy of the softmax model with the same budget?
     autocast:str=None, # Mixed precision, "bfloat16" or "float16": weights and states stay fp32, the model's matrix products are rounded
@@ -169,13 +169,15 @@ def convert(
     on_event=None, # Listener; see `EvalLog`
     gradient_accumulation_steps:int=1, # Pieces a batch is computed in
     lora:dict=None, # Finetune adapters and maps only; settings of `peft.LoraConfig`
-    work:Path=None, # Folder that keeps what is done; the same call goes on from there
+    work=None, # Folder that keeps what is done; the same call goes on from there
     save_steps:int=100, # Steps between two writings of it
-    trained:Path=None, # Folder to write the maps and adapters to, as `save_trained` does
+    trained=None, # Folder to write the maps and adapters to, as `save_trained` does
     base:str=None, # For that folder: where the original is to be had
 )->list: # Rows
     "Swap, distil, finetune, and measure before and after each. Raises what `linearize`, `distill` and `finetune` raise."
     if isinstance(config, str): config = LinearizeConfig(config)
+    if evals<1: raise ValueError(f"evals is at least 1: distillation is measured at its end; given {evals}")
+    work = work and Path(work)
     j,name = (EvalLog(test, batch_size, on_event, work and work/'measured.json', map=config.attention, seed=seed),
               'window' if config.attention_kwargs.get('branch')=='window' else config.attention)
     def keep(file): return dict(seed=seed, gradient_accumulation_steps=gradient_accumulation_steps, checkpoint=work and work/file, save_steps=save_steps,
