@@ -90,6 +90,18 @@ def test_perplexity_by_hand():
     want = math.exp(-p.mean().item())
     assert perplexity(model, x, batch_size=2)==pytest.approx(want, rel=1e-5)==pytest.approx(perplexity(model, x, batch_size=5), rel=1e-5)
 
+@pytest.mark.parametrize('blocks', [torch.zeros(3, 1, dtype=torch.long), torch.zeros(0, 8, dtype=torch.long), torch.zeros(8, dtype=torch.long)], ids=lambda x: str(tuple(x.shape)))
+def test_perplexity_needs_something_to_predict(blocks):
+    with pytest.raises(ValueError, match='1 or more blocks of 2 or more tokens; given'): perplexity(llama().train(), blocks)
+
+def test_perplexity_leaves_the_model_in_its_mode():
+    model = llama().train()
+    with pytest.raises(IndexError): perplexity(model, torch.full((2,8), 10**6))
+    assert model.training
+    perplexity(model, torch.ones(2, 8, dtype=torch.long)); assert model.training
+    with torch.no_grad(): model.lm_head.weight.mul_(1e6)
+    assert perplexity(model, torch.arange(16).view(2, 8))==float('inf') # where a float overflows
+
 # --- pieces and processes
 
 @pytest.mark.parametrize('name', MODELS)

@@ -37,7 +37,8 @@ def set_step_seed(seed:int, step:int, rank:int=0):
 
 # %% ../../nbs/09_training.ipynb #09b00003
 class TrainingData:
-    "Token blocks, rows or batches, as the batches that a model's forward takes."
+    ("Token blocks, rows or batches, as the batches that a model's forward takes: dicts of tensors whose first axis is B, such as input_ids (B, T) and "
+     "attention_mask (B, T). Raises `ValueError` on data of another kind, on none, and on rows without an input of the model.")
     def __init__(self,
         model, # The model they are for
         data, # (N, T) token blocks; rows: dicts of one example each, in a list, a dataset or a stream; or batches of either, such as a `DataLoader` gives

@@ -82,7 +82,8 @@ class TrainingHistory:
 _TIMES = 'runtime','samples_per_second','steps_per_second','model_preparation_time'
 
 class TrainingCheckpoint(transformers.TrainerCallback):
-    "Keeps the history of a phase of training, and in a file all that the next step depends on."
+    ("Keeps the history of a phase of training, and in a file all that the next step depends on. Raises `ValueError` where the file is none of a run, "
+     "or of one with other settings, and `OSError` where it cannot be written.")
     def __init__(self,
         steps:int, # Optimiser steps in all
         path=None, # File that keeps the state; None: none does
@@ -128,7 +129,7 @@ class TrainingCheckpoint(transformers.TrainerCallback):
     def on_train_begin(self, args, state, control, **kw): self.state = None # restored by now
 
     def on_step_end(self, args, state, control, **kw):
-        state.epoch = state.global_step/self.per_epoch # which the Trainer would count from where the run was taken up
+        state.epoch = state.global_step/self.per_epoch # which the Trainer would count from where the run resumed
         if state.global_step==self.steps and args.eval_strategy!='no': control.should_evaluate = True
 
     def on_log(self, args, state, control, logs=None, optimizer=None, lr_scheduler=None, **kw):
@@ -152,7 +153,7 @@ class TrainingCheckpoint(transformers.TrainerCallback):
         if self.path and self.writes and (self.done%self.save_steps==0 or self.done==self.steps): self.save(optimizer, scheduler)
 
     def save(self, optimizer, scheduler):
-        "Write the state. Raises `FloatingPointError` where a weight is not finite: the last good state stays."
+        "Write the state. Raises `FloatingPointError` where a weight is not finite, `OSError` where the disk is full: the last good state stays."
         trained,kept = {id(p) for g in optimizer.param_groups for p in g['params']},self.model.state_dict().keys()
         own = {n:p for n,p in [*self.model.named_parameters(), *self.model.named_buffers()]
             if id(p) in trained or not isinstance(p, torch.nn.Parameter) and n in kept}

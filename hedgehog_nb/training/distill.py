@@ -29,8 +29,8 @@ def base_forward(model):
 # %% ../../nbs/09_training.ipynb #93e298aa
 def teacher_pass(
     model, # A converted model
-    batch:dict, # Inputs of its forward; labels are left out
-    on_layer, # Called with (module, q, k, v, causal, scale, mask, teacher's output) for each converted layer
+    batch:dict, # Inputs of its forward, such as input_ids (B, T); labels are left out
+    on_layer, # Called for each converted layer: (module, q (B, H, T, D), k, v (B, Hkv, T, D), causal, scale, mask (B, T) or None, o (B, H, T, D) the teacher's)
 ):
     "Run `model` as the softmax Transformer it was, showing each converted layer's attention to `on_layer`."
     def fn(module, q, k, v, attention_mask, scaling=None, **kw):
@@ -129,7 +129,7 @@ def distill(
     eval_steps:int=None, # Steps between two evaluations; if None one at the end
     callbacks=(), # `transformers.TrainerCallback`s
     gradient_accumulation_steps:int=1, # Pieces a batch of `batch_size` is computed in, one after another: less memory
-    checkpoint=None, # File that keeps the state; the same call takes it up (see `TrainingCheckpoint`)
+    checkpoint=None, # File that keeps the state; the same call goes on from it (see `TrainingCheckpoint`)
     save_steps:int=100, # Steps between two writings
     progress:bool=None, # Show a bar? If None, in a terminal or a notebook
     **training_args # More of `transformers.TrainingArguments`: lr_scheduler_type='cosine', bf16=True, dataloader_num_workers=2 …

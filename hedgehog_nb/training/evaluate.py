@@ -16,18 +16,21 @@ from torch.nn import functional as F
 @torch.no_grad()
 def perplexity(
     model, # A causal language model
-    blocks:Tensor, # (N, T) token ids; every token but the first of a block is predicted
+    blocks:Tensor, # (N, T) token ids, T at least 2; every token but the first of a block is predicted
     batch_size:int=8, # Blocks per forward pass
     on_step=None, # Called after each batch with the tokens done
 )->float: # exp of the mean negative log likelihood per predicted token
-    "Perplexity on `blocks`, each read on its own."
+    "Perplexity on `blocks`, each read on its own. Raises `ValueError` where nothing is to be predicted."
+    if blocks.dim()!=2 or not blocks[:,1:].numel():
+        raise ValueError(f"perplexity is measured on (N, T) token ids, 1 or more blocks of 2 or more tokens; given {tuple(blocks.shape)}")
     was,_ = model.training,model.eval()
-    nll,n = 0.,0
-    for x in blocks.split(batch_size):
-        x = x.to(model.device)
-        logits = model(input_ids=x, use_cache=False).logits[:,:-1]
-        for l,y in zip(logits, x[:,1:]): nll += F.cross_entropy(l.float(), y, reduction='sum').item()
-        n += x[:,1:].numel()
-        if on_step: on_step(x.numel())
-    model.train(was)
-    return math.exp(nll/n)
+    nll = 0.
+    try:
+        for x in blocks.split(batch_size):
+            x = x.to(model.device)
+            logits = model(input_ids=x, use_cache=False).logits[:,:-1]
+            for l,y in zip(logits, x[:,1:]): nll += F.cross_entropy(l.float(), y, reduction='sum').item()
+            if on_step: on_step(x.numel())
+    finally: model.train(was)
+    mean = nll/blocks[:,1:].numel()
+    return math.exp(mean) if not mean>700 else math.inf

@@ -129,7 +129,7 @@ def finetune(
     compute_metrics=None, # What else to evaluate: called with a `transformers.EvalPrediction`, gives a dict
     callbacks=(), # `transformers.TrainerCallback`s
     gradient_accumulation_steps:int=1, # Pieces a batch of `batch_size` is computed in, one after another: less memory
-    checkpoint=None, # File that keeps the state; the same call takes it up (see `TrainingCheckpoint`)
+    checkpoint=None, # File that keeps the state; the same call goes on from it (see `TrainingCheckpoint`)
     save_steps:int=100, # Steps between two writings
     progress:bool=None, # Show a bar? If None, in a terminal or a notebook
     **training_args # More of `transformers.TrainingArguments`: bf16=True, gradient_checkpointing=True …

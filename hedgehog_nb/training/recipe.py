@@ -15,11 +15,12 @@ from pathlib import Path
 from ..files import atomic_write
 from ..data.models import parse_dtype
 from ..models.config import LinearizeConfig
-from ..models.linearize import linearize
+from ..models.linearize import build_attentions, linearize
 from .batches import distributed_info
 from .distill import distill
 from .evaluate import perplexity
 from .finetune import add_lora, finetune, merge_lora
+from .losses import LOSSES
 from .saving import save_trained
 
 # %% ../../nbs/10_recipe.ipynb #33e856c5
@@ -100,7 +101,7 @@ class EvalLog:
         return self.rows[-1]
 
 def read_eval_log(
-    path, # File of a `EvalLog`, or None
+    path, # File of an `EvalLog`, or None
 )->dict: # Its rows, and wall_s, the seconds until the last of them
     "What was measured before; nothing where there is no file."
     return json.loads(Path(path).read_text()) if path and Path(path).exists() else dict(wall_s=0., rows=[])
@@ -137,7 +138,7 @@ class EvalCallback(transformers.TrainerCallback):
             self.losses.clear()
 
     def on_train_begin(self, args, state, control, **kw):
-        for step in state.log_history: self.note(**step) # those before the run was taken up
+        for step in state.log_history: self.note(**step) # those before the run was resumed
     def on_log(self, args, state, control, logs=None, **kw):
         if 'loss' in logs: self.note(state.global_step, **logs)
 
@@ -177,6 +178,11 @@ def convert(
     "Swap, distil, finetune, and measure before and after each. Raises what `linearize`, `distill` and `finetune` raise."
     if isinstance(config, str): config = LinearizeConfig(config)
     if evals<1: raise ValueError(f"evals is at least 1: distillation is measured at its end; given {evals}")
+    if batch_size<1: raise ValueError(f"batch_size is at least 1; given {batch_size}")
+    if objective not in LOSSES: raise ValueError(f"objective is one of {', '.join(LOSSES)}; given {objective!r}")
+    maps = build_attentions(model, config)[1].values() # what cannot be converted is refused before the teacher is measured
+    if distill_steps and not any(True for m in maps for _ in m.parameters()):
+        raise ValueError(f"{config.attention!r} has no parameters to distil: say distill_steps=0; given {distill_steps}")
     work = work and Path(work)
     j,name = (EvalLog(test, batch_size, on_event, work and work/'measured.json', map=config.attention, seed=seed),
               'window' if config.attention_kwargs.get('branch')=='window' else config.attention)

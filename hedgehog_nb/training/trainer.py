@@ -29,7 +29,7 @@ _OURS = dict(max_steps='steps', num_train_epochs='epochs', per_device_train_batc
     per_device_eval_batch_size='batch_size', learning_rate='lr', data_seed='seed', output_dir='checkpoint, a file', save_strategy='checkpoint, a file',
     resume_from_checkpoint='checkpoint, a file', eval_strategy='eval_data and eval_steps')
 _WITHOUT = {k:why for ks,why in ((('load_best_model_at_end','save_total_limit','save_only_model','push_to_hub'), "what is kept is one state, in `checkpoint`"),
-    (('logging_steps','logging_strategy','ignore_data_skip','auto_find_batch_size'), "each step is logged, and can be taken up"),
+    (('logging_steps','logging_strategy','ignore_data_skip','auto_find_batch_size'), "each step is logged, and can be resumed from"),
     (('train_sampling_strategy','group_by_length','dataloader_drop_last'), "rows are read in the order of `seed`, all of them; give batches for another order"))
     for k in ks}
 

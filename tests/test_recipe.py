@@ -1,0 +1,51 @@
+"A whole conversion: what is counted, what is written down, and that a run goes on where it stopped."
+import math
+import pytest, torch
+from hypothesis import given, settings, strategies as st
+from hedgehog_nb.models.config import LinearizeConfig
+from hedgehog_nb.training.evaluate import perplexity
+from hedgehog_nb.training.recipe import convert, log_spaced, read_eval_log, steps_for, tokens_after
+from helpers.tiny_models import corpus, llama
+
+TRAIN,TEST = corpus(12),corpus(3)
+T = TRAIN.shape[1]
+SHORT = dict(distill_steps=4, finetune_steps=2, batch_size=4)
+
+def go(**kw): return convert(llama(), TRAIN, TEST, **{**SHORT, **kw})
+
+@given(st.integers(1, 40), st.integers(1, 16), st.integers(1, 9), st.integers(1, 200))
+@settings(max_examples=200, deadline=None)
+def test_steps_and_tokens_are_turned_into_each_other(n, length, batch_size, steps):
+    "Counted row by row, over epochs whose last batch may be smaller."
+    blocks,seen = torch.zeros(n, length),0
+    for s in range(steps): seen += min(batch_size, n-s%math.ceil(n/batch_size)*batch_size)*length
+    assert tokens_after(steps, blocks, batch_size)==seen
+    assert steps_for(seen, blocks, batch_size)==steps and steps_for(seen+1, blocks, batch_size)==steps+1
+
+@pytest.mark.parametrize('steps,n,want', [(100, 1, [100]), (100, 4, [12,25,50,100]), (3, 9, [1,2,3]), (1, 3, [1])])
+def test_evaluations_are_spaced_by_doublings(steps, n, want): assert log_spaced(steps, n)==want
+
+def test_rows_of_a_conversion():
+    model = llama(); before = perplexity(model, TEST, 4)
+    rows = convert(model, TRAIN, TEST, LinearizeConfig('hedgehog', '0,2'), evals=2, **SHORT)
+    ppl = [r for r in rows if r['metric']=='ppl']
+    assert [r['stage'] for r in ppl]==['teacher','swapped','distill','distilled','finetuned']
+    assert [r['tokens'] for r in ppl]==[0, 0, 2*4*T, 4*4*T, 6*4*T]
+    assert ppl[0]['value']==before and ppl[-1]['value']==perplexity(model, TEST, 4) and model.config.hedgehog['layers']==[0,2]
+    assert {r['metric'] for r in rows}-{'ppl'}=={'kl','loss'} and all(r['map']=='hedgehog' and r['seed']==0 for r in rows)
+
+def test_a_folder_may_be_a_string_and_nothing_is_done_twice(tmp_path):
+    "The second call reads all that the first has done, and gives the same rows."
+    seen,rows = [],go(work=str(tmp_path/'run'))
+    again = go(work=tmp_path/'run', on_event=lambda event, **kw: seen.append((event, kw.get('phase'))))
+    drop = lambda rows: [{k:v for k,v in r.items() if k!='seconds'} for r in rows]
+    assert drop(again)==drop(rows)==drop(go()) and ('progress','evaluate') not in seen
+    assert len(read_eval_log(tmp_path/'run'/'measured.json')['rows'])==len(rows)
+
+@pytest.mark.parametrize('bad,says', [(dict(evals=0), 'evals is at least 1.*given 0'), (dict(config='hedghog'), "called 'hedghog'"),
+    (dict(objective='w'), "objective is one of weights.*given 'w'"), (dict(batch_size=0), 'batch_size is at least 1'),
+    (dict(config=LinearizeConfig(layers='0-9')), 'has layers 0 to 2'), (dict(config='elu'), "'elu' has no parameters to distil")], ids=lambda x: str(x))
+def test_what_cannot_work_is_refused_before_anything_is_measured(bad, says):
+    events = []
+    with pytest.raises(ValueError, match=says): go(**bad, on_event=lambda *a, **kw: events.append(a))
+    assert not events
