@@ -65,7 +65,7 @@ def _with_labels(model):
 @contextmanager
 def _as_it_was(model):
     "Undo what the Trainer changes about a model beside its weights: its mode, its cache, checkpointing, hooks, a forward of its own."
-    def checkpointing(): return getattr(model, 'is_gradient_checkpointing', False)
+    def checkpointing(): return any(getattr(m, 'gradient_checkpointing', False) for m in model.modules())
     try: embeddings = model.get_input_embeddings()
     except (AttributeError,NotImplementedError): embeddings = None # of a model that takes no tokens
     config = getattr(model, 'config', None)
