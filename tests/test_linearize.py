@@ -430,13 +430,24 @@ def test_a_config_says_all():
     with pytest.raises(ValueError, match='dataclasses.replace'): linearize(llama(), config, layers='1')
     with pytest.raises(ValueError, match="settings attention, .*given maps"): LinearizeConfig.from_dict(dict(attention='elu', maps=2))
 
-@pytest.mark.parametrize('bad,says', [(dict(attention='elo'), "called 'elo'; there are .*hedgehog"), (dict(attention=3), 'called 3; there are'),
-    (dict(attention='linformer'), 'keeps no state.*there are cosformer, elu, (?!.*linformer)'), (dict(attention_kwargs=dict(nums=2)), 'nums.*takes .*num_maps'),
-    (dict(attention_kwargs=3), 'attention_kwargs is a dict'), (dict(layers=3), 'layers is .*given 3'), (dict(layers=None), 'layers is .*given None'),
-    (dict(layers=[]), r'given \[\]'), (dict(layers=[0,'a']), 'layers is .*list of integers'), (dict(layers=[1.]), 'layers is'), (dict(layers=[True]), 'layers is'),
-    (dict(layers='0-'), "given '0-'"), (dict(layers='9-2'), "given '9-2'"), (dict(layers='0-99999999999'), "layers is"), (dict(implementation='tritn'), 'c, triton, or None.*tritn'),
-    (dict(softmax_heads='x'), "softmax_heads is like"), (dict(softmax_heads=3), "softmax_heads is like"), (dict(softmax_heads={'x':1}), "softmax_heads is like"),
-    (dict(softmax_heads={0:'a'}), "heads is .*given 'a'"), (dict(softmax_heads='0:'), "softmax_heads is like")], ids=str)
+@pytest.mark.parametrize('bad,says', [
+    (dict(attention='elo'), "called 'elo'; there are .*hedgehog"),
+    (dict(attention=3), 'called 3; there are'),
+    (dict(attention='linformer'), 'keeps no state.*there are cosformer, elu, (?!.*linformer)'),
+    (dict(attention_kwargs=dict(nums=2)), 'nums.*takes .*num_maps'),
+    (dict(attention_kwargs=3), 'attention_kwargs is a dict'),
+    (dict(layers=3), 'layers is .*given 3'),
+    (dict(layers=None), 'layers is .*given None'),
+    (dict(layers=[]), r'given \[\]'),
+    (dict(layers=[0,'a']), 'layers is .*list of integers'),
+    (dict(layers=[1.]), 'layers is'),
+    (dict(layers=[True]), 'layers is'),
+    (dict(layers='0-'), "given '0-'"),
+    (dict(layers='9-2'), "given '9-2'"),
+    (dict(layers='0-99999999999'), 'layers is'),
+    (dict(implementation='tritn'), 'c, triton, or None.*tritn'),
+    *((dict(softmax_heads=h), 'softmax_heads is like') for h in ('x', 3, {'x':1}, '0:')),
+    (dict(softmax_heads={0:'a'}), "heads is .*given 'a'")], ids=str)
 def test_a_config_is_checked_where_it_is_made(bad, says):
     "Whatever needs no model to be seen."
     with pytest.raises(ValueError, match=says): LinearizeConfig(**bad)
@@ -445,8 +456,13 @@ def test_a_config_is_checked_where_it_is_made(bad, says):
 def test_a_config_is_read_from_a_dict(settings):
     with pytest.raises(ValueError, match='is a dict of its settings'): LinearizeConfig.from_dict(settings)
 
-@pytest.mark.parametrize('given,stored', [(dict(layers=range(2)), dict(layers=[0,1])), (dict(layers=(2,0,0)), dict(layers=[0,2])), (dict(layers='0-1'), dict(layers='0-1')),
-    (dict(softmax_heads={1:[1,0], '0':2}), dict(softmax_heads='0:2;1:0-1')), (dict(softmax_heads='1: 0,1'), dict(softmax_heads='1: 0,1')), (dict(softmax_heads={}), {})])
+@pytest.mark.parametrize('given,stored', [
+    (dict(layers=range(2)), dict(layers=[0,1])),
+    (dict(layers=(2,0,0)), dict(layers=[0,2])),
+    (dict(layers='0-1'), dict(layers='0-1')),
+    (dict(softmax_heads={1:[1,0], '0':2}), dict(softmax_heads='0:2;1:0-1')),
+    (dict(softmax_heads='1: 0,1'), dict(softmax_heads='1: 0,1')),
+    (dict(softmax_heads={}), {})])
 def test_a_config_survives_json(given, stored):
     config = LinearizeConfig(**given)
     assert config.to_dict()==dict(attention='hedgehog', layers='all') | stored

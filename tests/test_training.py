@@ -90,9 +90,9 @@ def test_perplexity_by_hand():
     want = math.exp(-p.mean().item())
     assert perplexity(model, x, batch_size=2)==pytest.approx(want, rel=1e-5)==pytest.approx(perplexity(model, x, batch_size=5), rel=1e-5)
 
-@pytest.mark.parametrize('blocks', [torch.zeros(3, 1, dtype=torch.long), torch.zeros(0, 8, dtype=torch.long), torch.zeros(8, dtype=torch.long)], ids=lambda x: str(tuple(x.shape)))
-def test_perplexity_needs_something_to_predict(blocks):
-    with pytest.raises(ValueError, match='1 or more blocks of 2 or more tokens; given'): perplexity(llama().train(), blocks)
+@pytest.mark.parametrize('shape', [(3,1), (0,8), (8,)])
+def test_perplexity_needs_something_to_predict(shape):
+    with pytest.raises(ValueError, match='1 or more blocks of 2 or more tokens; given'): perplexity(llama(), torch.zeros(shape, dtype=torch.long))
 
 def test_perplexity_leaves_the_model_in_its_mode():
     model = llama().train()

@@ -88,6 +88,7 @@ def _lent_mask(*args, config=None, **kwargs):
     build = mine[1] if mine else AttentionMaskInterface().get(own_attention(config), lambda *a, **kw: None)
     return build(*args, config=config, **kwargs)
 
+# %% ../../nbs/01_softmax_attention.ipynb #6d603d90
 def _lend(model):
     "Count one more who borrows the attention of `model`. Returns {id: config} of all its parts, and {id: the attention that it names by itself}."
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig

@@ -47,19 +47,29 @@ def save_linearized(
     return path
 
 # %% ../../nbs/08_linearize.ipynb #266ee64f
-def _saved_names(model):
-    "{name in a saved file: name in the model} of all weights of feature maps."
-    from transformers.core_model_loading import revert_weight_conversion
-    maps,p = {k:v for k,v in model.state_dict().items() if '.feature_map.' in k},model.base_model_prefix+'.'
-    with reversible(model): names = {n:k for k,v in maps.items() for n in (k, *revert_weight_conversion(model, {k:v}))}
-    return {**{m:k for n,k in names.items() for m in (p+n, n.removeprefix(p))}, **names}
-
 def _folder(path, **kwargs):
     "A folder, or that of a model of the hub."
     if not is_hub_name(path): return Path(path).expanduser()
     try: return Path(snapshot_download(str(path), **kwargs))
     except (OSError,ValueError) as e: raise ValueError(f"{path} is no folder, and no model of the hub that can be reached: {str(e).splitlines()[0]}") from None
 
+def _read_config(path, config):
+    "The settings of a folder, changed as `config` says. Raises `ValueError` where they are not those of a converted model."
+    if not (path/'config.json').is_file():
+        if (path/'adapter_config.json').is_file():
+            raise ValueError(f"{path} holds adapters, not the model that they are for: AutoModelForCausalLM.from_pretrained loads both")
+        raise ValueError(f"{path} holds no model: there is no config.json in it")
+    try: cfg = {**PreTrainedConfig.get_config_dict(path, local_files_only=True)[0], **(config or {})}
+    except (OSError,ValueError,TypeError) as e: raise ValueError(f"{path/'config.json'} is no config of transformers: {e}") from e
+    parts = [k for k,v in cfg.items() if isinstance(v, dict) and 'hedgehog' in v]
+    if parts and 'hedgehog' not in cfg:
+        raise ValueError(f"{path} holds a model of which a part, {parts[0]}, was converted by itself: convert the whole, or save that part")
+    if 'hedgehog' not in cfg: raise ValueError(f"{path} holds a model that was not converted; load it with transformers, then call linearize")
+    if not isinstance(cfg['hedgehog'], dict):
+        raise ValueError(f"{path/'config.json'}: hedgehog is the settings of the conversion, as {{\"attention\": \"elu\"}}; given {cfg['hedgehog']!r}")
+    return cfg
+
+# %% ../../nbs/08_linearize.ipynb #1645e001
 def _subclasses(cls): return [c for s in cls.__subclasses__() for c in (s, *_subclasses(s))]
 
 def _class_of(cfg, auto, path, given=None):
@@ -81,6 +91,7 @@ def _class_of(cfg, auto, path, given=None):
     found = found if isinstance(found, tuple) else (found,)
     return cls if cls in found else found[0]
 
+# %% ../../nbs/08_linearize.ipynb #52370f3c
 def _weight_files(path, variant=None):
     "{name in the file: file} of the weights that transformers reads in a folder. Raises `ValueError` where a file is missing, or cannot be read."
     whole,index = (path/'.'.join(filter(None, (name, variant, end))) for name,end in (('model', 'safetensors'), ('model.safetensors.index', 'json')))
@@ -105,6 +116,7 @@ def _tensors(files, names):
         with safe_open(f, 'pt') as s: found.update({names[k]:s.get_tensor(k) for k in s.keys() if k in names})
     return found
 
+# %% ../../nbs/08_linearize.ipynb #7b97acec
 def _body(cls, config):
     "Names of the weights that a model has below its head, found out without making any."
     with torch.device('meta'): names = cls(deepcopy(config)).state_dict()
@@ -133,6 +145,30 @@ def _original(cls, own, path, config, ignore_mismatched_sizes=False, **kwargs):
     if odd: raise Misfit(f"{path} does not fit together: {odd[0]}")
     return model, info
 
+# %% ../../nbs/08_linearize.ipynb #2b839b81
+def _saved_names(model):
+    "{name in a saved file: name in the model} of all weights of feature maps."
+    from transformers.core_model_loading import revert_weight_conversion
+    maps,p = {k:v for k,v in model.state_dict().items() if '.feature_map.' in k},model.base_model_prefix+'.'
+    with reversible(model): names = {n:k for k,v in maps.items() for n in (k, *revert_weight_conversion(model, {k:v}))}
+    return {**{m:k for n,k in names.items() for m in (p+n, n.removeprefix(p))}, **names}
+
+def _fill_maps(model, path, files, config):
+    "Put the saved maps into a model that is converted as they want. Returns {name in a file: name in the model}; raises `ValueError` where they do not fit."
+    names,made = _saved_names(model),model.state_dict()
+    more = sorted(k for k in files if '.feature_map.' in k and k not in names)
+    if more and not config: raise ValueError(f"{path} does not fit together: {more[0]} is in its weights, and in no map of its config.json")
+    maps = _tensors(files, names)
+    lacks = sorted(set(names.values())-maps.keys())
+    if lacks: raise ValueError(f"{path} lacks weights of its feature maps: {', '.join(lacks[:3])}{' …'*(len(lacks)>3)}")
+    odd = [f"{n} is {tuple(t.shape)} in its weights, {tuple(made[n].shape)} by its config.json" for n,t in maps.items() if t.shape!=made[n].shape]
+    if odd: raise ValueError(f"{path} does not fit together: {odd[0]}")
+    maps = {n:t.to(made[n].device) for n,t in maps.items()} # each layer's where its queries are, in the precision they were saved in
+    model.load_state_dict(maps, strict=False, assign=True)
+    for m in linear_layers(model).values(): m.feature_map.requires_grad_()
+    return names
+
+# %% ../../nbs/08_linearize.ipynb #278fa82a
 _NOT_TAKEN = dict(
     state_dict="load the folder, then call model.load_state_dict",
     gguf_file="a converted model is safetensors",
@@ -160,20 +196,7 @@ def load_linearized(
         raise ValueError("a converted model is loaded from its folder; for weights of your own, call linearize on its softmax model, then load_state_dict")
     hub = {k:kwargs.pop(k) for k in ('revision','token','cache_dir','force_download','local_files_only') if k in kwargs}
     path,kwargs = _folder(path, **hub)/kwargs.pop('subfolder', ''),_check_given(kwargs)
-    adapter = dict(kwargs.pop('adapter_kwargs', None) or {})
-    if not (path/'config.json').is_file():
-        if (path/'adapter_config.json').is_file():
-            raise ValueError(f"{path} holds adapters, not the model that they are for: AutoModelForCausalLM.from_pretrained loads both")
-        raise ValueError(f"{path} holds no model: there is no config.json in it")
-    try: cfg = {**PreTrainedConfig.get_config_dict(path, local_files_only=True)[0], **(config or {})}
-    except (OSError,ValueError,TypeError) as e: raise ValueError(f"{path/'config.json'} is no config of transformers: {e}") from e
-    parts = [k for k,v in cfg.items() if isinstance(v, dict) and 'hedgehog' in v]
-    if parts and 'hedgehog' not in cfg:
-        raise ValueError(f"{path} holds a model of which a part, {parts[0]}, was converted by itself: convert the whole, or save that part")
-    if 'hedgehog' not in cfg: raise ValueError(f"{path} holds a model that was not converted; load it with transformers, then call linearize")
-    if not isinstance(cfg['hedgehog'], dict):
-        raise ValueError(f"{path/'config.json'}: hedgehog is the settings of the conversion, as {{\"attention\": \"elu\"}}; given {cfg['hedgehog']!r}")
-    files = _weight_files(path, kwargs.get('variant'))
+    cfg,files,adapter = _read_config(path, config),_weight_files(path, kwargs.get('variant')),dict(kwargs.pop('adapter_kwargs', None) or {})
     saved = _class_of(cfg, None, path, cls)
     cls = cls or _class_of(cfg, auto, path)
     try: own = cls.config_class.from_dict({k:v for k,v in cfg.items() if k not in ('model_type','base_model_type','attn_implementation')})
@@ -185,17 +208,7 @@ def load_linearized(
     except (TypeError,ValueError) as e:
         if 'no attention is called' in str(e): e = f"{e}; import the module that registers yours first (the command line: hedgehog --import FILE …)"
         raise ValueError(f"{path/'config.json'} says hedgehog: {cfg['hedgehog']}. {e}") from None
-    names,made = _saved_names(model),model.state_dict()
-    more = sorted(k for k in files if '.feature_map.' in k and k not in names)
-    if more and not config: raise ValueError(f"{path} does not fit together: {more[0]} is in its weights, and in no map of its config.json")
-    maps = _tensors(files, names)
-    lacks = sorted(set(names.values())-maps.keys())
-    if lacks: raise ValueError(f"{path} lacks weights of its feature maps: {', '.join(lacks[:3])}{' …'*(len(lacks)>3)}")
-    odd = [f"{n} is {tuple(t.shape)} in its weights, {tuple(made[n].shape)} by its config.json" for n,t in maps.items() if t.shape!=made[n].shape]
-    if odd: raise ValueError(f"{path} does not fit together: {odd[0]}")
-    maps = {n:t.to(made[n].device) for n,t in maps.items()} # each layer's where its queries are, in the precision they were saved in
-    model.load_state_dict(maps, strict=False, assign=True)
-    for m in linear_layers(model).values(): m.feature_map.requires_grad_()
+    names = _fill_maps(model, path, files, config)
     if '_adapter_model_path' in adapter:
         file = adapter.pop('_adapter_model_path')
         lost = [k for k in model.load_adapter(file, adapter_kwargs=adapter).missing_keys if '.feature_map.' in k]

@@ -150,6 +150,7 @@ def split_rows(
     "Cut a sequence; pieces are empty where it is shorter than `n`."
     return [rows[len(rows)*i//n:len(rows)*(i+1)//n] for i in range(n)]
 
+# %% ../../nbs/09_training.ipynb #95e7543d
 class Placeholder(dict): "Inputs of a piece that has no rows of its own. All processes compute equally many pieces; this one counts nothing."
 
 class StepBatches:
@@ -200,6 +201,7 @@ class StepBatches:
         first,last = max(self.done, self.epoch*self.per_epoch),min((self.epoch+1)*self.per_epoch, self.steps)
         return islice(self.all, max(0, last-first)*self.pieces)
 
+# %% ../../nbs/09_training.ipynb #e54563df
 def training_steps(
     data:TrainingData, # What is trained on
     steps:int=None, # Optimiser steps

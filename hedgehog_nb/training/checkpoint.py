@@ -79,6 +79,7 @@ class TrainingHistory:
         state = load_state(path)
         return cls(*state['history'].T.tolist(), state['evaluations'])
 
+# %% ../../nbs/09_training.ipynb #0bd6a9d0
 _TIMES = 'runtime','samples_per_second','steps_per_second','model_preparation_time'
 
 class TrainingCheckpoint(transformers.TrainerCallback):

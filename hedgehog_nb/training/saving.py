@@ -71,6 +71,7 @@ def _maps(model):
     trained = {n:m.modules_to_save[m.active_adapter] if hasattr(m, 'modules_to_save') else m for n,m in maps.items()}
     return {f'{n}.feature_map.{k}':t for n,m in trained.items() for k,t in m.state_dict().items()}
 
+# %% ../../nbs/09_training.ipynb #1fc9916d
 def _plain(module, weight):
     "A weight in plain numbers, where `module` keeps it quantised."
     from peft.utils.integrations import dequantize_module_weight
@@ -112,6 +113,7 @@ def _check_original(model, kept, path):
             "and the model given has others", stacklevel=3)
     elif apart[n]>.02: warnings.warn(f"{path} was trained on {kept['base'] or 'a model'} at another precision, or in another state: {what}", stacklevel=3)
 
+# %% ../../nbs/09_training.ipynb #a0d427e8
 def _add_adapters(model, path):
     "The model with the adapters of a folder. Raises `ValueError` where they are damaged, incomplete, or no safetensors."
     from peft import PeftModel, get_peft_model_state_dict
