@@ -13,6 +13,7 @@ from numbers import Real
 from fastcore.basics import patch
 from torch import nn
 from .base import FeatureMap, register_attention
+from ..kernels.cpu.maps import c_map, suits_map
 from ..ops.features import per_head
 from ..ops.hedgehog import exp2_features, one_exp_is_faster, plain_features, FORMS, hedgehog_features, LOG2E
 
@@ -51,12 +52,13 @@ class Hedgehog(FeatureMap):
     @property
     def feature_dim(self): return 2*self.num_maps*self.head_dim
     def _features(self, x, w, b):
+        if suits_map(x, w): return c_map(x, w, b, self.form)
         if torch.is_grad_enabled() or not one_exp_is_faster(x): return hedgehog_features(per_head(x, w, b), self.form)
         y = per_head(x*LOG2E, w, None if b is None else b*LOG2E).to(torch.promote_types(x.dtype, torch.float32)) # scaled on the way in
         return exp2_features(y, self.form) or plain_features(y/LOG2E, self.form)
     def map_q(self, q): return self._features(q, self.w_q, self.b_q)[0]
     def map_k(self, k): return self._features(k, self.w_k, self.b_k)
-    def log_q(self, q): return self._features(q, self.w_q, self.b_q)[1]
+    def log_q(self, q): return self._features(q, self.w_q, self.b_q)[1] if self.form=='exp' else None
     def extra_repr(self): return f"{super().extra_repr()}, form={self.form!r}, num_maps={self.num_maps}"
 
 # %% ../../nbs/05_hedgehog.ipynb #held0002

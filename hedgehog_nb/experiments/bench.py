@@ -132,7 +132,7 @@ def _(c, x):
     return f
 
 def _in_c(x):
-    from hedgehog_nb.kernels.cpu import library
+    from hedgehog_nb.kernels.cpu.build import library
     require(library()[0] is not None, library()[1])
 
 @register_benchmark('hedgehog', 'forward', 'train')

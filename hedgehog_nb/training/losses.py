@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from ..attentions.base import Attention
 from ..functional import linear_attention
+from ..kernels.cpu.build import for_all_threads, holds_numbers
+from ..kernels.cpu.loss import loss_sums
 from ..ops.common import check_qkv, no_autocast, repeat_kv, make_attention_mask
 from ..ops.linear import LOG_ZERO, prepare_keys
 from ..ops.softmax import softmax_attention, softmax_weights
@@ -80,10 +82,9 @@ def _weight_loss_rows(by_row, by_key, hide, keep, window):
     return loss, ((g@pk).unflatten(1, split), None if lq is None else gu.sum(-1)), (g.mT@pq.flatten(1,2), None if lk is None else gu.sum((1,2)))
 
 # %% ../../nbs/06_distillation.ipynb #31b4951f
-def _c_supports(of_rows, phi_q, log_k, log_q, window, q):
+def _c_supports(of_rows, phi_q, q):
     "Does the compiled kernel do this loss?"
-    if of_rows is not _weight_loss_rows or log_k is not None or log_q is not None or window or q.device.type!='cpu' or phi_q.dtype==torch.float64: return False
-    from hedgehog_nb.kernels.cpu import for_all_threads, holds_numbers
+    if of_rows is not _weight_loss_rows or q.device.type!='cpu' or phi_q.dtype==torch.float64: return False
     return holds_numbers(phi_q, q) and for_all_threads()
 
 class _StreamedLoss(torch.autograd.Function):
@@ -96,10 +97,10 @@ class _StreamedLoss(torch.autograd.Function):
         by_row = [None if x is None else x.unflatten(1, (Hkv,-1)) for x in by_row]; by_row[2] = by_row[2]*scale
         real = torch.ones(B, T, dtype=torch.bool, device=q.device) if mask is None else mask.bool()
         n,loss = real.sum()*H,real.new_zeros((), dtype=dt)
-        if _c_supports(of_rows, phi_q, log_k, log_q, window, q):
-            from hedgehog_nb.kernels.cpu import loss_sums
-            loss,dq,dk = loss_sums(phi_q, phi_k, by_row[2].flatten(1,2), k, causal, mask)
-            ctx.save_for_backward(dq.unflatten(1, (Hkv,-1))/n, None, dk/n, None)
+        if _c_supports(of_rows, phi_q, q):
+            loss,*grads = loss_sums(phi_q, phi_k, by_row[2].flatten(1,2), k, causal, mask, log_q, log_k, window)
+            dq,dk,dlq,dlk = (None if d is None else d/n for d in grads)
+            ctx.save_for_backward(*(None if d is None else d.unflatten(1, (Hkv,-1)) for d in (dq, dlq)), dk, dlk)
             return loss/n
         d_row,d_key = [[None if x is None else torch.zeros_like(x) for x in xs[:2]] for xs in (by_row, by_key)]
         for b in range(B):

@@ -1,0 +1,1 @@
+"Kernels in C, compiled for the processor that is there."

@@ -1,0 +1,892 @@
+// Linear attention, its hybrid with a softmax window, the Hedgehog map and the loss that distils it, for CPUs.
+// Chapter kernels/10_cpu shows this file region by region, and tests each.
+// float throughout. Matrices have rows of a multiple of 16 numbers, filled up with zeros (`up`).
+
+// region: vectors
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__AVX512F__)
+enum {VL=16, MR=8, NR=2}; // numbers of a vector; rows and vectors of a tile
+#elif defined(__AVX__)
+enum {VL=8, MR=4, NR=2};
+#else
+enum {VL=4, MR=8, NR=2};
+#endif
+typedef float vec __attribute__((vector_size(4*VL), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(4*VL), aligned(4), may_alias));
+#define V(p) (*(vec*)(p))
+#define INLINE static inline __attribute__((always_inline))
+static long up(long n) { return (n+15)/16*16; }
+INLINE vec pick(ivec m, vec a, vec b) { return (vec)((m & (ivec)a) | (~m & (ivec)b)); }
+INLINE float sum_v(vec x) { float s[VL]; V(s) = x; for (int n=VL/2; n; n/=2) for (int i=0; i<n; i++) s[i] += s[i+n]; return s[0]; }
+INLINE float max_v(vec x) { float s[VL]; V(s) = x; for (int n=VL/2; n; n/=2) for (int i=0; i<n; i++) s[i] = s[i]>s[i+n] ? s[i] : s[i+n]; return s[0]; }
+// endregion
+
+// region: product
+INLINE void tile(int nr, long K, const float *a, long ai, long ak, const float *b, long lb, float *c, long lc, int add) {
+  vec s[MR][NR];
+  for (int i=0; i<MR; i++) for (int j=0; j<nr; j++) s[i][j] = add ? V(c+i*lc+j*VL) : (vec){0};
+  for (long k=0; k<K; k++) {
+    vec x[NR];
+    for (int j=0; j<nr; j++) x[j] = V(b+k*lb+j*VL);
+    for (int i=0; i<MR; i++) for (int j=0; j<nr; j++) s[i][j] += x[j]*a[i*ai+k*ak];
+  }
+  for (int i=0; i<MR; i++) for (int j=0; j<nr; j++) V(c+i*lc+j*VL) = s[i][j];
+}
+
+// c (M, N) = a (M, K) b (K, N), added to c if `add`; rows and columns of a lie ai and ak apart
+void product(long M, long N, long K, const float *a, long ai, long ak, const float *b, long lb, float *c, long lc, long add) {
+  long j = 0;
+  for (; j+NR*VL<=N; j+=NR*VL) for (long i=0; i<M; i+=MR) tile(NR, K, a+i*ai, ai, ak, b+j, lb, c+i*lc+j, lc, add);
+  for (; j<N; j+=VL) for (long i=0; i<M; i+=MR) tile(1, K, a+i*ai, ai, ak, b+j, lb, c+i*lc+j, lc, add);
+}
+// endregion
+
+// region: transpose
+#if defined(__clang__) || __GNUC__>=12
+typedef float oct __attribute__((vector_size(32), aligned(4), may_alias));
+#define MIX __builtin_shufflevector
+INLINE void turn(const float *a, long la, float *b, long lb) { // 8 × 8, in registers
+  oct r[8], t[8];
+  for (int i=0; i<8; i++) r[i] = *(oct*)(a+i*la);
+  for (int i=0; i<8; i+=2) { t[i] = MIX(r[i],r[i+1],0,8,1,9,4,12,5,13); t[i+1] = MIX(r[i],r[i+1],2,10,3,11,6,14,7,15); }
+  for (int i=0; i<8; i+=4) for (int j=0; j<2; j++) {
+    r[i+2*j] = MIX(t[i+j],t[i+j+2],0,1,8,9,4,5,12,13); r[i+2*j+1] = MIX(t[i+j],t[i+j+2],2,3,10,11,6,7,14,15);
+  }
+  for (int i=0; i<4; i++) {
+    *(oct*)(b+i*lb) = MIX(r[i],r[i+4],0,1,2,3,8,9,10,11); *(oct*)(b+(i+4)*lb) = MIX(r[i],r[i+4],4,5,6,7,12,13,14,15);
+  }
+}
+#else
+INLINE void turn(const float *a, long la, float *b, long lb) { for (int i=0; i<8; i++) for (int j=0; j<8; j++) b[j*lb+i] = a[i*la+j]; }
+#endif
+// b (N, M) = a (M, N) transposed
+void transpose(const float *a, long la, long M, long N, float *b, long lb) {
+  for (long j=0; j<N; j+=8) for (long i=0; i<M; i+=8) turn(a+i*la+j, la, b+j*lb+i, lb);
+}
+// endregion
+
+// region: exp
+INLINE vec exp_v(vec x) { // for x of 0 or less
+  x = pick(x < (vec){0}-87.f, (vec){0}-87.f, x);
+  vec n = x*1.44269504f + 12582912.f;
+  ivec e = (ivec)n;
+  n -= 12582912.f;
+  vec r = (x - n*0.693359375f) + n*2.12194440e-4f, p = r*1.9875691500e-4f + 1.3981999507e-3f;
+  p = p*r + 8.3334519073e-3f; p = p*r + 4.1665795894e-2f; p = p*r + 1.6666665459e-1f; p = p*r + 5.0000001201e-1f;
+  return (p*r*r + r + 1.f) * (vec)((e+127) << 23);
+}
+INLINE vec weight_v(vec x) { return pick(x < (vec){0}-87.f, (vec){0}, exp_v(pick(x > (vec){0}, (vec){0}, x))); } // a weight of log x: 0 where it is no number of this size
+static float weight(float x) { return x<-87.f ? 0.f : expf(x); }
+void exp_all(float *x, long n) { for (long i=0; i<n; i+=VL) V(x+i) = exp_v(V(x+i)); }
+// endregion
+
+// region: log
+INLINE vec log_v(vec x) {
+  ivec i = (ivec)x, e = (i>>23) - 126;
+  vec m = (vec)((i & 0x7fffff) | 0x3f000000), y;
+  ivec low = m < (vec){0}+.707106781f;
+  e += low;
+  m += (vec)(low & (ivec)m) - 1.f;
+  y = m*7.0376836292e-2f - 1.1514610310e-1f; y = y*m + 1.1676998740e-1f; y = y*m - 1.2420140846e-1f; y = y*m + 1.4249322787e-1f;
+  y = y*m - 1.6668057665e-1f; y = y*m + 2.0000714765e-1f; y = y*m - 2.4999993993e-1f; y = y*m + 3.3333331174e-1f;
+  vec n = __builtin_convertvector(e, vec), z = m*m;
+  return (m + (y*m*z - n*2.12194440e-4f - z*.5f)) + n*.693359375f;
+}
+void log_all(float *x, long n) { for (long i=0; i<n; i+=VL) V(x+i) = log_v(V(x+i)); }
+// endregion
+
+// region: features
+enum {FEATURES, HALVES, JOINT, EXP}; // forms of the map; FEATURES: no map, the inputs are features already
+#define LOG_ZERO -1e30f              // log weight of a key that is not there
+
+// phi (m, 2E) of y (m, E), of which e columns count; for EXP divided by exp(log), which goes to `l` where that is wanted
+void features(const float *y, long m, long e, long E, long form, float *phi, float *l) {
+  float c = form==JOINT ? 2 : 1;
+  for (long t=0; t<m; t++, y+=E, phi+=2*E) {
+    vec hi = (vec){0}+y[0], lo = hi, a = {0}, b = {0};
+    long i = 0;
+    for (; i+VL<=e; i+=VL) { hi = pick(V(y+i)>hi, V(y+i), hi); lo = pick(V(y+i)<lo, V(y+i), lo); }
+    float top = max_v(hi), low = -max_v(-lo);
+    for (; i<e; i++) { top = y[i]>top ? y[i] : top; low = y[i]<low ? y[i] : low; }
+    if (form!=HALVES) { top = top>-low ? top : -low; low = -top; }
+    if (form==EXP) {
+      for (i=0; i<E; i+=VL) { V(phi+i) = weight_v(V(y+i)-top); V(phi+E+i) = weight_v(low-V(y+i)); }
+      for (i=e; i<E; i++) phi[i] = phi[E+i] = 0;
+      if (l) l[t] = top;
+      continue;
+    }
+    for (i=0; i<E; i+=VL) { V(phi+i) = exp_v((V(y+i)-top)*c); V(phi+E+i) = exp_v((low-V(y+i))*c); }
+    for (i=e; i<E; i++) phi[i] = phi[E+i] = 0;
+    for (i=0; i<E; i+=VL) { a += V(phi+i); b += V(phi+E+i); }
+    float p = sum_v(a), q = sum_v(b);
+    if (form==JOINT) p = q = p+q;
+    p = 1/p; q = 1/q;
+    for (i=0; i<E; i+=VL) { V(phi+i) *= p; V(phi+E+i) *= q; }
+  }
+}
+
+// dy (m, E) from phi and its gradient g (m, 2E)
+void features_back(const float *phi, const float *g, long m, long E, long form, float *dy) {
+  float c = form==JOINT ? 2 : 1;
+  for (long t=0; t<m; t++, dy+=E, phi+=2*E, g+=2*E) {
+    vec a = {0}, b = {0};
+    if (form!=EXP) for (long i=0; i<E; i+=VL) { a += V(phi+i)*V(g+i); b += V(phi+E+i)*V(g+E+i); }
+    float p = sum_v(a), q = sum_v(b);
+    if (form==JOINT) p = q = p+q;
+    for (long i=0; i<E; i+=VL) V(dy+i) = (V(phi+i)*(V(g+i)-p) - V(phi+E+i)*(V(g+E+i)-q))*c;
+  }
+}
+// endregion
+
+// region: records
+enum {C=64}; // tokens of a chunk
+typedef struct { // sizes of a call; Python reads the names here
+  int64_t threads, parts, // each sequence is cut in `parts`
+    B, N, G, T, D, V, E,  // N key-value heads, G query heads for each; channels of the map's inputs (or features), of values, of the map's output
+    form, causal, keep,   // of the map; see only what came before?; will a backward pass follow?
+    logs, past, window, R, // are there log weights?; keys before the first query; keys seen by softmax, of R channels
+    qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, gb, gh, gt, rqb, rqh, rqt, rkb, rkh, rkt; // strides of batch, head, token
+} Sizes;
+typedef struct { // pointers, null where there is nothing
+  float *q, *k, *v, *wq, *wk, *bq, *bk, *mask, *logk, // inputs; the map's matrices and biases; (B, past+T) bytes; (B, N, past+T) log weights
+    *rq, *rk, *logq, *gamma, *scale,                  // of the window: queries, keys, log weights of the queries, (H,) of the window, one number
+    *S0, *z0, *m0, *o, *S, *z, *m,                    // state before, outputs, state after
+    *den, *top, *states, *sums,                       // (B, H, T) normalisers and (B, N, T) largest log weights; states before each chunk; of each part
+    *g, *dS, *dz,                                     // gradients of o, S, z
+    *dq, *dk, *dv, *dwq, *dwk, *dbq, *dbk, *dlogk, *drq, *drk, *dlogq, *dgamma, *dS0, *dz0; // gradients of the inputs
+} Data;
+#define AT(x, B_, H_, T_) (d->x + (B_)*n->x##b + (H_)*n->x##h + (T_)*n->x##t)
+#define KEYS (n->past+n->T)                                       // how many there are
+#define QUERY(x, w) (d->x + ((b*n->T+t)*n->N*n->G+H)*(w))         // row t of head H in memory (B, T, H, w)
+#define KEY(x, s, w) (d->x + ((b*KEYS+(s))*n->N+h)*(w))           // row s of head h in memory (B, past+T, N, w)
+// endregion
+
+// region: workspace
+// What one thread needs for a chunk. Each buffer is declared once: its name and its size in numbers.
+#define FORWARD_BUFFERS(X) \
+  X(x, C*D) X(y, C*E) X(q, C*F) X(k, C*F) X(kT, F*C) X(v, C*V) X(A, C*C) X(o, C*V) X(S, F*V) X(z, F) X(m, 16) X(wq, n->G*D*E) X(wk, D*E) \
+  X(l, C) X(c, C) X(e, C) X(w, C)                          /* log weights of keys; largest before a query; exp(m-c) of queries; weights of keys */
+#define BACKWARD_BUFFERS(X) \
+  X(vT, V*C) X(dA, C*C) X(ST, V*F) X(dS, F*V) X(dST, V*F) X(dz, F) X(g, C*V) X(gd, C) X(dphi, C*F) X(dx, C*D) X(dk, C*F) X(dv, C*V) X(W, E*D) \
+  X(dw, (n->G+1)*E*(D+1))
+#define WINDOW_BUFFERS(X) X(rq, C*R) X(rk, reach*R) X(rkT, R*reach) X(vb, reach*V) X(hide, reach) X(P, C*band)
+#define WINDOW_BACKWARD_BUFFERS(X) X(vbT, V*reach) X(dP, C*band) X(drq, C*R) X(drk, reach*R) X(dvb, reach*V)
+
+#define FIELD(name, size) float *name;
+#define COUNT(name, size) total += up(size);
+#define PLACE(name, size) r.name = p; p += up(size);
+#define BUFFERS(X) \
+  { FORWARD_BUFFERS(X) if (back) { BACKWARD_BUFFERS(X) } if (n->window) { WINDOW_BUFFERS(X) } if (n->window && back) { WINDOW_BACKWARD_BUFFERS(X) } }
+typedef struct {
+  long D, V, E, F, chunks, R, reach, band; // sizes filled up; R channels of the keys that a chunk's windows reach, and of those that 16 queries' do
+  FORWARD_BUFFERS(FIELD) BACKWARD_BUFFERS(FIELD) WINDOW_BUFFERS(FIELD) WINDOW_BACKWARD_BUFFERS(FIELD)
+} Room;
+
+static _Thread_local float *space;
+static _Thread_local long have;
+static float *floats(long n) { // room for n numbers, which a thread keeps
+  if (have<n) {
+    free(space); space = aligned_alloc(64, 4*up(n)); have = n;
+    if (!space) { fprintf(stderr, "hedgehog_nb: no memory for %ld MiB\n", n>>18); abort(); }
+  }
+  return space;
+}
+
+static Room room(const Sizes *n, int back) {
+  long D = up(n->D), V = up(n->V), E = up(n->E), F = n->form ? 2*E : D, R = up(n->R), band = up(n->window+15), reach = C+band, total = 0;
+  Room r = {.D=D, .V=V, .E=E, .F=F, .chunks=(n->T+C-1)/C, .R=R, .reach=reach, .band=band};
+  BUFFERS(COUNT)
+  float *p = floats(total);
+  BUFFERS(PLACE)
+  return r;
+}
+// endregion
+
+// region: moves
+// b (M, W) = a (m, w), zeros around it
+static void rows_in(const float *a, long la, long m, long M, long w, float *b, long W) {
+  for (long i=0; i<m; i++) { memcpy(b+i*W, a+i*la, 4*w); memset(b+i*W+w, 0, 4*(W-w)); }
+  memset(b+m*W, 0, 4*W*(M-m));
+}
+static void rows_out(const float *a, long W, long m, long w, float *b, long lb) { for (long i=0; i<m; i++) memcpy(b+i*lb, a+i*W, 4*w); }
+static void rows_add(const float *a, long W, long m, long w, float *b, long lb) { for (long i=0; i<m; i++) for (long j=0; j<w; j++) b[i*lb+j] += a[i*W+j]; }
+static void scale_row(float *a, long W, float by) { for (long j=0; j<W; j+=VL) V(a+j) *= by; }
+static float dot_row(const float *a, const float *b, long W) { vec s = {0}; for (long j=0; j<W; j+=VL) s += V(a+j)*V(b+j); return sum_v(s); }
+
+// A state has F rows, the plus half and the minus half one after the other; in the room each half is filled up
+static long width(const Sizes *n) { return n->form ? 2*n->E : n->D; }
+static long row(const Sizes *n, const Room *r, long i) { return n->form && i>=n->E ? i-n->E+r->E : i; }
+static void state_in(const Sizes *n, const Room *r, const float *S, const float *z, long head, float *to, float *tz) {
+  memset(to, 0, 4*r->F*r->V); memset(tz, 0, 4*r->F);
+  if (S) for (long f=width(n), i=0; i<f; i++) { memcpy(to+row(n,r,i)*r->V, S+(head*f+i)*n->V, 4*n->V); tz[row(n,r,i)] = z[head*f+i]; }
+}
+static void state_out(const Sizes *n, const Room *r, const float *S, const float *z, float *to, float *tz, long head) {
+  for (long f=width(n), i=0; i<f; i++) { memcpy(to+(head*f+i)*n->V, S+row(n,r,i)*r->V, 4*n->V); tz[head*f+i] = z[row(n,r,i)]; }
+}
+static void save(const Room *r, const float *S, const float *z, float m, float *to) { memcpy(to, S, 4*r->F*r->V); memcpy(to+r->F*r->V, z, 4*r->F); to[r->F*(r->V+1)] = m; }
+static float load(const Room *r, const float *from, float *S, float *z) { memcpy(S, from, 4*r->F*r->V); memcpy(z, from+r->F*r->V, 4*r->F); return from[r->F*(r->V+1)]; }
+#define SAVED (r->F*(r->V+1)+16) // numbers of a saved state: S, z and m
+static void scale_state(const Room *r, float *S, float *z, float by) { if (by!=1) { scale_row(S, r->F*r->V, by); scale_row(z, r->F, by); } }
+static float no_keys(const Sizes *n) { return n->logs ? LOG_ZERO : 0; } // m of a state that has seen nothing
+// endregion
+
+// region: chunk
+static void weights_in(const Sizes *n, const Data *d, const Room *r, long h) { // W transposed, so that the map is a product
+  long E = r->E, D = r->D, e = n->E, c = n->D;
+  if (n->form) for (long g=0; g<=n->G; g++) {
+    const float *w = g<n->G ? d->wq+(h*n->G+g)*e*c : d->wk+h*e*c;
+    float *to = g<n->G ? r->wq+g*D*E : r->wk;
+    if (e%8==0 && c%8==0) transpose(w, c, e, c, to, E);
+    else for (long i=0; i<e; i++) for (long j=0; j<c; j++) to[j*E+i] = w[i*c+j];
+    for (long j=0; j<c; j++) memset(to+j*E+e, 0, 4*(E-e));
+  }
+}
+
+// Features phi (M, F) of the rows a (m, D), zeros below; log weights to l where the form has them
+static void map(const Sizes *n, const Room *r, const float *a, long la, long m, long M, const float *w, const float *b, float *phi, float *l) {
+  if (!n->form) { rows_in(a, la, m, M, n->D, phi, r->D); return; }
+  if (m%16) { rows_in(a, la, m, up(m), n->D, r->x, r->D); a = r->x; la = r->D; }
+  product(up(m), r->E, n->D, a, la, 1, w, r->E, r->y, r->E, 0);
+  if (b) for (long i=0; i<m; i++) for (long e=0; e<n->E; e++) r->y[i*r->E+e] += b[e];
+  features(r->y, m, n->E, r->E, n->form, phi, l);
+  memset(phi+m*r->F, 0, 4*r->F*(M-m));
+}
+
+static long first_key(const Sizes *n, long t) { return t+n->past-n->window; } // the oldest that leaves the window at query t; below 0 there is none
+static long missing(const Sizes *n, long t, long m) { long s = first_key(n, t); return s>=0 ? 0 : -s<m ? -s : m; }
+
+// Keys and values that the queries t to t+m add to the state, one after another
+static void keys(const Sizes *n, const Data *d, const Room *r, long b, long h, long t, long m) {
+  long none = missing(n, t, m), s = first_key(n, t)+none, M = up(m);
+  float *l = r->l+none;
+  memset(r->k, 0, 4*r->F*none); memset(r->v, 0, 4*r->V*none);
+  map(n, r, AT(k,b,h,s), n->kt, m-none, M-none, r->wk, d->bk ? d->bk+h*n->E : 0, r->k+none*r->F, l);
+  rows_in(AT(v,b,h,s), n->vt, m-none, M-none, n->V, r->v+none*r->V, r->V);
+  if (n->logs) {
+    if (d->logk) memcpy(l, d->logk+(b*n->N+h)*KEYS+s, 4*(m-none)); else if (n->form!=EXP) memset(l, 0, 4*(m-none));
+    for (long i=0; i<none; i++) r->l[i] = LOG_ZERO;
+    for (long i=m; i<C; i++) r->l[i] = LOG_ZERO;
+  }
+  if (d->mask) for (long i=none; i<m; i++) if (!((uint8_t*)d->mask)[b*KEYS+s+i-none]) { memset(r->k+i*r->F, 0, 4*r->F); if (n->logs) r->l[i] = LOG_ZERO; }
+  transpose(r->k, r->F, M, r->F, r->kT, C);
+}
+
+// With log weights, what is seen before query i is measured by the largest of them, c_i; e_i brings the state before the chunk, of m, to it
+static float largest(const Room *r, float m, long rows) { // returns that after the chunk
+  for (long i=0; i<rows; i++) { r->c[i] = i ? r->c[i-1] : m; if (r->l[i]>r->c[i]) r->c[i] = r->l[i]; }
+  for (long i=0; i<rows; i++) r->e[i] = weight(m-r->c[i]);
+  return r->c[rows-1];
+}
+static void triangle(float *A, long M) { for (long i=0; i<M; i++) memset(A+i*C+i+1, 0, 4*(up(i+1)-i-1)); }
+static void weigh(const Room *r, float *A, float *A2, long m) { // row i times exp(l_j - c_i); of A2 too
+  for (long i=0; i<m; i++) {
+    long j = i && r->c[i]==r->c[i-1] ? i/VL*VL : 0;
+    for (; j<=i; j+=VL) V(r->w+j) = weight_v(V(r->l+j)-r->c[i]);
+    for (j=0; j<=i; j+=VL) { V(A+i*C+j) *= V(r->w+j); if (A2) V(A2+i*C+j) *= V(r->w+j); }
+  }
+}
+// endregion
+
+// region: near
+// Raw keys and values that the window of some query t to t+m reaches; scaled, and with what is to be added to the score of one that is not there
+static void near_keys(const Sizes *n, const Data *d, const Room *r, long b, long h, long t, long m, int back) {
+  long s = first_key(n, t)+1, R = r->R, L = r->reach, V_ = r->V;
+  for (long i=0; i<L; i++) {
+    int there = s+i>=0 && i<m+n->window-1 && (!d->mask || ((uint8_t*)d->mask)[b*KEYS+s+i]);
+    r->hide[i] = there ? 0 : LOG_ZERO;
+    memset(r->rk+i*R, 0, 4*R); memset(r->vb+i*V_, 0, 4*V_);
+    if (!there) continue;
+    const float *k = AT(rk,b,h,s+i);
+    for (long j=0; j<n->R; j++) r->rk[i*R+j] = k[j]**d->scale;
+    memcpy(r->vb+i*V_, AT(v,b,h,s+i), 4*n->V);
+  }
+  transpose(r->rk, R, L, R, r->rkT, L);
+  if (back) transpose(r->vb, V_, L, V_, r->vbT, L);
+}
+
+// Weights P of the window, relative to the largest score or log weight of all that query i sees, which goes to near[i]
+static void near_weights(const Sizes *n, const Data *d, const Room *r, long b, long H, long t, long m, float *near) {
+  long M = up(m), W = r->band, w = n->window;
+  float gamma = d->gamma ? d->gamma[H] : 0;
+  rows_in(AT(rq,b,H,t), n->rqt, m, M, n->R, r->rq, r->R);
+  for (long i0=0; i0<M; i0+=16) {
+    product(16, W, r->R, r->rq+i0*r->R, r->R, 1, r->rkT+i0, r->reach, r->P+i0*W, W, 0);
+    for (long i=i0; i<i0+16; i++) {
+      float *p = r->P+i*W;
+      if (i>=m) { memset(p, 0, 4*W); continue; }
+      for (long j=0; j<W; j+=VL) V(p+j) += V(r->hide+i0+j)+gamma;
+      for (long j=0; j<i-i0; j++) p[j] = LOG_ZERO;
+      for (long j=i-i0+w; j<W; j++) p[j] = LOG_ZERO;
+      vec most = V(p);
+      for (long j=VL; j<W; j+=VL) most = pick(V(p+j)>most, V(p+j), most);
+      float top = max_v(most), far = r->c[i] + (d->logq ? d->logq[(b*n->N*n->G+H)*n->T+t+i] : 0);
+      if (top<LOG_ZERO/2) { memset(p, 0, 4*W); near[i] = far; continue; }
+      near[i] = top>far ? top : far;
+      for (long j=0; j<W; j+=VL) V(p+j) = weight_v(V(p+j)-near[i]);
+    }
+  }
+}
+static float far_weight(const Sizes *n, const Data *d, const Room *r, long b, long H, long t, long i, float near) { // of what is older than the window
+  return weight(r->c[i] + (d->logq ? d->logq[(b*n->N*n->G+H)*n->T+t+i] : 0) - near);
+}
+// endregion
+
+// region: forward
+static void outputs(const Sizes *n, const Data *d, const Room *r, long b, long H, const float *w, long t, long m) {
+  long M = up(m), F = r->F, W = r->V;
+  float den[C], near[C];
+  int weighed = n->logs && n->causal;
+  map(n, r, AT(q,b,H,t), n->qt, m, M, w, d->bq ? d->bq+H*n->E : 0, r->q, 0);
+  for (long i=0; i<m; i++) den[i] = dot_row(r->q+i*F, r->z, F);
+  if (weighed || !n->causal) product(M, W, F, r->q, F, 1, r->S, W, r->o, W, 0);
+  if (weighed) for (long i=0; i<m; i++) { scale_row(r->o+i*W, W, r->e[i]); den[i] *= r->e[i]; }
+  if (n->causal) {
+    for (long i=0; i<M; i+=16) product(16, i+16, F, r->q+i*F, F, 1, r->kT, C, r->A+i*C, C, 0);
+    if (weighed) weigh(r, r->A, 0, m);
+    triangle(r->A, M);
+    for (long i=0; i<M; i+=16) product(16, W, i+16, r->A+i*C, C, 1, r->v, W, r->o+i*W, W, weighed);
+    if (!weighed) product(M, W, F, r->q, F, 1, r->S, W, r->o, W, 1);
+    for (long i=0; i<m; i++) { vec s = {0}; for (long j=0; j<=i; j+=VL) s += V(r->A+i*C+j); den[i] += sum_v(s); }
+  }
+  if (n->window) {
+    near_weights(n, d, r, b, H, t, m, near);
+    for (long i=0; i<m; i++) { float f = far_weight(n, d, r, b, H, t, i, near[i]); scale_row(r->o+i*W, W, f); den[i] *= f; }
+    for (long i=0; i<M; i+=16) product(16, W, r->band, r->P+i*r->band, r->band, 1, r->vb+i*W, W, r->o+i*W, W, 1);
+    for (long i=0; i<m; i++) { vec s = {0}; for (long j=0; j<r->band; j+=VL) s += V(r->P+i*r->band+j); den[i] += sum_v(s); }
+  }
+
+  for (long i=0; i<m; i++) {
+    float x = fabsf(den[i])<=1e-30f ? 1e-30f : den[i], *to = AT(o,b,H,t+i), *res = W==n->V ? to : r->o+i*W;
+    if (d->den) d->den[(b*n->N*n->G+H)*n->T+t+i] = x;
+    for (long j=0; j<W; j+=VL) V(res+j) = V(r->o+i*W+j)*(1/x);
+    if (res!=to) memcpy(to, res, 4*n->V);
+  }
+}
+
+static void add_keys(const Sizes *n, const Room *r, long m, float after) { // of log weights relative to `after`
+  if (n->logs) {
+    scale_state(r, r->S, r->z, weight(*r->m-after));
+    for (long j=0; j<up(m); j+=VL) V(r->w+j) = weight_v(V(r->l+j)-after);
+    for (long f=0; f<r->F; f++) for (long j=0; j<up(m); j+=VL) V(r->kT+f*C+j) *= V(r->w+j);
+    *r->m = after;
+  }
+  product(r->F, r->V, up(m), r->kT, C, 1, r->v, r->V, r->S, r->V, 1);
+  for (long f=0; f<r->F; f++) { vec s = {0}; for (long j=0; j<up(m); j+=VL) s += V(r->kT+f*C+j); r->z[f] += sum_v(s); }
+}
+
+static long edge(const Sizes *n, long p) { long x = (n->T+C-1)/C*p/n->parts*C; return x<n->T ? x : n->T; } // first token of a part
+static float *sums_of(const Sizes *n, const Data *d, const Room *r, long head, long p) { return d->sums+(head*n->parts+p)*SAVED; }
+
+static void sum_part(const Sizes *n, const Data *d, long b, long h, long p) {
+  Room all = room(n, 0), *r = &all;
+  weights_in(n, d, r, h);
+  memset(r->S, 0, 4*r->F*r->V); memset(r->z, 0, 4*r->F); *r->m = no_keys(n);
+  for (long t=edge(n,p), end=edge(n,p+1); t<end; t+=C) {
+    long m = end-t<C ? end-t : C;
+    keys(n, d, r, b, h, t, m);
+    add_keys(n, r, m, n->logs ? largest(r, *r->m, m) : 0);
+  }
+  save(r, r->S, r->z, *r->m, sums_of(n, d, r, b*n->N+h, p));
+}
+
+// From what each part adds to the state before it, or behind it (`back`: of gradients, each relative to the m before its part, which only falls)
+static void chain(const Sizes *n, const Data *d, long head, const float *S0, const float *z0, float m, float *S, float *z, int back) {
+  Room all = room(n, 0), *r = &all;
+  state_in(n, r, S0, z0, head, r->S, r->z);
+  for (long i=0; i<n->parts; i++) {
+    float *x = sums_of(n, d, r, head, back ? n->parts-1-i : i), *y = x+r->F*r->V, own = x[SAVED-16], after = back || own>m ? own : m;
+    float keep = n->logs ? weight(back ? after-m : m-after) : 1, add = n->logs && !back ? weight(own-after) : 1;
+    for (long j=0; j<r->F*r->V; j++) { float was = r->S[j]; r->S[j] = was*keep+x[j]*add; x[j] = was; }
+    for (long j=0; j<r->F; j++) { float was = r->z[j]; r->z[j] = was*keep+y[j]*add; y[j] = was; }
+    x[SAVED-16] = m; m = after;
+  }
+  if (!n->causal) for (long p=0; p<n->parts; p++) save(r, r->S, r->z, m, sums_of(n, d, r, head, p));
+  state_out(n, r, r->S, r->z, S, z, head);
+  if (!back) d->m[head] = m;
+}
+
+static void forward_part(const Sizes *n, const Data *d, long b, long h, long p) {
+  Room all = room(n, 0), *r = &all;
+  long head = b*n->N+h, alone = n->causal && n->parts==1;
+  weights_in(n, d, r, h);
+  if (alone) { state_in(n, r, d->S0, d->z0, head, r->S, r->z); *r->m = d->m0 ? d->m0[head] : no_keys(n); }
+  else *r->m = load(r, sums_of(n, d, r, head, p), r->S, r->z);
+  for (long t=edge(n,p), end=edge(n,p+1); t<end; t+=C) {
+    long m = end-t<C ? end-t : C;
+    float after = *r->m;
+    if (n->keep && n->causal) save(r, r->S, r->z, *r->m, d->states+(head*r->chunks+t/C)*SAVED);
+    if (n->causal) {
+      keys(n, d, r, b, h, t, m);
+      if (n->logs) after = largest(r, *r->m, m);
+      if (n->logs && n->keep) memcpy(d->top+head*n->T+t, r->c, 4*m);
+    }
+    if (n->window) near_keys(n, d, r, b, h, t, m, 0);
+    for (long g=0; g<n->G; g++) outputs(n, d, r, b, h*n->G+g, r->wq+g*r->D*r->E, t, m);
+    if (n->causal) add_keys(n, r, m, after);
+  }
+  if (alone) { state_out(n, r, r->S, r->z, d->S, d->z, head); d->m[head] = *r->m; }
+}
+// endregion
+
+// region: step
+static float dot(const float *a, const float *b, long n) {
+  vec s = {0};
+  long i = 0;
+  for (; i+VL<=n; i+=VL) s += V(a+i)*V(b+i);
+  float res = sum_v(s);
+  for (; i<n; i++) res += a[i]*b[i];
+  return res;
+}
+
+static void map_one(const Sizes *n, const Room *r, const float *x, const float *w, const float *b, float *phi, float *l) { // features without zeros between the halves
+  if (!n->form) { memcpy(phi, x, 4*n->D); return; }
+  for (long e=0; e<n->E; e++) r->y[e] = dot(w+e*n->D, x, n->D) + (b ? b[e] : 0);
+  memset(r->y+n->E, 0, 4*(r->E-n->E));
+  features(r->y, 1, n->E, r->E, n->form, phi, l);
+  memmove(phi+n->E, phi+r->E, 4*n->E);
+}
+
+// S = keep·S0 + w·k vᵀ and z alike; S0 may be null
+static void state_step(long f, long W, const float *S0, const float *z0, float keep, const float *k, float w, const float *v, float *S, float *z) {
+  for (long i=0; i<f; i++) {
+    float x = w*k[i];
+    z[i] = (S0 ? keep*z0[i] : 0) + x;
+    if (S0) for (long j=0; j<W; j++) S[i*W+j] = keep*S0[i*W+j] + x*v[j]; else for (long j=0; j<W; j++) S[i*W+j] = x*v[j];
+  }
+}
+
+static void step_head(const Sizes *n, const Data *d, long b, long h) {
+  Room all = room(n, 0), *r = &all;
+  long f = width(n), W = n->V, head = b*n->N+h;
+  float *S = d->S+head*f*W, *z = d->z+head*f, m0 = d->m0 ? d->m0[head] : no_keys(n), m = m0, l = 0;
+  map_one(n, r, AT(k,b,h,0), d->wk+h*n->E*n->D, d->bk ? d->bk+h*n->E : 0, r->k, &l);
+  if (d->logk) l = d->logk[head];
+  if (d->mask && !((uint8_t*)d->mask)[b]) { memset(r->k, 0, 4*f); l = LOG_ZERO; }
+  if (n->logs && l>m) m = l;
+  state_step(f, W, d->S0 ? d->S0+head*f*W : 0, d->z0+(d->S0 ? head*f : 0), n->logs ? weight(m0-m) : 1, r->k, n->logs ? weight(l-m) : 1, AT(v,b,h,0), S, z);
+  d->m[head] = m;
+  for (long g=0; g<n->G; g++) {
+    long H = h*n->G+g;
+    float *o = AT(o,b,H,0), *acc = r->o;
+    map_one(n, r, AT(q,b,H,0), d->wq+H*n->E*n->D, d->bq ? d->bq+H*n->E : 0, r->q, 0);
+    float den = dot(r->q, z, f);
+    den = 1/(fabsf(den)<=1e-30f ? 1e-30f : den);
+    memset(acc, 0, 4*W);
+    for (long i=0; i<f; i++) for (long j=0; j<W; j++) acc[j] += r->q[i]*S[i*W+j];
+    for (long j=0; j<W; j++) o[j] = acc[j]*den;
+  }
+}
+
+#define EACH_HEAD for (long i=0; i<n->B*n->N; i++)
+#define EACH_PART for (long i=0; i<n->B*n->N*n->parts; i++)
+#define PART i/n->parts/n->N, i/n->parts%n->N, i%n->parts
+void attention_forward(const Sizes *n, const Data *d) {
+  if (n->T==1 && n->causal && !n->keep && !n->window) {
+    #pragma omp parallel for schedule(dynamic,1) num_threads(n->threads) if(n->B*n->N*n->G>16)
+    EACH_HEAD step_head(n, d, i/n->N, i%n->N);
+    return;
+  }
+  if (!n->causal || n->parts>1) {
+    #pragma omp parallel for schedule(dynamic,1) num_threads(n->threads)
+    EACH_PART sum_part(n, d, PART);
+    #pragma omp parallel for schedule(dynamic,1) num_threads(n->threads)
+    EACH_HEAD chain(n, d, i, d->S0, d->z0, d->m0 ? d->m0[i] : no_keys(n), d->S, d->z, 0);
+  }
+  #pragma omp parallel for schedule(dynamic,1) num_threads(n->threads)
+  EACH_PART forward_part(n, d, PART);
+}
+// endregion
+
+// region: window_step
+// One token of the hybrid, a ring of the last `w` keys (B, N, w, ·) before it; all arrays contiguous, k_ phi_ and so on those after the token
+static void window_step_head(const long *n, float **a, long head, float scale) {
+  long N = n[1], G = n[2], R = n[3], W = n[4], F = n[5], w = n[6], b = head/N, h = head%N, real = !a[9] || ((uint8_t*)a[9])[b];
+  const float *q = a[0], *k = a[1]+head*R, *v = a[2]+head*W, *fq = a[3], *fk = a[4]+head*F, *logq = a[5], *logk = a[6], *gamma = a[7];
+  const float *K = a[10]+head*w*R, *X = a[11]+head*w*W, *P = a[12]+head*w*F, *L = a[13]+head*w, *S0 = a[14]+head*F*W, *z0 = a[15]+head*F;
+  float *o = a[17], *K1 = a[18]+head*w*R, *X1 = a[19]+head*w*W, *P1 = a[20]+head*w*F, *L1 = a[21]+head*w, *S = a[22]+head*F*W, *z = a[23]+head*F;
+  float l = real ? logk ? logk[head] : 0 : LOG_ZERO, *p = floats(w+F+W), *zero = p+w, *acc = zero+F, m0 = a[16][head];
+  memset(zero, 0, 4*F);
+  const float *out_phi = w ? P : real ? fk : zero, *out_v = w ? X : v; // the key that leaves the window
+  float out_l = w ? *L : l, m = out_l>m0 ? out_l : m0;
+  state_step(F, W, S0, z0, weight(m0-m), out_phi, weight(out_l-m), out_v, S, z);
+  a[24][head] = m;
+  if (w) {
+    memcpy(K1, K+R, 4*(w-1)*R); memcpy(K1+(w-1)*R, k, 4*R); memcpy(X1, X+W, 4*(w-1)*W); memcpy(X1+(w-1)*W, v, 4*W);
+    memcpy(P1, P+F, 4*(w-1)*F); memcpy(P1+(w-1)*F, real ? fk : zero, 4*F); memcpy(L1, L+1, 4*(w-1)); L1[w-1] = l;
+  }
+  for (long g=0; g<G; g++) {
+    long H = h*G+g, at = b*N*G+H;
+    float far = m + (logq ? logq[at] : 0), top = LOG_ZERO, den = 0;
+    for (long j=0; j<w; j++) {
+      p[j] = L1[j]<LOG_ZERO/2 ? LOG_ZERO : dot(q+at*R, K1+j*R, R)*scale + (gamma ? gamma[H] : 0);
+      if (p[j]>top) top = p[j];
+    }
+    int sees = top>LOG_ZERO/2;
+    if (far>top) top = far;
+    float f = weight(far-top);
+    memset(acc, 0, 4*W);
+    for (long i=0; i<F; i++) { float x = f*fq[at*F+i]; den += x*z[i]; for (long j=0; j<W; j++) acc[j] += x*S[i*W+j]; }
+    if (sees) for (long i=0; i<w; i++) {
+      float x = p[i]<LOG_ZERO/2 ? 0 : weight(p[i]-top);
+      den += x;
+      for (long j=0; j<W; j++) acc[j] += x*X1[i*W+j];
+    }
+    den = 1/(fabsf(den)<=1e-30f ? 1e-30f : den);
+    for (long j=0; j<W; j++) o[at*W+j] = acc[j]*den;
+  }
+}
+// sizes: B N G R V F w threads; tensors: q k v phi_q phi_k log_q log_k gamma scale mask, ring k v phi log, S z m, o, and ring and state after
+void window_step(const long *n, float **a) {
+  #pragma omp parallel for schedule(dynamic,1) num_threads(n[7]) if(n[0]*n[1]*n[2]>16)
+  for (long i=0; i<n[0]*n[1]; i++) window_step_head(n, a, i, *a[8]);
+}
+// endregion
+
+// region: backward
+static void map_back(const Sizes *n, const Room *r, const float *a, long la, const float *phi, const float *dphi, long m, const float *w, float *dw, float *to, long ld) {
+  if (!n->form) { rows_out(dphi, r->F, m, n->D, to, ld); return; }
+  long M = up(m), D = r->D, E = r->E;
+  float *db = dw+E*D;
+  features_back(phi, dphi, m, E, n->form, r->y);
+  memset(r->y+m*E, 0, 4*E*(M-m));
+  rows_in(w, n->D, n->E, up(n->E), n->D, r->W, D);
+  product(M, D, n->E, r->y, E, 1, r->W, D, r->dx, D, 0);
+  rows_out(r->dx, D, m, n->D, to, ld);
+  rows_in(a, la, m, M, n->D, r->x, D);
+  product(E, D, M, r->y, 1, E, r->x, D, dw, D, 1);
+  for (long i=0; i<m; i++) for (long e=0; e<E; e+=VL) V(db+e) += V(r->y+i*E+e);
+}
+
+static void gradients_in(const Sizes *n, const Data *d, const Room *r, long b, long H, long t, long m) {
+  memset(r->g, 0, 4*up(m)*r->V); memset(r->gd, 0, 4*up(m));
+  for (long i=0; i<m; i++) {
+    float den = d->den[(b*n->N*n->G+H)*n->T+t+i], s = 0;
+    const float *g = AT(g,b,H,t+i), *o = AT(o,b,H,t+i);
+    if (fabsf(den)<=1e-30f) continue;
+    for (long j=0; j<n->V; j++) { r->g[i*r->V+j] = g[j]/den; s -= g[j]/den*o[j]; }
+    r->gd[i] = s;
+  }
+}
+static void scale_gradients(const Room *r, const float *by, long m) { for (long i=0; i<m; i++) { scale_row(r->g+i*r->V, r->V, by[i]); r->gd[i] *= by[i]; } }
+
+// What goes through the window: to its queries, and to keys and values near the chunk. Leaves the gradients of what is older
+static void near_back(const Sizes *n, const Data *d, const Room *r, long b, long H, long t, long m) {
+  long M = up(m), W = r->band, R = r->R, L = r->reach, V_ = r->V;
+  float near[C], sum = 0;
+  near_weights(n, d, r, b, H, t, m, near);
+  for (long i=0; i<M; i+=16) {
+    product(16, W, V_, r->g+i*V_, V_, 1, r->vbT+i, L, r->dP+i*W, W, 0);
+    product(W, V_, 16, r->P+i*W, 1, W, r->g+i*V_, V_, r->dvb+i*V_, V_, 1);
+    for (long x=i; x<i+16; x++) { vec s = {0}; for (long j=0; j<W; j+=VL) { V(r->dP+x*W+j) = V(r->P+x*W+j)*(V(r->dP+x*W+j)+r->gd[x]); s += V(r->dP+x*W+j); } sum += sum_v(s); }
+    product(16, R, W, r->dP+i*W, W, 1, r->rk+i*R, R, r->drq+i*R, R, 0);
+    product(W, R, 16, r->dP+i*W, 1, W, r->rq+i*R, R, r->drk+i*R, R, 1);
+  }
+  rows_out(r->drq, R, m, n->R, QUERY(drq, n->R), n->N*n->G*n->R);
+  if (d->dgamma) d->dgamma[b*n->N*n->G+H] += sum;
+  for (long i=0; i<m; i++) near[i] = far_weight(n, d, r, b, H, t, i, near[i]);
+  scale_gradients(r, near, m);
+}
+
+static void queries_back(const Sizes *n, const Data *d, const Room *r, long b, long h, long g, long t, long m) {
+  long M = up(m), F = r->F, W = r->V, H = h*n->G+g;
+  int weighed = n->logs && n->causal;
+  map(n, r, AT(q,b,H,t), n->qt, m, M, r->wq+g*r->D*r->E, d->bq ? d->bq+H*n->E : 0, r->q, 0);
+  gradients_in(n, d, r, b, H, t, m);
+  if (n->window) near_back(n, d, r, b, H, t, m);
+  if (n->causal) {
+    for (long i=0; i<M; i+=16) {
+      product(16, i+16, F, r->q+i*F, F, 1, r->kT, C, r->A+i*C, C, 0);
+      product(16, i+16, W, r->g+i*W, W, 1, r->vT, C, r->dA+i*C, C, 0);
+    }
+    for (long i=0; i<M; i++) for (long j=0; j<up(i+1); j+=VL) V(r->dA+i*C+j) += r->gd[i];
+    if (weighed) weigh(r, r->A, r->dA, m);
+    triangle(r->A, M); triangle(r->dA, M);
+    for (long j=0; j<M; j+=16) {
+      product(16, F, M-j, r->dA+j*C+j, 1, C, r->q+j*F, F, r->dk+j*F, F, 1);
+      product(16, W, M-j, r->A+j*C+j, 1, C, r->g+j*W, W, r->dv+j*W, W, 1);
+      product(16, F, j+16, r->dA+j*C, C, 1, r->k, F, r->dphi+j*F, F, 0);
+    }
+    if (weighed) scale_gradients(r, r->e, m);
+  }
+  product(M, F, n->V, r->g, W, 1, r->ST, F, r->dphi, F, n->causal);
+  product(F, W, M, r->q, 1, F, r->g, W, r->dS, W, 1);
+  for (long i=0; i<m; i++) for (long f=0; f<F; f+=VL) { V(r->dphi+i*F+f) += V(r->z+f)*r->gd[i]; V(r->dz+f) += V(r->q+i*F+f)*r->gd[i]; }
+  if (d->dlogq) for (long i=0; i<m; i++) d->dlogq[(b*n->N*n->G+H)*n->T+t+i] = dot_row(r->q+i*F, r->dphi+i*F, F);
+  map_back(n, r, AT(q,b,H,t), n->qt, r->q, r->dphi, m, d->wq+H*n->E*n->D, r->dw+g*r->E*(r->D+1), QUERY(dq, n->D), n->N*n->G*n->D);
+}
+
+static void keys_from_state(const Sizes *n, const Room *r, long m, float after) {
+  transpose(r->dS, r->V, r->F, r->V, r->dST, r->F);
+  product(up(m), r->F, n->V, r->v, r->V, 1, r->dST, r->F, r->dk, r->F, 0);
+  for (long i=0; i<m; i++) for (long f=0; f<r->F; f+=VL) V(r->dk+i*r->F+f) += V(r->dz+f);
+  product(up(m), r->V, r->F, r->k, r->F, 1, r->dS, r->V, r->dv, r->V, 0);
+  if (n->logs) for (long i=0; i<m; i++) { float w = weight(r->l[i]-after); scale_row(r->dk+i*r->F, r->F, w); scale_row(r->dv+i*r->V, r->V, w); }
+}
+
+static void keys_back(const Sizes *n, const Data *d, const Room *r, long b, long h, long t, long m) {
+  long none = missing(n, t, m), s = first_key(n, t)+none, F = r->F, W = r->V;
+  if (none==m) return;
+  if (d->mask) for (long i=none; i<m; i++) if (!((uint8_t*)d->mask)[b*KEYS+s+i-none]) memset(r->dk+i*F, 0, 4*F);
+  if (d->dlogk) for (long i=none; i<m; i++) d->dlogk[(b*n->N+h)*KEYS+s+i-none] = dot_row(r->k+i*F, r->dk+i*F, F);
+  map_back(n, r, AT(k,b,h,s), n->kt, r->k+none*F, r->dk+none*F, m-none, d->wk+h*n->E*n->D, r->dw+n->G*r->E*(r->D+1), KEY(dk, s, n->D), n->N*n->D);
+  if (n->window) rows_add(r->dv+none*W, W, m-none, n->V, KEY(dv, s, n->V), n->N*n->V);
+  else rows_out(r->dv, W, m, n->V, KEY(dv, s, n->V), n->N*n->V);
+}
+
+static void near_keys_back(const Sizes *n, const Data *d, const Room *r, long b, long h, long t, long m) { // other chunks add to these keys too
+  long s = first_key(n, t)+1;
+  for (long i=0; i<m+n->window-1; i++) if (s+i>=0 && r->hide[i]==0) {
+    float *k = KEY(drk, s+i, n->R), *v = KEY(dv, s+i, n->V);
+    for (long j=0; j<n->R; j++) k[j] += r->drk[i*r->R+j]**d->scale;
+    for (long j=0; j<n->V; j++) v[j] += r->dvb[i*r->V+j];
+  }
+}
+
+static void weights_out(const Sizes *n, const Data *d, const Room *r, long b, long h, long p, long g) { // of query head g, or of the keys if g is G
+  if (!n->form) return;
+  long which = (b*n->parts+p)*n->N+h, head = g<n->G ? which*n->G+g : which;
+  const float *from = r->dw+g*r->E*(r->D+1);
+  rows_out(from, r->D, n->E, n->D, (g<n->G ? d->dwq : d->dwk)+head*n->E*n->D, n->D);
+  memcpy((g<n->G ? d->dbq : d->dbk)+head*n->E, from+r->E*r->D, 4*n->E);
+}
+
+static void begin(const Sizes *n, const Data *d, const Room *r, long h) {
+  weights_in(n, d, r, h);
+  memset(r->dw, 0, 4*(n->G+1)*r->E*(r->D+1));
+}
+
+// The largest log weights of a chunk as the forward pass found them, and the state before it; returns its m
+static float before_chunk(const Sizes *n, const Data *d, const Room *r, long head, long t, long m) {
+  const float *x = d->states+(head*r->chunks+t/C)*SAVED;
+  float before = x[SAVED-16];
+  if (n->logs) { memcpy(r->c, d->top+head*n->T+t, 4*m); for (long i=0; i<m; i++) r->e[i] = weight(before-r->c[i]); }
+  return before;
+}
+
+static void queries_part(const Sizes *n, const Data *d, long b, long h, long p) { // what a part adds to dS and dz; without causality all of its queries' gradients
+  Room all = room(n, 1), *r = &all;
+  long head = b*n->N+h;
+  float m_part = n->causal ? 0 : d->m[head];
+  begin(n, d, r, h);
+  memset(r->dS, 0, 4*r->F*r->V); memset(r->dz, 0, 4*r->F);
+  if (!n->causal) {
+    state_in(n, r, d->S, d->z, head, r->S, r->z);
+    transpose(r->S, r->V, r->F, r->V, r->ST, r->F);
+  }
+  for (long t=edge(n,p), end=edge(n,p+1); t<end; t+=C) {
+    long m = end-t<C ? end-t : C;
+    if (n->causal) {
+      float before = before_chunk(n, d, r, head, t, m);
+      if (t==edge(n,p)) m_part = before;
+      if (n->logs) for (long i=0; i<m; i++) r->e[i] = weight(m_part-r->c[i]);
+    }
+    for (long g=0; g<n->G; g++) {
+      long H = h*n->G+g;
+      if (!n->causal) { queries_back(n, d, r, b, h, g, t, m); continue; }
+      map(n, r, AT(q,b,H,t), n->qt, m, up(m), r->wq+g*r->D*r->E, d->bq ? d->bq+H*n->E : 0, r->q, 0);
+      gradients_in(n, d, r, b, H, t, m);
+      if (n->logs) scale_gradients(r, r->e, m);
+      product(r->F, r->V, up(m), r->q, 1, r->F, r->g, r->V, r->dS, r->V, 1);
+      for (long i=0; i<m; i++) for (long f=0; f<r->F; f+=VL) V(r->dz+f) += V(r->q+i*r->F+f)*r->gd[i];
+    }
+  }
+  save(r, r->dS, r->dz, m_part, sums_of(n, d, r, head, p));
+  if (!n->causal) for (long g=0; g<n->G; g++) weights_out(n, d, r, b, h, p, g);
+}
+
+static void backward_part(const Sizes *n, const Data *d, long b, long h, long p) {
+  Room all = room(n, 1), *r = &all;
+  long head = b*n->N+h, alone = n->causal && n->parts==1, F = r->F, W = r->V, begins = edge(n,p), ends = edge(n,p+1);
+  begin(n, d, r, h);
+  if (alone) state_in(n, r, d->dS, d->dz, head, r->dS, r->dz); else load(r, sums_of(n, d, r, head, p), r->dS, r->dz);
+  for (long t=begins+(ends-begins-1)/C*C; t>=begins; t-=C) {
+    long m = ends-t<C ? ends-t : C;
+    keys(n, d, r, b, h, t, m);
+    if (n->causal) {
+      float before = before_chunk(n, d, r, head, t, m), after = n->logs ? r->c[m-1] : 0;
+      const float *state = d->states+(head*r->chunks+t/C)*SAVED;
+      keys_from_state(n, r, m, after);
+      if (n->logs) scale_state(r, r->dS, r->dz, weight(before-after));
+      memcpy(r->z, state+F*W, 4*F);
+      transpose(state, W, F, W, r->ST, F);
+      transpose(r->v, W, up(m), W, r->vT, C);
+      if (n->window) { near_keys(n, d, r, b, h, t, m, 1); memset(r->drk, 0, 4*r->reach*r->R); memset(r->dvb, 0, 4*r->reach*W); }
+      for (long g=0; g<n->G; g++) queries_back(n, d, r, b, h, g, t, m);
+      if (n->window) near_keys_back(n, d, r, b, h, t, m);
+    } else keys_from_state(n, r, m, d->m[head]);
+    keys_back(n, d, r, b, h, t, m);
+  }
+  if (alone) state_out(n, r, r->dS, r->dz, d->dS0, d->dz0, head);
+  for (long g=n->causal ? 0 : n->G; g<=n->G; g++) weights_out(n, d, r, b, h, p, g);
+}
+
+void attention_backward(const Sizes *n, const Data *d) {
+  if (!n->causal || n->parts>1) {
+    #pragma omp parallel for schedule(dynamic,1) num_threads(n->threads)
+    EACH_PART queries_part(n, d, PART);
+    #pragma omp parallel for schedule(dynamic,1) num_threads(n->threads)
+    EACH_HEAD chain(n, d, i, d->dS, d->dz, d->m[i], d->dS0, d->dz0, 1);
+  }
+  #pragma omp parallel for schedule(dynamic,1) num_threads(n->threads)
+  EACH_PART backward_part(n, d, PART);
+}
+// endregion
+
+// region: map
+static Sizes map_sizes(const long *n) { return (Sizes){.B=n[1], .N=n[2], .T=n[3], .D=n[4], .E=n[5], .form=n[6], .G=1, .V=1}; }
+// phi (B, H, T, 2E) and log weights (B, H, T) of x; sizes: threads B H T D E form, strides of x; tensors: x w b phi l
+void map_forward(const long *s, float **a) {
+  Sizes n_ = map_sizes(s), *n = &n_;
+  long chunks = (n->T+C-1)/C, e = n->E;
+  #pragma omp parallel for schedule(static) num_threads(s[0]) if(n->B*n->N*n->T>16)
+  for (long i=0; i<n->B*n->N; i++) {
+    Room all = room(n, 0), *r = &all;
+    Data d = {.wq=a[1]+i%n->N*e*n->D, .wk=a[1]+i%n->N*e*n->D};
+    weights_in(n, &d, r, 0);
+    for (long c=0; c<chunks; c++) {
+      long t = c*C, m = n->T-t<C ? n->T-t : C;
+      float *to = a[3]+(i*n->T+t)*2*e;
+      map(n, r, a[0]+i/n->N*s[7]+i%n->N*s[8]+t*s[9], s[9], m, up(m), r->wk, a[2] ? a[2]+i%n->N*e : 0, e==r->E && m%16==0 ? to : r->q, a[4] ? a[4]+i*n->T+t : 0);
+      if (e!=r->E || m%16) { rows_out(r->q, r->F, m, e, to, 2*e); rows_out(r->q+r->E, r->F, m, e, to+e, 2*e); }
+    }
+  }
+}
+// dx (B, H, T, D) or null, dw (B, H, E, D), db (B, H, E); tensors: x w phi dphi dx dw db dl
+void map_backward(const long *s, float **a) {
+  Sizes n_ = map_sizes(s), *n = &n_;
+  long chunks = (n->T+C-1)/C, e = n->E, c = n->D;
+  #pragma omp parallel for schedule(static) num_threads(s[0])
+  for (long i=0; i<n->B*n->N; i++) {
+    Room all = room(n, 1), *r = &all;
+    long D = r->D, E = r->E;
+    float *db = r->dw+E*D;
+    memset(r->dw, 0, 4*E*(D+1));
+    rows_in(a[1]+i%n->N*e*c, c, e, E, c, r->W, D);
+    for (long k=0; k<chunks; k++) {
+      long t = k*C, m = n->T-t<C ? n->T-t : C, M = up(m);
+      const float *phi = a[2]+(i*n->T+t)*2*e, *g = a[3]+(i*n->T+t)*2*e;
+      if (e!=E) { // zeros between the halves
+        for (long h=0; h<2; h++) for (long j=0; j<m; j++) {
+          memcpy(r->q+j*r->F+h*E, phi+j*2*e+h*e, 4*e); memset(r->q+j*r->F+h*E+e, 0, 4*(E-e));
+          memcpy(r->dphi+j*r->F+h*E, g+j*2*e+h*e, 4*e); memset(r->dphi+j*r->F+h*E+e, 0, 4*(E-e));
+        }
+        phi = r->q; g = r->dphi;
+      }
+      features_back(phi, g, m, E, n->form, r->y);
+      if (n->form==EXP) for (long j=0; j<m; j++) { // the log weight is the largest |y|, whose feature is 1
+        const float *f = phi+j*2*E, *y = g+j*2*E;
+        float dl = a[7][i*n->T+t+j], many = 0;
+        for (long x=0; x<2*E; x++) { dl -= f[x]*y[x]; many += f[x]==1; }
+        for (long x=0; x<E; x++) r->y[j*E+x] += dl/many*((f[x]==1)-(f[E+x]==1));
+      }
+      memset(r->y+m*E, 0, 4*E*(M-m));
+      if (a[4]) { product(M, D, e, r->y, E, 1, r->W, D, r->dx, D, 0); rows_out(r->dx, D, m, c, a[4]+(i*n->T+t)*c, c); }
+      rows_in(a[0]+i/n->N*s[7]+i%n->N*s[8]+t*s[9], s[9], m, M, c, r->x, D);
+      product(E, D, M, r->y, 1, E, r->x, D, r->dw, D, 1);
+      for (long j=0; j<m; j++) for (long x=0; x<E; x+=VL) V(db+x) += V(r->y+j*E+x);
+    }
+    rows_out(r->dw, D, e, c, a[5]+i*e*c, c); memcpy(a[6]+i*e, db, 4*e);
+  }
+}
+// endregion
+
+// region: loss
+#define HIDDEN -3e38f
+// Scores and similarities of n keys, LOG_ZERO and HIDDEN where one is not seen, and log weights x of the similarities, or null:
+// the loss of a row. u becomes the gradient of the similarities, x that of the log weights.
+static float loss_row(float *s, float *u, float *x, long n) {
+  const vec least = (vec){0}+1e-30f;
+  vec top = V(s), Z = {0}, A = {0}, loss = {0};
+  for (long j=VL; j<n; j+=VL) top = pick(V(s+j)>top, V(s+j), top);
+  vec most = (vec){0}+max_v(top);
+  if (x) {
+    vec t = V(x);
+    for (long j=VL; j<n; j+=VL) t = pick(V(x+j)>t, V(x+j), t);
+    t = (vec){0}+max_v(t);
+    for (long j=0; j<n; j+=VL) V(x+j) = weight_v(V(x+j)-t);
+  }
+  for (long j=0; j<n; j+=VL) {
+    V(s+j) = exp_v(V(s+j)-most); Z += V(s+j);
+    ivec gone = V(u+j)<=(vec){0}+HIDDEN;
+    vec y = pick(V(u+j)<least, least, V(u+j));
+    if (x) { y *= V(x+j); y = pick(y<least, least, y); }
+    A += pick(gone, (vec){0}, y);
+    V(u+j) = pick(gone, least, y);
+  }
+  vec z = (vec){0}+1/sum_v(Z), a = (vec){0}+1/sum_v(A);
+  for (long j=0; j<n; j+=VL) {
+    vec p = V(s+j)*z, y = V(u+j), r = p/y, g = pick(y>least, a-r, (vec){0});
+    loss += p*log_v(pick(r<least, least, r));
+    if (x) { V(u+j) = g*V(x+j); V(x+j) = g*y; } else V(u+j) = g;
+  }
+  return sum_v(loss) - logf(a[0]);
+}
+
+typedef struct { int64_t threads, B, H, N, T, D, F, causal, window; } LossSizes;
+typedef struct { float *q, *k, *fq, *fk, *logq, *logk, *real, *loss, *dq, *dk, *dlogq, *dlogk; } LossData;
+
+// One head b*H+i: the gradient of its keys (T, F) and their log weights are its own, and summed over query heads afterwards
+static void loss_head(const LossSizes *n, const LossData *d, long head) {
+  long T = n->T, D = n->D, F = n->F, t = up(T), dd = up(D), f = up(F), wide = dd>f ? dd : f, total = 0;
+  long kv = head/n->H*n->N + head%n->H/(n->H/n->N);
+  int logs = d->logk || d->logq || n->window;
+  const uint8_t *real = d->real ? (uint8_t*)d->real+head/n->H*T : 0;
+  const float *q = d->q+head*T*D, *fq = d->fq+head*T*F, *logq = d->logq ? d->logq+head*T : 0, *logk = d->logk ? d->logk+kv*T : 0;
+  float *kT, *fkT, *keys, *dkeys, *s, *u, *x, *rows, *frows, *df, *dl;
+#define LOSS_BUFFERS(X) X(kT, dd*t) X(fkT, f*t) X(keys, t*wide) X(dkeys, t*f) X(s, C*t) X(u, C*t) X(x, t) X(rows, C*dd) X(frows, C*f) X(df, C*f) X(dl, t)
+#define LOSS_PLACE(name, size) name = p; p += up(size);
+  LOSS_BUFFERS(COUNT)
+  float *p = floats(total);
+  LOSS_BUFFERS(LOSS_PLACE)
+  rows_in(d->k+kv*T*D, D, T, t, D, keys, dd); transpose(keys, dd, t, dd, kT, t);
+  rows_in(d->fk+kv*T*F, F, T, t, F, keys, f); transpose(keys, f, t, f, fkT, t);
+  memset(dkeys, 0, 4*t*f); memset(dl, 0, 4*t);
+  double sum = 0;
+  for (long i=0; i<T; i+=C) {
+    long m = T-i<C ? T-i : C, e = n->causal ? up(i+m) : t;
+    rows_in(q+i*D, D, m, up(m), D, rows, dd); rows_in(fq+i*F, F, m, up(m), F, frows, f);
+    product(up(m), e, D, rows, dd, 1, kT, t, s, t, 0);
+    product(up(m), e, F, frows, f, 1, fkT, t, u, t, 0);
+    for (long r=0; r<up(m); r++) {
+      float *sr = s+r*t, *ur = u+r*t, lq = logq && r<m ? logq[i+r] : 0;
+      long near = n->window && i+r+1>n->window ? i+r+1-n->window : 0; // the window's first key
+      if (r<m && d->dlogq) d->dlogq[head*T+i+r] = 0;
+      if (r>=m || (real && !real[i+r])) { memset(ur, 0, 4*e); continue; }
+      if (logs) {
+        for (long j=0; j<e; j++) x[j] = (logk && j<T ? logk[j] : 0)+lq;
+        if (n->window) for (long j=near; j<=i+r; j++) { x[j] = sr[j]; ur[j] = 1; }
+      }
+      for (long j=n->causal ? i+r+1 : T; j<e; j++) { sr[j] = LOG_ZERO; ur[j] = HIDDEN; if (logs) x[j] = LOG_ZERO; }
+      if (real) for (long j=0; j<e && j<T; j++) if (!real[j]) { sr[j] = LOG_ZERO; ur[j] = HIDDEN; if (logs) x[j] = LOG_ZERO; }
+      sum += loss_row(sr, ur, logs ? x : 0, e);
+      if (!logs) continue;
+      if (n->window) for (long j=near; j<=i+r; j++) ur[j] = x[j] = 0; // softmax's own weights, which teach the map nothing
+      float g = 0;
+      for (long j=0; j<e; j++) { g += x[j]; dl[j] += x[j]; }
+      if (d->dlogq) d->dlogq[head*T+i+r] = g;
+    }
+    product(up(m), f, e, u, t, 1, keys, f, df, f, 0);
+    rows_out(df, f, m, F, d->dq+(head*T+i)*F, F);
+    product(e, f, up(m), u, 1, t, frows, f, dkeys, f, 1);
+  }
+  rows_out(dkeys, f, T, F, d->dk+head*T*F, F);
+  if (d->dlogk) memcpy(d->dlogk+head*T, dl, 4*T);
+  d->loss[head] = sum;
+  if (have>1<<22) { free(space); space = 0; have = 0; } // what grows with T is not kept
+}
+
+void loss_all(const LossSizes *n, const LossData *d) {
+  #pragma omp parallel for schedule(dynamic,1) num_threads(n->threads)
+  for (long i=0; i<n->B*n->H; i++) loss_head(n, d, i);
+}
+// endregion
+
+#ifdef _OPENMP
+const int has_threads = 1;
+#else
+const int has_threads = 0;
+#endif
