@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from ..common import custom_op
 from .build import call, call_arrays, holds_numbers, why_unavailable
-from .linear import empty_outputs, float_rows, gradients_of, sizes_of
+from .linear import empty_outputs, float_rows, gradients_of, sizes_of, sums_of
 from ...ops.linear import LinearState, LOG_ZERO
 from ...ops.window import check_window_state, WindowState
 
@@ -123,6 +123,6 @@ def attend_window(
     if not output_final_state: return o
     last = lambda x: F.pad(x, (0, 0, max(0, window-x.shape[2]), 0))[:,:,x.shape[2]+max(0, window-x.shape[2])-window:] # zeros in front where there are fewer
     log_k = phi_k.new_zeros(phi_k.shape[:3]) if log_k is None else log_k
-    if mask is not None: phi_k,v,log_k = phi_k*mask[:,None,:,None],v.masked_fill(~mask[:,None,:,None], 0),log_k.masked_fill(~mask[:,None], LOG_ZERO)
+    if mask is not None: phi_k,log_k = phi_k.masked_fill(~mask[:,None,:,None], 0),log_k.masked_fill(~mask[:,None], LOG_ZERO)
     log_k = F.pad(log_k, (max(0, window-log_k.shape[2]), 0), value=LOG_ZERO)
     return o, WindowState(last(k), last(v), last(phi_k), log_k[:,:,log_k.shape[2]-window:], LinearState(*S[:3]))
