@@ -74,7 +74,7 @@ def test_figures(made_up, experiment, what, tmp_path):
         assert save_figure(ax, tmp_path/'f.png').stat().st_size>10_000
 
 def test_a_run_on_a_cpu_measures_and_says_what_it_did_not(tmp_path):
-    from hedgehog_nb.kernels.cpu import library
+    from hedgehog_nb.kernels.cpu.build import library
     said = {}
     rows = run_benchmark(tmp_path/'cpu.json', 'cpu', [Case('forward',1,2,2,T,16,torch.float32) for T in (64,128)],
         minutes=1, on_result=lambda c,s,done,total: said.update({c.T:s}))

@@ -267,10 +267,10 @@ def test_fake_tensors_have_shapes_and_no_numbers():
         with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException): weight_loss(q, q, fm)
 
 def test_the_kernel_in_c_takes_no_tensor_without_numbers():
-    from hedgehog_nb.kernels.cpu import _c_args, library
+    from hedgehog_nb.kernels.cpu.build import c_args, library
     if library()[0] is None: pytest.skip(library()[1])
     with FakeTensorMode(): x = torch.randn(3)
-    with pytest.raises(ValueError, match='holds no numbers'): _c_args(x)
+    with pytest.raises(ValueError, match='holds no numbers'): c_args(x)
 
 # --- models around it
 

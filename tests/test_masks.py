@@ -1,7 +1,7 @@
 "A mask says which tokens are real, in whatever dtype it comes: as in bool, with whatever is not zero taken for True."
 import pytest, torch
 from hedgehog_nb.functional import linear_attention, window_attention
-from hedgehog_nb.kernels import cpu
+from hedgehog_nb.kernels.cpu import build
 from hedgehog_nb.models.linearize import linearize
 from helpers.decoding import left_padded
 from helpers.interpreter import other_masks
@@ -21,7 +21,7 @@ def real(B=2, T=19):
 @pytest.mark.parametrize('causal', [True, False], ids=['causal','both ways'])
 @pytest.mark.parametrize('implementation', [None,'naive','recurrent','chunked','c'])
 def test_linear_attention(implementation, causal, dtype):
-    if implementation=='c' and cpu.library()[0] is None: pytest.skip("there is no C compiler")
+    if implementation=='c' and build.library()[0] is None: pytest.skip("there is no C compiler")
     phi_q,phi_k,v = heads()[:3]
     run = lambda mask: linear_attention(phi_q.exp(), phi_k.exp(), v, causal=causal, implementation=implementation, mask=mask)
     assert torch.equal(run(real()), run(real().to(dtype)))

@@ -90,14 +90,14 @@ class FeatureMap(Attention):
     def phi(self, x): raise NotImplementedError(f"{type(self).__name__} defines neither phi nor map_q and map_k")
     def map_q(self, q): return self.phi(q) # (B, H, T, D) -> (B, H, T, F)
     def map_k(self, k): return self.phi(k), None # (B, Hkv, T, D) -> (B, Hkv, T, F), and (B, Hkv, T) log weights or None
-    def log_q(self, q): return None # (B, H, T) log of what was taken out of a query's features; it cancels, but beside a softmax window it counts
+    def map_q_with_log(self, q): return self.map_q(q), None # and (B, H, T) log of what was taken out; it cancels, but beside a softmax window it counts
     def kernel_params(self): return None # Tensors and settings for a kernel that applies the map itself, where there is such a kernel
-    def _inputs(self, q, k): # Checked, in at least fp32
+    def checked(self, q, k): # Queries and keys in at least fp32
         self._check(q, self.num_heads, 'queries'); self._check(k, self.num_kv_heads, 'keys')
         return q.to(torch.promote_types(q.dtype, torch.float32)), k.to(torch.promote_types(k.dtype, torch.float32))
     def forward(self, q, k):
         "(phi_q, phi_k, log_k): what `linear_attention` needs. Raises `ValueError` on shapes the map was not made for."
-        q,k = self._inputs(q, k)
+        q,k = self.checked(q, k)
         return self.map_q(q), *self.map_k(k)
     def attend(self, q, k, v, causal=True, mask=None, **carry):
         "`linear_attention` with this map; `carry` is what else that takes: initial_state, output_final_state, offset, implementation."

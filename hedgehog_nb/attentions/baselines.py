@@ -154,7 +154,7 @@ class CosFormer(FeatureMap):
     def forward(self, q, k, offset=0):
         end = offset+k.shape[2]
         if end>self.max_len: raise ValueError(f"this CosFormer reaches {self.max_len} tokens; given {end}: make it with a larger max_len")
-        q,k = self._inputs(q, k)
+        q,k = self.checked(q, k)
         return self._at(q, end), self._at(k, end), None
 
 # %% ../../nbs/04_feature_maps.ipynb #3344f966

@@ -11,7 +11,9 @@ __all__ = ['BRANCHES', 'features_with_log_weights', 'WindowAttention']
 import torch
 from torch import nn, Tensor
 from .base import Attention, make_feature_map, register_attention
-from ..functional import WINDOW, window_attention
+from ..functional import HALVES, WINDOW, window_attention
+from ..kernels.cpu.build import for_all_threads, holds_numbers
+from ..kernels.cpu.window import largest_in_window
 from ..ops.common import no_autocast, repeat_kv
 from ..ops.linear import LOG_ZERO
 from ..ops.window import linear_share, window_max
@@ -23,8 +25,9 @@ def features_with_log_weights(
     k:Tensor, # (B, Hkv, T, D) keys
 ): # (phi_q, phi_k, log_q, log_k), the last two None where the map has none
     "Features of queries and keys with both log weights, so that they are comparable with exp(q·k)."
-    phi_q,phi_k,log_k = feature_map(q, k)
-    return phi_q, phi_k, feature_map.log_q(q), log_k
+    q,k = feature_map.checked(q, k)
+    (phi_q,log_q),(phi_k,log_k) = feature_map.map_q_with_log(q),feature_map.map_k(k)
+    return phi_q, phi_k, log_q, log_k
 
 # %% ../../nbs/12_window.ipynb #9f9f0271
 BRANCHES = 'both','window','linear'
@@ -58,9 +61,12 @@ class WindowAttention(Attention):
     def inputs(self, q, k, mask=None, state=None):
         "(phi_q, phi_k, window, log_q, log_k, log_gamma, scale): what the functions of this page need beside q, k, v and mask."
         phi_q,phi_k,log_q,log_k = features_with_log_weights(self.map, q, k)
-        if self.relative: log_q = window_max(q, k, self.window, self.scale, mask, state)
+        if self.relative: log_q = self._largest(q, k, mask, state)
         if self.branch=='window': log_q = torch.full_like(phi_q[...,0], LOG_ZERO/2)
         return phi_q, phi_k, 0 if self.branch=='linear' else self.window, log_q, log_k, self.log_gamma, self.scale
+    def _largest(self, q, k, mask, state):
+        fast = q.device.type=='cpu' and all(x.dtype in HALVES for x in (q, k)) and max(q.shape[-1], k.shape[-1])<=256 and holds_numbers(q, k)
+        return (largest_in_window if fast and for_all_threads() else window_max)(q, k, self.window, self.scale, mask, state)
     def attend(self, q, k, v, causal=True, mask=None, initial_state=None, output_final_state=False, implementation=None, offset=None):
         "As `FeatureMap.attend`, with a `WindowState`. Raises `ValueError` on what this attention was not made for."
         self.check(q, k, v, causal, mask)

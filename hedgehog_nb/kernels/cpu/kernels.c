@@ -405,6 +405,7 @@ static void chain(const Sizes *n, const Data *d, long head, const float *S0, con
     x[SAVED-16] = m; m = after;
   }
   if (!n->causal) for (long p=0; p<n->parts; p++) save(r, r->S, r->z, m, sums_of(n, d, r, head, p));
+  if (back && !n->causal && n->logs && d->m0) scale_state(r, r->S, r->z, weight(d->m0[head]-m)); // what was before is part of a state of this m
   state_out(n, r, r->S, r->z, S, z, head);
   if (!back) d->m[head] = m;
 }
@@ -498,6 +499,50 @@ void attention_forward(const Sizes *n, const Data *d) {
   }
   #pragma omp parallel for schedule(dynamic,1) num_threads(n->threads)
   EACH_PART forward_part(n, d, PART);
+}
+// endregion
+
+// region: window_max
+// The largest score of each query in its window, 0 where it sees no key, and the number of that key, or -1
+// sizes: threads B N G T past R window, strides of q and k; tensors: q k mask scale, out (B, H, T), which (B, H, T) as int32
+void window_max(const long *s, float **a) {
+  Sizes n_ = {.B=s[1], .N=s[2], .G=s[3], .T=s[4], .past=s[5], .R=s[6], .window=s[7], .V=1, .E=1, .D=1, .rqb=s[8], .rqh=s[9], .rqt=s[10], .rkb=s[11],
+    .rkh=s[12], .rkt=s[13]}, *n = &n_;
+  Data d_ = {.rq=a[0], .rk=a[1], .mask=a[2], .scale=a[3], .v=a[1]}, *d = &d_; // of no values: their stride is 0
+  #pragma omp parallel for schedule(dynamic,1) num_threads(s[0])
+  for (long i=0; i<n->B*n->N; i++) {
+    Room all = room(n, 0), *r = &all;
+    long b = i/n->N, h = i%n->N;
+    float near[C];
+    for (long j=0; j<C; j++) r->c[j] = LOG_ZERO;
+    for (long t=0; t<n->T; t+=C) {
+      long m = n->T-t<C ? n->T-t : C;
+      near_keys(n, d, r, b, h, t, m, 0);
+      for (long g=0; g<n->G; g++) {
+        long H = h*n->G+g;
+        near_weights(n, d, r, b, H, t, m, near);
+        for (long x=0; x<m; x++) {
+          long at = (b*n->N*n->G+H)*n->T+t+x, j = 0;
+          const float *P = r->P+x*r->band;
+          while (j<r->band && P[j]!=1) j++; // the weight of the largest is exp(0)
+          a[4][at] = j<r->band ? near[x] : 0;
+          ((int32_t*)a[5])[at] = j<r->band ? first_key(n, t)+1+x/16*16+j : -1;
+        }
+      }
+    }
+  }
+}
+// Its gradients dq and dk, which begin as zeros, of g (B, H, T); sizes as before; tensors: q k scale which g dq dk, the last in memory (B, ·, heads, R)
+void window_max_back(const long *s, float **a) {
+  long B = s[1], N = s[2], G = s[3], T = s[4], K = s[4]+s[5], R = s[6];
+  #pragma omp parallel for schedule(dynamic,1) num_threads(s[0])
+  for (long i=0; i<B*N; i++) for (long H=i%N*G, b=i/N, t, g=0; g<G; g++, H++) for (t=0; t<T; t++) {
+    long at = (b*N*G+H)*T+t, j = ((int32_t*)a[3])[at];
+    if (j<0) continue;
+    float x = a[4][at]**a[2], *dq = a[5]+((b*T+t)*N*G+H)*R, *dk = a[6]+((b*K+j)*N+i%N)*R;
+    const float *q = a[0]+b*s[8]+H*s[9]+t*s[10], *k = a[1]+b*s[11]+i%N*s[12]+j*s[13];
+    for (long c=0; c<R; c++) { dq[c] = x*k[c]; dk[c] += x*q[c]; }
+  }
 }
 // endregion
 

@@ -81,7 +81,7 @@ def _c_bwd_op(do:Tensor, dS:Optional[Tensor], dz:Optional[Tensor], q:Tensor, k:T
     dq,dk,dv,dwq,dwk,dbq,dbk,dlk,dS0,dz0 = grads = _gradients(q, k, v, w_q, w_k, b_q, b_k, log_k, S, z)
     if w_q is not None and b_q is None: dbq,dbk = (x.new_empty(len(dwq), *x.shape[:2]) for x in (w_q, w_k)) # the kernel writes them all the same
     s = sizes_of(q, k, v, w_q, form, causal, keep=1, logs=_has_logs(form, log_k, m0))
-    call('attention_backward', s, dict(q=q, k=k, v=v, wq=w_q, wk=w_k, bq=b_q, bk=b_k, logk=log_k, mask=mask, o=o, S=S, z=z, m=m, den=den, top=_some(top),
+    call('attention_backward', s, dict(q=q, k=k, v=v, wq=w_q, wk=w_k, bq=b_q, bk=b_k, logk=log_k, mask=mask, o=o, m0=m0, S=S, z=z, m=m, den=den, top=_some(top),
         states=_some(states), g=do, dS=dS, dz=dz, dq=dq, dk=dk, dv=dv, dwq=dwq, dwk=dwk, dbq=dbq, dbk=dbk, dlogk=_some(dlk), dS0=dS0, dz0=dz0, sums=sums_of(v, s)))
     return grads[:3] + tuple(x.sum(0) if x.numel() else x for x in grads[3:7]) + grads[7:]
 
