@@ -188,7 +188,8 @@ def test_log_weights_far_apart(far, causal):
     got = linear_attention(*leaves, f, causal=causal, implementation='c')
     want = linear_attention(*(x.double() for x in leaves), f, causal=causal, implementation='naive')
     assert (got-want).abs().max()<1e-5*want.abs().max()
-    for a,b in zip(torch.autograd.grad(got.sin().sum(), leaves), torch.autograd.grad(want.sin().sum(), leaves)): assert (a-b).abs().max()<1e-4*b.abs().max()
+    a,b = (torch.autograd.grad(o.sin().sum(), leaves) for o in (got, want))
+    for x,y in zip(a, b): assert (x-y).abs().max()<1e-5*max(g.abs().max() for g in b)
 
 @needs_compiler
 def test_states_with_log_weights():
@@ -373,7 +374,7 @@ def test_hybrids_do_not_swallow_nan(which):
     x[which][0,1,40,5] = torch.nan
     m = student('window', H=2, N=2)
     with torch.no_grad(): o = m.attend(**x, implementation='c')
-    assert not o[0,0].isnan().any() and not o[0,1,:32].isnan().any() and o[0,1,40].isnan().any()
+    assert not o[0,0].isnan().any() and not o[0,1,:16].isnan().any() and o[0,1,40].isnan().any() # 16 queries share a product
 
 @needs_compiler
 @pytest.mark.parametrize('T,size,masked,split', [(1,3,False,0), (70,9,True,0), (200,64,True,71), (50,90,False,0)])

@@ -227,8 +227,14 @@ static void state_in(const Sizes *n, const Room *r, const float *S, const float 
 static void state_out(const Sizes *n, const Room *r, const float *S, const float *z, float *to, float *tz, long head) {
   for (long f=width(n), i=0; i<f; i++) { memcpy(to+(head*f+i)*n->V, S+row(n,r,i)*r->V, 4*n->V); tz[head*f+i] = z[row(n,r,i)]; }
 }
-static void save(const Room *r, const float *S, const float *z, float m, float *to) { memcpy(to, S, 4*r->F*r->V); memcpy(to+r->F*r->V, z, 4*r->F); to[r->F*(r->V+1)] = m; }
-static float load(const Room *r, const float *from, float *S, float *z) { memcpy(S, from, 4*r->F*r->V); memcpy(z, from+r->F*r->V, 4*r->F); return from[r->F*(r->V+1)]; }
+static void save(const Room *r, const float *S, const float *z, float m, float *to) {
+  long n = r->F*r->V;
+  memcpy(to, S, 4*n); memcpy(to+n, z, 4*r->F); memset(to+n+r->F, 0, 4*16); to[n+r->F] = m;
+}
+static float load(const Room *r, const float *from, float *S, float *z) {
+  memcpy(S, from, 4*r->F*r->V); memcpy(z, from+r->F*r->V, 4*r->F);
+  return from[r->F*(r->V+1)];
+}
 #define SAVED (r->F*(r->V+1)+16) // numbers of a saved state: S, z and m
 static void scale_state(const Room *r, float *S, float *z, float by) { if (by!=1) { scale_row(S, r->F*r->V, by); scale_row(z, r->F, by); } }
 static float no_keys(const Sizes *n) { return n->logs ? LOG_ZERO : 0; } // m of a state that has seen nothing

@@ -41,7 +41,8 @@ def empty_outputs(v, s, keep):
     B,N,G,T,V,new = *(s[x] for x in 'BNGTV'),v.new_empty
     f,chunks = 2*s['E'] if s['form'] else s['D'],-(-T//CHUNK)
     kept = [(B, N*G, T), (B, N, T), (B, N, chunks, _saved(s))] if keep and s['causal'] else [(B, N*G, T) if keep else (0,), (0,), (0,)]
-    return new((B, T, N*G, V)).transpose(1,2), new((B, N, f, V)), new((B, N, f)), new((B, N)), *map(new, kept)
+    den,top,states = kept
+    return new((B, T, N*G, V)).transpose(1,2), new((B, N, f, V)), new((B, N, f)), new((B, N)), new(den), v.new_zeros(top), new(states)
 
 def _some(x): return x if x is not None and x.numel() else None
 
