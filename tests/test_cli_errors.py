@@ -56,7 +56,7 @@ def square(here, monkeypatch):
     (here/'square_file.py').write_text(SQUARE)
     monkeypatch.setattr(sys, 'path', [*sys.path])
     yield 'square_file.py'
-    ATTENTIONS.pop('square_of_a_test', None); sys.modules.pop('square_file', None)
+    ATTENTIONS.pop('square_of_a_test', None)
 
 def test_a_map_in_a_file_of_ones_own(square):
     from hedgehog_nb.attentions.base import ATTENTIONS
@@ -70,8 +70,32 @@ def test_a_map_in_a_file_of_ones_own(square):
     ATTENTIONS.pop('square_of_a_test')
     says(fails('evaluate', 'out', '--data', 'embedded'), "no attention is called 'square_of_a_test'", '--import FILE')
 
+def test_a_file_takes_no_librarys_place(square, here):
+    "Neither the file, nor one that lies beside it."
+    (here/'random.py').write_text(SQUARE+'from beside import x'); (here/'beside.py').write_text('x = 1')
+    (here/'tokenizers.py').write_text('raise SystemExit("not this one")')
+    code = f'from hedgehog_nb.cli import app; app(prog_name="hedgehog")'
+    run = ['--import','random.py','linearize','embedded','--data','embedded','--out','out',*TINY,'--map','square_of_a_test']
+    p = subprocess.run([sys.executable, '-P', '-c', code, *run], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH':str(Path(__file__).parents[1])}) \
+        if sys.version_info>=(3,11) else pytest.skip("-P came with Python 3.11")
+    assert p.returncode==0, p.stderr
+    assert 'hedgehog --import random.py generate out --prompt' in p.stderr
+
+def test_a_run_goes_on_with_the_same_code_alone(square, here, monkeypatch):
+    from hedgehog_nb.training import recipe
+    args = ['--import', square, 'linearize', 'embedded', '--data', 'embedded', '--out', 'out', *TINY, '--map', 'square_of_a_test']
+    def stop(*a, **kw): raise OSError(28, 'No space left', 'out')
+    with monkeypatch.context() as m:
+        m.setattr(recipe, 'finetune', stop)
+        assert CliRunner().invoke(app, args).exit_code==1
+    (here/square).write_text(SQUARE.replace('x*x', '2*x*x'))
+    r = CliRunner().invoke(app, args)
+    assert r.exit_code==1; says(r.stderr, 'keeps an unfinished run with other settings (--import', '--restart')
+    (here/square).write_text(SQUARE)
+    assert CliRunner().invoke(app, args).exit_code==0
+
 @pytest.mark.parametrize('name,text,words', [('nothing.py', None, ['no file nothing.py']), ('no_such_module', None, ["No module named 'no_such_module'"]),
-    ('random.py', '', ['another module is called random']), ('broken_file.py', 'x = 1/0', ['broken_file.py', 'ZeroDivisionError'])])
+    ('broken_file.py', 'x = 1/0', ['broken_file.py', 'ZeroDivisionError'])])
 def test_imports_that_fail(here, monkeypatch, name, text, words):
     monkeypatch.setattr(sys, 'path', [*sys.path])
     if text is not None: (here/name).write_text(text)
@@ -236,7 +260,7 @@ def test_disk_full_in_training(monkeypatch):
     from hedgehog_nb.training import checkpoint
     monkeypatch.setattr(checkpoint, 'save_file', full)
     r = CliRunner().invoke(app, ['linearize','embedded','--data','embedded','--out','out',*TINY])
-    assert r.exit_code==1 and sorted(p.name for p in Path('.out-run').iterdir())==['command.json','measured.json']
+    assert r.exit_code==1 and sorted(p.name for p in Path('.out-run').iterdir())==['command.json','measured.json','settings.json']
     says(r.stderr.splitlines()[-1], '.out-run/distill.safetensors: No space left on device', 'nothing was kept yet')
 
 # Files of settings

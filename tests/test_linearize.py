@@ -384,7 +384,7 @@ def test_the_implementation_is_used(monkeypatch):
     assert seen==['chunked']*2
 
 @pytest.mark.parametrize('feature_map,impl,names', [('hedgehog', 'cuda', 'naive, recurrent, chunked, c, triton'), ('hedgehog', True, 'naive'),
-    ('hedgehog-window', 'c', 'naive, chunked, triton'), ('hedgehog-window', 'recurrent', 'naive, chunked, triton')])
+    ('hedgehog-window', 'recurrent', 'naive, chunked, c, triton')])
 def test_an_implementation_that_there_is_not(feature_map, impl, names, tmp_path):
     model = llama()
     with pytest.raises(ValueError, match=f'implementation is one of {names}.*or None.*given {impl!r}'): linearize(model, feature_map, implementation=impl)
@@ -435,7 +435,11 @@ def test_a_config_says_all():
     (dict(attention=3), 'called 3; there are'),
     (dict(attention='linformer'), 'keeps no state.*there are cosformer, elu, (?!.*linformer)'),
     (dict(attention_kwargs=dict(nums=2)), 'nums.*takes .*num_maps'),
+    (dict(attention=['elu']), 'there are'),
     (dict(attention_kwargs=3), 'attention_kwargs is a dict'),
+    (dict(attention_kwargs={1:2}), 'does not take 1'),
+    (dict(attention_kwargs=dict(num_maps='2')), "num_maps is a whole number.*given '2'"),
+    (dict(attention='hedgehog-window', attention_kwargs=dict(window=-4)), 'window is a number of keys.*given -4'),
     (dict(layers=3), 'layers is .*given 3'),
     (dict(layers=None), 'layers is .*given None'),
     (dict(layers=[]), r'given \[\]'),
@@ -455,6 +459,8 @@ def test_a_config_is_checked_where_it_is_made(bad, says):
 @pytest.mark.parametrize('settings', [None, 'hedgehog', [], 3])
 def test_a_config_is_read_from_a_dict(settings):
     with pytest.raises(ValueError, match='is a dict of its settings'): LinearizeConfig.from_dict(settings)
+    with pytest.raises(ValueError, match='given 1'): LinearizeConfig.from_dict({1:2})
+    with pytest.raises(ValueError, match='as it was once called'): LinearizeConfig.from_dict(dict(feature_map='hedgehog', attention_kwargs={}))
 
 @pytest.mark.parametrize('given,stored', [
     (dict(layers=range(2)), dict(layers=[0,1])),

@@ -42,10 +42,44 @@ def test_a_folder_may_be_a_string_and_nothing_is_done_twice(tmp_path):
     assert drop(again)==drop(rows)==drop(go()) and ('progress','evaluate') not in seen
     assert len(read_eval_log(tmp_path/'run'/'measured.json')['rows'])==len(rows)
 
-@pytest.mark.parametrize('bad,says', [(dict(evals=0), 'evals is at least 1.*given 0'), (dict(config='hedghog'), "called 'hedghog'"),
-    (dict(objective='w'), "objective is one of weights.*given 'w'"), (dict(batch_size=0), 'batch_size is at least 1'),
-    (dict(config=LinearizeConfig(layers='0-9')), 'has layers 0 to 2'), (dict(config='elu'), "'elu' has no parameters to distil")], ids=lambda x: str(x))
-def test_what_cannot_work_is_refused_before_anything_is_measured(bad, says):
-    events = []
-    with pytest.raises(ValueError, match=says): go(**bad, on_event=lambda *a, **kw: events.append(a))
-    assert not events
+LOOK = dict(evals=(0, '2', True), distill_steps=(-1, 2.5), batch_size=(0,), save_steps=(0,), seed=(-1,), gradient_accumulation_steps=(0,))
+
+@pytest.mark.parametrize('bad,says', [
+    *((dict([(n, x)]), f'{n} is a whole number') for n,xs in LOOK.items() for x in xs),
+    *((dict([(n, x)]), f'^{n} is above 0') for n in ('lr','finetune_lr') for x in (0, -1, float('inf'))),
+    (dict(config='hedghog'), "called 'hedghog'"), (dict(config=None), 'config is a LinearizeConfig'), (dict(config={}), 'config is a LinearizeConfig'),
+    (dict(config=LinearizeConfig(layers='0-9')), 'has layers 0 to 2'), (dict(config='elu'), "'elu' has no parameters to distil"),
+    (dict(objective='w'), "objective is one of weights.*given 'w'"), (dict(objective=['weights']), 'objective is one of'), (dict(autocast='float8'), 'float8'),
+    (dict(lora=dict(foo=2)), "settings of peft.LoraConfig.*foo"), (dict(trained='new', base='x'), 'would train all weights')], ids=lambda x: str(x))
+def test_what_cannot_work_is_refused_before_anything_is_measured(bad, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model,events = llama(),[]
+    with pytest.raises(ValueError, match=says): convert(model, TRAIN, TEST, **{**SHORT, **bad}, on_event=lambda *a, **kw: events.append(a))
+    assert not events and not hasattr(model.config, 'hedgehog') and not [*tmp_path.iterdir()]
+
+@pytest.mark.parametrize('texts', [(TRAIN[:0], TEST), (TRAIN, TEST[0]), ([1, 2], TEST), (TRAIN, TEST[:,:1])], ids=['empty','one block','a list','one token'])
+def test_texts_are_blocks(texts):
+    with pytest.raises(ValueError, match=r'is \(N, T\) token ids'): convert(llama(), *texts, **SHORT)
+
+OTHER = dict(attention=dict(config='t2r'), form=dict(config=LinearizeConfig(attention_kwargs=dict(form='exp'))), layers=dict(config=LinearizeConfig(layers='0')),
+    evals=dict(evals=3), steps=dict(distill_steps=5), lr=dict(lr=.1), seed=dict(seed=1), autocast=dict(autocast='bfloat16'))
+
+@pytest.mark.parametrize('change', OTHER.values(), ids=OTHER)
+def test_a_folder_keeps_one_run(change, tmp_path):
+    "What was measured of another conversion is never taken for this one's."
+    go(work=tmp_path/'run')
+    with pytest.raises(ValueError, match='keeps another run .*was .* is '): go(work=tmp_path/'run', **change)
+
+def test_a_folder_keeps_one_text(tmp_path):
+    go(work=tmp_path/'run')
+    for train,test,which in ((TRAIN.flip(0), TEST, 'train'), (TRAIN, TEST.flip(0), 'test')):
+        with pytest.raises(ValueError, match=f'keeps another run .{which} was'): convert(llama(), train, test, work=tmp_path/'run', **SHORT)
+
+def test_a_folder_that_is_there_is_left_alone(tmp_path):
+    (tmp_path/'mine').mkdir(); (tmp_path/'mine'/'precious').write_text('x')
+    with pytest.raises(ValueError, match='mine exists'): go(finetune_steps=0, trained=tmp_path/'mine', base='x')
+    assert (tmp_path/'mine'/'precious').read_text()=='x'
+
+def test_a_damaged_record_names_its_file(tmp_path):
+    go(work=tmp_path/'run'); (tmp_path/'run'/'measured.json').write_text('{"wall')
+    with pytest.raises(ValueError, match='measured.json is no record of a conversion'): go(work=tmp_path/'run')

@@ -9,7 +9,7 @@ __all__ = []
 
 
 # %% ../../nbs/94_cli.ipynb #aaaf85i7
-import difflib, json, math, shutil, time, typer
+import difflib, json, math, shlex, shutil, time, typer
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, List, Optional
@@ -17,7 +17,7 @@ from hedgehog_nb.cli.console import AttentionSnapshots, perplexity_table, tee, T
 from hedgehog_nb.cli.inputs import block_start, check_output, describe_start, is_converted, map_plan, model_name, open_blocks, open_model
 from hedgehog_nb.cli.options import (
     _command, _examples, _expand_config, _opt, app, AutocastOpt, BlockBosOpt, ColumnOpt, ConfigOpt, DataOpt, DebugOpt, DeviceOpt, EvalOpt,
-    ImplOpt, JsonOpt, ModelArg, SeedOpt)
+    ImplOpt, imported, JsonOpt, ModelArg, SeedOpt)
 from hedgehog_nb.files import atomic_write
 
 # %% ../../nbs/94_cli.ipynb #11c00002
@@ -49,7 +49,7 @@ def keep_run_dir(
     from hedgehog_nb.training.recipe import is_main_process
     try: yield
     except BaseException as e:
-        if is_main_process() and [p.name for p in work.glob('*')] in ([], ['command.json']): shutil.rmtree(work, ignore_errors=True)
+        if is_main_process() and {p.name for p in work.glob('*')}<={'command.json','settings.json'}: shutil.rmtree(work, ignore_errors=True)
         elif str(work) not in str(e): e.note = f"{where()}what was done is kept in {work}, and the same command goes on from there"
         raise
 
@@ -106,7 +106,8 @@ def _lora(model, rank, targets):
 # Options that do not shape the result
 NON_RESULT_OPTIONS = {'out','save','overwrite','record','experiment','config','restart','save_every','grad_accum','as_json','debug'}
 
-def _settings(ctx): return {p.opts[0]:ctx.params.get(p.name) for p in ctx.command.params if p.name not in NON_RESULT_OPTIONS}
+def _settings(ctx):
+    return {p.opts[0]:ctx.params.get(p.name) for p in ctx.command.params if p.name not in NON_RESULT_OPTIONS} | ({'--import':i} if (i := imported(ctx)) else {})
 
 def _same(a, b): return bool(a) and a.is_file() and b.is_file() and a.read_bytes()==b.read_bytes()
 
@@ -228,6 +229,8 @@ def linearize_command(ctx:typer.Context,
         lora = _lora(m, lora_rank, lora_targets)
         begin = block_start(tok)
         screen.say(_plan(m, model, feature_map, len(which), extra, train, test, steps, batch_size, lora, softmax_heads, describe_start(begin)))
+        if trained and is_main_process(): shutil.rmtree(trained, ignore_errors=True) # of a run that was killed as it ended
+        barrier()
         camera = AttentionSnapshots(test[:1,:24], tok, which[len(which)//2], feature_map)
         with screen.progress:
             rows = convert(m, train, test, how, *steps, batch_size, lr, finetune_lr, objective, evals, baseline=baseline, autocast=autocast, seed=seed,
@@ -242,5 +245,5 @@ def linearize_command(ctx:typer.Context,
     shutil.rmtree(work)
     screen.out.print(perplexity_table(rows))
     screen.say(f"saved [bold]{out}[/], with {', '.join(p.name for p in sorted(out.glob('*.png')))} and results.json; let it write with\n"
-        f"  [cyan]hedgehog generate {out} --prompt \"…\"[/]")
+        f"  [cyan]{shlex.join(['hedgehog', *(w for m in imported(ctx) for w in ('--import', m)), 'generate', str(out)])} --prompt \"…\"[/]")
     screen.object(**result, out=str(out))

@@ -8,7 +8,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/cli.html.md"""
 __all__ = ['app', 'main']
 
 # %% ../../nbs/94_cli.ipynb #aaaf85i2
-import difflib, importlib, os, signal, sys, threading, typer, warnings
+import difflib, hashlib, importlib.util, os, signal, sys, threading, typer, warnings
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -169,23 +169,28 @@ def _expand_config(ctx):
         else: more += [w for x in (v if isinstance(v, (list,tuple)) else [v]) for w in (p.opts[0], str(x))]
     at = [i for i,w in enumerate(words) if w.split('=')[0]=='--config']
     for i in at: del words[i:i+(1 if '=' in words[i] else 2)]
-    n = words.index(ctx.info_name)+1
+    n = 1+next(i for i,w in enumerate(words) if w==ctx.info_name and words[i-1]!='--import')
     return words[:n]+more+words[n:]
 
 # %% ../../nbs/94_cli.ipynb #c1a0f001
 def import_code(
-    name:str, # A .py file, whose folder is put on the path, or a module that is installed
+    name:str, # A .py file, which may import what lies beside it, or a module that is installed
 ):
-    "Import code of the user's own. Raises `ValueError` where it is not found, or where it fails."
+    "Run code of the user's own. Raises `ValueError` where it is not found, or where it fails."
     path = Path(name).expanduser()
     try:
         if path.suffix!='.py': return importlib.import_module(name)
-        if not path.is_file(): raise ModuleNotFoundError(f"there is no file {path}")
-        sys.path.insert(0, str(path.resolve().parent))
-        module = importlib.import_module(path.stem)
+        if not path.is_file(): raise FileNotFoundError(f"there is no file {path}")
+        folder = str(path.resolve().parent)
+        if folder not in sys.path: sys.path.append(folder) # last: a file beside it replaces no library
+        spec = importlib.util.spec_from_file_location(f'imported_by_hedgehog_{path.stem}', path) # nor does the file itself
+        sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
     except Exception as e: raise ValueError(f"--import {name}: {type(e).__name__}, {e}") from e
-    if Path(module.__file__ or '').resolve()!=path.resolve(): raise ValueError(f"--import {name}: another module is called {path.stem}; rename the file")
 
+def imported(ctx): # {name: digest of the file, or None}: a run goes on with the same code alone
+    names = (ctx.parent.params.get('modules') if ctx.parent else None) or ()
+    return {n: hashlib.sha256(p.read_bytes()).hexdigest()[:16] if (p := Path(n).expanduser()).suffix=='.py' else None for n in names}
 
 # %% ../../nbs/94_cli.ipynb #0677487b
 app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,

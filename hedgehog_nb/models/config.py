@@ -10,7 +10,7 @@ __all__ = ['LinearizeConfig']
 # %% ../../nbs/08_linearize.ipynb #858b65i9
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
-from ..attentions.base import ATTENTIONS, check_attention
+from ..attentions.base import ATTENTIONS, check_attention, make_attention
 from ..attentions.specs import format_heads, parse_numbers, split_heads
 from ..functional import LINEAR, WINDOW
 
@@ -31,6 +31,7 @@ class LinearizeConfig:
         if not ATTENTIONS[self.attention].is_recurrent:
             raise ValueError(f"{self.attention!r} keeps no state, so a converted model could not write with it; "
                 f"there are {', '.join(n for n in sorted(ATTENTIONS) if ATTENTIONS[n].is_recurrent)}")
+        if ATTENTIONS[self.attention].__module__.startswith('hedgehog_nb.'): make_attention(self.attention, 64, **self.attention_kwargs) # checks their values
         layers,heads,names = parse_numbers(self.layers),split_heads(self.softmax_heads),dict.fromkeys([*LINEAR, *WINDOW])
         if not isinstance(self.layers, str): self.layers = layers
         if not isinstance(self.softmax_heads, str): self.softmax_heads = format_heads(heads)
@@ -49,6 +50,7 @@ class LinearizeConfig:
         "Read what `to_dict` gave. Raises `ValueError` on settings that there are not."
         if not isinstance(d, dict): raise ValueError(f"a conversion is a dict of its settings, such as {cls().to_dict()}; given {d!r}")
         d,names = dict(d),[f.name for f in fields(cls)]
+        if 'feature_map' in d and ('attention' in d or 'attention_kwargs' in d): raise ValueError(f"give attention, or feature_map as it was once called; given {d!r}")
         if 'feature_map' in d: d = dict(attention=d.pop('feature_map'), attention_kwargs={k:d.pop(k) for k in [*d] if k not in names}, **d)
-        if bad := [k for k in d if k not in names]: raise ValueError(f"a conversion has the settings {', '.join(names)}; given {', '.join(bad)}")
+        if bad := [k for k in d if k not in names]: raise ValueError(f"a conversion has the settings {', '.join(names)}; given {', '.join(map(str, bad))}")
         return cls(**d)

@@ -8,7 +8,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/recipe.html.md"""
 __all__ = ['EvalLog', 'read_eval_log', 'EvalCallback', 'convert']
 
 # %% ../../nbs/10_recipe.ipynb #aaaf85i1
-import json, math, os, time, torch, transformers
+import hashlib, json, math, os, time, torch, transformers
 from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -103,8 +103,10 @@ class EvalLog:
 def read_eval_log(
     path, # File of an `EvalLog`, or None
 )->dict: # Its rows, and wall_s, the seconds until the last of them
-    "What was measured before; nothing where there is no file."
-    return json.loads(Path(path).read_text()) if path and Path(path).exists() else dict(wall_s=0., rows=[])
+    "What was measured before; nothing where there is no file. Raises `ValueError` where it cannot be read."
+    if not path or not Path(path).exists(): return dict(wall_s=0., rows=[])
+    try: return json.loads(Path(path).read_text())
+    except ValueError as e: raise ValueError(f"{path} is no record of a conversion ({e}); delete it to measure anew") from None
 
 # %% ../../nbs/10_recipe.ipynb #5ae829ee
 class EvalCallback(transformers.TrainerCallback):
@@ -150,6 +152,47 @@ def mixed_precision(
     "A context in which matrix products run in `dtype`."
     return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, parse_dtype(dtype), cache_enabled=False)
 
+# %% ../../nbs/10_recipe.ipynb #cnv00002
+def _check_settings(model, train, test, config, distill_steps, finetune_steps, batch_size, lr, finetune_lr, objective, evals, autocast, seed, lora, trained,
+                    save_steps, gradient_accumulation_steps, **_):
+    "The config, where all settings fit together; else `ValueError` that says what was given and what fits."
+    if isinstance(config, str): config = LinearizeConfig(config)
+    if not isinstance(config, LinearizeConfig): raise ValueError(f"config is a LinearizeConfig, or the name of an attention; given {config!r}")
+    for name,x,least in (('distill_steps', distill_steps, 0), ('finetune_steps', finetune_steps, 0), ('batch_size', batch_size, 1), ('evals', evals, 1),
+            ('seed', seed, 0), ('save_steps', save_steps, 1), ('gradient_accumulation_steps', gradient_accumulation_steps, 1)):
+        if isinstance(x, bool) or not isinstance(x, int) or x<least: raise ValueError(f"{name} is a whole number, {least} or more; given {x!r}")
+    for name,x in (('lr', lr), ('finetune_lr', finetune_lr)):
+        if not 0<x<math.inf: raise ValueError(f"{name} is above 0; given {x!r}")
+    if objective not in [*LOSSES]: raise ValueError(f"objective is one of {', '.join(LOSSES)}; given {objective!r}")
+    for name,x,least in (('train', train, 1), ('test', test, 2)):
+        if not isinstance(x, torch.Tensor) or x.dim()!=2 or len(x)<1 or x.shape[1]<least:
+            raise ValueError(f"{name} is (N, T) token ids of 1 or more blocks; given {tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__}")
+    if autocast: parse_dtype(autocast)
+    if trained and finetune_steps and not lora:
+        raise ValueError("what is written to `trained` are maps and adapters, and this run would train all weights: give lora=dict(r=8, …), or finetune_steps=0")
+    if lora:
+        from peft import LoraConfig
+        try: LoraConfig(**lora)
+        except TypeError as e: raise ValueError(f"lora is settings of peft.LoraConfig; given {lora!r} ({e})") from None
+    maps = build_attentions(model, config)[1].values()
+    if distill_steps and not any(True for m in maps for _ in m.parameters()):
+        raise ValueError(f"{config.attention!r} has no parameters to distil: say distill_steps=0; given {distill_steps}")
+    return config
+
+def _digest(blocks): return hashlib.sha256(blocks.cpu().long().contiguous().numpy().tobytes()).hexdigest()[:16]
+
+def _open_work(work, settings):
+    "The folder of a run, made if it is not there. Raises `ValueError` where it keeps another run."
+    work,settings = Path(work).expanduser(),json.loads(json.dumps(settings, default=str))
+    f = work/'settings.json'
+    if f.exists():
+        theirs = json.loads(f.read_text())
+        odd = [f"{k} was {theirs.get(k)!r}, is {settings.get(k)!r}" for k in {**settings, **theirs} if theirs.get(k)!=settings.get(k)]
+        if odd: raise ValueError(f"{work} keeps another run ({'; '.join(odd[:3])}): repeat that call, or name another folder")
+    elif is_main_process():
+        with atomic_write(f) as p: p.write_text(json.dumps(settings))
+    return work
+
 # %% ../../nbs/10_recipe.ipynb #95571ced
 def convert(
     model, # A causal language model from transformers; converted in place
@@ -175,15 +218,12 @@ def convert(
     trained=None, # Folder to write the maps and adapters to, as `save_trained` does
     base:str=None, # For that folder: where the original is to be had
 )->list: # Rows
-    "Swap, distil, finetune, and measure before and after each. Raises what `linearize`, `distill` and `finetune` raise."
-    if isinstance(config, str): config = LinearizeConfig(config)
-    if evals<1: raise ValueError(f"evals is at least 1: distillation is measured at its end; given {evals}")
-    if batch_size<1: raise ValueError(f"batch_size is at least 1; given {batch_size}")
-    if objective not in LOSSES: raise ValueError(f"objective is one of {', '.join(LOSSES)}; given {objective!r}")
-    maps = build_attentions(model, config)[1].values() # what cannot be converted is refused before the teacher is measured
-    if distill_steps and not any(True for m in maps for _ in m.parameters()):
-        raise ValueError(f"{config.attention!r} has no parameters to distil: say distill_steps=0; given {distill_steps}")
-    work = work and Path(work)
+    ("Swap, distil, finetune, and measure before and after each. Raises what `linearize`, `distill` and `finetune` raise, before anything is measured "
+     "where that can be seen, and `ValueError` where `work` keeps a run with other settings or texts.")
+    given = {k:v for k,v in locals().items() if k not in ('model','train','test','config','on_event','work','save_steps','gradient_accumulation_steps','base')}
+    config = _check_settings(model, train, test, config, **given, save_steps=save_steps, gradient_accumulation_steps=gradient_accumulation_steps)
+    if trained and Path(trained).expanduser().exists(): raise ValueError(f"{trained} exists: name a new folder for what is trained")
+    if work: work = _open_work(work, dict(config=config.to_dict(), train=_digest(train), test=_digest(test), **{k:v for k,v in given.items() if k!='trained'}))
     j,name = (EvalLog(test, batch_size, on_event, work and work/'measured.json', map=config.attention, seed=seed),
               'window' if config.attention_kwargs.get('branch')=='window' else config.attention)
     def keep(file): return dict(seed=seed, gradient_accumulation_steps=gradient_accumulation_steps, checkpoint=work and work/file, save_steps=save_steps,
@@ -205,6 +245,6 @@ def convert(
             watch = EvalCallback(j, model, 'distill', f'{name}-distilled', distill_steps, train, evals, metric)
             distill(model, train, distill_steps, batch_size, lr, objective, callbacks=[watch], **keep('distill.safetensors'))
         tuned = tune(model, name, 'finetune.safetensors') if finetune_steps else model
-        if trained and is_main_process(): save_trained(tuned, trained, base, overwrite=True)
+        if trained and is_main_process(): save_trained(tuned, Path(trained).expanduser(), base)
         if tuned is not model and not (trained and getattr(model, 'is_quantized', False)): merge_lora(tuned)
     return j.rows

@@ -79,7 +79,8 @@ INLINE vec exp_v(vec x) { // for x of 0 or less
   p = p*r + 8.3334519073e-3f; p = p*r + 4.1665795894e-2f; p = p*r + 1.6666665459e-1f; p = p*r + 5.0000001201e-1f;
   return (p*r*r + r + 1.f) * (vec)((e+127) << 23);
 }
-INLINE vec weight_v(vec x) { return pick(x < (vec){0}-87.f, (vec){0}, exp_v(pick(x > (vec){0}, (vec){0}, x))); } // a weight of log x: 0 where it is no number of this size
+// A weight from its logarithm, 0 or less; below -87 it is 0
+INLINE vec weight_v(vec x) { return pick(x < (vec){0}-87.f, (vec){0}, exp_v(pick(x > (vec){0}, (vec){0}, x))); }
 static float weight(float x) { return x<-87.f ? 0.f : expf(x); }
 void exp_all(float *x, long n) { for (long i=0; i<n; i+=VL) V(x+i) = exp_v(V(x+i)); }
 // endregion
@@ -449,7 +450,8 @@ static float dot(const float *a, const float *b, long n) {
   return res;
 }
 
-static void map_one(const Sizes *n, const Room *r, const float *x, const float *w, const float *b, float *phi, float *l) { // features without zeros between the halves
+// Features of one row, without zeros between the halves
+static void map_one(const Sizes *n, const Room *r, const float *x, const float *w, const float *b, float *phi, float *l) {
   if (!n->form) { memcpy(phi, x, 4*n->D); return; }
   for (long e=0; e<n->E; e++) r->y[e] = dot(w+e*n->D, x, n->D) + (b ? b[e] : 0);
   memset(r->y+n->E, 0, 4*(r->E-n->E));
@@ -598,7 +600,8 @@ void window_step(const long *n, float **a) {
 // endregion
 
 // region: backward
-static void map_back(const Sizes *n, const Room *r, const float *a, long la, const float *phi, const float *dphi, long m, const float *w, float *dw, float *to, long ld) {
+static void map_back(const Sizes *n, const Room *r, const float *a, long la, const float *phi, const float *dphi, long m, const float *w, float *dw,
+                     float *to, long ld) {
   if (!n->form) { rows_out(dphi, r->F, m, n->D, to, ld); return; }
   long M = up(m), D = r->D, E = r->E;
   float *db = dw+E*D;
@@ -632,7 +635,12 @@ static void near_back(const Sizes *n, const Data *d, const Room *r, long b, long
   for (long i=0; i<M; i+=16) {
     product(16, W, V_, r->g+i*V_, V_, 1, r->vbT+i, L, r->dP+i*W, W, 0);
     product(W, V_, 16, r->P+i*W, 1, W, r->g+i*V_, V_, r->dvb+i*V_, V_, 1);
-    for (long x=i; x<i+16; x++) { vec s = {0}; for (long j=0; j<W; j+=VL) { V(r->dP+x*W+j) = V(r->P+x*W+j)*(V(r->dP+x*W+j)+r->gd[x]); s += V(r->dP+x*W+j); } sum += sum_v(s); }
+    for (long x=i; x<i+16; x++) {
+      float *p = r->P+x*W, *dp = r->dP+x*W;
+      vec s = {0};
+      for (long j=0; j<W; j+=VL) { V(dp+j) = V(p+j)*(V(dp+j)+r->gd[x]); s += V(dp+j); }
+      sum += sum_v(s);
+    }
     product(16, R, W, r->dP+i*W, W, 1, r->rk+i*R, R, r->drq+i*R, R, 0);
     product(W, R, 16, r->dP+i*W, 1, W, r->rq+i*R, R, r->drk+i*R, R, 1);
   }
@@ -718,7 +726,8 @@ static float before_chunk(const Sizes *n, const Data *d, const Room *r, long hea
   return before;
 }
 
-static void queries_part(const Sizes *n, const Data *d, long b, long h, long p) { // what a part adds to dS and dz; without causality all of its queries' gradients
+// What a part adds to dS and dz; without causality all of its queries' gradients
+static void queries_part(const Sizes *n, const Data *d, long b, long h, long p) {
   Room all = room(n, 1), *r = &all;
   long head = b*n->N+h;
   float m_part = n->causal ? 0 : d->m[head];
