@@ -76,8 +76,9 @@ def test_a_file_takes_no_librarys_place(square, here):
     (here/'tokenizers.py').write_text('raise SystemExit("not this one")')
     code = f'from hedgehog_nb.cli import app; app(prog_name="hedgehog")'
     run = ['--import','random.py','linearize','embedded','--data','embedded','--out','out',*TINY,'--map','square_of_a_test']
-    p = subprocess.run([sys.executable, '-P', '-c', code, *run], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH':str(Path(__file__).parents[1])}) \
-        if sys.version_info>=(3,11) else pytest.skip("-P came with Python 3.11")
+    if sys.version_info<(3,11): pytest.skip("-P came with Python 3.11")
+    env = {**os.environ, 'PYTHONPATH':str(Path(__file__).parents[1])}
+    p = subprocess.run([sys.executable, '-P', '-c', code, *run], capture_output=True, text=True, env=env)
     assert p.returncode==0, p.stderr
     assert 'hedgehog --import random.py generate out --prompt' in p.stderr
 

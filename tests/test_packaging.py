@@ -51,7 +51,7 @@ def test_wheel_holds_the_package_and_nothing_else(root, wheel):
     tree = {p.relative_to(root).as_posix() for p in (root/'hedgehog_nb').rglob('*') if p.is_file() and '__pycache__' not in p.parts}
     packed = {n for n in wheel.namelist() if '.dist-info/' not in n and not n.endswith('/')}
     assert packed == tree
-    assert any(n.startswith('hedgehog_nb/assets/') and n.endswith('.safetensors') for n in packed)
+    assert any(n.startswith('hedgehog_nb/assets/') and n.endswith('.safetensors') for n in packed) and 'hedgehog_nb/kernels/cpu/kernels.c' in packed
     assert any(n.endswith('licenses/LICENSE') for n in wheel.namelist())
 
 def test_metadata_is_settings_ini(root, metadata):

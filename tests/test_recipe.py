@@ -50,7 +50,7 @@ LOOK = dict(evals=(0, '2', True), distill_steps=(-1, 2.5), batch_size=(0,), save
     (dict(config='hedghog'), "called 'hedghog'"), (dict(config=None), 'config is a LinearizeConfig'), (dict(config={}), 'config is a LinearizeConfig'),
     (dict(config=LinearizeConfig(layers='0-9')), 'has layers 0 to 2'), (dict(config='elu'), "'elu' has no parameters to distil"),
     (dict(objective='w'), "objective is one of weights.*given 'w'"), (dict(objective=['weights']), 'objective is one of'), (dict(autocast='float8'), 'float8'),
-    (dict(lora=dict(foo=2)), "settings of peft.LoraConfig.*foo"), (dict(trained='new', base='x'), 'would train all weights')], ids=lambda x: str(x))
+    (dict(lora=dict(foo=2)), "settings of peft.LoraConfig.*foo"), (dict(trained='new', base='x'), 'would train all weights')], ids=str)
 def test_what_cannot_work_is_refused_before_anything_is_measured(bad, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model,events = llama(),[]
@@ -61,7 +61,8 @@ def test_what_cannot_work_is_refused_before_anything_is_measured(bad, says, tmp_
 def test_texts_are_blocks(texts):
     with pytest.raises(ValueError, match=r'is \(N, T\) token ids'): convert(llama(), *texts, **SHORT)
 
-OTHER = dict(attention=dict(config='t2r'), form=dict(config=LinearizeConfig(attention_kwargs=dict(form='exp'))), layers=dict(config=LinearizeConfig(layers='0')),
+OTHER = dict(attention=dict(config='t2r'), form=dict(config=LinearizeConfig(attention_kwargs=dict(form='exp'))),
+    layers=dict(config=LinearizeConfig(layers='0')),
     evals=dict(evals=3), steps=dict(distill_steps=5), lr=dict(lr=.1), seed=dict(seed=1), autocast=dict(autocast='bfloat16'))
 
 @pytest.mark.parametrize('change', OTHER.values(), ids=OTHER)

@@ -130,7 +130,8 @@ def check_attention(
     "Raises `ValueError` on a name or a setting that there is not, and lists those that there are."
     if not isinstance(name, str) or name not in ATTENTIONS: raise ValueError(f"no attention is called {name!r}; there are {', '.join(sorted(ATTENTIONS))}")
     takes = inspect.signature(ATTENTIONS[name].__init__).parameters.keys() - {'self','head_dim','num_heads','num_kv_heads','scale'}
-    if bad := {*settings}-takes: raise ValueError(f"{name!r} does not take {', '.join(sorted(map(str, bad)))}; it takes {', '.join(sorted(takes)) or 'no settings'}")
+    if bad := {*settings}-takes:
+        raise ValueError(f"{name!r} does not take {', '.join(sorted(map(str, bad)))}; it takes {', '.join(sorted(takes)) or 'no settings'}")
 
 def make_attention(
     name:str, # A registered name; see `ATTENTIONS`

@@ -50,7 +50,8 @@ class LinearizeConfig:
         "Read what `to_dict` gave. Raises `ValueError` on settings that there are not."
         if not isinstance(d, dict): raise ValueError(f"a conversion is a dict of its settings, such as {cls().to_dict()}; given {d!r}")
         d,names = dict(d),[f.name for f in fields(cls)]
-        if 'feature_map' in d and ('attention' in d or 'attention_kwargs' in d): raise ValueError(f"give attention, or feature_map as it was once called; given {d!r}")
+        if 'feature_map' in d and d.keys() & {'attention','attention_kwargs'}:
+            raise ValueError(f"give attention, or feature_map as it was once called; given {d!r}")
         if 'feature_map' in d: d = dict(attention=d.pop('feature_map'), attention_kwargs={k:d.pop(k) for k in [*d] if k not in names}, **d)
         if bad := [k for k in d if k not in names]: raise ValueError(f"a conversion has the settings {', '.join(names)}; given {', '.join(map(str, bad))}")
         return cls(**d)

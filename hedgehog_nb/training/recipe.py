@@ -166,7 +166,7 @@ def _check_settings(model, train, test, config, distill_steps, finetune_steps, b
     if objective not in [*LOSSES]: raise ValueError(f"objective is one of {', '.join(LOSSES)}; given {objective!r}")
     for name,x,least in (('train', train, 1), ('test', test, 2)):
         if not isinstance(x, torch.Tensor) or x.dim()!=2 or len(x)<1 or x.shape[1]<least:
-            raise ValueError(f"{name} is (N, T) token ids of 1 or more blocks; given {tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__}")
+            raise ValueError(f"{name} is (N, T) token ids of 1 or more blocks; given {tuple(getattr(x, 'shape', ())) or type(x).__name__}")
     if autocast: parse_dtype(autocast)
     if trained and finetune_steps and not lora:
         raise ValueError("what is written to `trained` are maps and adapters, and this run would train all weights: give lora=dict(r=8, …), or finetune_steps=0")
