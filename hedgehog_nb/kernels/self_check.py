@@ -26,7 +26,7 @@ from ..ops.linear import linear_attention_in_torch, LinearState
 from ..results import source_hash
 from ..ops.window import chunk_window_attention, WindowState
 from . import chunk_backward, decode, dispatch, feature_map as maps, fused, window as windows
-from .cpu import cache_folder
+from .cpu.build import cache_folder
 from .feature_map import products_dtype
 from .tuning import _read, _write, assemblers
 

@@ -15,7 +15,7 @@ import triton
 from filelock import FileLock
 from triton.runtime.errors import OutOfResources
 from ..files import atomic_write
-from .cpu import cache_folder
+from .cpu.build import cache_folder
 
 # %% ../../kernels/09_tuning.ipynb #37e44898
 def neighbours(

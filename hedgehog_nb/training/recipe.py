@@ -169,7 +169,7 @@ def _check_settings(model, train, test, config, distill_steps, finetune_steps, b
             raise ValueError(f"{name} is (N, T) token ids of 1 or more blocks; given {tuple(getattr(x, 'shape', ())) or type(x).__name__}")
     if autocast: parse_dtype(autocast)
     if trained and finetune_steps and not lora:
-        raise ValueError("what is written to `trained` are maps and adapters, and this run would train all weights: give lora=dict(r=8, …), or finetune_steps=0")
+        raise ValueError("maps and adapters go to `trained`, and this run would train all weights: give lora=dict(r=8, …), or finetune_steps=0")
     if lora:
         from peft import LoraConfig
         try: LoraConfig(**lora)
