@@ -605,3 +605,16 @@ def test_a_broken_file_is_replaced(fresh, what):
 def test_a_home_that_cannot_be_written(fresh, monkeypatch, tmp_path):
     (tmp_path/'file').write_text(''); monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'file'))
     assert build.library()[0] is not None
+
+# The page
+
+def test_the_page_shows_the_text_as_it_is(root):
+    "Every region of the C text stands on the page, in its stored outputs."
+    import json
+    cells = json.loads((root/'kernels'/'10_cpu.ipynb').read_text(encoding='utf-8'))['cells']
+    shown = ''.join(''.join(o['data']['text/markdown']) for c in cells for o in c.get('outputs', []) if 'text/markdown' in o.get('data', {}))
+    names = [l.removeprefix('// region: ') for l in build.SOURCE.read_text(encoding='utf-8').splitlines() if l.startswith('// region: ')]
+    assert len(names)>10 and not [n for n in names if build.region(n) not in shown]
+
+def test_a_region_that_there_is_not():
+    with pytest.raises(ValueError, match="no region 'tiles'; it has vectors, product"): build.region('tiles')
