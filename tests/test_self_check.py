@@ -241,7 +241,7 @@ def test_the_window_asks_too(monkeypatch):
     assert a.attend(q, k, v, initial_state=state.apply(lambda x: x.detach()))=='kernel'
     assert a.attend(q, k, v, initial_state=state.apply(lambda x: x.detach().requires_grad_()))!='kernel'  # the kernel gives a state no gradient
     assert a.attend(q.transpose(2, 3).contiguous().transpose(2, 3), k, v)!='kernel'                     # channels that do not lie side by side
-    with pytest.raises(ValueError, match="naive, chunked, triton, or None; given 'c'"): a.attend(q, k, v, implementation='c')
+    with pytest.raises(ValueError, match="naive, chunked, c, triton, or None; given 'cuda'"): a.attend(q, k, v, implementation='cuda')
 
 def test_a_triton_that_does_not_import_leaves_pytorch(monkeypatch):
     monkeypatch.setitem(sys.modules, 'hedgehog_nb.kernels.self_check', None) # import raises ImportError
@@ -251,7 +251,7 @@ def test_a_triton_that_does_not_import_leaves_pytorch(monkeypatch):
 
 def test_cpu_calls_import_no_triton():
     code = ("import sys, torch, hedgehog_nb as h; q = torch.rand(1, 1, 9, 8); h.linear_attention(q, q, q); "
-        "h.make_attention('hedgehog-window', 8).attend(q, q, q); print('triton' in sys.modules)")
+        "h.make_attention('hedgehog-window', 8).requires_grad_(False).attend(q, q, q); print('triton' in sys.modules)") # with gradients PyTorch imports it
     assert python('-c', code).stdout.strip()=='False'
 
 def test_strides_of_the_call(monkeypatch):
@@ -363,7 +363,7 @@ def test_a_wrong_decode_step_and_a_wrong_window(monkeypatch):
     q,k,v = qkv(H=1, Hkv=1)
     a = make_attention('hedgehog-window', 8, window=5)
     with pytest.warns(RuntimeWarning, match='window kernel'): o = a.attend(q, k, v)
-    assert torch.equal(o, a.attend(q, k, v, implementation='chunked'))
+    assert (o-a.attend(q, k, v, implementation='chunked')).abs().max()<1e-5 # in C, where there is a compiler
 
 @kernel
 def test_no_kernel_of_one_family_speaks_for_another(monkeypatch):

@@ -90,7 +90,8 @@ class FeatureMap(Attention):
     def phi(self, x): raise NotImplementedError(f"{type(self).__name__} defines neither phi nor map_q and map_k")
     def map_q(self, q): return self.phi(q) # (B, H, T, D) -> (B, H, T, F)
     def map_k(self, k): return self.phi(k), None # (B, Hkv, T, D) -> (B, Hkv, T, F), and (B, Hkv, T) log weights or None
-    def map_q_with_log(self, q): return self.map_q(q), None # and (B, H, T) log of what was taken out; it cancels, but beside a softmax window it counts
+    def log_q(self, q): return None # (B, H, T) log of what was taken out of a query's features; it cancels, but beside a softmax window it counts
+    def map_q_with_log(self, q): return self.map_q(q), self.log_q(q)
     def kernel_params(self): return None # Tensors and settings for a kernel that applies the map itself, where there is such a kernel
     def checked(self, q, k): # Queries and keys in at least fp32
         self._check(q, self.num_heads, 'queries'); self._check(k, self.num_kv_heads, 'keys')

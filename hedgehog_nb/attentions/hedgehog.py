@@ -58,6 +58,7 @@ class Hedgehog(FeatureMap):
         return exp2_features(y, self.form) or plain_features(y/LOG2E, self.form)
     def map_q(self, q): return self._features(q, self.w_q, self.b_q)[0]
     def map_k(self, k): return self._features(k, self.w_k, self.b_k)
+    def log_q(self, q): return self.map_q_with_log(q)[1]
     def map_q_with_log(self, q): return self._features(q, self.w_q, self.b_q)
     def extra_repr(self): return f"{super().extra_repr()}, form={self.form!r}, num_maps={self.num_maps}"
 

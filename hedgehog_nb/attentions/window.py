@@ -50,7 +50,8 @@ class WindowAttention(Attention):
         if branch not in BRANCHES: raise ValueError(f"branch is one of {', '.join(BRANCHES)}; given {branch!r}")
         self.window,self.relative,self.branch = window,relative,branch
         self.map = make_feature_map('hedgehog', head_dim, num_heads, num_kv_heads, scale, form=form, num_maps=num_maps, bias=bias)
-        phi_q,phi_k,*logs = features_with_log_weights(self.map, *(torch.zeros(1, h, 1, head_dim) for h in (self.num_heads, self.num_kv_heads)))
+        zeros = (torch.zeros(1, h, 1, head_dim) for h in (self.num_heads, self.num_kv_heads))
+        with torch.no_grad(): phi_q,phi_k,*logs = features_with_log_weights(self.map, *zeros)
         start = (phi_q*repeat_kv(phi_k, num_heads)).sum(-1).log() + sum(repeat_kv(l, num_heads) for l in logs if l is not None)
         self.log_gamma = nn.Parameter(start.detach()[0,:,0].clone())
     @property
