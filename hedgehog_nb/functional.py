@@ -14,9 +14,8 @@ from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Callable, NamedTuple
 from torch import Tensor
-from torch.autograd import forward_ad
 from .kernels.cpu import linear, window
-from .kernels.cpu.build import for_all_threads
+from .kernels.cpu.build import for_all_threads, under_transform
 from .ops.common import autocast_dtype, check_qkv
 from .ops.linear import LinearState, linear_attention_in_torch, offset_of
 from .ops.window import chunk_window_attention, naive_window_attention, window_decode_step, WindowState
@@ -109,7 +108,7 @@ def _c_auto(c):
     "Is this the faster way? Cheap questions first: the last one compiles the kernel."
     if c.v.device.type!='cpu' or c.chunk_size is not None or c.cu_seqlens is not None or c.q.shape[2]!=c.k.shape[2]: return False
     if torch.compiler.is_compiling() and not any(isinstance(n, torch.SymInt) for n in c.q.shape): return False # open sizes make no loop over chunks
-    if forward_ad._current_level>=0 or torch._C._functorch.maybe_current_level() is not None: return False # the kernel has gradients backward alone
+    if under_transform(): return False
     return all(x.dtype in HALVES for x in c[:3]) and linear.suits(c.q, c.v, c.feature_map)
 
 @register_backend(LINEAR, 'c', _c_supports, _c_auto)
@@ -221,8 +220,7 @@ def _(c): return naive_window_attention(*c[:11])
 def _(c): return _step(c) if _is_step(c) else chunk_window_attention(*c)
 
 def _window_c_auto(c):
-    if c.v.device.type!='cpu' or torch.compiler.is_compiling() or forward_ad._current_level>=0 or torch._C._functorch.maybe_current_level() is not None:
-        return False
+    if c.v.device.type!='cpu' or torch.compiler.is_compiling() or under_transform(): return False
     return all(x.dtype in HALVES for x in c[:5]) and max(c.q.shape[-1], c.v.shape[-1])<=256 and (for_all_threads() or c.q.shape[2]==1)
 
 @register_backend(WINDOW, 'c', window.window_unsupported, _window_c_auto)

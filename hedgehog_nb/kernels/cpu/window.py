@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from ..common import custom_op
 from .build import call, call_arrays, holds_numbers, why_unavailable
-from .linear import empty_outputs, float_rows, gradients_of, sizes_of, sums_of
+from .linear import empty_outputs, float_rows, gradients_of, received, returned, sizes_of, some, sums_of
 from ...ops.linear import LinearState, LOG_ZERO
 from ...ops.window import check_window_state, WindowState
 
@@ -50,7 +50,6 @@ def _window_bwd_op(do:Tensor, dS:Optional[Tensor], dz:Optional[Tensor], q:Tensor
                   )->tuple[Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor]:
     dq,dk,dv,dpq,dpk,dlq,dlk,dg,dS0,dz0 = grads = _window_gradients(q, k, v, phi_q, phi_k, log_q, log_k, log_gamma, S, z)
     s = _window_sizes(q, phi_q, phi_k, v, window, keep=1) | dict(parts=1) # the windows of two parts reach the same keys
-    some = lambda x: x if x.numel() else None
     call('attention_backward', s, dict(q=phi_q, k=phi_k, v=v, rq=q, rk=k, logq=log_q, logk=log_k, gamma=log_gamma, scale=v.new_tensor([scale]), mask=mask,
         o=o, S=S, z=z, m=m, den=den, top=top, states=states, g=do, dS=dS, dz=dz, dq=dpq, dk=dpk, dv=dv, drq=dq, drk=dk, dlogq=some(dlq), dlogk=some(dlk),
         dgamma=some(dg), dS0=dS0, dz0=dz0))
@@ -69,11 +68,7 @@ def _window_save(ctx, inputs, output):
 def _window_gradient(ctx, do, dS, dz, *_):
     *ins,o,S,z,m,den,top,states = ctx.saved_tensors
     S0,z0,m0,mask = ins[8:]
-    do = torch.zeros_like(o) if do is None else do if do.stride(-1)==1 else do.contiguous()
-    if dS is not None or dz is not None: dS,dz = (torch.zeros_like(x) if d is None else d.contiguous() for d,x in ((dS,S), (dz,z)))
-    grads = _window_bwd_op(do, dS, dz, *ins[:8], mask, o, S, z, m, den, top, states, ctx.scale, ctx.window)
-    if m0 is not None: grads = *grads, (S0*grads[8]).sum((2,3)) + (z0*grads[9]).sum(2)
-    return *(g if need else None for g,need in zip(grads, ctx.needs_input_grad)), *(None,)*(15-len(grads))
+    return returned(ctx, _window_bwd_op(*received(o, S, z, do, dS, dz), *ins[:8], mask, o, S, z, m, den, top, states, ctx.scale, ctx.window), S0, z0, m0)
 
 _window_op.register_autograd(_window_gradient, setup_context=_window_save)
 
