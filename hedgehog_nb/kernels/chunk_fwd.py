@@ -11,10 +11,10 @@ __all__ = ['prepare_weights', 'chunk_config', 'chunk_states', 'chunk_fwd', 'chec
 import torch
 from torch import Tensor
 from ..ops.common import check_qkv, no_autocast
-from ..ops.linear import check_cu_seqlens, LinearState, LOG_ZERO
+from ..ops.linear import LinearState, LOG_ZERO
 from .common import check_lengths, check_log_weights, check_state
 from .launch import check_tensors, launch
-from .plan import _edge_slot, _segment_of, edge_max, make_plan, running_max, slot_max
+from .plan import _edge_slot, _segment_of, edge_max, make_plan, parse_borders, running_max, slot_max
 from .states import _dot_z, _load_state, _store_state, _update_z, init_states, read_states, scan_states
 from .tiles import _dot, _EPS, _load_key_mask, _load_tile, _LOG_ZERO, _program, cdiv, tl_dtype
 import triton, triton.language as tl
@@ -243,7 +243,7 @@ def chunk_fwd(phi_q, phi_k, v, log_k, state, mask, causal, output_final_state, s
     m = torch.zeros_like(z[...,0]) if m is None else plan.from_slots(edge_max(m, plan, True)).clone()
     return o, den, S.clone(), z.clone(), m
 
-# %% ../../kernels/02_chunk_forward.ipynb #ff9a9e9f
+# %% ../../kernels/02_chunk_forward.ipynb #af037278
 def check_chunk_inputs(phi_q, phi_k, v, log_k, causal, mask, state, cu_seqlens, schedule, precision):
     "Raise `ValueError` on arguments that do not fit, saying what was given."
     check_qkv(phi_q, phi_k, v, mask)
@@ -273,6 +273,5 @@ def chunk_forward(
 ): # (B, H, Tq, D) outputs in v's dtype; with `output_final_state` the pair (outputs, `LinearState`), n states of packed sequences
     "Linear attention (paper, Eq. 2) on mapped features in Triton, without gradient. Raises `ValueError` on inputs that do not fit, or are empty."
     check_chunk_inputs(phi_q, phi_k, v, log_k, causal, mask, initial_state, cu_seqlens, schedule, precision)
-    borders = None if cu_seqlens is None else check_cu_seqlens(cu_seqlens, phi_q)
-    o,_,*state = chunk_fwd(phi_q, phi_k, v, log_k, initial_state, mask, causal, output_final_state, schedule, precision, borders)
+    o,_,*state = chunk_fwd(phi_q, phi_k, v, log_k, initial_state, mask, causal, output_final_state, schedule, precision, parse_borders(cu_seqlens, phi_q))
     return (o, LinearState(*state)) if output_final_state else o

@@ -6,14 +6,15 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/chunk_forward.html.md"""
 
 # %% auto #0
 __all__ = ['SplitPlan', 'cut_tokens', 'running_max', 'slot_max', 'running_slot_max', 'edge_max', 'schedule_cost', 'best_split',
-           'make_plan']
+           'parse_schedule', 'parse_borders', 'make_plan']
 
-# %% ../../kernels/02_chunk_forward.ipynb #1cc2cfaf
+# %% ../../kernels/02_chunk_forward.ipynb #27e17c38
 import torch
 from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 from torch import Tensor
+from ..ops.linear import check_cu_seqlens
 from .tiles import cdiv
 import triton, triton.language as tl
 
@@ -55,7 +56,7 @@ def cut_tokens(
     table = torch.tensor([*borders, *accumulate(counts, initial=0), *of], dtype=torch.int32, device=device)
     return SplitPlan(len(of), length, len(counts), table)
 
-# %% ../../kernels/02_chunk_forward.ipynb #5078adb2
+# %% ../../kernels/02_chunk_forward.ipynb #9ed61f93
 @triton.jit
 def _segment_of(plan_ptr, segment, length, T, sequences):
     "Of a segment: its first token and its end; and of its sequence: the number, the first token and the end."
@@ -122,6 +123,10 @@ def best_split(programs, chunks, repeated, state, schedule=None, sms=132):
         least = 2 if schedule=='parallel' and chunks>1 else 1
         n = min(range(least, min(chunks, 2*sms)+1), key=lambda n: schedule_cost(n, programs, chunks, repeated, state, sms))
     return cdiv(chunks, cdiv(chunks, n)) # no segment is empty
+
+# %% ../../kernels/02_chunk_forward.ipynb #a83db34d
+def parse_schedule(schedule:str): return int(schedule) if schedule.isdigit() else schedule or None # registered operations take no unions: text
+def parse_borders(cu_seqlens, x): return None if cu_seqlens is None else check_cu_seqlens(cu_seqlens, x)
 
 # %% ../../kernels/02_chunk_forward.ipynb #b58408ea
 def make_plan(

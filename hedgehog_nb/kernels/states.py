@@ -7,7 +7,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/chunk_forward.html.md"""
 # %% auto #0
 __all__ = ['init_states', 'read_states', 'scan_states']
 
-# %% ../../kernels/02_chunk_forward.ipynb #d65ac0b7
+# %% ../../kernels/02_chunk_forward.ipynb #5d6a30fd
 import torch
 from torch import Tensor
 from .launch import launch
@@ -40,6 +40,19 @@ def _dot_z(q, z, DTYPE:tl.constexpr, ACC_DTYPE:tl.constexpr, PRECISION:tl.conste
     if DTYPE == tl.float32: den = tl.sum(q*z[None, :], 1)
     else: den = tl.sum(_dot(q, _split_bf16(z), tl.zeros((q.shape[0], 16), tl.float32), ACC_DTYPE, PRECISION), 1)
     return den
+
+# %% ../../kernels/02_chunk_forward.ipynb #055c4701
+@triton.jit
+def _outer_add(u, c, S, z, DTYPE:tl.constexpr, PRECISION:tl.constexpr):
+    "u S + c zᵀ."
+    g = _dot(u, S, tl.zeros((u.shape[0], S.shape[1]), tl.float32), DTYPE, PRECISION)
+    if DTYPE == tl.bfloat16:
+        col, c_hi, z_hi = tl.arange(0, 16)[None, :], c.to(DTYPE).to(tl.float32), z.to(DTYPE).to(tl.float32)
+        left = tl.where(col == 2, (c - c_hi)[:, None], tl.where(col < 2, c_hi[:, None], 0.))
+        right = tl.where(col == 1, (z - z_hi)[:, None], z_hi[:, None])
+        g = _dot(left, tl.trans(right.to(DTYPE)), g, DTYPE, PRECISION)
+    else: g += c[:, None]*z[None, :]
+    return g
 
 # %% ../../kernels/02_chunk_forward.ipynb #a91a08ae
 @triton.jit
@@ -86,7 +99,7 @@ def _scan_kernel(
         S += new
         tl.store(states_ptr + slot*WIDTH + i, S, mask=i < WIDTH)
 
-# %% ../../kernels/02_chunk_forward.ipynb #72236a30
+# %% ../../kernels/02_chunk_forward.ipynb #7abade49
 def init_states(
     x:Tensor, # Anything of the batch: (B, …), for its device
     Hkv:int, F:int, D:int, # Key-value heads, features, channels
