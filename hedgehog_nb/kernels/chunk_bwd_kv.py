@@ -7,7 +7,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/chunk_backward.html.md""
 # %% auto #0
 __all__ = ['query_states', 'grad_keys']
 
-# %% ../../kernels/03_chunk_backward.ipynb #e4ccf797
+# %% ../../kernels/03_chunk_backward.ipynb #241321de
 import torch
 from .chunk_bwd_q import _inverse, bwd_config
 from .launch import launch

@@ -7,7 +7,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/chunk_backward.html.md""
 # %% auto #0
 __all__ = ['bwd_config', 'grad_queries']
 
-# %% ../../kernels/03_chunk_backward.ipynb #9236b728
+# %% ../../kernels/03_chunk_backward.ipynb #2c0e1a72
 import torch
 from .chunk_fwd import _state_update, chunk_config, chunk_states
 from .launch import launch

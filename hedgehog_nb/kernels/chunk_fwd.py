@@ -243,7 +243,7 @@ def chunk_fwd(phi_q, phi_k, v, log_k, state, mask, causal, output_final_state, s
     m = torch.zeros_like(z[...,0]) if m is None else plan.from_slots(edge_max(m, plan, True)).clone()
     return o, den, S.clone(), z.clone(), m
 
-# %% ../../kernels/02_chunk_forward.ipynb #af037278
+# %% ../../kernels/02_chunk_forward.ipynb #696fe027
 def check_chunk_inputs(phi_q, phi_k, v, log_k, causal, mask, state, cu_seqlens, schedule, precision):
     "Raise `ValueError` on arguments that do not fit, saying what was given."
     check_qkv(phi_q, phi_k, v, mask)

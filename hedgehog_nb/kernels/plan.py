@@ -8,7 +8,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/chunk_forward.html.md"""
 __all__ = ['SplitPlan', 'cut_tokens', 'running_max', 'slot_max', 'running_slot_max', 'edge_max', 'schedule_cost', 'best_split',
            'parse_schedule', 'parse_borders', 'make_plan']
 
-# %% ../../kernels/02_chunk_forward.ipynb #27e17c38
+# %% ../../kernels/02_chunk_forward.ipynb #818f8dd7
 import torch
 from functools import lru_cache
 from itertools import accumulate
@@ -56,7 +56,7 @@ def cut_tokens(
     table = torch.tensor([*borders, *accumulate(counts, initial=0), *of], dtype=torch.int32, device=device)
     return SplitPlan(len(of), length, len(counts), table)
 
-# %% ../../kernels/02_chunk_forward.ipynb #9ed61f93
+# %% ../../kernels/02_chunk_forward.ipynb #ffd6fbd2
 @triton.jit
 def _segment_of(plan_ptr, segment, length, T, sequences):
     "Of a segment: its first token and its end; and of its sequence: the number, the first token and the end."
@@ -124,7 +124,7 @@ def best_split(programs, chunks, repeated, state, schedule=None, sms=132):
         n = min(range(least, min(chunks, 2*sms)+1), key=lambda n: schedule_cost(n, programs, chunks, repeated, state, sms))
     return cdiv(chunks, cdiv(chunks, n)) # no segment is empty
 
-# %% ../../kernels/02_chunk_forward.ipynb #a83db34d
+# %% ../../kernels/02_chunk_forward.ipynb #32bf79f7
 def parse_schedule(schedule:str): return int(schedule) if schedule.isdigit() else schedule or None # registered operations take no unions: text
 def parse_borders(cu_seqlens, x): return None if cu_seqlens is None else check_cu_seqlens(cu_seqlens, x)
 

@@ -7,7 +7,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/chunk_forward.html.md"""
 # %% auto #0
 __all__ = ['init_states', 'read_states', 'scan_states']
 
-# %% ../../kernels/02_chunk_forward.ipynb #5d6a30fd
+# %% ../../kernels/02_chunk_forward.ipynb #03994e28
 import torch
 from torch import Tensor
 from .launch import launch
@@ -41,7 +41,7 @@ def _dot_z(q, z, DTYPE:tl.constexpr, ACC_DTYPE:tl.constexpr, PRECISION:tl.conste
     else: den = tl.sum(_dot(q, _split_bf16(z), tl.zeros((q.shape[0], 16), tl.float32), ACC_DTYPE, PRECISION), 1)
     return den
 
-# %% ../../kernels/02_chunk_forward.ipynb #055c4701
+# %% ../../kernels/02_chunk_forward.ipynb #ff5ab7c7
 @triton.jit
 def _outer_add(u, c, S, z, DTYPE:tl.constexpr, PRECISION:tl.constexpr):
     "u S + c zᵀ."
@@ -99,7 +99,7 @@ def _scan_kernel(
         S += new
         tl.store(states_ptr + slot*WIDTH + i, S, mask=i < WIDTH)
 
-# %% ../../kernels/02_chunk_forward.ipynb #7abade49
+# %% ../../kernels/02_chunk_forward.ipynb #8698e7f2
 def init_states(
     x:Tensor, # Anything of the batch: (B, …), for its device
     Hkv:int, F:int, D:int, # Key-value heads, features, channels
