@@ -13,7 +13,7 @@ TOL = {torch.float32:2e-5, torch.float16:4e-3, torch.bfloat16:4e-2} # of the lar
 NAMES = 'phi_q','phi_k','v','log_k','S','z','m'
 
 if HERE:
-    from hedgehog_nb.kernels.chunk_backward import triton_linear_attention
+    from hedgehog_nb.kernels.chunk_bwd import triton_linear_attention
 else:
     test_under_the_interpreter = under_the_interpreter(__file__)
 
@@ -239,7 +239,7 @@ def test_the_entry_point_compiles_too():
 
 @kernel
 def test_registered_as_torch_wants_it():
-    from hedgehog_nb.kernels import chunk_backward as m
+    from hedgehog_nb.kernels import chunk_bwd as m
     q,k,v = inputs(1, 2, 1, 20)
     none = [None]*4
     for cu,end in ((None, True), (torch.tensor([0,5,20]), False)):
@@ -313,28 +313,44 @@ def test_import_is_lazy_and_cpu_tensors_are_refused():
 
 HOPPER = """
 import torch
-from hedgehog_nb.kernels.chunk_backward import backward_usage as use
+from hedgehog_nb.kernels.chunk_bwd import triton_linear_attention
+from hedgehog_nb.kernels.inspect import inspect_kernels
+from hedgehog_nb.ops.linear import LinearState
+
+def use(F, D, kernel, dtype=torch.bfloat16, group=1, log_k=False, packed=False, mask=False, state=False, T=8192, **config):
+    e = lambda h, *d, t=dtype: torch.empty(1, h, T, *d, dtype=t).requires_grad_()
+    n = 2 if packed else 1
+    q,k,v,log = e(group, F),e(1, F),e(1, D),e(1, t=torch.float32) if log_k else None
+    s = LinearState(*(torch.empty(n, 1, *d).requires_grad_() for d in ((F, D), (F,), ()))) if state else None
+    def f():
+        o = triton_linear_attention(q, k, v, log, True, torch.ones(1, T) if mask else None, s, cu_seqlens=[0, T//2, T] if packed else None, schedule=4)
+        torch.autograd.grad(o.sum(), [x for x in (q, k, v, log, *(s or ())) if x is not None])
+    rows = [r for r in inspect_kernels(f, **config) if r['kernel']==kernel.split(',')[0]]
+    return rows[-1 if 'values' in kernel else 0]
+
 def check(F, D, kernel, spilled, near, slots, tensor, programs=2, **kw): # cycles of an SM for a token
-    u = use(F, D, kernel=kernel, **kw)
+    u = use(F, D, kernel, **kw)
     fit = min(65536//(u['registers']*32*u['warps']), 227*1024//(u['shared_bytes'] + 1024))
     assert u['spilled_bytes']<=spilled and u['near']<=1.15*near and u['slots']<=1.15*slots and u['alu']<=1.5*slots\
  and u['tensor']<=tensor and fit>=programs, u # other versions differ by as much
 """
-HOPPER_PARTS = dict(quick="""check(128, 64, 'dq', 64, 21.2, 18.4, 16)
-check(128, 64, 'dkv', 400, 29.8, 19.4, 26.5)
-check(128, 64, 'costates', 0, 6.9, 6.4, 5, 3)
-""", slow="""check(128, 64, 'dq', 160, 24.4, 20.8, 16, group=4)
-check(128, 64, 'dkv', 400, 35.4, 22.7, 26.5, group=4)
-check(128, 64, 'dq', 240, 27.9, 31.2, 16, log_k=True)
-check(128, 64, 'dkv', 800, 48.2, 39.6, 26.5, log_k=True)
-check(64, 64, 'dq', 0, 15.2, 15.4, 9)
-check(64, 64, 'dkv', 0, 17.2, 13.7, 15.5)
-for kernel,limits in dict(dq=(64,25.5,25.2,15), dk=(0,16.6,14.5,15.5), dv=(200,22.9,12.2,17), costates=(0,11.1,7.1,6)).items(): check(256, 128, kernel, *limits)
-for kernel,limits in dict(dq=(400,41,23,25), dk=(560,50,23,28), dv=(280,25,15,24)).items(): check(128, 64, kernel, *limits, dtype=torch.float16)
-check(128, 64, 'dk', 64, 164, 134, 91, 1, dtype=torch.float32)
-check(128, 64, 'dkv', 1024, 59, 46.3, 26.5, log_k=True, packed=True, HAS_MASK=True, HAS_END=True, group=4)
-for kernel,dtype in (('dq',torch.float32), ('dk',torch.float16), ('dv',torch.float16)):\
- assert use(512, 256, dtype, kernel)['shared_bytes']<=227*1024 # the largest
+HOPPER_PARTS = dict(quick="""check(128, 64, 'chunk_dq', 64, 21.2, 18.4, 16)
+check(128, 64, 'chunk_dkv', 400, 29.8, 19.4, 26.5)
+check(128, 64, 'segment_dstates', 0, 6.9, 6.4, 5, 3)
+""", slow="""keys, values = 'chunk_dkv, of keys', 'chunk_dkv, of values' # two launches where the state does not fit
+check(128, 64, 'chunk_dq', 160, 24.4, 20.8, 16, group=4)
+check(128, 64, 'chunk_dkv', 400, 35.4, 22.7, 26.5, group=4)
+check(128, 64, 'chunk_dq', 240, 27.9, 31.2, 16, log_k=True)
+check(128, 64, 'chunk_dkv', 800, 48.2, 39.6, 26.5, log_k=True)
+check(64, 64, 'chunk_dq', 0, 15.2, 15.4, 9)
+check(64, 64, 'chunk_dkv', 0, 17.2, 13.7, 15.5)
+for kernel,limits in {'chunk_dq': (64,25.5,25.2,15), keys: (0,16.6,14.5,15.5), values: (200,22.9,12.2,17), 'segment_dstates': (0,11.1,7.1,6)}.items():\
+ check(256, 128, kernel, *limits)
+for kernel,limits in {'chunk_dq': (400,41,23,25), keys: (560,50,23,28), values: (280,25,15,24)}.items(): check(128, 64, kernel, *limits, dtype=torch.float16)
+check(128, 64, keys, 64, 164, 134, 91, 1, dtype=torch.float32)
+check(128, 64, 'chunk_dkv', 1024, 59, 46.3, 26.5, log_k=True, packed=True, mask=True, state=True, group=4)
+for kernel,dtype in (('chunk_dq',torch.float32), (keys,torch.float16), (values,torch.float16)):\
+ assert use(512, 256, kernel, dtype)['shared_bytes']<=227*1024 # the largest
 """)
 
 @pytest.mark.compiles

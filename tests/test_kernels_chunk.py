@@ -8,8 +8,8 @@ from helpers.interpreter import DEVICE, HERE, compiles, few, kernel, python, qui
 TOL = {torch.float32:1e-5, torch.float16:2e-3, torch.bfloat16:2e-2} # of the largest reference value; the interpreter cuts bf16 where a GPU rounds
 
 if HERE:
-    from hedgehog_nb.kernels import chunk
-    from hedgehog_nb.kernels.chunk import chunk_forward
+    from hedgehog_nb.kernels import chunk_fwd, plan as plans, states
+    from hedgehog_nb.kernels.chunk_fwd import chunk_forward
 else:
     test_under_the_interpreter = under_the_interpreter(__file__)
 
@@ -146,7 +146,7 @@ def test_large_log_weights_and_sums_beyond_fp16():
 @pytest.mark.parametrize('causal', [True, False])
 def test_normalisers_have_more_bits_than_the_inputs(causal, dtype):
     q,k,v = inputs(1, 2, 1, 300, 32, 8, dtype)
-    den = chunk._forward(q, k, v, None, None, None, causal, False, None, 'ieee')[1]
+    den = chunk_fwd.chunk_fwd(q, k, v, None, None, None, causal, False, None, 'ieee')[1]
     a = q.double()@k.double().mT
     ref = (a.tril() if causal else a).sum(-1)
     assert ((den - ref)/ref).abs().max() < 1e-4 # rounded to bf16, z alone would be off by 4e-3
@@ -165,14 +165,15 @@ def test_segments():
         for chunks in (1, 3, 33, 200):
             for again in (0, .2, .5):
                 for schedule in (None, 'scan', 'parallel', 1, 7):
-                    n = chunk._segments(P, chunks, again, 2.7, schedule)
+                    n = plans.best_split(P, chunks, again, 2.7, schedule)
                     length = -(-chunks//n)
                     assert 1<=n<=chunks and (n-1)*length<chunks<=n*length # no segment is empty
                     if schedule=='scan': assert n==1
                     if schedule=='parallel' and chunks>1: assert n>1
                     if schedule is None:
-                        assert all(chunk._waves(n, P, chunks, again, 2.7)<=chunk._waves(i, P, chunks, again, 2.7) for i in range(1, min(chunks, 264)+1))
-    assert [chunk._segments(P, 128, .5, 2.7) for P in (8, 132, 264)]==[16, 1, 1]
+                        cost = lambda n: plans.schedule_cost(n, P, chunks, again, 2.7)
+                        assert all(cost(n)<=cost(i) for i in range(1, min(chunks, 264)+1))
+    assert [plans.best_split(P, 128, .5, 2.7) for P in (8, 132, 264)]==[16, 1, 1]
 
 @kernel
 def test_maxima_start_anew_at_each_border():
@@ -180,22 +181,51 @@ def test_maxima_start_anew_at_each_border():
         log,n = 20*rand(2, 3, cu[-1]),len(cu)-1
         m0 = rand(2, 3, n)
         log[0,0,0], log[1,2,-1], m0[0,1,0] = -1e30, 0., -0.
-        got = chunk._running_max(log, m0, chunk._plan(cu[-1], 2, 16, cu, DEVICE))
+        got = plans.running_max(log, m0, plans.cut_tokens(cu[-1], 2, 16, cu, DEVICE))
         want = [torch.cat([m0[...,i:i+1], log[...,a:b]], -1).cummax(-1).values for i,(a,b) in enumerate(zip(cu, cu[1:]))]
         assert torch.equal(got, torch.cat(want, -1))
+
+@kernel
+def test_maxima_at_the_slots_are_those_at_the_borders_of_segments():
+    for cu,n in (([0,100], 3), ([0,7,8,30,50], 6), ([0,1], 1), ([0,64], 2)):
+        for packed in (True, False):
+            if not packed and len(cu)>2: continue
+            T,p = cu[-1],plans.cut_tokens(cu[-1], n, 16, cu if packed else None, DEVICE)
+            log,m0 = 20*rand(2, 3, T),rand(2, 3, len(cu)-1)
+            m = plans.running_max(log, m0, p)
+            want = [m[...,a + i + min(j*p.length, b-a)] for i,(a,b) in enumerate(zip(cu, cu[1:])) for j in range(-(-(b-a)//p.length) + 1)]
+            assert torch.equal(plans.slot_max(m, p), torch.stack(want, -1))
+
+@kernel
+def test_the_scan_sums_slots_of_each_sequence_from_either_end():
+    for cu in ([0,100], [0,1,2,3,100], [0,64,65,500]):
+        p = plans.cut_tokens(cu[-1], 7, 16, cu, DEVICE)
+        x,m = rand(1, 2, p.slots, 70),rand(1, 2, p.slots)
+        own = m - rand(1, 2, p.slots).abs()
+        first,last = p.ends(after=False).tolist(),p.ends(after=True).tolist()
+        for reverse in (False, True):
+            for store_all in (False, True):
+                want = x.double().clone()
+                for a,b in zip(first, last):
+                    order = [*range(a, b+1)][::-1] if reverse else [*range(a, b+1)]
+                    for i,j in zip(order, order[1:] if store_all else order[1:-1]):
+                        decay = (m[...,j] - m[...,i] if reverse else m[...,i] - m[...,j]).double().exp()
+                        want[:,:,j] = want[:,:,i]*decay[...,None] + want[:,:,j]*(own[...,j] - m[...,j]).double().exp()[...,None]
+                got = x.clone(); states.scan_states(got, p, m, own, reverse, store_all)
+                assert torch.allclose(got.double(), want, atol=1e-5)
 
 @kernel
 def test_plans_cover_each_token_once_and_cross_no_border():
     for cu in ([0,100], [0,1,2,3,100], [0,64,65,500]):
         for n in (1, 3, 40):
-            p = chunk._plan(cu[-1], n, 16, cu)
+            p = plans.cut_tokens(cu[-1], n, 16, cu)
             table = p.table.tolist()
             first,of = table[len(cu):2*len(cu)],table[2*len(cu):]
             spans = [(cu[q] + (i - first[q])*p.length, min(cu[q] + (i - first[q] + 1)*p.length, cu[q+1])) for i,q in enumerate(of)]
             assert [t for a,b in spans for t in range(a, b)]==list(range(cu[-1])) and all(a<b for a,b in spans)
-            slots = [*range(p.segments + p.sequences)]
-            assert (p.slots(after=False).tolist()==[slots[f+i] for i,f in enumerate(first[:-1])]
-                    and p.slots(after=True).tolist()==[f+i for i,f in enumerate(first[1:])])
+            slots = [*range(p.slots)]
+            assert (p.ends(after=False).tolist()==[slots[f+i] for i,f in enumerate(first[:-1])]
+                    and p.ends(after=True).tolist()==[f+i for i,f in enumerate(first[1:])])
 
 @kernel
 @pytest.mark.parametrize('message,change', [
@@ -210,7 +240,7 @@ def test_plans_cover_each_token_once_and_cross_no_border():
     ('last stride 1', lambda q,k,v: dict(phi_k=k.mT.contiguous().mT)),
     ('log_k is', lambda q,k,v: dict(log_k=torch.ones(1, 2, 9))), ('mask is', lambda q,k,v: dict(mask=torch.ones(1, 9))),
     ('initial_state has shapes', lambda q,k,v: dict(initial_state=LinearState(torch.zeros(1,2,16,9), torch.zeros(1,2,16), torch.zeros(1,2)))),
-    ('must lie on', lambda q,k,v: dict(mask=torch.ones(1, 20, device='meta'))), ('different devices', lambda q,k,v: dict(v=v.to('meta'))),
+    ('must lie on one device', lambda q,k,v: dict(mask=torch.ones(1, 20, device='meta'))), ('different devices', lambda q,k,v: dict(v=v.to('meta'))),
     ('schedule is', lambda q,k,v: dict(schedule='fast')), ('schedule is', lambda q,k,v: dict(schedule=0)),
     ('schedule is', lambda q,k,v: dict(schedule=True)), ('precision is', lambda q,k,v: dict(precision='tf16')),
 ])
@@ -222,14 +252,24 @@ def test_errors_say_what_was_given(message, change):
 
 def test_import_without_a_gpu_works_and_cpu_tensors_are_refused():
     pytest.importorskip('triton')
-    res = python('-c', 'import torch\nfrom hedgehog_nb.kernels.chunk import chunk_forward as f\nf(*[torch.ones(1,1,4,8)]*3)',
+    res = python('-c', 'import torch\nfrom hedgehog_nb.kernels.chunk_fwd import chunk_forward as f\nf(*[torch.ones(1,1,4,8)]*3)',
         TRITON_INTERPRET='0', CUDA_VISIBLE_DEVICES='')
     assert res.returncode!=0 and 'ValueError: the kernel runs on a GPU; given tensors on cpu' in res.stderr
 
 HOPPER = """
 import torch
-from hedgehog_nb.kernels import chunk
-from hedgehog_nb.kernels.chunk import chunk_usage as use
+from hedgehog_nb.kernels.chunk_fwd import chunk_forward
+from hedgehog_nb.kernels.inspect import inspect_kernels
+from hedgehog_nb.ops.linear import LinearState
+
+def use(F, D, dtype=torch.bfloat16, kernel='chunk_fwd', group=1, log_k=False, packed=False, mask=False, schedule='scan', state=False, T=8192, **config):
+    e = lambda h, *d, t=dtype: torch.empty(1, h, T, *d, dtype=t)
+    n = 2 if packed else 1
+    f = lambda: chunk_forward(e(group, F), e(1, F), e(1, D), e(1, t=torch.float32) if log_k else None, kernel!='bidirectional_fwd',
+        torch.ones(1, T) if mask else None, LinearState(torch.empty(n, 1, F, D), torch.empty(n, 1, F), torch.empty(n, 1)) if state else None, state,
+        [0, T//2, T] if packed else None, schedule)
+    return next(r for r in inspect_kernels(f, **config) if r['kernel']==kernel)
+
 def check(F, D, spilled, near, slots, tensor, programs=2, **kw): # cycles of an SM for a token
     u = use(F, D, **kw)
     fit = min(65536//(u['registers']*32*u['warps']), 227*1024//(u['shared_bytes'] + 1024))
@@ -237,18 +277,17 @@ def check(F, D, spilled, near, slots, tensor, programs=2, **kw): # cycles of an 
  and u['tensor']<=tensor and fit>=programs, u # other versions differ by as much
 """
 HOPPER_PARTS = dict(quick="""check(128, 64, 0, 12.2, 11.4, 16)
-check(128, 64, 0, 4, 3.5, 5, 4, kernel='states')
-check(128, 64, 0, 8.5, 4.6, 5, 3, kernel='read')
-""", slow="""check(128, 64, 128, 12.2, 11.6, 16, parallel=True)
+check(128, 64, 0, 4, 3.5, 5, 4, kernel='segment_states', schedule=4)
+check(128, 64, 0, 8.5, 4.6, 5, 3, kernel='bidirectional_fwd')
+""", slow="""check(128, 64, 128, 12.2, 11.6, 16, schedule=4)
 check(128, 64, 64, 16.9, 11.1, 16, group=4)
 check(128, 64, 160, 18.6, 25.4, 16, log_k=True)
 check(256, 128, 400, 28.2, 17.9, 21)
-check(128, 64, 256, 23.2, 25.1, 16, group=4, parallel=True, log_k=True, packed=True, HAS_MASK=True)
+check(128, 64, 256, 23.2, 25.1, 16, group=4, schedule=4, log_k=True, packed=True, mask=True, state=True)
 check(128, 64, 400, 29.4, 19.1, 23, dtype=torch.float16)
 for F,D,dtype in ((512,256,torch.bfloat16), (256,64,torch.float16), (512,256,torch.float32)): assert use(F, D, dtype)['shared_bytes']<=227*1024 # the largest
-assert use(60, 60, kernel='states', log_k=True, HAS_MASK=True)['spilled_bytes']==0
-chunk.offline_usage(chunk._scan_states_kernel, dict(WIDTH=8320, BLOCK=1024, HAS_LOG=True, EVERY=True, PACKED=True, REVERSE=False, num_warps=4, num_stages=1),\
- 'fp32', others=dict(plan_ptr='i32'))
+assert use(60, 60, kernel='segment_states', log_k=True, mask=True, schedule=4)['spilled_bytes']==0
+assert use(128, 64, kernel='scan', log_k=True, packed=True, state=True, schedule=4)['spilled_bytes']==0
 """)
 
 @pytest.mark.compiles
