@@ -84,7 +84,7 @@ def test_half_precision_maps_and_no_bias():
        maps=st.integers(1, 2), kind=st.sampled_from([*FORMS, 'given']), log=st.booleans(), masked=st.booleans(),
        state=st.booleans(), bias=st.booleans(), bthd=st.booleans(), dtype=st.sampled_from(list(TOL)), seed=st.integers(0, 99))
 @pytest.mark.slow
-def test_drawn(B, Hkv, G, D, Dv, maps, kind, log, masked, state, bias, bthd, dtype, seed):
+def test_random_shapes(B, Hkv, G, D, Dv, maps, kind, log, masked, state, bias, bthd, dtype, seed):
     q,k,v = inputs(B, Hkv*G, Hkv, 2, D, Dv, dtype, seed)
     if bthd: q,k,v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     mask = rand(B, 2, seed=seed) > -.5 if masked else None
@@ -94,25 +94,30 @@ def test_drawn(B, Hkv, G, D, Dv, maps, kind, log, masked, state, bias, bthd, dty
     # a state of random signs makes sums that cancel: o is then as large as it is uncertain
     check(q, k, v, fm, log_k, mask, before(B, Hkv, F, Dv, seed) if state else None, tol=3*TOL[dtype])
 
+def cut_into(monkeypatch, width):
+    "Tiles of this many columns."
+    monkeypatch.setattr(decode, '_block_v', lambda *a: width)
+    monkeypatch.setattr(decode, '_config', decode._config.__wrapped__) # which else remembers another width
+
 @kernel
 @pytest.mark.parametrize('tile', [16, 32, 64])
-def test_tiles_agree_and_tickets_return(monkeypatch, tile):
-    monkeypatch.setattr(decode, '_tile_width', lambda *a: tile)
-    tickets = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+def test_tiles_agree_and_semaphores_return(monkeypatch, tile):
+    cut_into(monkeypatch, tile)
+    semaphores = torch.zeros(4, dtype=torch.int32, device=DEVICE)
     mask = torch.tensor([[True,False,True],[True,True,True]], device=DEVICE)
-    check(*inputs(2, 2, 2, 3, 6, 60), hedgehog(6, 2, 2), mask=mask, state=before(2, 2, 12, 60), tickets=tickets)
-    assert not tickets.any()
+    check(*inputs(2, 2, 2, 3, 6, 60), hedgehog(6, 2, 2), mask=mask, state=before(2, 2, 12, 60), semaphores=semaphores)
+    assert not semaphores.any()
 
 @kernel
 def test_the_order_of_tiles_does_not_matter(monkeypatch):
-    "The last tile to arrive writes z, whichever it is: tickets that begin in the middle of a round make another tile the last."
-    monkeypatch.setattr(decode, '_tile_width', lambda *a: 16)
+    "The last tile to arrive writes z, whichever it is: a count that begins in the middle of a round makes another tile the last."
+    cut_into(monkeypatch, 16)
     q,k,v = inputs(1, 1, 1, 1, 6, 48)
     states = [before(1, 1, 12, 48) for _ in range(2)]
-    for s,n in zip(states, (0, 1)): # with one ticket drawn already, the second of three tiles closes the round; the third opens the next
-        tickets = torch.tensor([n], dtype=torch.int32, device=DEVICE)
-        decode_step(q, k, v, s, hedgehog(6, 1, 1), tickets=tickets)
-        assert tickets.item()==n
+    for s,n in zip(states, (0, 1)): # with one counted already, the second of three tiles closes the round; the third opens the next
+        semaphores = torch.tensor([n], dtype=torch.int32, device=DEVICE)
+        decode_step(q, k, v, s, hedgehog(6, 1, 1), semaphores=semaphores)
+        assert semaphores.item()==n
     assert torch.equal(states[0].m, states[1].m) and torch.equal(states[0].z, states[1].z)
 
 @kernel
@@ -192,7 +197,7 @@ def test_compiles_into_one_graph():
     ('log_k only with features', lambda a: dict(log_k=torch.zeros(1, 1, 1))),
     ('log_k is', lambda a: dict(feature_map=None, log_k=torch.zeros(1, 2, 1), state=before(1, 1, 8, 8))), ('mask is', lambda a: dict(mask=torch.ones(1, 2))),
     ('out is', lambda a: dict(out=torch.empty(1, 2, 1, 9))),
-    ('out is float32', lambda a: dict(out=torch.empty(1, 2, 1, 8).long())), ('tickets are', lambda a: dict(tickets=torch.zeros(1))),
+    ('out is float32', lambda a: dict(out=torch.empty(1, 2, 1, 8).long())), ('semaphores are', lambda a: dict(semaphores=torch.zeros(1))),
     ('up to 512', lambda a: dict(q=torch.ones(1, 2, 1, 513), k=torch.ones(1, 1, 1, 513), feature_map=None)),
     ('must lie on', lambda a: dict(mask=torch.ones(1, 1, device='meta'))),
     ('looks at positions', lambda a: dict(feature_map=type('Rotary', (torch.nn.Module,), dict(uses_positions=True))())),
@@ -213,27 +218,37 @@ x = torch.ones(1,1,1,8); decode_step(x, x, x, LinearState.empty(x, x))'''
     assert res.returncode!=0 and 'ValueError: the kernel runs on a GPU; given tensors on cpu' in res.stderr
 
 HOPPER = """
-import re, triton
-from hedgehog_nb.kernels.decode import decode_usage as use
+import re, torch, triton
+from hedgehog_nb.attentions.base import make_feature_map
+from hedgehog_nb.kernels.decode import decode_step
+from hedgehog_nb.kernels.inspect import inspect_kernels
+from hedgehog_nb.ops.linear import LinearState
+
+def use(D, form='softmax_halves', batch=1, Hkv=16, bias=False, log_k=False, mask=False):
+    e = lambda h, d, dtype=torch.bfloat16: torch.empty(batch, h, 1, d, dtype=dtype)
+    fm,width = (None, 2*D) if form=='given' else (make_feature_map('hedgehog', D, 16, Hkv, form=form, bias=bias).bfloat16(), D)
+    state = LinearState.empty(e(Hkv, 2*D, torch.float32), e(Hkv, D, torch.float32))
+    kw = dict(log_k=torch.empty(batch, Hkv, 1) if log_k else None, mask=torch.ones(batch, 1) if mask else None)
+    row, = inspect_kernels(lambda: decode_step(e(16, width), e(Hkv, width), e(Hkv, D), state, fm, **kw))
+    return row
 """
 HOPPER_PARTS = dict(quick="""compile,ptx = triton.compile,[]
 def keep(*args, **kw): ptx.append(res := compile(*args, **kw)); return res
 triton.compile = keep
-use(64, kv_heads=4, HAS_MASK=True); use(64, batch=64)
+use(64, Hkv=4, mask=True); use(64, batch=64)
 tiled,whole = (re.findall(r'ld\\.global|bar\\.sync|atom\\.global\\.gpu\\.acq_rel|st\\.global', p.asm['ptx']) for p in ptx)
-ticket = tiled.index('atom.global.gpu.acq_rel')
-assert 'ld.global' in tiled[:ticket] and tiled[ticket-1]=='bar.sync' and 'ld.global' not in tiled[ticket:] and tiled[ticket:].count('st.global')>=4, tiled
+count = tiled.index('atom.global.gpu.acq_rel')
+assert 'ld.global' in tiled[:count] and tiled[count-1]=='bar.sync' and 'ld.global' not in tiled[count:] and tiled[count:].count('st.global')>=4, tiled
 assert 'atom.global.gpu.acq_rel' not in whole
-""", slow="""for kw in (dict(), dict(batch=64, form='exp', HAS_BIAS=True, HAS_MASK=True), dict(kv_heads=4, batch=64), dict(form='given', HAS_LOG=True)):
+""", slow="""for kw in (dict(), dict(batch=64, form='exp', bias=True, mask=True), dict(Hkv=4, batch=64), dict(form='given', log_k=True)):
     assert use(64, **kw)['spilled_bytes']==0, kw
 assert use(128, batch=64)['spilled_bytes']==0
-
 """)
 
 @pytest.mark.compiles
 @quick_and_slow
 def test_compiles_for_hopper(which, tmp_path):
-    ("Nothing spills, and where tiles share z the machine code reads it before the ticket and writes it after: "
+    ("Nothing spills, and where tiles share z the machine code reads it before the count and writes it after: "
      "the interpreter, one program at a time, cannot tell.")
     compiles(HOPPER + HOPPER_PARTS[which], tmp_path)
 

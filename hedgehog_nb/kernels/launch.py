@@ -8,10 +8,11 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/triton_primer.html.md"""
 __all__ = ['RECORDER', 'DTYPES', 'kernel_arguments', 'launch', 'check_tensors']
 
 # %% ../../kernels/01_triton_primer.ipynb #d979ebaa
-import re, torch
+import re, sys, torch
 from contextlib import nullcontext
 from contextvars import ContextVar
 from functools import lru_cache
+from operator import itemgetter
 from .tiles import INTERPRETED
 from .autotune import tuned_changes
 
@@ -20,25 +21,28 @@ RECORDER = ContextVar('recorder', default=None) # Takes launches in place of the
 
 @lru_cache(None)
 def _parameters(kernel):
-    "Of a kernel: the keyword behind each parameter, and tensor and axis behind each stride."
-    keywords,strides = {},{}
-    for name in kernel.arg_names:
-        if m := re.fullmatch(r'stride_(\w+)([bht])', name): strides[name] = m[1],'bht'.index(m[2])
-        else: keywords[name] = name.removesuffix('_ptr')
-    return keywords, strides
+    "Of a kernel: its keywords; values in the order of its parameters, out of a dict by keyword or stride; tensors, with their strides among the parameters."
+    keys = [sys.intern(n if n.startswith('stride_') else n.removesuffix('_ptr')) for n in kernel.arg_names] # interned: found by address, at each launch
+    strides = {}
+    for name in keys:
+        if m := re.fullmatch(r'stride_(\w+)([bht])', name): strides.setdefault(sys.intern(m[1]), []).append((name, 'bht'.index(m[2])))
+    return frozenset(k for k in keys if not k.startswith('stride_')), itemgetter(*keys), strides
 
 def kernel_arguments(
     kernel, # A `triton.jit` function
     config:dict, # Constants by name; those of other kernels may be among them
     given:dict, # Tensors, numbers and constants by keyword, all of them the kernel's
-)->dict: # Every parameter of the kernel
-    "Arguments by name: `x` for `x_ptr` and its strides, `None` for what is absent. Raises `TypeError` where one is missing or unknown."
-    keywords,strides = _parameters(kernel)
-    if unknown := given.keys() - set(keywords.values()): raise TypeError(f"{kernel.__name__} takes no {', '.join(sorted(unknown))}")
-    try: res = {name: given[key] if key in given else config[key] for name,key in keywords.items()}
+)->tuple: # One for each parameter of the kernel
+    "Arguments in the order of the parameters: `x` for `x_ptr` and its strides, `None` for what is absent. Raises `TypeError` where one is missing or unknown."
+    known,in_order,strides = _parameters(kernel)
+    if not given.keys()<=known: raise TypeError(f"{kernel.__name__} takes no {', '.join(sorted(given.keys() - known))}")
+    values = config | given
+    try:
+        for key,names in strides.items():
+            s = (0, 0, 0) if values[key] is None else values[key].stride()
+            for name,axis in names: values[name] = s[axis]
+        return in_order(values)
     except KeyError as e: raise TypeError(f"{kernel.__name__} needs {e.args[0]}") from None
-    for name,(key,axis) in strides.items(): res[name] = 0 if given[key] is None else given[key].stride(axis)
-    return res
 
 def launch(
     kernel, # A `triton.jit` function
@@ -48,13 +52,15 @@ def launch(
     **given, # The rest, as `kernel_arguments` takes it; the first is a tensor, where the kernel runs
 ):
     "Run a kernel on the GPU where its first tensor lies, in the configuration that is fastest there."
-    args = kernel_arguments(kernel, config, given)
-    options = {k:config[k] for k in ('num_warps','num_stages')}
-    if record := RECORDER.get(): return record(kernel, args, options)
-    x = next(iter(given.values()))
-    run = lambda change: kernel[(programs,)](**args | options | change)
+    values = kernel_arguments(kernel, config, given)
+    options = dict(num_warps=config['num_warps'], num_stages=config['num_stages'])
+    record,x = RECORDER.get(),next(iter(given.values()))
+    if record or tune: args = dict(zip(kernel.arg_names, values))
+    if record: return record(kernel, args, options)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        run(tuned_changes(kernel, programs, args, options, tune, x.device, run) if tune else {})
+        if not tune: return kernel[(programs,)](*values, **options)
+        run = lambda change: kernel[(programs,)](**args | options | change)
+        run(tuned_changes(kernel, programs, args, options, tune, x.device, run))
 
 # %% ../../kernels/01_triton_primer.ipynb #cba28b26
 DTYPES = torch.float32,torch.float16,torch.bfloat16
@@ -71,13 +77,12 @@ def check_tensors(
         if x.dtype not in DTYPES: raise ValueError(f"{n} is float32, float16 or bfloat16; given {x.dtype}")
         if x.stride(-1)!=1 and x.shape[-1]>1:
             raise ValueError(f"the channels of {n} must lie side by side (last stride 1); given strides {x.stride()}: call .contiguous()")
-    first,like = next(iter(tensors.items()))
+    device = next(iter(tensors.values())).device
     for n,x in (tensors | beside).items():
-        if x is not None and x.device!=like.device:
-            raise ValueError(f"all tensors must lie on one device; given {first} on {like.device} and {n} on {x.device}")
+        if x is not None and x.device!=device: raise ValueError(f"all tensors must lie on one device; given {next(iter(tensors))} on {device} and {n} on {x.device}")
     if not (schedule in (None, 'scan', 'parallel') or type(schedule) is int and schedule>0):
         raise ValueError(f"schedule is scan, parallel, a number of segments, or None; given {schedule!r}")
     if precision not in ('ieee','tf32','tf32x3'): raise ValueError(f"precision is ieee, tf32 or tf32x3; given {precision!r}")
-    if not (like.is_cuda or INTERPRETED or RECORDER.get()):
-        raise ValueError(f"the kernel runs on a GPU; given tensors on {like.device}. Use {instead} there, "
+    if not (device.type=='cuda' or INTERPRETED or RECORDER.get()):
+        raise ValueError(f"the kernel runs on a GPU; given tensors on {device}. Use {instead} there, "
                          "or set TRITON_INTERPRET=1 before Python starts to try the kernel in Triton's interpreter")
