@@ -42,7 +42,7 @@ def test_forms_and_dtypes(form, dtype): check(*inputs(2, 3, 70, 64, dtype=dtype)
 @kernel
 @pytest.mark.parametrize('T', [1, 17, 64, 100])
 @pytest.mark.parametrize('D', [8, 32, 60, 64, 128])
-def test_shapes(D, T): # the forms take turns; test_drawn mixes everything
+def test_shapes(D, T): # the forms take turns; test_random_shapes mixes everything
     for form in FORMS if T==17 else [FORMS[(D+T) % 3]]: check(*inputs(1, 2, T, D), form)
 
 @kernel
@@ -55,7 +55,7 @@ def test_extreme_widths(D, E, form): check(*inputs(1, 1, 5, D, E), form)
 @given(B=st.integers(1, 3), H=st.integers(1, 3), T=st.integers(1, 140), D=st.integers(1, 80), E=st.integers(1, 80), form=st.sampled_from(FORMS),
        dtype=st.sampled_from(list(TOL)), bias=st.booleans(), bthd=st.booleans(), seed=st.integers(0, 99))
 @pytest.mark.slow
-def test_drawn(B, H, T, D, E, form, dtype, bias, bthd, seed):
+def test_random_shapes(B, H, T, D, E, form, dtype, bias, bthd, seed):
     x,w,b = inputs(B, H, T, D, E, dtype, seed)
     if bthd: x = x.transpose(1, 2).contiguous().transpose(1, 2)
     check(x, w, b if bias else None, form, tol=3*TOL[dtype])
@@ -160,7 +160,7 @@ def test_the_log_weights_alone_have_a_gradient():
     ('weight is float32', lambda x,w,b: dict(weight=w.long())), ('out_dtype is float32', lambda x,w,b: dict(out_dtype=torch.int32)),
     ('last stride 1', lambda x,w,b: dict(x=x.mT.contiguous().mT)), ('empty', lambda x,w,b: dict(x=x[:0])), ('empty', lambda x,w,b: dict(x=x[:,:,:0])),
     ('form is one of', lambda x,w,b: dict(form='softmax')),
-    ('precision is', lambda x,w,b: dict(precision='tf16')), ('different devices', lambda x,w,b: dict(weight=w.to('meta'))),
+    ('precision is', lambda x,w,b: dict(precision='tf16')), ('one device', lambda x,w,b: dict(weight=w.to('meta'))),
 ])
 def test_errors_say_what_was_given(message, change):
     x,w,b = inputs(1, 2, 5, 16)
@@ -176,57 +176,119 @@ def test_import_without_a_gpu_works_and_cpu_tensors_are_refused():
         TRITON_INTERPRET='0', CUDA_VISIBLE_DEVICES='')
     assert res.returncode!=0 and 'ValueError: the kernel runs on a GPU; given tensors on cpu' in res.stderr
 
-def test_what_an_instruction_keeps_busy():
+def test_what_an_instruction_keepscycles():
     pytest.importorskip('triton')
-    from hedgehog_nb.kernels.feature_map import _busy
-    assert _busy('FFMA.FTZ')==('fma',1) and _busy('MUFU.EX2')==('exps',8) and _busy('ISETP.GE.AND')==('alu',2) and _busy('SHFL.BFLY')==('near',4)
-    assert [_busy(x) for x in ('LDG.E.LTC128B', 'LDS.64', 'STS.128', 'LDSM.16.M88.4', 'LDL.LU', 'LDGSTS.E.BYPASS.LTC128B.128')]==[('near',n)
+    from hedgehog_nb.kernels.inspect import _instruction_cycles
+    cycles = _instruction_cycles
+    assert cycles('FFMA.FTZ')==('fma',1) and cycles('MUFU.EX2')==('exps',8) and cycles('ISETP.GE.AND')==('alu',2) and cycles('SHFL.BFLY')==('near',4)
+    assert [cycles(x) for x in ('LDG.E.LTC128B', 'LDS.64', 'STS.128', 'LDSM.16.M88.4', 'LDL.LU', 'LDGSTS.E.BYPASS.LTC128B.128')]==[('near',n)
         for n in (4, 8, 16, 16, 4, 16)]
-    assert _busy('HGMMA.64x64x16.F32.BF16')==('tensor',32) and _busy('HGMMA.64x64x8.F32.TF32')==('tensor',32) # half the products at half the rate
-    assert _busy('HMMA.16816.F32.BF16')==('tensor', 4/.63) and _busy('HMMA.1688.F32.TF32')==('tensor', 4/.63)
+    assert cycles('HGMMA.64x64x16.F32.BF16')==('tensor',32) and cycles('HGMMA.64x64x8.F32.TF32')==('tensor',32) # half the products at half the rate
+    assert cycles('HMMA.16816.F32.BF16')==('tensor', 4/.63) and cycles('HMMA.1688.F32.TF32')==('tensor', 4/.63)
 
-def test_cycles_are_those_of_the_longest_loop(tmp_path):
-    pytest.importorskip('triton')
-    (tmp_path/'loops.py').write_text('''
-import triton, triton.language as tl
-from hedgehog_nb.kernels.feature_map import offline_cycles
+KERNELS = '''
+import torch, triton, triton.language as tl
+from hedgehog_nb.kernels.inspect import inspect_kernels
+from hedgehog_nb.kernels.launch import launch
 @triton.jit
-def plain(x_ptr, o_ptr, BLOCK_T:tl.constexpr):
+def _plain_kernel(x_ptr, o_ptr, mask_ptr, stride_xt, H, BLOCK_T:tl.constexpr):
     t = tl.arange(0, BLOCK_T)
-    tl.store(o_ptr + t, tl.exp2(tl.load(x_ptr + t)))
+    y = tl.exp2(tl.load(x_ptr + t*stride_xt))
+    if mask_ptr is not None:
+        for j in tl.static_range(99): y = tl.exp2(y)
+        y = tl.where(tl.load(mask_ptr + t) != 0, y, 0.)
+    tl.store(o_ptr + t, y*H)
 @triton.jit
-def looped(x_ptr, o_ptr, n, BLOCK_T:tl.constexpr):
+def _looped_kernel(x_ptr, o_ptr, n, BLOCK_T:tl.constexpr):
     t = tl.arange(0, BLOCK_T)
     for i in range(n):
         y = tl.load(x_ptr + t)
         for j in tl.static_range(200): y = tl.exp2(y) # too long to be unrolled
         tl.store(o_ptr + t, y)
-for kernel,exps in ((plain, 1), (looped, 200)):
+x,config = torch.zeros(1, 1, 512, 1),dict(BLOCK_T=32, num_warps=1, num_stages=1)
+def plain(mask=None, x=x): launch(_plain_kernel, 1, config, x=x, o=x, mask=mask, H=3)
+def looped(): launch(_looped_kernel, 1, config, x=x, o=x, n=3)
+'''
+
+def test_cycles_are_those_of_the_longest_loop(tmp_path):
+    pytest.importorskip('triton')
+    (tmp_path/'loops.py').write_text(KERNELS + '''
+for f,exps in ((plain, 1), (looped, 200)):
     for warps,T in ((1, 32), (4, 256)):
-        c = offline_cycles(kernel, dict(BLOCK_T=T, num_warps=warps, num_stages=1), 'fp32')
+        c, = inspect_kernels(f, BLOCK_T=T, num_warps=warps)
         assert c['exps']==round(exps*8/4/32, 1) and c['slots']>0 and c['near']>0 and c['tensor']==0, c
+        assert (c['kernel'], c['block_t'], c['warps'], c['spilled_bytes'])==(f.__name__, T, warps, 0), c
 ''')
     res = python(str(tmp_path/'loops.py'), TRITON_INTERPRET='0', TRITON_CACHE_DIR=str(tmp_path))
     assert res.returncode==0, res.stderr
 
+def test_inspection_takes_launches_as_they_are(tmp_path):
+    "In their order, each kind once; an absent tensor and a constant of one kind make another kernel. Outside of it CPU tensors are refused as before."
+    pytest.importorskip('triton')
+    (tmp_path/'launches.py').write_text(KERNELS + '''
+def f():
+    for g in (plain, looped, plain): g()
+    plain(torch.ones(512, dtype=torch.int8))
+rows = inspect_kernels(f, BLOCK_T=128)
+assert [(r['kernel'], round(r['exps'], 0)) for r in rows]==[('plain', 0), ('looped', 12), ('plain', 6)], rows
+assert all(r['block_t']==128 for r in rows)
+assert inspect_kernels(plain, capability=80)!=inspect_kernels(plain) and inspect_kernels(lambda: None)==[]
+def fails(): plain(); raise KeyError('x')
+for g in (fails, plain): # the record ends with its function, also where that fails
+    try: inspect_kernels(g) if g is fails else g()
+    except KeyError as e: assert g is fails and e.args==('x',)
+    except Exception as e: assert g is plain and not isinstance(e, KeyError), e # no GPU
+    else: raise AssertionError(g)
+''')
+    res = python(str(tmp_path/'launches.py'), TRITON_INTERPRET='0', TRITON_CACHE_DIR=str(tmp_path), CUDA_VISIBLE_DEVICES='')
+    assert res.returncode==0, res.stderr
+
+class Kernel:
+    "Stands for a kernel: keeps what it was started with."
+    __name__,arg_names = 'kernel',['x_ptr','mask_ptr','stride_xb','stride_xt','stride_maskb','T','F']
+    def __getitem__(self, grid): return lambda *args, **options: setattr(self, 'run', (grid, dict(zip(self.arg_names, args)), options))
+
+CONFIG = dict(F=64, BLOCK_T=32, num_warps=4, num_stages=2)
+
+def test_a_launch_by_keywords():
+    pytest.importorskip('triton')
+    from hedgehog_nb.kernels.launch import launch
+    k,x,mask = Kernel(),torch.zeros(2, 3, 5, 8).transpose(1, 2),torch.ones(2, 5)
+    launch(k, 7, CONFIG, x=x, mask=mask, T=5)
+    grid,args,options = k.run
+    assert grid==(7,) and args['x_ptr'] is x and args['mask_ptr'] is mask and options==dict(num_warps=4, num_stages=2)
+    assert [args[n] for n in k.arg_names[2:]]==[x.stride(0), x.stride(2), mask.stride(0), 5, 64]
+    launch(k, 7, CONFIG, x=x, mask=None, T=5, F=32) # what is given comes before the configuration
+    assert k.run[1]['mask_ptr'] is None and k.run[1]['stride_maskb']==0 and k.run[1]['F']==32
+    assert 'F' in CONFIG and set(CONFIG)=={'F','BLOCK_T','num_warps','num_stages'} and CONFIG['F']==64 # shared by calls
+
+@pytest.mark.parametrize('message,given', [('kernel needs mask', dict(T=5)), ('kernel needs T', dict(mask=None)),
+    ('kernel takes no bias', dict(T=5, mask=None, bias=None)),
+    ('kernel takes no BLOCK_T, stride_xb', dict(T=5, mask=None, stride_xb=1, BLOCK_T=3)), ('kernel takes no x_ptr', dict(T=5, mask=None, x_ptr=None))])
+def test_a_launch_with_wrong_keywords(message, given):
+    pytest.importorskip('triton')
+    from hedgehog_nb.kernels.launch import launch
+    with pytest.raises(TypeError, match=f'^{message}$'): launch(Kernel(), 7, CONFIG, x=torch.zeros(2, 3, 5, 8), **given)
+
 HOPPER = """
-import torch
-import triton
-from hedgehog_nb.kernels.feature_map import feature_map_usage as use
+import torch, triton
+from hedgehog_nb.kernels.feature_map import fused_feature_map
+from hedgehog_nb.kernels.inspect import inspect_kernels
+
+def use(D, dtype=torch.bfloat16, form='softmax_halves', bias=False):
+    "Rows of the forward and of the backward."
+    x,w,b = (torch.empty(*s, dtype=dtype, requires_grad=True) for s in ((1, 16, 1000, D), (16, D, D), (16, D)))
+    f = lambda: sum(o.sum() for o in fused_feature_map(x, w, b if bias else None, form) if o is not None).backward()
+    return inspect_kernels(f)
 most = 16 if triton.__version__.startswith('3.6.') else 0
 """
-HOPPER_PARTS = dict(quick="""forms = ('softmax_halves',)
-for form in forms:
-    for backward in (False, True):
-        u = use(64, torch.bfloat16, form, backward, HAS_BIAS=True)
+HOPPER_PARTS = dict(quick="""for u in use(64, bias=True):
+    assert u['spilled_bytes']<=most and u['shared_bytes']<=227*1024 and max(u['slots'], u['near'])<=28, u # memory takes 25
+""", slow="""for form in ('exp','softmax_joint'):
+    for u in use(64, form=form, bias=True):
         assert u['spilled_bytes']<=most and u['shared_bytes']<=227*1024 and max(u['slots'], u['near'])<=28, u # memory takes 25
-""", slow="""forms = 'exp','softmax_joint'
-for form in forms:
-    for backward in (False, True):
-        u = use(64, torch.bfloat16, form, backward, HAS_BIAS=True)
-        assert u['spilled_bytes']<=most and u['shared_bytes']<=227*1024 and max(u['slots'], u['near'])<=28, u # memory takes 25
-for backward,most in ((False,30), (True,65)): assert use(128, torch.bfloat16, backward=backward)['near']<=most
-assert all(use(128, torch.float32, backward=b)['shared_bytes']<=227*1024 for b in (False, True))
+for u,most in zip(use(128), (30, 65)): assert u['near']<=most
+assert all(u['shared_bytes']<=227*1024 for u in use(128, torch.float32))
 """)
 
 @pytest.mark.compiles
@@ -240,7 +302,7 @@ def test_compiles_for_hopper_without_spills(which, tmp_path): compiles(HOPPER + 
                                                              ('3.7.0', '2.5.5', True), ('3.10.0', '2.10.0', True), ('3.6.0+git1', '2.2.0rc1', True)])
 def test_interpreter_needs_a_numpy_that_it_knows(triton_version, numpy_version, ok):
     pytest.importorskip('triton')
-    from hedgehog_nb.kernels.feature_map import _check_interpreter
+    from hedgehog_nb.kernels.tiles import _check_interpreter
     if ok: return _check_interpreter(triton_version, numpy_version)
     with pytest.raises(ImportError, match=rf"Triton {triton_version} fails on NumPy {numpy_version}: pip install 'numpy<2.4'"):
         _check_interpreter(triton_version, numpy_version)
@@ -249,7 +311,7 @@ def test_interpreter_needs_a_numpy_that_it_knows(triton_version, numpy_version, 
 def test_import_asks_for_the_numpy_only_if_interpreted(interpret):
     pytest.importorskip('triton')
     res = python('-c', "import triton, importlib.metadata as m; triton.__version__, m.version = '3.6.0', lambda name: '2.5.0'; "
-        "import hedgehog_nb.kernels.chunk", TRITON_INTERPRET=interpret)
+        "import hedgehog_nb.kernels.tiles", TRITON_INTERPRET=interpret)
     assert (res.returncode, 'numpy<2.4' in res.stderr) == ((1, True) if interpret=='1' else (0, False)), res.stderr
 
 if HERE and DEVICE=='cpu':

@@ -212,7 +212,9 @@ def _(x, weight, bias, form, out_dtype, precision):
 
 # %% ../../kernels/01_triton_primer.ipynb #26b28e25
 @custom_op('feature_map_backward')
-def _map_bwd_op(g:Tensor, g_m:Tensor, x:Tensor, weight:Tensor, bias:Optional[Tensor], form:str, precision:str, need_x:bool, need_w:bool)->tuple[Tensor,Tensor,Tensor]:
+def _map_bwd_op(
+    g:Tensor, g_m:Tensor, x:Tensor, weight:Tensor, bias:Optional[Tensor], form:str, precision:str, need_x:bool, need_w:bool,
+)->tuple[Tensor,Tensor,Tensor]:
     "Gradients of x, weight and bias, empty where not needed."
     return tuple(empty_if_none(d, x) for d in _backward(x, weight, bias, g, g_m, form, precision, need_x, need_w))
 
@@ -242,9 +244,9 @@ def _check(x, weight, bias, form, out_dtype, precision):
     if not (1<=weight.shape[1]<=256 and 1<=weight.shape[2]<=256): raise ValueError(f"the kernel takes E and D from 1 to 256; given {s}")
     if 0 in x.shape: raise ValueError(f"empty input: {s}")
     if form not in FORMS: raise ValueError(f"form is one of {', '.join(FORMS)}; given {form!r}")
+    check_tensors(dict(x=x), dict(weight=weight, bias=bias), 'hedgehog_features', precision=precision)
     for n,d in dict(weight=weight.dtype, bias=weight.dtype if bias is None else bias.dtype, out_dtype=out_dtype).items():
         if d not in DTYPES: raise ValueError(f"{n} is float32, float16 or bfloat16; given {d}")
-    check_tensors(dict(x=x), dict(weight=weight, bias=bias), 'hedgehog_features', precision=precision)
 
 # %% ../../kernels/01_triton_primer.ipynb #a0896bb7
 def fused_feature_map(
@@ -255,7 +257,9 @@ def fused_feature_map(
     out_dtype:torch.dtype=None, # Dtype of the features; that of `x` if None
     precision:str='tf32x3', # Products of fp32 operands on the GPU: "ieee", "tf32" or "tf32x3"
 ): # (B, H, T, 2E) features in [0, 1], and (B, H, T) log weights in fp32, None where the form has none
-    "The Hedgehog features of Wx + b (paper, Eq. 6) in one kernel, differentiable in `x`, `weight` and `bias`. Raises `ValueError` on inputs that do not fit, empty ones too."
+    """The Hedgehog features of Wx + b (paper, Eq. 6) in one kernel, differentiable in `x`, `weight` and `bias`.
+
+    Raises `ValueError` on inputs that do not fit, empty ones too."""
     out_dtype = out_dtype or x.dtype
     _check(x, weight, bias, form, out_dtype, precision)
     phi,m = _map_op(x, weight.contiguous(), None if bias is None else bias.contiguous(), form, out_dtype, precision)

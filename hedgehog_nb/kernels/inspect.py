@@ -13,7 +13,7 @@ from functools import lru_cache
 from .launch import RECORDER
 
 # %% ../../kernels/01_triton_primer.ipynb #f517de40
-_TYPES = {'float32':'fp32', 'bfloat16':'bf16', 'float16':'fp16', 'int8':'i8', 'uint8':'u8', 'bool':'i1', 'int32':'i32', 'int64':'i64'} # PyTorch's name: Triton's
+_TYPES = dict(float32='fp32', bfloat16='bf16', float16='fp16', int8='i8', uint8='u8', bool='i1', int32='i32', int64='i64') # PyTorch's name: Triton's
 
 def _compile(kernel, args, options, capability=90):
     "Compile a launch's kernel without a GPU, as Triton would specialise it for these arguments."

@@ -79,7 +79,8 @@ def check_tensors(
             raise ValueError(f"the channels of {n} must lie side by side (last stride 1); given strides {x.stride()}: call .contiguous()")
     device = next(iter(tensors.values())).device
     for n,x in (tensors | beside).items():
-        if x is not None and x.device!=device: raise ValueError(f"all tensors must lie on one device; given {next(iter(tensors))} on {device} and {n} on {x.device}")
+        if x is not None and x.device!=device:
+            raise ValueError(f"all tensors must lie on one device; given {next(iter(tensors))} on {device} and {n} on {x.device}")
     if not (schedule in (None, 'scan', 'parallel') or type(schedule) is int and schedule>0):
         raise ValueError(f"schedule is scan, parallel, a number of segments, or None; given {schedule!r}")
     if precision not in ('ieee','tf32','tf32x3'): raise ValueError(f"precision is ieee, tf32 or tf32x3; given {precision!r}")

@@ -42,6 +42,10 @@ def _dot(a, b, acc, DTYPE:tl.constexpr, PRECISION:tl.constexpr):
     if _INTERPRETED: a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
+# %% ../../kernels/01_triton_primer.ipynb #54c9e45d
+def cdiv(n:int, block:int)->int: return -(-n//block) # `triton.cdiv` costs microseconds outside a kernel
+def tl_dtype(dtype): return getattr(tl, str(dtype).split('.')[1]) # Triton's name for it
+
 # %% ../../kernels/01_triton_primer.ipynb #0a3eb299
 @triton.jit
 def _load_tile(ptr, t, c, stride_t, rows, WIDTH:tl.constexpr):
@@ -61,7 +65,3 @@ def _program(tiles, segments):
     "Of this program: the number of its head in the batch, of its segment, and of its tile."
     pid = tl.program_id(0)
     return (pid//(tiles*segments)).to(tl.int64), (pid//tiles % segments).to(tl.int64), pid % tiles
-
-# %% ../../kernels/01_triton_primer.ipynb #54c9e45d
-def cdiv(n:int, block:int)->int: return -(-n//block) # `triton.cdiv` costs microseconds outside a kernel
-def tl_dtype(dtype): return getattr(tl, str(dtype).split('.')[1]) # Triton's name for it
