@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Callable, NamedTuple
 from torch import Tensor
+from .kernels.common import compute_dtype
 from .kernels.cpu import linear, window
 from .kernels.cpu.build import for_all_threads, under_transform
 from .ops.common import autocast_dtype, check_qkv
@@ -159,8 +160,8 @@ def _cast(x, dtype): # in `dtype`, its channels side by side
 @register_backend(LINEAR, 'triton', _triton_supports, _triton_auto)
 def _triton(c, schedule=None):
     "Outputs of the kernel for these inputs, which get one dtype. `schedule`: as for the kernels."
-    from hedgehog_nb.kernels import chunk_backward, decode, dispatch, feature_map as maps, fused
-    dtype,out = maps.products_dtype(*c[:3]),c.v.dtype
+    from hedgehog_nb.kernels import chunk_bwd, decode, dispatch, fused
+    dtype,out = compute_dtype(*c[:3]),c.v.dtype
     q,k,v = (_cast(x, dtype) for x in c[:3])
     kernel = dispatch.kernel_for(q, k, v, c.feature_map, c.causal, c.initial_state, c.cu_seqlens)
     kw = dict(mask=c.mask, causal=c.causal, initial_state=c.initial_state, output_final_state=c.output_final_state, cu_seqlens=c.cu_seqlens, schedule=schedule)
@@ -169,10 +170,10 @@ def _triton(c, schedule=None):
             state = c.initial_state.apply(lambda x: x.float().contiguous())
             o = decode.decode_step(q, k, v, state, c.feature_map, mask=c.mask, inplace=False)
             if not c.output_final_state: o = o[0]
-        elif kernel=='fused': o = fused.fused_hedgehog_attention(q, k, v, **dispatch.inside(c.feature_map, q, v), **kw)
+        elif kernel=='fused': o = fused.fused_hedgehog_attention(q, k, v, **dispatch.fused_params(c.feature_map, q, v), **kw)
         else:
             phi_q,phi_k,log_k = (q,k,None) if c.feature_map is None else c.feature_map(q, k, **c.at)
-            o = chunk_backward.triton_linear_attention(_cast(phi_q, dtype), _cast(phi_k, dtype), v, log_k, **kw)
+            o = chunk_bwd.triton_linear_attention(_cast(phi_q, dtype), _cast(phi_k, dtype), v, log_k, **kw)
     return (o[0].to(out), o[1]) if c.output_final_state else o.to(out)
 
 # %% ../kernels/08_dispatch.ipynb #0c4dbdm1

@@ -10,7 +10,7 @@ from gpu_parallel import in_parallel, own_cache
 from gpu_pytest import sources
 import torch
 from hedgehog_nb.ops.hedgehog import FORMS
-from hedgehog_nb.kernels.chunk_backward import triton_linear_attention
+from hedgehog_nb.kernels.chunk_bwd import triton_linear_attention
 from hedgehog_nb.kernels.decode import decode_step
 from hedgehog_nb.kernels.feature_map import fused_feature_map
 from hedgehog_nb.kernels.fused import fused_hedgehog_attention

@@ -42,7 +42,7 @@ def fused(x, c, mask):
     return fused_hedgehog_attention(*x, form=c['form'], mask=mask, causal=c['causal'], schedule=c['schedule'])
 
 def apart(x, c, mask):
-    from hedgehog_nb.kernels.chunk_backward import triton_linear_attention
+    from hedgehog_nb.kernels.chunk_bwd import triton_linear_attention
     from hedgehog_nb.kernels.feature_map import fused_feature_map
     (phi_q,_),(phi_k,log_k) = (fused_feature_map(y, w, form=c['form']) for y,w in ((x[0], x[3]), (x[1], x[4])))
     return triton_linear_attention(phi_q, phi_k, x[2], log_k, mask=mask, causal=c['causal'], schedule=c['schedule'])

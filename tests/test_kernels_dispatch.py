@@ -9,7 +9,7 @@ from helpers.interpreter import DEVICE, HERE, kernel, python, under_the_interpre
 
 TOL = {torch.float32:1e-5, torch.float16:4e-3, torch.bfloat16:3e-2} # of the largest reference value; the interpreter cuts bf16 where a GPU rounds
 
-if HERE: from hedgehog_nb.kernels import chunk_backward, decode, dispatch, fused
+if HERE: from hedgehog_nb.kernels import chunk_bwd, decode, dispatch, fused
 else:
     test_under_the_interpreter = under_the_interpreter(__file__)
 
@@ -31,7 +31,7 @@ def whole(s): return s.S*s.m[...,None,None].exp(), s.z*s.m[...,None].exp()
 def taken(monkeypatch):
     "Names of the kernels' functions as they are called."
     seen = []
-    for m,n in ((decode, 'decode_step'), (fused, 'fused_hedgehog_attention'), (chunk_backward, 'triton_linear_attention')):
+    for m,n in ((decode, 'decode_step'), (fused, 'fused_hedgehog_attention'), (chunk_bwd, 'triton_linear_attention')):
         def f(*a, _n=n, _f=getattr(m, n), **kw): seen.append(_n); return _f(*a, **kw)
         monkeypatch.setattr(m, n, f)
     return seen

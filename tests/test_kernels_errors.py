@@ -1,4 +1,4 @@
-"""One rule for what does not fit, at every door of the kernels: a `ValueError` that says what was given. Empty inputs are among them."""
+"""One rule for inputs that do not fit, in every public function of the kernels: a `ValueError` that says what was given. Empty inputs are among them."""
 import pytest, torch
 from hedgehog_nb import linear_attention
 from hedgehog_nb.attentions.base import make_feature_map
@@ -7,8 +7,8 @@ from hedgehog_nb.ops.window import WindowState
 from helpers.interpreter import DEVICE, HERE, kernel, under_the_interpreter
 
 if HERE:
-    from hedgehog_nb.kernels.chunk import chunk_forward
-    from hedgehog_nb.kernels.chunk_backward import triton_linear_attention
+    from hedgehog_nb.kernels.chunk_fwd import chunk_forward
+    from hedgehog_nb.kernels.chunk_bwd import triton_linear_attention
     from hedgehog_nb.kernels.decode import decode_step
     from hedgehog_nb.kernels.feature_map import fused_feature_map
     from hedgehog_nb.kernels.fused import fused_hedgehog_attention
@@ -18,7 +18,7 @@ else:
 
 def rand(*s): return torch.rand(*s, device=DEVICE)
 
-def doors():
+def functions():
     "Name -> (function, arguments that fit, names of the queries, keys and values among them)."
     q,k,v,w_q,w_k = rand(2,2,6,8), rand(2,1,6,8), rand(2,1,6,8), rand(2,8,8), rand(1,8,8)
     one,state = [x[:,:,:1] for x in (q, k, v)],LinearState(rand(2,1,8,8), rand(2,1,8), rand(2,1))
@@ -45,7 +45,7 @@ ONE = {'another device': ('device', lambda x: x.to('meta')), 'whole numbers': ('
 @kernel
 @pytest.mark.parametrize('name', NAMES)
 def test_what_fits_runs(name):
-    f,kw,_ = doors()[name]
+    f,kw,_ = functions()[name]
     o = f(**kw)
     assert torch.isfinite(o[0] if isinstance(o, tuple) else o).all()
 
@@ -53,14 +53,14 @@ def test_what_fits_runs(name):
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.parametrize('fault', ALL)
 def test_all_of_it_is_wrong(name, fault):
-    f,kw,big = doors()[name]
+    f,kw,big = functions()[name]
     with pytest.raises(ValueError, match=ALL[fault][0]): f(**kw | {n: ALL[fault][1](kw[n]) for n in big})
 
 @kernel
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.parametrize('fault', ONE)
 def test_one_of_it_is_wrong(name, fault):
-    f,kw,big = doors()[name]
+    f,kw,big = functions()[name]
     if len(big)==1 and fault=='another batch': big = [] # nothing to differ from
     if name.startswith('linear_attention') and fault=='doubles': big = []  # of several dtypes the widest is taken, and then refused
     for n in big:
@@ -69,7 +69,7 @@ def test_one_of_it_is_wrong(name, fault):
 @kernel
 @pytest.mark.parametrize('name', [n for n in NAMES if not n.startswith('linear_attention')]) # which copies
 def test_channels_that_lie_apart(name):
-    f,kw,big = doors()[name]
+    f,kw,big = functions()[name]
     for n in big:
         apart = torch.stack([kw[n], kw[n]], -1)[...,0]
         with pytest.raises(ValueError, match='last stride 1'): f(**kw | {n: apart})
@@ -79,7 +79,7 @@ def test_channels_that_lie_apart(name):
 @pytest.mark.parametrize('name', ['chunk_forward', 'triton_linear_attention', 'fused_hedgehog_attention', 'linear_attention', 'linear_attention, a map'])
 @pytest.mark.parametrize('cu', [[0,4,2,6], [0,3,3,6], [1,6], [0,5], [0], [], [0,2.5,6]])
 def test_borders_out_of_order(name, cu):
-    f,kw,big = doors()[name]
+    f,kw,big = functions()[name]
     one = {n: kw[n][:1] for n in big}
     f(**kw | one, cu_seqlens=[0,2,6])
     with pytest.raises(ValueError, match='cu_seqlens'): f(**kw | one, cu_seqlens=cu)
@@ -90,5 +90,5 @@ def test_borders_out_of_order(name, cu):
 @kernel
 @pytest.mark.parametrize('name', [n for n in NAMES if n!='fused_feature_map'])
 def test_masks_that_do_not_fit(name):
-    f,kw,_ = doors()[name]
+    f,kw,_ = functions()[name]
     with pytest.raises(ValueError, match='mask is'): f(**kw, mask=torch.ones(2, 9, device=DEVICE))

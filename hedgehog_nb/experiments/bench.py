@@ -126,7 +126,7 @@ def _triton(x):
 @register_benchmark('hedgehog-kernels', 'forward', 'train')
 def _(c, x):
     _triton(x)
-    from hedgehog_nb.kernels.chunk_backward import triton_linear_attention
+    from hedgehog_nb.kernels.chunk_bwd import triton_linear_attention
     from hedgehog_nb.kernels.feature_map import fused_feature_map
     def f(): return triton_linear_attention(fused_feature_map(x['q'], x['w_q'])[0], fused_feature_map(x['k'], x['w_k'])[0], x['v'], causal=c.causal)
     return f

@@ -20,15 +20,14 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 import hedgehog_nb
 from ..ops.features import per_head
-from .common import kernel_params
+from .common import compute_dtype, kernel_params
 from ..ops.hedgehog import hedgehog_features
 from ..ops.linear import linear_attention_in_torch, LinearState
 from ..results import source_hash
 from ..ops.window import chunk_window_attention, WindowState
-from . import chunk_backward, decode, dispatch, feature_map as maps, fused, window as windows
+from . import chunk_bwd, decode, dispatch, feature_map as maps, fused, window as windows
 from .cpu.build import cache_folder
-from .feature_map import products_dtype
-from .tuning import _read, _write, assemblers
+from .autotune import _read, _write, assemblers
 
 # %% ../../kernels/11_self_check.ipynb #self0012
 FAMILIES = 'feature_map','chunked','fused','decode','window'
@@ -133,7 +132,7 @@ def _attention(c, place, schedule=None):
     if place.exact: res = linear_attention_in_torch(q, k, v, m, **kw)
     elif c.family=='decode': res = decode.decode_step(q, k, v, state and state.apply(torch.Tensor.contiguous), m, mask=kw['mask'], inplace=False)
     elif c.family=='fused': res = fused.fused_hedgehog_attention(q, k, v, **m.kernel_params(), **kw, schedule=schedule)
-    else: res = chunk_backward.triton_linear_attention(*((q, k, v) if m is None else (*m(q, k)[:2], v, m(q, k)[2])), **kw, schedule=schedule)
+    else: res = chunk_bwd.triton_linear_attention(*((q, k, v) if m is None else (*m(q, k)[:2], v, m(q, k)[2])), **kw, schedule=schedule)
     if c.family=='decode' and not place.exact and not c.final: res = res[0]
     return leaves, dict(output=res[0], **_whole(res[1])) if c.final else dict(output=res)
 
@@ -153,11 +152,12 @@ def _window(c, place, schedule=None):
     (B,H,Hkv,T),n,w = _sizes(c),c.feature_dim,min(c.window, 96)
     sizes = (c.head_dim, c.head_dim, c.value_dim, n, n),(H, Hkv, Hkv, H, Hkv),(c.stride_q, c.stride_k, c.stride_v, 0, 0)
     big = [place.put((2*x).softmax(-1) if i>2 else x, c.dtype, s) for i,(d,h,s) in enumerate(zip(*sizes)) for x in [_rand(B, h, T, d, seed=i)]]
-    logs = [place.put(_rand(*s, seed=5+i), torch.float32) if use else None for i,(s,use) in enumerate((((B, H, T), c.log_q), ((B, Hkv, T), c.logs), ((H,), True)))]
+    shapes = ((B, H, T), c.log_q), ((B, Hkv, T), c.logs), ((H,), True)
+    logs = [place.put(_rand(*s, seed=5+i), torch.float32) if use else None for i,(s,use) in enumerate(shapes)]
     state = None
     if c.state:
-        *old,linear = (*(_rand(B, Hkv, w, d, seed=30+i) for i,d in enumerate((c.head_dim, c.value_dim))), _rand(B, Hkv, w, n, seed=32).softmax(-1), 0*_rand(B, Hkv, w), _linear_state(B, Hkv, n, c.value_dim))
-        state = WindowState(*place.state(*old), LinearState(*place.state(*linear)))
+        old = [*(_rand(B, Hkv, w, d, seed=30+i) for i,d in enumerate((c.head_dim, c.value_dim))), _rand(B, Hkv, w, n, seed=32).softmax(-1), 0*_rand(B, Hkv, w)]
+        state = WindowState(*place.state(*old), LinearState(*place.state(*_linear_state(B, Hkv, n, c.value_dim))))
     leaves = {n:x for n,x in zip(('q','k','v','phi_q','phi_k','log_q','log_k','log_gamma'), (*big, *logs)) if x is not None}
     args = (*big, w, *logs, None, place.on(_mask(c, B, T)), state, c.final)
     res = chunk_window_attention(*args) if place.exact else windows.triton_window_attention(*args, schedule=schedule)
@@ -327,9 +327,11 @@ def _warn(c, device, verdict):
     if c.family in WARNED: return
     WARNED.add(c.family)
     versions = ', '.join(f'{n} {x}' for n,x in surroundings(device).items() if n not in ('card','source','ptxas_path'))
-    warnings.warn(f"hedgehog_nb: the {c.family} kernel failed its self-check on {surroundings(device)['card']} ({versions}): {verdict.why}; for {_describe(c)}. "
+    kept = f'; the verdict is kept in {verdict_file().name} of the cache folder' if verdict.keep else ''
+    warnings.warn(
+        f"hedgehog_nb: the {c.family} kernel failed its self-check on {surroundings(device)['card']} ({versions}): {verdict.why}; for {_describe(c)}. "
         f"PyTorch takes its place: slower, with the right result. Please report this at {ISSUES} with what `hedgehog bench --self-check` prints. "
-        f"(HEDGEHOG_TRITON=0 stops the checks{f'; the verdict is kept in {verdict_file().name} of the cache folder' if verdict.keep else ''}.)", RuntimeWarning, stacklevel=2)
+        f"(HEDGEHOG_TRITON=0 stops the checks{kept}.)", RuntimeWarning, stacklevel=2)
 
 # %% ../../kernels/11_self_check.ipynb #self0053
 @torch.compiler.assume_constant_result
@@ -340,7 +342,8 @@ def trusts(
 )->bool:
     "May this kernel serve such calls where none is named? Checks at the first. Raises `ValueError` on another HEDGEHOG_TRITON than 0, 1 or check."
     how = os.environ.get('HEDGEHOG_TRITON') or 'check'
-    if how not in ('0','1','check'): raise ValueError(f"HEDGEHOG_TRITON is 0 (kernels where they are named), 1 (wherever they can, unchecked) or check (after a self-check); given {how!r}")
+    if how not in ('0','1','check'):
+        raise ValueError(f"HEDGEHOG_TRITON is 0 (kernels where they are named), 1 (wherever they can, unchecked) or check (after a self-check); given {how!r}")
     if how!='check': return how=='1'
     c = Case(family, **kind)
     verdict = _verdict(c, device)
@@ -352,19 +355,21 @@ def trusts(
 def _int(n): return len(range(n)) # a number, where torch.compile with dynamic shapes has a symbol
 
 def _common(q, k, v):
-    return dict(dtype=products_dtype(q, k, v), head_dim=_int(q.shape[-1]), value_dim=_int(v.shape[-1]), group=_int(q.shape[1]//k.shape[1]), single=_int(k.shape[1])==1)
+    group,single = _int(q.shape[1]//k.shape[1]),_int(k.shape[1])==1
+    return dict(dtype=compute_dtype(q, k, v), head_dim=_int(q.shape[-1]), value_dim=_int(v.shape[-1]), group=group, single=single)
 
 def trusts_attention(
     q:Tensor, k:Tensor, v:Tensor, feature_map, causal:bool, mask, initial_state, output_final_state:bool, cu_seqlens # As for `linear_attention`
 )->bool:
     "May a kernel serve this call of `linear_attention`?"
-    family,inside = dispatch.kernel_for(q, k, v, feature_map, causal, initial_state, cu_seqlens),kernel_params(feature_map)
+    family,params = dispatch.kernel_for(q, k, v, feature_map, causal, initial_state, cu_seqlens),kernel_params(feature_map)
     kind = dict(_common(q, k, v), feature_dim=_int(q.shape[-1] if feature_map is None else feature_map.feature_dim), mask=mask is not None)
-    if inside and family!='chunked': kind |= dict(form=inside['form'], bias=inside['b_q'] is not None, weights=inside['w_q'].dtype if family=='decode' else kind['dtype'])
+    if params and family!='chunked':
+        kind |= dict(form=params['form'], bias=params['b_q'] is not None, weights=params['w_q'].dtype if family=='decode' else kind['dtype'])
     if family=='decode': kind |= dict(state=True, final=True)
     else:
         kind |= dict(causal=causal, state=initial_state is not None, final=output_final_state, packed=cu_seqlens is not None)
-        if inside or feature_map is None: kind |= dict(stride_q=_int(q.stride(2)), stride_k=_int(k.stride(2)))
+        if params or feature_map is None: kind |= dict(stride_q=_int(q.stride(2)), stride_k=_int(k.stride(2)))
         kind['stride_v'] = _int(v.stride(2))
     return trusts(v.device, family, **kind) and (feature_map is None or 'form' in kind or trusts(v.device, family, logs=True, **kind))
 
@@ -373,8 +378,9 @@ def trusts_window(
     q:Tensor, k:Tensor, v:Tensor, phi_k:Tensor, window:int, log_q, log_k, mask, initial_state, output_final_state:bool # As for `triton_window_attention`
 )->bool:
     "May the kernel serve this call of window attention?"
-    return trusts(v.device, 'window', **_common(q, k, v), feature_dim=_int(phi_k.shape[-1]), window=window, log_q=log_q is not None, logs=log_k is not None, mask=mask is not None,
-        state=initial_state is not None, final=output_final_state, stride_q=_int(q.stride(2)), stride_k=_int(k.stride(2)), stride_v=_int(v.stride(2)))
+    strides = dict(stride_q=_int(q.stride(2)), stride_k=_int(k.stride(2)), stride_v=_int(v.stride(2)))
+    return trusts(v.device, 'window', **_common(q, k, v), feature_dim=_int(phi_k.shape[-1]), window=window, log_q=log_q is not None,
+                  logs=log_k is not None, mask=mask is not None, state=initial_state is not None, final=output_final_state, **strides)
 
 # %% ../../kernels/11_self_check.ipynb #self0068
 SIZES = (torch.bfloat16,64),(torch.bfloat16,128),(torch.float16,64),(torch.float32,64)
@@ -399,13 +405,16 @@ def self_check(
 )->list: # Rows: kernel, dtype, head_dim, form, verdict, error, allowed, seconds
     "Check kernels now and keep the verdicts. Raises `ValueError` where no kernel can run."
     interpreted = bool(triton.knobs.runtime.interpret)
-    if not (torch.cuda.is_available() or interpreted): raise ValueError("the kernels run on a GPU, and PyTorch sees none here; TRITON_INTERPRET=1, set before Python starts, tries them in Triton's interpreter")
+    if not (torch.cuda.is_available() or interpreted):
+        raise ValueError("the kernels run on a GPU, and PyTorch sees none here; "
+                         "TRITON_INTERPRET=1, set before Python starts, tries them in Triton's interpreter")
     device = torch.device('cuda', torch.cuda.current_device()) if device is None and torch.cuda.is_available() else torch.device(device or 'cpu')
     if not (device.type=='cuda' or interpreted): raise ValueError(f"the kernels run on a GPU; given {device}")
     if on_start: on_start(device)
     rows = []
     for c in default_cases() if cases is None else cases:
         with LOCK: _keep(c, device, v := check_case(c, device))
-        rows.append(dict(kernel=c.family, dtype=str(c.dtype).split('.')[1], head_dim=c.head_dim, form=c.form or '', verdict='good' if v.ok else v.why, error=v.error, allowed=ALLOWED[c.dtype], seconds=v.seconds))
+        rows.append(dict(kernel=c.family, dtype=str(c.dtype).split('.')[1], head_dim=c.head_dim, form=c.form or '',
+                         verdict='good' if v.ok else v.why, error=v.error, allowed=ALLOWED[c.dtype], seconds=v.seconds))
         if on_row: on_row(rows[-1])
     return rows
