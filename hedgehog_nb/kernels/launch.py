@@ -77,13 +77,13 @@ def check_tensors(
         if x.dtype not in DTYPES: raise ValueError(f"{n} is float32, float16 or bfloat16; given {x.dtype}")
         if x.stride(-1)!=1 and x.shape[-1]>1:
             raise ValueError(f"the channels of {n} must lie side by side (last stride 1); given strides {x.stride()}: call .contiguous()")
-    device = next(iter(tensors.values())).device
+    first,like = next(iter(tensors.items()))
     for n,x in (tensors | beside).items():
-        if x is not None and x.device!=device:
-            raise ValueError(f"all tensors must lie on one device; given {next(iter(tensors))} on {device} and {n} on {x.device}")
+        if x is not None and x.device!=like.device:
+            raise ValueError(f"all tensors must lie on one device; given {first} on {like.device} and {n} on {x.device}")
     if not (schedule in (None, 'scan', 'parallel') or type(schedule) is int and schedule>0):
         raise ValueError(f"schedule is scan, parallel, a number of segments, or None; given {schedule!r}")
     if precision not in ('ieee','tf32','tf32x3'): raise ValueError(f"precision is ieee, tf32 or tf32x3; given {precision!r}")
-    if not (device.type=='cuda' or INTERPRETED or RECORDER.get()):
-        raise ValueError(f"the kernel runs on a GPU; given tensors on {device}. Use {instead} there, "
+    if not (like.is_cuda or INTERPRETED or RECORDER.get()):
+        raise ValueError(f"the kernel runs on a GPU; given tensors on {like.device}. Use {instead} there, "
                          "or set TRITON_INTERPRET=1 before Python starts to try the kernel in Triton's interpreter")
