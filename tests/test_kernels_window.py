@@ -12,7 +12,7 @@ TOL = {torch.float32:1e-5, torch.float16:4e-3, torch.bfloat16:4e-2} # of the lar
 NAMES = 'q','k','v','phi_q','phi_k'
 
 if HERE:
-    from hedgehog_nb.kernels import window as kw
+    from hedgehog_nb.kernels import window as kw, window_states
     from hedgehog_nb.kernels.window import triton_window_attention
 else:
     test_under_the_interpreter = under_the_interpreter(__file__)
@@ -100,8 +100,8 @@ def test_drawn(B, Hkv, G, T, D, Dv, window, form, masked, bthd, dtype, seed):
 @kernel
 def test_tiles_of_channels_and_features(monkeypatch):
     "Wide heads are cut: channels forward, features backward. Small tiles do the same for small heads."
-    whole = kw._config
-    monkeypatch.setattr(kw, '_config', lambda *a: whole(*a) | dict(BLOCK_F=16, BLOCK_T=16) if a[-1] is True else whole(*a) | dict(BLOCK_D=16, BLOCK_T=16))
+    whole = window_states._blocks
+    monkeypatch.setattr(window_states, '_blocks', lambda *a: whole(*a) | dict(BLOCK_T=16) | (dict(BLOCK_F=16) if a[-1] is True else dict(BLOCK_D=16)))
     check(inputs(1, 2, 1, 40, 24), 7); check(inputs(1, 1, 1, 20, 24, dtype=torch.float16), 3)
 
 @kernel
@@ -310,25 +310,41 @@ def test_import_without_a_gpu_works_and_cpu_tensors_are_refused():
 
 HOPPER = """
 import torch
-from hedgehog_nb.kernels.window import window_usage as use
+from hedgehog_nb.kernels.inspect import inspect_kernels
+from hedgehog_nb.kernels.window import triton_window_attention
+from hedgehog_nb.ops.window import WindowState
 SM = 227*1024
-LIMITS = {'forward':(296,30,32), 'backward q':(296,33,39), 'backward k':(704,43,67)}
+LIMITS = dict(fwd=(296,30,32), bwd_q=(296,33,39), bwd_kv=(704,43,67))
+
+def use(F, D, dtype=torch.bfloat16, group=1, logs=False, mask=False, state=False, final=False, window=64, schedule='scan', backward=True, T=8192):
+    e = lambda h, *d, t=dtype: torch.empty(1, h, T, *d, dtype=t, requires_grad=True)
+    qkv,phi = [e(group, D), e(1, D), e(1, D)],[e(group, F), e(1, F)]
+    kw = dict(log_q=e(group, t=torch.float32), log_k=e(1, t=torch.float32), log_gamma=torch.empty(group, requires_grad=True)) if logs else {}
+    if mask: kw['mask'] = torch.ones(1, T)
+    if state: kw['initial_state'] = WindowState.empty(*(x.detach().float() for x in (*qkv[1:], phi[1])), window)
+    def f():
+        o = triton_window_attention(*qkv, *phi, window, **kw, output_final_state=final, schedule=schedule)
+        if backward: (o[0] if final else o).sum().backward()
+    return {r['kernel'].removeprefix('window_'): r for r in inspect_kernels(f)}
 """
-HOPPER_PARTS = dict(quick="""for kernel,(most,slots,near) in LIMITS.items():
-    u = use(128, 64, kernel=kernel)
+HOPPER_PARTS = dict(quick="""for kernel,u in use(128, 64).items():
+    most,slots,near = LIMITS[kernel]
     assert u['spilled_bytes']<=most and u['slots']<=slots and u['near']<=near\
  and 2*(u['shared_bytes'] + 1024)<=SM and u['registers']*u['warps']*32*2<=65536, u # two programs at a time
-""", slow="""for kernel,(most,slots,near) in LIMITS.items():
-    assert use(128, 64, kernel=kernel, window=0)['near']<=.7*near
-    u = use(128, 64, kernel=kernel, logs=True, HAS_MASK=True)
+""", slow="""for kernel,u in use(128, 64, window=0).items(): assert u['near']<=.7*LIMITS[kernel][2], u
+for kernel,u in use(128, 64, logs=True, mask=True).items():
+    most,_,near = LIMITS[kernel]
     assert u['spilled_bytes']<=2*most + 64 and u['near']<=1.75*near, u
-for kernel,(most,near) in {'forward':(656,52), 'backward q':(720,62), 'backward k':(1776,128)}.items():
-    u = use(128, 64, kernel=kernel, group=4, logs=True, HAS_START=True, HAS_MASK=True)
-    assert u['spilled_bytes']<=most and u['near']<=near, u
-for kernel,near in {'forward':50, 'backward q':65, 'backward k':180}.items(): assert use(256, 128, kernel=kernel)['near']<=near
-for kernel in ('states', 'costates'): assert use(128, 64, kernel=kernel, logs=True)['near']<=11
-for kernel,dtype in {'forward':torch.float16, 'backward q':torch.bfloat16}.items():\
- assert use(512, 256, dtype, kernel=kernel, group=4, logs=True, HAS_MASK=True, HAS_START=True, HAS_END=True, HAS_PAST=True)['shared_bytes']<=SM # the largest
+res = use(128, 64, group=4, logs=True, mask=True, schedule=4)
+for kernel,(most,near) in dict(fwd=(656,52), bwd_q=(720,62), bwd_kv=(1776,128)).items():
+    assert res[kernel]['spilled_bytes']<=most and res[kernel]['near']<=near, res[kernel]
+res = use(256, 128)
+for kernel,near in dict(fwd=50, bwd_q=65, bwd_kv=180).items(): assert res[kernel]['near']<=near, res[kernel]
+res = use(128, 64, logs=True, schedule=4)
+for kernel in ('states', 'dstates'): assert res[kernel]['near']<=11, res[kernel]
+for dtype,backward in ((torch.float16, False), (torch.bfloat16, True)): # the largest
+    res = use(512, 256, dtype, group=4, logs=True, mask=True, state=True, final=True, schedule=4, backward=backward)
+    assert all(u['shared_bytes']<=SM for u in res.values()), res
 """)
 
 @pytest.mark.compiles
