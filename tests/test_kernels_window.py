@@ -253,8 +253,8 @@ def test_second_derivatives_are_refused():
 @kernel
 def test_causal():
     a = inputs(T=40)
-    late = a | {n: torch.cat([a[n][:,:,:25], torch.full_like(a[n][:,:,25:], 7)], 2) for n in NAMES}
-    assert torch.equal(triton_window_attention(**late, window=6)[:,:,:25], triton_window_attention(**a, window=6)[:,:,:25])
+    changed = a | {n: torch.cat([a[n][:,:,:25], torch.full_like(a[n][:,:,25:], 7)], 2) for n in NAMES}
+    assert torch.equal(triton_window_attention(**changed, window=6)[:,:,:25], triton_window_attention(**a, window=6)[:,:,:25])
 
 @kernel
 def test_neither_branch_overflows():
