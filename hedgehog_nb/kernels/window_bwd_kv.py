@@ -33,17 +33,17 @@ def _load_queries(
 
 @triton.jit
 def _dstate_update(
-    dS, dz, rho, phi_q, do, log_w, delta, # gradient of the state and its exponent, what `_load_queries` gives
+    dS, neg_dz, rho, phi_q, do, log_w, delta, # gradient of the state and its exponent, what `_load_queries` gives
     RELATIVE:tl.constexpr, ACC_DTYPE:tl.constexpr, PRECISION:tl.constexpr, # is the gradient of the state kept divided by exp(rho)?
 ):
-    "dS, dz and rho with a block of queries."
+    "dS, -dz and rho with a block of queries."
     if RELATIVE:
         rho_new = tl.maximum(rho, tl.max(log_w, 0))
         w, decay = tl.where(log_w > _LOG_ZERO/2, _exp(log_w - rho_new), 0.), _exp(rho - rho_new)
-        dS, dz, rho = dS*decay, dz*decay, rho_new
+        dS, neg_dz, rho = dS*decay, neg_dz*decay, rho_new
     else: w = _exp_clamped(log_w)
     phi_q = tl.trans(phi_q)
-    return _dot(phi_q, do*w[:, None], dS, ACC_DTYPE, PRECISION), dz - _matvec(phi_q, delta*w, ACC_DTYPE, PRECISION), rho
+    return _dot(phi_q, do*w[:, None], dS, ACC_DTYPE, PRECISION), neg_dz + _matvec(phi_q, delta*w, ACC_DTYPE, PRECISION), rho
 
 @triton.jit(do_not_specialize=["T", "window", "length", "segments", "slots"])
 def _window_dstates_kernel(
@@ -61,7 +61,7 @@ def _window_dstates_kernel(
     begin = (segment.to(tl.int32) + 1)*length + window
     t, f, d = tl.arange(0, BLOCK_T), tile*BLOCK_F + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_D)
     phi_q_ptr += (head//Hkv)*stride_phi_qb + (head % Hkv)*GROUP*stride_phi_qh
-    dS, dz, rho = _load_start(None, None, 0, f, d, F, D, BLOCK_F, BLOCK_D)
+    dS, neg_dz, rho = _load_start(None, None, 0, f, d, F, D, BLOCK_F, BLOCK_D)
 
     # 2. The queries that no longer have the segment's keys in their window, block by block, head by head
     for late in range(begin, tl.minimum(begin + length, T), BLOCK_T):
@@ -69,11 +69,11 @@ def _window_dstates_kernel(
             phi_q, do, L, log_w, delta = _load_queries(
                 phi_q_ptr + g*stride_phi_qh + _to_int64(late)*stride_phi_qt, do_ptr, L_ptr, delta_ptr, log_q_ptr, (head*GROUP + g)*T + late,
                 t, f, d, t < T - late, stride_phi_qt, F, D)
-            dS, dz, rho = _dstate_update(dS, dz, rho, phi_q, do, log_w, delta, True, ACC_DTYPE, PRECISION)
+            dS, neg_dz, rho = _dstate_update(dS, neg_dz, rho, phi_q, do, log_w, delta, True, ACC_DTYPE, PRECISION)
 
     # 3. Write the sums, for the segment before this one
     slot = head*slots + segments - segment
-    _store_state(states_ptr + slot*(F*(D + 1)), dS, dz, f, d, 0, F, D)
+    _store_state(states_ptr + slot*(F*(D + 1)), dS, neg_dz, f, d, 0, F, D)
     if tile == 0: tl.store(m_ptr + slot, rho)
 
 # %% ../../kernels/06_window.ipynb #ec97f606
@@ -86,9 +86,9 @@ def _dv_from_state(dv, phi_k, dS, w, ACC_DTYPE:tl.constexpr, PRECISION:tl.conste
     return dv
 
 @triton.jit
-def _dphi_from_state(v, dS, dz, w, ACC_DTYPE:tl.constexpr, PRECISION:tl.constexpr):
+def _dphi_from_state(v, dS, neg_dz, w, ACC_DTYPE:tl.constexpr, PRECISION:tl.constexpr):
     "The gradient of phi_k, transposed, through dS and dz; `w` are weights of the keys, or None."
-    dphi = _dot(dS, tl.trans(v), tl.zeros((dS.shape[0], v.shape[0]), tl.float32), ACC_DTYPE, PRECISION) + dz[:, None]
+    dphi = _dot(dS, tl.trans(v), tl.zeros((dS.shape[0], v.shape[0]), tl.float32), ACC_DTYPE, PRECISION) - neg_dz[:, None]
     if w is not None: dphi *= w[None, :]
     return dphi
 
@@ -157,8 +157,8 @@ def _window_bwd_kv_kernel(
     if log_k_ptr is not None: log_k_ptr += head*T
     if mask_ptr is not None: mask_ptr += (head//Hkv)*T
     part = tile*(tl.num_programs(0)//(tiles*segments)).to(tl.int64) + head
-    dS, dz, rho = _load_start(states_ptr, m_ptr, head*slots + segments - 1 - segment, f, d, F, D, BLOCK_F, BLOCK_D)
-    if states_ptr is not None and log_k_ptr is None: dS, dz = dS*_exp_clamped(rho), dz*_exp_clamped(rho)
+    dS, neg_dz, rho = _load_start(states_ptr, m_ptr, head*slots + segments - 1 - segment, f, d, F, D, BLOCK_F, BLOCK_D)
+    if states_ptr is not None and log_k_ptr is None: dS, neg_dz = dS*_exp_clamped(rho), neg_dz*_exp_clamped(rho)
     tile0 = t < tl.where(tile == 0, BLOCK_T, 0) # rows of softmax queries and keys: none but in the first tile
 
     for n in range(blocks):
@@ -176,7 +176,7 @@ def _window_bwd_kv_kernel(
         # 3. What they get from the queries `window` tokens later; several heads: and through the state, which these queries then join
         if GROUP > 1:
             dv = _dv_from_state(dv, phi_k, dS, w, ACC_DTYPE, PRECISION)
-            dphi = _dphi_from_state(v, dS, dz, w, ACC_DTYPE, PRECISION)
+            dphi = _dphi_from_state(v, dS, neg_dz, w, ACC_DTYPE, PRECISION)
             for g in range(group):
                 phi_q, do, L, log_w, delta = _load_queries(
                     phi_q_ptr + g*stride_phi_qh + _to_int64(late)*stride_phi_qt, do_ptr, L_ptr, delta_ptr, log_q_ptr, (head*GROUP + g)*T + late,
@@ -186,7 +186,7 @@ def _window_bwd_kv_kernel(
                     t, j, e, tile0 & (t < T - late), window, scale, tile, stride_qt, C, BLOCK_T,
                     HAS_WINDOW, BAND_LT_BLOCK, log_k_ptr is not None, mask_ptr is not None, DTYPE, ACC_DTYPE, PRECISION)
                 dphi = _dot(tl.trans(phi_q), a, dphi, ACC_DTYPE, PRECISION)
-                dS, dz, rho = _dstate_update(dS, dz, rho, phi_q, do, log_w, delta, log_k_ptr is not None, ACC_DTYPE, PRECISION)
+                dS, neg_dz, rho = _dstate_update(dS, neg_dz, rho, phi_q, do, log_w, delta, log_k_ptr is not None, ACC_DTYPE, PRECISION)
         else:
             phi_q, do, L, log_w, delta = _load_queries(
                 phi_q_ptr + _to_int64(late)*stride_phi_qt, do_ptr, L_ptr, delta_ptr, log_q_ptr, head*T + late,
@@ -222,8 +222,8 @@ def _window_bwd_kv_kernel(
 
         # 6. One head: what features get, now that dk and dv are written; its queries join the state
         if GROUP == 1:
-            dphi = _dot(tl.trans(phi_q), a, _dphi_from_state(v, dS, dz, w, ACC_DTYPE, PRECISION), ACC_DTYPE, PRECISION)
-            dS, dz, rho = _dstate_update(dS, dz, rho, phi_q, do, log_w, delta, log_k_ptr is not None, ACC_DTYPE, PRECISION)
+            dphi = _dot(tl.trans(phi_q), a, _dphi_from_state(v, dS, neg_dz, w, ACC_DTYPE, PRECISION), ACC_DTYPE, PRECISION)
+            dS, neg_dz, rho = _dstate_update(dS, neg_dz, rho, phi_q, do, log_w, delta, log_k_ptr is not None, ACC_DTYPE, PRECISION)
 
         # 7. Write dphi_k
         if mask_ptr is not None: dphi = tl.where(keys[None, :], dphi, 0.)
