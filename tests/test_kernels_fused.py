@@ -81,14 +81,14 @@ def test_shapes(D, T): # forms, heads and dtypes take turns; test_drawn mixes ev
         FORMS[i % 3], final=False, tol=1e-4 if T==1 else None)
 
 @kernel
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16]) # apart, fused
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16]) # separate kernels, fused
 @few(1, 'form', FORMS)
 def test_wide_heads(form, dtype): check(inputs(1, 1, 1, 18, 128, dtype=dtype), form, final=False)
 
 @pytest.mark.slow
 @kernel
 @pytest.mark.parametrize('B,H,D,E,DV,dtype', [(1, 1, 256, 256, 20, torch.float32), (2, 2, 136, 64, 8, torch.float16), (1, 1, 60, 256, 130, torch.bfloat16)])
-def test_wide_maps_whose_gradient_is_taken_apart(B, H, D, E, DV, dtype):
+def test_wide_maps_whose_gradient_is_not_fused(B, H, D, E, DV, dtype):
     check(inputs(B, H, 1, 18, D, DV, E, dtype), 'exp' if D==256 else 'softmax_joint', D!=136, final=False, schedule=2)
 
 @kernel
@@ -123,7 +123,7 @@ def test_everything_at_once(form, heads, causal):
 @pytest.mark.parametrize('form,causal,kw', [('exp', True, dict(schedule=2)), ('exp', True, dict(cu=[0,7,8,20])),
     ('softmax_halves', True, dict()), ('softmax_joint', False, dict(schedule=2)), ('exp', False, dict())])
 @pytest.mark.slow
-def test_everything_at_once_apart(form, causal, kw):
+def test_everything_at_once_not_fused(form, causal, kw):
     "A map of more outputs than the fused backward takes, by its width or by that of the values; the forward is fused in bf16."
     for wide in (dict(E=72), dict(DV=70), *[dict(E=72, dtype=torch.bfloat16)]*(form!='exp')): # a loss of S exp(m) is no measure in bf16
         x = inputs(1 if 'cu' in kw else 2, 4, 2, 20, 8, **wide)
@@ -239,7 +239,7 @@ def test_causal_and_padding():
     assert all(torch.isfinite(g).all() for g in grads) and not grads[1][:,:,:9].any() and not grads[2][:,:,40:].any()
 
 @kernel
-@few(2, 'causal,wide', [(True, {}), (False, {}), (True, dict(DV=70)), (True, dict(E=72))]) # in one kernel, and in kernels apart
+@few(2, 'causal,wide', [(True, {}), (False, {}), (True, dict(DV=70)), (True, dict(E=72))]) # in one kernel, and in separate ones
 def test_masks_of_any_dtype(causal, wide):
     x = inputs(**wide)
     real = extras(x)['mask']
@@ -312,12 +312,13 @@ def test_one_graph_serves_all_lengths(kw):
 
 @kernel
 @pytest.mark.parametrize('kw',
-    [dict(), dict(form='exp', schedule=2), dict(form='exp', schedule=2, keep=False), dict(causal=False, form='exp'), dict(cu=[0,9,40])])
+    [dict(), dict(final=False), dict(form='exp', final=False), dict(form='exp', schedule=2), dict(form='exp', schedule=2, save_states=False),
+     dict(causal=False, form='exp'), dict(cu=[0,9,40])])
 def test_fake_kernels_tell_the_shapes(kw):
     from hedgehog_nb.kernels import fused
     x = inputs(1, 2, 1, 40, 8)
     args = (*x, None, None, None, None, torch.tensor(kw['cu'], device=DEVICE) if 'cu' in kw else None,
-        kw.get('form', 'softmax_halves'), kw.get('causal', True), True, True, kw.get('keep', True), kw.get('schedule', 0), 'ieee')
+        kw.get('form', 'softmax_halves'), kw.get('causal', True), kw.get('final', True), True, kw.get('save_states', True), str(kw.get('schedule', '')), 'ieee')
     torch.library.opcheck(fused._fused_op, args, test_utils=('test_schema','test_faketensor'))
 
 @kernel
@@ -372,39 +373,54 @@ def test_registers_of_products_in_flight():
     assert early(second='SHFL.BFLY PT, R185, R3, 0x1, 0x1f ;')==['0050']
 
 HOPPER = """
-from hedgehog_nb.kernels import feature_map, fused
-from hedgehog_nb.kernels.fused import fused_usage as use
+import torch, triton
+from hedgehog_nb.kernels import inspect
+from hedgehog_nb.kernels.fused import fused_hedgehog_attention
+from hedgehog_nb.ops.linear import LinearState
 from helpers.wgmma import touched_early
-import triton
 old = triton.__version__.startswith('3.6.') # its assembler spills more, and waits for each product at 128 channels
-made,compiled = [],feature_map._offline
-def keep(*args, **kw): made.append(compiled(*args, **kw)); return made[-1]
-feature_map._offline = keep
+made,compiled = [],inspect._compile
+def keep(*args): made.append(compiled(*args)); return made[-1]
+inspect._compile = keep
+
+def launches(D, form='softmax_halves', group=1, schedule='scan', backward=True, full=False, causal=True, packed=False, T=1024):
+    e,n = lambda *s: torch.empty(*s, dtype=torch.bfloat16).requires_grad_(),2 if packed else 1
+    x,kw = (e(1, 16*group, T, D), e(1, 16, T, D), e(1, 16, T, D), e(16*group, D, D), e(16, D, D)),dict(form=form, schedule=schedule, causal=causal)
+    if full: kw |= dict(b_q=e(16*group, D), b_k=e(16, D), mask=torch.ones(1, T), cu_seqlens=[0, T//2, T] if packed else None,
+                        initial_state=LinearState(*(torch.empty(n, 16, *s).requires_grad_() for s in ((2*D, D), (2*D,), ()))), output_final_state=True)
+    def f():
+        o = fused_hedgehog_attention(*x, **kw)
+        if backward: torch.autograd.grad((o[0].sum() + o[1].S.sum() if full else o.sum()), x)
+    return f
+
+def use(*args, **kw): # rows by kernel, the first of each
+    res = {}
+    for r in inspect.inspect_kernels(launches(*args, **kw)): res.setdefault(r['kernel'].removeprefix('fused_'), r)
+    return res
+
 def no_early_touch():
     for c in made:
-        found,products,left = touched_early(feature_map._read_binary(c, 'nvdisasm', '-c', '-ndf'))
-        assert products and not found, (c.name, found)
+        found,products,left = touched_early(inspect._disassemble(c))
+        assert 'scan' in c.name or products and not found, (c.name, found)
 """
-HOPPER_PARTS = dict(quick="""limits = dict(o=(104,27,23) if old else (0,25,21), states=(0,10.5 if old else 10,10.5), dq=(440,35,37.5), dkv=(600,48,50))
+HOPPER_PARTS = dict(quick="""rows = use(64) | use(64, schedule=4, backward=False)
+limits = dict(fwd=(104,27,23) if old else (0,25,21), states=(0,10.5 if old else 10,10.5), dq=(440,35,37.5), dkv=(600,48,50))
 for kernel,(most,slots,near) in limits.items():
-    u = use(64, kernel=kernel)
+    u = rows[kernel]
     assert u['spilled_bytes']<=most and u['shared_bytes']<=113*1024, u # two programs to an SM
     assert u['slots']<=slots and u['near']<=near and (kernel=='dkv' or not u['serialized']), u
 no_early_touch()
-""", slow="""u = use(128)
+""", slow="""u = use(128, backward=False)['fwd']
 assert u['near']<=(46 if old else 45) and u['shared_bytes']<=227*1024 and u['serialized']<=old, u
-u = use(64, form='exp')
+rows = use(64, 'exp')
+u = rows['fwd']
 assert u['spilled_bytes']<=(248 if old else 176) and u['near']<=(27 if old else 26) and u['shared_bytes']<=113*1024 and not u['serialized'], u
-assert use(128, form='exp')['shared_bytes']<=227*1024
-u = use(64, form='exp', kernel='dkv')
+u = rows['dkv']
 assert u['spilled_bytes']<=1056 and u['near']<=64 and u['shared_bytes']<=113*1024, u
+assert use(128, 'exp', backward=False)['fwd']['shared_bytes']<=227*1024
 no_early_touch()
-on = dict.fromkeys(('BIAS_Q','BIAS_K','HAS_BIAS','HAS_START','HAS_END','HAS_MASK','PACKED','HAS_LOG'), True)
-for kernel in ('o', 'dq', 'dkv'): use(16, form='exp', kernel=kernel, group=2, **on), use(16, form='exp', kernel=kernel, CAUSAL=False, **on)
-use(16, form='exp', kernel='states', QUERIES=True, EVERY=True, **on)
-for r in (True, False):\
- fused.offline_usage(fused._fused_scan_kernel, dict(WIDTH=8320, BLOCK=1024, HAS_LOG=True, EVERY=r, PACKED=True, REVERSE=r, num_warps=4, num_stages=1),\
- 'fp32', others=dict(plan_ptr='i32'))
+for kw in (dict(group=2, packed=True), dict(causal=False)):\
+ assert {'states','scan','fwd','dq','dkv'} <= use(16, 'exp', full=True, schedule=4, **kw).keys()
 """)
 
 @pytest.mark.compiles
