@@ -34,7 +34,7 @@ def _max_bwd(dm, log, m, plan):
 # %% ../../kernels/03_chunk_backward.ipynb #869e7da5
 def _plans(phi_q, phi_k, v, causal, schedule, borders):
     "Plans for keys and for queries; the same but for bidirectional attention with more or fewer queries."
-    (B,H,Tq,F),(_,Hkv,T,D),G = phi_q.shape,v.shape,phi_q.shape[1]//phi_k.shape[1]
+    (B,_,Tq,F),(_,Hkv,T,D),G = phi_q.shape,v.shape,phi_q.shape[1]//phi_k.shape[1]
     c = bwd_config(phi_q, phi_k, v, 'ieee', 'F')
     moved = 3*(F+D) + G*(2*F+3*D) # channels through memory for a token of a key-value head
     cost = 32*F*(D+1)/(c['BLOCK_T']*v.element_size()*moved)

@@ -223,7 +223,7 @@ def grad_keys(do, phi_q, phi_k, v, log, m, mask, dstates, den, dden, causal, pre
         c = bwd_config(phi_q, phi_k, v, precision, free)
         tiles = cdiv(F, c['BLOCK_F'])*cdiv(D, c['BLOCK_D'])
         parts = None if dlog is None or dk_here is None else dlog.new_empty(tiles, B, Hkv, T)
-        launch(_chunk_dkv_kernel, B*Hkv*plan.segments*tiles, c, tune=('num_stages',), q=phi_q, k=phi_k, v=v, do=do, den=den, dden=dden, log_k=log, m=m, mask=mask,
-               dstates=dstates, dk=dk_here, dv=dv_here, dlog=parts, Hkv=Hkv, T=T, GROUP=H//Hkv, CAUSAL=causal, HAS_START=has_start,
+        launch(_chunk_dkv_kernel, B*Hkv*plan.segments*tiles, c, tune=('num_stages',), q=phi_q, k=phi_k, v=v, do=do, den=den, dden=dden,
+               log_k=log, m=m, mask=mask, dstates=dstates, dk=dk_here, dv=dv_here, dlog=parts, Hkv=Hkv, T=T, GROUP=H//Hkv, CAUSAL=causal, HAS_START=has_start,
                STORE_FIRST=store_first and dk_here is not None, **plan.args() | dict(slots=slots))
         if parts is not None: torch.sum(parts, 0, out=dlog)
