@@ -314,3 +314,12 @@ def test_shares_and_branches_of_a_model():
                    (lambda: set_branch(linearize(MODELS['llama']())), 'no hybrid layers'),
                    (lambda: linear_weight_share(MODELS['llama'](), input_ids=x), 'no hybrid layers')):
         with pytest.raises(ValueError, match=says): f()
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_an_empty_state_holds_sums_in_fp32_or_more(dtype):
+    k,v,phi = (torch.rand(2, 2, 5, 8).to(dtype) for _ in range(3))
+    state = WindowState.empty(k, v, phi, 3)
+    assert all(x.dtype==torch.promote_types(dtype, torch.float32) for x in state.linear) # log weights of -1e30 do not fit fp16
+    q = torch.rand(2, 4, 5, 8).to(dtype)
+    a,b = (chunk_window_attention(q, k, v, q, phi, 3, initial_state=s) for s in (state, None))
+    assert torch.allclose(a, b, atol=1e-2 if dtype!=torch.float64 else 1e-12)

@@ -86,11 +86,12 @@ class LinearState(NamedTuple):
 
     @classmethod
     def empty(cls,
-        phi_k:Tensor, # (B, Hkv, T, F) mapped keys, for their shape, dtype and device
+        phi_k:Tensor, # (B, Hkv, T, F) mapped keys, for their shape and device; in 16 bits the state is fp32
         v:Tensor, # (B, Hkv, T, D) values
     ): # The state that has seen nothing
         (B,H,_,F),D = phi_k.shape,v.shape[-1]
-        return cls(phi_k.new_zeros(B,H,F,D), phi_k.new_zeros(B,H,F), phi_k.new_full((B,H), LOG_ZERO))
+        zeros = lambda *s: phi_k.new_zeros(s, dtype=torch.promote_types(phi_k.dtype, torch.float32)) # fp16 has no such weight
+        return cls(zeros(B,H,F,D), zeros(B,H,F), zeros(B,H) + LOG_ZERO)
 
     def apply(self, f): # Apply `f` to each tensor, batch first
         return LinearState(*map(f, self))
