@@ -97,7 +97,8 @@ class Kernel:
     "Stands for a kernel: keeps what it was started with."
     __name__,arg_names = 'kernel',['x_ptr','mask_ptr','stride_xb','stride_xt','T','F','BLOCK_T']
     def __init__(self): self.runs = []
-    def __getitem__(self, grid): return lambda **kw: self.runs.append((grid, {n:x for n,x in kw.items() if not n.endswith('_ptr')}))
+    def __getitem__(self, grid):
+        return lambda *args, **kw: self.runs.append((grid, {n:x for n,x in (dict(zip(self.arg_names, args)) | kw).items() if not n.endswith('_ptr')}))
 
 class On:
     "Stands for a tensor on a GPU."

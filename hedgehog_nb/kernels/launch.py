@@ -58,9 +58,10 @@ def launch(
     if record or tune: args = dict(zip(kernel.arg_names, values))
     if record: return record(kernel, args, options)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        if not tune: return kernel[(programs,)](*values, **options)
-        run = lambda change: kernel[(programs,)](**args | options | change)
-        run(tuned_changes(kernel, programs, args, options, tune, x.device, run))
+        if tune:
+            run = lambda change: kernel[(programs,)](**args | options | change)
+            if change := tuned_changes(kernel, programs, args, options, tune, x.device, run): return kernel[(programs,)](**args | options | change)
+        kernel[(programs,)](*values, **options)
 
 # %% ../../kernels/01_triton_primer.ipynb #cba28b26
 DTYPES = torch.float32,torch.float16,torch.bfloat16
