@@ -30,26 +30,29 @@ def inputs(B, H, N, T, D, V, form, maps=1, bias=False, masked=False, state=False
     if s and form=='exp': s.m.copy_(4*torch.randn(B, N, generator=g))
     return q, k, v, m, mask, s
 
-def both(x, causal, dtype, implementation):
-    "{name: outputs, state after them, gradients}"
+def both(x, causal, dtype, implementation, final=True):
+    "{name: outputs, state after them if `final`, gradients}"
     q,k,v,m,mask,state = x
     m = m and deepcopy(m).to(dtype).requires_grad_()
     leaves = dict(q=q, k=k, v=v) | (dict(S=state.S, z=state.z) if state else {})
     leaves = {n: t.to(dtype).detach().requires_grad_() for n,t in leaves.items()}
     s = LinearState(leaves['S'], leaves['z'], state.m.to(dtype)) if state else None
-    o,end = linear_attention(leaves['q'], leaves['k'], leaves['v'], m, causal=causal,
-        mask=mask, initial_state=s, output_final_state=True, implementation=implementation)
-    e = (end.m-end.m.detach()).exp() # S·exp(m) is what counts, however m is chosen
-    res = dict(o=o, S_after=end.S*e[...,None,None], z_after=end.z*e[...,None])
+    o = linear_attention(leaves['q'], leaves['k'], leaves['v'], m, causal=causal,
+        mask=mask, initial_state=s, output_final_state=final, implementation=implementation)
+    o,end = o if final else (o, None)
+    res = dict(o=o)
+    if final:
+        e = (end.m-end.m.detach()).exp() # S·exp(m) is what counts, however m is chosen
+        res |= dict(S_after=end.S*e[...,None,None], z_after=end.z*e[...,None])
     loss = sum((t*torch.cos(torch.arange(t.numel(), dtype=dtype)).view_as(t)).sum() for t in res.values())
     if m: leaves |= dict(m.named_parameters())
     return {n:t.detach() for n,t in res.items()} | dict(zip((f'd{n}' for n in leaves), torch.autograd.grad(loss, list(leaves.values()))))
 
 TOL = dict(o=1.5e-5, S_after=1e-5, z_after=5e-6, dv=1.2e-5, dS=2e-5) # of the largest, four times what was measured; 3e-5 for what is not named
 
-def compare(x, causal=True):
+def compare(x, causal=True, final=True):
     "Within `TOL` of the oracle; or, where terms cancel, within 8 times the error of the form in PyTorch"
-    got,torch32,want = both(x, causal, torch.float32, 'c'),both(x, causal, torch.float32, 'chunked'),both(x, causal, torch.float64, 'chunked')
+    got,torch32,want = (both(x, causal, *how, final) for how in ((torch.float32, 'c'), (torch.float32, 'chunked'), (torch.float64, 'chunked')))
     for n in want:
         err,theirs = ((o[n]-want[n]).abs().max().item() for o in (got, torch32))
         assert err<TOL.get(n, 3e-5)*want[n].abs().max() or err<8*theirs+1e-6, (n, err, theirs)
@@ -70,9 +73,38 @@ def test_outputs_and_gradients(T, D, form, N, causal):
 @needs_compiler
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 150),
     st.integers(1, 70), st.integers(1, 70), st.sampled_from(['softmax_halves','softmax_joint','exp',None]),
-    st.integers(1, 2), st.booleans(), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 99))
-def test_any_shape(B, N, G, T, D, V, form, maps, bias, masked, state, causal, seed):
-    compare(inputs(B, N*G, N, T, D, V, form, maps, bias, masked, state, seed=seed), causal)
+    st.integers(1, 2), st.booleans(), st.booleans(), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_any_shape(B, N, G, T, D, V, form, maps, bias, masked, state, causal, final, seed):
+    compare(inputs(B, N*G, N, T, D, V, form, maps, bias, masked, state, seed=seed), causal, final)
+
+@needs_compiler
+@pytest.mark.parametrize('T', [1, 12, 16, 33, 64, 65, 130])
+@pytest.mark.parametrize('form', ['softmax_halves','softmax_joint','exp',None])
+@pytest.mark.parametrize('masked,causal,state', [*itertools.product([False,True], repeat=3)])
+def test_state_that_nobody_asks_for(T, form, masked, causal, state):
+    "Up to one chunk, and with no state given, outputs and gradients come from weights alone; beyond it the first chunk reads no state and the last makes none."
+    compare(inputs(2, 4, 2, T, 24, 40, form, bias=True, masked=masked, state=state), causal, final=False)
+
+@needs_compiler
+@pytest.mark.parametrize('T', [12, 100])
+@pytest.mark.parametrize('causal', [True,False])
+def test_several_sequences_in_a_task(T, causal):
+    "Gradients of a head's matrices are summed inside the kernel where there are many sequences."
+    x = inputs(131, 2, 2, T, 8, 8, 'softmax_halves', bias=True, masked=True)
+    assert linear._each(131*2)==2
+    compare(x, causal, final=False)
+
+@needs_compiler
+@pytest.mark.parametrize('causal', [True,False])
+def test_log_weights_in_short_sequences(causal):
+    q,k,v,*_ = inputs(2, 4, 2, 40, 16, 16, None)
+    log_k,mask = 5*torch.randn(2, 2, 40),torch.rand(2, 40)>.2
+    leaves = [x.requires_grad_() for x in (q, k, v, log_k)]
+    def go(dt, implementation):
+        *x,l = (t.to(dt) for t in leaves)
+        o = linear_attention(*x, lambda q, k: (q, k, l), causal=causal, mask=mask, implementation=implementation)
+        return o, *torch.autograd.grad(o.sin().sum(), leaves)
+    for a,b in zip(go(torch.float32, 'c'), go(torch.float64, 'naive')): assert (a-b).abs().max()<2e-5*b.abs().max()
 
 @needs_compiler
 @pytest.mark.parametrize('form', ['softmax_halves','softmax_joint','exp'])
@@ -480,8 +512,9 @@ def test_opcheck(causal, form):
     log_k = torch.randn(2, 2, 70) if form=='features' else None
     held = [getattr(m, n).detach().requires_grad_() for n in ('w_q','w_k','b_q','b_k')] if m else [None]*4
     x = [t.contiguous().requires_grad_() for t in (q, k, v)]
-    torch.library.opcheck(linear.c_op, (*x, *held, log_k, s.S.requires_grad_(), s.z.requires_grad_(), s.m, mask, form, causal, True))
-    torch.library.opcheck(linear.c_op, (*[t.detach() for t in x], *[h if h is None else h.detach() for h in held], *[None]*5, form, causal, False))
+    torch.library.opcheck(linear.c_op, (*x, *held, log_k, s.S.requires_grad_(), s.z.requires_grad_(), s.m, mask, form, causal, True, True))
+    torch.library.opcheck(linear.c_op, (*x, *held, log_k, *[None]*3, mask, form, causal, True, False))
+    torch.library.opcheck(linear.c_op, (*[t.detach() for t in x], *[h if h is None else h.detach() for h in held], *[None]*5, form, causal, False, True))
 
 @needs_compiler
 def test_a_page_does_not_take_the_name_of_its_module():

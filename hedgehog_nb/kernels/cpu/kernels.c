@@ -146,9 +146,10 @@ void features_back(const float *phi, const float *g, long m, long E, long form, 
 // region: records
 enum {C=64}; // tokens of a chunk
 typedef struct { // sizes of a call; Python reads the names here
-  int64_t threads, parts, // each sequence is cut in `parts`
+  int64_t threads, parts, each, // each sequence is cut in `parts`; a task is one part of `each` sequences of one head
     B, N, G, T, D, V, E,  // N key-value heads, G query heads for each; channels of the map's inputs (or features), of values, of the map's output
     form, causal, keep,   // of the map; see only what came before?; will a backward pass follow?
+    state, direct,        // is a state given?; one chunk and no state before or after it: its weights are all there is
     logs, past, window, R, // are there log weights?; keys before the first query; keys seen by softmax, of R channels
     qb, qh, qt, kb, kh, kt, vb, vh, vt, ob, oh, ot, gb, gh, gt, rqb, rqh, rqt, rkb, rkh, rkt; // strides of batch, head, token
 } Sizes;
@@ -183,7 +184,7 @@ typedef struct { // pointers, null where there is nothing
 #define BUFFERS(X) \
   { FORWARD_BUFFERS(X) if (back) { BACKWARD_BUFFERS(X) } if (n->window) { WINDOW_BUFFERS(X) } if (n->window && back) { WINDOW_BACKWARD_BUFFERS(X) } }
 typedef struct {
-  long D, V, E, F, chunks, R, reach, band; // sizes filled up; R channels of the keys that a chunk's windows reach, and of those that 16 queries' do
+  long D, V, E, F, chunks, R, reach, band; // sizes filled up; saved states of a head; R channels of the keys that a chunk's windows reach, and of those that 16 queries' do
   FORWARD_BUFFERS(FIELD) BACKWARD_BUFFERS(FIELD) WINDOW_BUFFERS(FIELD) WINDOW_BACKWARD_BUFFERS(FIELD)
 } Room;
 
@@ -199,7 +200,7 @@ static float *floats(long n) { // room for n numbers, which a thread keeps
 
 static Room room(const Sizes *n, int back) {
   long D = up(n->D), V = up(n->V), E = up(n->E), F = n->form ? 2*E : D, R = up(n->R), band = up(n->window+15), reach = C+band, total = 0;
-  Room r = {.D=D, .V=V, .E=E, .F=F, .chunks=(n->T+C-1)/C, .R=R, .reach=reach, .band=band};
+  Room r = {.D=D, .V=V, .E=E, .F=F, .chunks=(n->T-1)/C+n->state, .R=R, .reach=reach, .band=band};
   BUFFERS(COUNT)
   float *p = floats(total);
   BUFFERS(PLACE)
@@ -283,17 +284,21 @@ static void keys(const Sizes *n, const Data *d, const Room *r, long b, long h, l
 }
 
 // With log weights, what is seen before query i is measured by the largest of them, c_i; e_i brings the state before the chunk, of m, to it
-static float largest(const Room *r, float m, long rows) { // returns that after the chunk
+static float largest(const Sizes *n, const Room *r, float m, long rows) { // returns that after the chunk
   for (long i=0; i<rows; i++) { r->c[i] = i ? r->c[i-1] : m; if (r->l[i]>r->c[i]) r->c[i] = r->l[i]; }
+  if (!n->causal) for (long i=0; i<rows; i++) r->c[i] = r->c[rows-1];
   for (long i=0; i<rows; i++) r->e[i] = weight(m-r->c[i]);
   return r->c[rows-1];
 }
+static int inside(const Sizes *n) { return n->causal || n->direct; } // do queries meet the keys of their own chunk one by one?
+static long met(const Sizes *n, long i, long M) { return n->causal ? i+16 : M; } // keys of the chunk that queries i to i+16 meet
 static void triangle(float *A, long M) { for (long i=0; i<M; i++) memset(A+i*C+i+1, 0, 4*(up(i+1)-i-1)); }
-static void weigh(const Room *r, float *A, float *A2, long m) { // row i times exp(l_j - c_i); of A2 too
-  for (long i=0; i<m; i++) {
-    long j = i && r->c[i]==r->c[i-1] ? i/VL*VL : 0;
-    for (; j<=i; j+=VL) V(r->w+j) = weight_v(V(r->l+j)-r->c[i]);
-    for (j=0; j<=i; j+=VL) { V(A+i*C+j) *= V(r->w+j); if (A2) V(A2+i*C+j) *= V(r->w+j); }
+static void weigh(const Sizes *n, const Room *r, float *A, float *A2, long m) { // row i times exp(l_j - c_i); of A2 too
+  for (long i=0, had=0; i<m; i++) { // `had`: keys whose weights are there
+    long end = n->causal ? up(i+1) : up(m), j = i && r->c[i]==r->c[i-1] ? had : 0;
+    for (; j<end; j+=VL) V(r->w+j) = weight_v(V(r->l+j)-r->c[i]);
+    for (j=0; j<end; j+=VL) { V(A+i*C+j) *= V(r->w+j); if (A2) V(A2+i*C+j) *= V(r->w+j); }
+    had = end;
   }
 }
 // endregion
@@ -343,21 +348,22 @@ static float far_weight(const Sizes *n, const Data *d, const Room *r, long b, lo
 // endregion
 
 // region: forward
-static void outputs(const Sizes *n, const Data *d, const Room *r, long b, long H, const float *w, long t, long m) {
+// `past`: is there a state to be read?
+static void outputs(const Sizes *n, const Data *d, const Room *r, long b, long H, const float *w, long t, long m, int past) {
   long M = up(m), F = r->F, W = r->V;
   float den[C], near[C];
-  int weighed = n->logs && n->causal;
+  int weighed = n->logs && inside(n);
   map(n, r, AT(q,b,H,t), n->qt, m, M, w, d->bq ? d->bq+H*n->E : 0, r->q, 0);
-  for (long i=0; i<m; i++) den[i] = dot_row(r->q+i*F, r->z, F);
-  if (weighed || !n->causal) product(M, W, F, r->q, F, 1, r->S, W, r->o, W, 0);
-  if (weighed) for (long i=0; i<m; i++) { scale_row(r->o+i*W, W, r->e[i]); den[i] *= r->e[i]; }
-  if (n->causal) {
-    for (long i=0; i<M; i+=16) product(16, i+16, F, r->q+i*F, F, 1, r->kT, C, r->A+i*C, C, 0);
-    if (weighed) weigh(r, r->A, 0, m);
-    triangle(r->A, M);
-    for (long i=0; i<M; i+=16) product(16, W, i+16, r->A+i*C, C, 1, r->v, W, r->o+i*W, W, weighed);
-    if (!weighed) product(M, W, F, r->q, F, 1, r->S, W, r->o, W, 1);
-    for (long i=0; i<m; i++) { vec s = {0}; for (long j=0; j<=i; j+=VL) s += V(r->A+i*C+j); den[i] += sum_v(s); }
+  for (long i=0; i<m; i++) den[i] = past ? dot_row(r->q+i*F, r->z, F) : 0;
+  if (past && (weighed || !inside(n))) product(M, W, F, r->q, F, 1, r->S, W, r->o, W, 0);
+  if (past && weighed) for (long i=0; i<m; i++) { scale_row(r->o+i*W, W, r->e[i]); den[i] *= r->e[i]; }
+  if (inside(n)) {
+    for (long i=0; i<M; i+=16) product(16, met(n, i, M), F, r->q+i*F, F, 1, r->kT, C, r->A+i*C, C, 0);
+    if (weighed) weigh(n, r, r->A, 0, m);
+    if (n->causal) triangle(r->A, M);
+    for (long i=0; i<M; i+=16) product(16, W, met(n, i, M), r->A+i*C, C, 1, r->v, W, r->o+i*W, W, past && weighed);
+    if (past && !weighed) product(M, W, F, r->q, F, 1, r->S, W, r->o, W, 1);
+    for (long i=0; i<m; i++) { vec s = {0}; for (long j=0; j<met(n, i/16*16, M); j+=VL) s += V(r->A+i*C+j); den[i] += sum_v(s); }
   }
   if (n->window) {
     near_weights(n, d, r, b, H, t, m, near);
@@ -388,15 +394,16 @@ static void add_keys(const Sizes *n, const Room *r, long m, float after) { // of
 static long edge(const Sizes *n, long p) { long x = (n->T+C-1)/C*p/n->parts*C; return x<n->T ? x : n->T; } // first token of a part
 static float *sums_of(const Sizes *n, const Data *d, const Room *r, long head, long p) { return d->sums+(head*n->parts+p)*SAVED; }
 
-static void sum_part(const Sizes *n, const Data *d, long b, long h, long p) {
-  Room all = room(n, 0), *r = &all;
-  weights_in(n, d, r, h);
-  memset(r->S, 0, 4*r->F*r->V); memset(r->z, 0, 4*r->F); *r->m = no_keys(n);
+static void add_part(const Sizes *n, const Data *d, const Room *r, long b, long h, long p) {
   for (long t=edge(n,p), end=edge(n,p+1); t<end; t+=C) {
     long m = end-t<C ? end-t : C;
     keys(n, d, r, b, h, t, m);
-    add_keys(n, r, m, n->logs ? largest(r, *r->m, m) : 0);
+    add_keys(n, r, m, n->logs ? largest(n, r, *r->m, m) : 0);
   }
+}
+static void sum_part(const Sizes *n, const Data *d, const Room *r, long b, long h, long p) {
+  memset(r->S, 0, 4*r->F*r->V); memset(r->z, 0, 4*r->F); *r->m = no_keys(n);
+  add_part(n, d, r, b, h, p);
   save(r, r->S, r->z, *r->m, sums_of(n, d, r, b*n->N+h, p));
 }
 
@@ -413,30 +420,50 @@ static void chain(const Sizes *n, const Data *d, long head, const float *S0, con
   }
   if (!n->causal) for (long p=0; p<n->parts; p++) save(r, r->S, r->z, m, sums_of(n, d, r, head, p));
   if (back && !n->causal && n->logs && d->m0) scale_state(r, r->S, r->z, weight(d->m0[head]-m)); // what was before is part of a state of this m
-  state_out(n, r, r->S, r->z, S, z, head);
-  if (!back) d->m[head] = m;
+  if (S) state_out(n, r, r->S, r->z, S, z, head);
+  if (S && !back) d->m[head] = m;
 }
 
-static void forward_part(const Sizes *n, const Data *d, long b, long h, long p) {
-  Room all = room(n, 0), *r = &all;
-  long head = b*n->N+h, alone = n->causal && n->parts==1;
-  weights_in(n, d, r, h);
-  if (alone) { state_in(n, r, d->S0, d->z0, head, r->S, r->z); *r->m = d->m0 ? d->m0[head] : no_keys(n); }
-  else *r->m = load(r, sums_of(n, d, r, head, p), r->S, r->z);
-  for (long t=edge(n,p), end=edge(n,p+1); t<end; t+=C) {
-    long m = end-t<C ? end-t : C;
+// The saved state before the chunk at t; where none was given there is none before the first
+static float *saved(const Sizes *n, const Data *d, const Room *r, long head, long t) { return d->states+(head*r->chunks+t/C-!n->state)*SAVED; }
+
+static void forward_part(const Sizes *n, const Data *d, const Room *r, long b, long h, long p) {
+  long head = b*n->N+h, begins = edge(n,p), ends = edge(n,p+1);
+  *r->m = d->m0 ? d->m0[head] : no_keys(n);
+  if (n->parts>1) *r->m = load(r, sums_of(n, d, r, head, p), r->S, r->z);
+  else if (!n->direct) state_in(n, r, d->S0, d->z0, head, r->S, r->z);
+  if (n->parts==1 && !inside(n)) add_part(n, d, r, b, h, p);
+  for (long t=begins; t<ends; t+=C) {
+    long m = ends-t<C ? ends-t : C;
     float after = *r->m;
-    if (n->keep && n->causal) save(r, r->S, r->z, *r->m, d->states+(head*r->chunks+t/C)*SAVED);
-    if (n->causal) {
+    int past = n->state || t || !inside(n);
+    if (n->keep && n->causal && past) save(r, r->S, r->z, *r->m, saved(n, d, r, head, t));
+    if (inside(n)) {
       keys(n, d, r, b, h, t, m);
-      if (n->logs) after = largest(r, *r->m, m);
-      if (n->logs && n->keep) memcpy(d->top+head*n->T+t, r->c, 4*m);
+      if (n->logs) after = largest(n, r, *r->m, m);
+      if (n->logs && n->keep && n->causal) memcpy(d->top+head*n->T+t, r->c, 4*m);
     }
     if (n->window) near_keys(n, d, r, b, h, t, m, 0);
-    for (long g=0; g<n->G; g++) outputs(n, d, r, b, h*n->G+g, r->wq+g*r->D*r->E, t, m);
-    if (n->causal) add_keys(n, r, m, after);
+    for (long g=0; g<n->G; g++) outputs(n, d, r, b, h*n->G+g, r->wq+g*r->D*r->E, t, m, past);
+    if (n->causal && (d->S || t+C<ends)) add_keys(n, r, m, after); // a state that nobody reads is not made
   }
-  if (alone) { state_out(n, r, r->S, r->z, d->S, d->z, head); d->m[head] = *r->m; }
+  if (n->parts==1 && d->S) { state_out(n, r, r->S, r->z, d->S, d->z, head); d->m[head] = *r->m; }
+}
+
+// One part of `each` sequences of a head is a task: a head's matrices are prepared once for all, and their gradients, of the query heads and of the keys
+// from number `first` to `last`, summed over them
+typedef void Part(const Sizes *n, const Data *d, const Room *r, long b, long h, long p);
+static void weights_out(const Sizes *n, const Data *d, const Room *r, long task, long g);
+static void run(const Sizes *n, const Data *d, Part *part, int back, long first, long last) {
+  #pragma omp parallel for schedule(dynamic,1) num_threads(n->threads)
+  for (long i=0; i<(n->B+n->each-1)/n->each*n->N*n->parts; i++) {
+    Room all = room(n, back), *r = &all;
+    long p = i%n->parts, h = i/n->parts%n->N, b = i/n->parts/n->N*n->each, end = b+n->each<n->B ? b+n->each : n->B;
+    weights_in(n, d, r, h);
+    if (back) memset(r->dw, 0, 4*(n->G+1)*r->E*(r->D+1));
+    for (; b<end; b++) part(n, d, r, b, h, p);
+    for (long g=first; g<last; g++) weights_out(n, d, r, i, g);
+  }
 }
 // endregion
 
@@ -471,13 +498,13 @@ static void state_step(long f, long W, const float *S0, const float *z0, float k
 static void step_head(const Sizes *n, const Data *d, long b, long h) {
   Room all = room(n, 0), *r = &all;
   long f = width(n), W = n->V, head = b*n->N+h;
-  float *S = d->S+head*f*W, *z = d->z+head*f, m0 = d->m0 ? d->m0[head] : no_keys(n), m = m0, l = 0;
+  float *S = d->S ? d->S+head*f*W : r->S, *z = d->S ? d->z+head*f : r->z, m0 = d->m0 ? d->m0[head] : no_keys(n), m = m0, l = 0;
   map_one(n, r, AT(k,b,h,0), d->wk+h*n->E*n->D, d->bk ? d->bk+h*n->E : 0, r->k, &l);
   if (d->logk) l = d->logk[head];
   if (d->mask && !((uint8_t*)d->mask)[b]) { memset(r->k, 0, 4*f); l = LOG_ZERO; }
   if (n->logs && l>m) m = l;
   state_step(f, W, d->S0 ? d->S0+head*f*W : 0, d->z0+(d->S0 ? head*f : 0), n->logs ? weight(m0-m) : 1, r->k, n->logs ? weight(l-m) : 1, AT(v,b,h,0), S, z);
-  d->m[head] = m;
+  if (d->S) d->m[head] = m;
   for (long g=0; g<n->G; g++) {
     long H = h*n->G+g;
     float *o = AT(o,b,H,0), *acc = r->o;
@@ -491,22 +518,18 @@ static void step_head(const Sizes *n, const Data *d, long b, long h) {
 }
 
 #define EACH_HEAD for (long i=0; i<n->B*n->N; i++)
-#define EACH_PART for (long i=0; i<n->B*n->N*n->parts; i++)
-#define PART i/n->parts/n->N, i/n->parts%n->N, i%n->parts
 void attention_forward(const Sizes *n, const Data *d) {
   if (n->T==1 && n->causal && !n->keep && !n->window) {
     #pragma omp parallel for schedule(dynamic,1) num_threads(n->threads) if(n->B*n->N*n->G>16)
     EACH_HEAD step_head(n, d, i/n->N, i%n->N);
     return;
   }
-  if (!n->causal || n->parts>1) {
-    #pragma omp parallel for schedule(dynamic,1) num_threads(n->threads)
-    EACH_PART sum_part(n, d, PART);
+  if (n->parts>1) {
+    run(n, d, sum_part, 0, 0, 0);
     #pragma omp parallel for schedule(dynamic,1) num_threads(n->threads)
     EACH_HEAD chain(n, d, i, d->S0, d->z0, d->m0 ? d->m0[i] : no_keys(n), d->S, d->z, 0);
   }
-  #pragma omp parallel for schedule(dynamic,1) num_threads(n->threads)
-  EACH_PART forward_part(n, d, PART);
+  run(n, d, forward_part, 0, 0, 0);
 }
 // endregion
 
@@ -603,26 +626,24 @@ void window_step(const long *n, float **a) {
 static void map_back(const Sizes *n, const Room *r, const float *a, long la, const float *phi, const float *dphi, long m, const float *w, float *dw,
                      float *to, long ld) {
   if (!n->form) { rows_out(dphi, r->F, m, n->D, to, ld); return; }
-  long M = up(m), D = r->D, E = r->E;
+  long M = up(m), D = r->D, E = r->E, whole = n->D==D && m==M; // whole: no zeros to be filled in
   float *db = dw+E*D;
   features_back(phi, dphi, m, E, n->form, r->y);
   memset(r->y+m*E, 0, 4*E*(M-m));
-  rows_in(w, n->D, n->E, up(n->E), n->D, r->W, D);
-  product(M, D, n->E, r->y, E, 1, r->W, D, r->dx, D, 0);
-  rows_out(r->dx, D, m, n->D, to, ld);
-  rows_in(a, la, m, M, n->D, r->x, D);
-  product(E, D, M, r->y, 1, E, r->x, D, dw, D, 1);
+  if (n->D!=D) { rows_in(w, n->D, n->E, n->E, n->D, r->W, D); w = r->W; }
+  product(M, D, n->E, r->y, E, 1, w, D, whole ? to : r->dx, whole ? ld : D, 0);
+  if (!whole) { rows_out(r->dx, D, m, n->D, to, ld); rows_in(a, la, m, M, n->D, r->x, D); a = r->x; la = D; }
+  product(E, D, M, r->y, 1, E, a, la, dw, D, 1);
   for (long i=0; i<m; i++) for (long e=0; e<E; e+=VL) V(db+e) += V(r->y+i*E+e);
 }
 
 static void gradients_in(const Sizes *n, const Data *d, const Room *r, long b, long H, long t, long m) {
-  memset(r->g, 0, 4*up(m)*r->V); memset(r->gd, 0, 4*up(m));
+  rows_in(AT(g,b,H,t), n->gt, m, up(m), n->V, r->g, r->V);
+  memset(r->gd, 0, 4*up(m));
   for (long i=0; i<m; i++) {
-    float den = d->den[(b*n->N*n->G+H)*n->T+t+i], s = 0;
-    const float *g = AT(g,b,H,t+i), *o = AT(o,b,H,t+i);
-    if (fabsf(den)<=1e-30f) continue;
-    for (long j=0; j<n->V; j++) { r->g[i*r->V+j] = g[j]/den; s -= g[j]/den*o[j]; }
-    r->gd[i] = s;
+    float den = d->den[(b*n->N*n->G+H)*n->T+t+i], by = fabsf(den)<=1e-30f ? 0 : 1/den, *g = r->g+i*r->V;
+    r->gd[i] = by==0 ? 0 : -by*dot(g, AT(o,b,H,t+i), n->V);
+    if (by==0) memset(g, 0, 4*r->V); else scale_row(g, r->V, by);
   }
 }
 static void scale_gradients(const Room *r, const float *by, long m) { for (long i=0; i<m; i++) { scale_row(r->g+i*r->V, r->V, by[i]); r->gd[i] *= by[i]; } }
@@ -650,30 +671,33 @@ static void near_back(const Sizes *n, const Data *d, const Room *r, long b, long
   scale_gradients(r, near, m);
 }
 
-static void queries_back(const Sizes *n, const Data *d, const Room *r, long b, long h, long g, long t, long m) {
+static void queries_back(const Sizes *n, const Data *d, const Room *r, long b, long h, long g, long t, long m, int past) {
   long M = up(m), F = r->F, W = r->V, H = h*n->G+g;
-  int weighed = n->logs && n->causal;
+  int weighed = n->logs && inside(n);
   map(n, r, AT(q,b,H,t), n->qt, m, M, r->wq+g*r->D*r->E, d->bq ? d->bq+H*n->E : 0, r->q, 0);
   gradients_in(n, d, r, b, H, t, m);
   if (n->window) near_back(n, d, r, b, H, t, m);
-  if (n->causal) {
+  if (inside(n)) {
     for (long i=0; i<M; i+=16) {
-      product(16, i+16, F, r->q+i*F, F, 1, r->kT, C, r->A+i*C, C, 0);
-      product(16, i+16, W, r->g+i*W, W, 1, r->vT, C, r->dA+i*C, C, 0);
+      product(16, met(n, i, M), F, r->q+i*F, F, 1, r->kT, C, r->A+i*C, C, 0);
+      product(16, met(n, i, M), W, r->g+i*W, W, 1, r->vT, C, r->dA+i*C, C, 0);
     }
-    for (long i=0; i<M; i++) for (long j=0; j<up(i+1); j+=VL) V(r->dA+i*C+j) += r->gd[i];
-    if (weighed) weigh(r, r->A, r->dA, m);
-    triangle(r->A, M); triangle(r->dA, M);
+    for (long i=0; i<M; i++) for (long j=0; j<met(n, i/16*16, M); j+=VL) V(r->dA+i*C+j) += r->gd[i];
+    if (weighed) weigh(n, r, r->A, r->dA, m);
+    if (n->causal) { triangle(r->A, M); triangle(r->dA, M); }
     for (long j=0; j<M; j+=16) {
-      product(16, F, M-j, r->dA+j*C+j, 1, C, r->q+j*F, F, r->dk+j*F, F, 1);
-      product(16, W, M-j, r->A+j*C+j, 1, C, r->g+j*W, W, r->dv+j*W, W, 1);
-      product(16, F, j+16, r->dA+j*C, C, 1, r->k, F, r->dphi+j*F, F, 0);
+      long i = n->causal ? j : 0; // the first query that meets these keys
+      product(16, F, M-i, r->dA+i*C+j, 1, C, r->q+i*F, F, r->dk+j*F, F, 1);
+      product(16, W, M-i, r->A+i*C+j, 1, C, r->g+i*W, W, r->dv+j*W, W, 1);
+      product(16, F, met(n, j, M), r->dA+j*C, C, 1, r->k, F, r->dphi+j*F, F, 0);
     }
-    if (weighed) scale_gradients(r, r->e, m);
+    if (past && weighed) scale_gradients(r, r->e, m);
   }
-  product(M, F, n->V, r->g, W, 1, r->ST, F, r->dphi, F, n->causal);
-  product(F, W, M, r->q, 1, F, r->g, W, r->dS, W, 1);
-  for (long i=0; i<m; i++) for (long f=0; f<F; f+=VL) { V(r->dphi+i*F+f) += V(r->z+f)*r->gd[i]; V(r->dz+f) += V(r->q+i*F+f)*r->gd[i]; }
+  if (past) {
+    product(M, F, n->V, r->g, W, 1, r->ST, F, r->dphi, F, inside(n));
+    product(F, W, M, r->q, 1, F, r->g, W, r->dS, W, 1);
+    for (long i=0; i<m; i++) for (long f=0; f<F; f+=VL) { V(r->dphi+i*F+f) += V(r->z+f)*r->gd[i]; V(r->dz+f) += V(r->q+i*F+f)*r->gd[i]; }
+  }
   if (d->dlogq) for (long i=0; i<m; i++) d->dlogq[(b*n->N*n->G+H)*n->T+t+i] = dot_row(r->q+i*F, r->dphi+i*F, F);
   map_back(n, r, AT(q,b,H,t), n->qt, r->q, r->dphi, m, d->wq+H*n->E*n->D, r->dw+g*r->E*(r->D+1), QUERY(dq, n->D), n->N*n->G*n->D);
 }
@@ -705,34 +729,26 @@ static void near_keys_back(const Sizes *n, const Data *d, const Room *r, long b,
   }
 }
 
-static void weights_out(const Sizes *n, const Data *d, const Room *r, long b, long h, long p, long g) { // of query head g, or of the keys if g is G
+static void weights_out(const Sizes *n, const Data *d, const Room *r, long task, long g) { // of query head g, or of the keys if g is G
   if (!n->form) return;
-  long which = (b*n->parts+p)*n->N+h, head = g<n->G ? which*n->G+g : which;
+  long which = task/n->parts/n->N*n->parts+task%n->parts, h = task/n->parts%n->N, head = g<n->G ? (which*n->N+h)*n->G+g : which*n->N+h;
   const float *from = r->dw+g*r->E*(r->D+1);
   rows_out(from, r->D, n->E, n->D, (g<n->G ? d->dwq : d->dwk)+head*n->E*n->D, n->D);
   memcpy((g<n->G ? d->dbq : d->dbk)+head*n->E, from+r->E*r->D, 4*n->E);
 }
 
-static void begin(const Sizes *n, const Data *d, const Room *r, long h) {
-  weights_in(n, d, r, h);
-  memset(r->dw, 0, 4*(n->G+1)*r->E*(r->D+1));
-}
-
-// The largest log weights of a chunk as the forward pass found them, and the state before it; returns its m
+// The largest log weights of a chunk as the forward pass found them, and those of the state before it, of which it returns m
 static float before_chunk(const Sizes *n, const Data *d, const Room *r, long head, long t, long m) {
-  const float *x = d->states+(head*r->chunks+t/C)*SAVED;
-  float before = x[SAVED-16];
-  if (n->logs) { memcpy(r->c, d->top+head*n->T+t, 4*m); for (long i=0; i<m; i++) r->e[i] = weight(before-r->c[i]); }
+  float before = n->state || t ? saved(n, d, r, head, t)[SAVED-16] : no_keys(n);
+  if (n->logs && !n->causal) largest(n, r, before, m);
+  else if (n->logs) { memcpy(r->c, d->top+head*n->T+t, 4*m); for (long i=0; i<m; i++) r->e[i] = weight(before-r->c[i]); }
   return before;
 }
 
-// What a part adds to dS and dz; without causality all of its queries' gradients
-static void queries_part(const Sizes *n, const Data *d, long b, long h, long p) {
-  Room all = room(n, 1), *r = &all;
+// What a part adds to dS and dz; without causality all of its queries' gradients. Returns the m that it is relative to
+static float add_queries(const Sizes *n, const Data *d, const Room *r, long b, long h, long p) {
   long head = b*n->N+h;
   float m_part = n->causal ? 0 : d->m[head];
-  begin(n, d, r, h);
-  memset(r->dS, 0, 4*r->F*r->V); memset(r->dz, 0, 4*r->F);
   if (!n->causal) {
     state_in(n, r, d->S, d->z, head, r->S, r->z);
     transpose(r->S, r->V, r->F, r->V, r->ST, r->F);
@@ -746,7 +762,7 @@ static void queries_part(const Sizes *n, const Data *d, long b, long h, long p) 
     }
     for (long g=0; g<n->G; g++) {
       long H = h*n->G+g;
-      if (!n->causal) { queries_back(n, d, r, b, h, g, t, m); continue; }
+      if (!n->causal) { queries_back(n, d, r, b, h, g, t, m, 1); continue; }
       map(n, r, AT(q,b,H,t), n->qt, m, up(m), r->wq+g*r->D*r->E, d->bq ? d->bq+H*n->E : 0, r->q, 0);
       gradients_in(n, d, r, b, H, t, m);
       if (n->logs) scale_gradients(r, r->e, m);
@@ -754,45 +770,51 @@ static void queries_part(const Sizes *n, const Data *d, long b, long h, long p) 
       for (long i=0; i<m; i++) for (long f=0; f<r->F; f+=VL) V(r->dz+f) += V(r->q+i*r->F+f)*r->gd[i];
     }
   }
-  save(r, r->dS, r->dz, m_part, sums_of(n, d, r, head, p));
-  if (!n->causal) for (long g=0; g<n->G; g++) weights_out(n, d, r, b, h, p, g);
+  return m_part;
+}
+static void queries_part(const Sizes *n, const Data *d, const Room *r, long b, long h, long p) {
+  memset(r->dS, 0, 4*r->F*r->V); memset(r->dz, 0, 4*r->F);
+  float m = add_queries(n, d, r, b, h, p);
+  save(r, r->dS, r->dz, m, sums_of(n, d, r, b*n->N+h, p));
 }
 
-static void backward_part(const Sizes *n, const Data *d, long b, long h, long p) {
-  Room all = room(n, 1), *r = &all;
-  long head = b*n->N+h, alone = n->causal && n->parts==1, F = r->F, W = r->V, begins = edge(n,p), ends = edge(n,p+1);
-  begin(n, d, r, h);
-  if (alone) state_in(n, r, d->dS, d->dz, head, r->dS, r->dz); else load(r, sums_of(n, d, r, head, p), r->dS, r->dz);
+static void backward_part(const Sizes *n, const Data *d, const Room *r, long b, long h, long p) {
+  long head = b*n->N+h, F = r->F, W = r->V, begins = edge(n,p), ends = edge(n,p+1);
+  if (n->parts>1) load(r, sums_of(n, d, r, head, p), r->dS, r->dz);
+  else if (!n->direct) state_in(n, r, d->dS, d->dz, head, r->dS, r->dz);
+  if (n->parts==1 && !inside(n)) add_queries(n, d, r, b, h, p);
   for (long t=begins+(ends-begins-1)/C*C; t>=begins; t-=C) {
-    long m = ends-t<C ? ends-t : C;
+    long m = ends-t<C ? ends-t : C, past = n->state || t;
     keys(n, d, r, b, h, t, m);
-    if (n->causal) {
+    if (inside(n)) {
       float before = before_chunk(n, d, r, head, t, m), after = n->logs ? r->c[m-1] : 0;
-      const float *state = d->states+(head*r->chunks+t/C)*SAVED;
-      keys_from_state(n, r, m, after);
-      if (n->logs) scale_state(r, r->dS, r->dz, weight(before-after));
-      memcpy(r->z, state+F*W, 4*F);
-      transpose(state, W, F, W, r->ST, F);
+      if (d->dS || t+C<n->T) keys_from_state(n, r, m, after);
+      else { memset(r->dk, 0, 4*up(m)*F); memset(r->dv, 0, 4*up(m)*W); }
+      if (past) {
+        const float *state = saved(n, d, r, head, t);
+        if (n->logs) scale_state(r, r->dS, r->dz, weight(before-after));
+        memcpy(r->z, state+F*W, 4*F);
+        transpose(state, W, F, W, r->ST, F);
+      }
       transpose(r->v, W, up(m), W, r->vT, C);
       if (n->window) { near_keys(n, d, r, b, h, t, m, 1); memset(r->drk, 0, 4*r->reach*r->R); memset(r->dvb, 0, 4*r->reach*W); }
-      for (long g=0; g<n->G; g++) queries_back(n, d, r, b, h, g, t, m);
+      for (long g=0; g<n->G; g++) queries_back(n, d, r, b, h, g, t, m, past);
       if (n->window) near_keys_back(n, d, r, b, h, t, m);
     } else keys_from_state(n, r, m, d->m[head]);
     keys_back(n, d, r, b, h, t, m);
   }
-  if (alone) state_out(n, r, r->dS, r->dz, d->dS0, d->dz0, head);
-  for (long g=n->causal ? 0 : n->G; g<=n->G; g++) weights_out(n, d, r, b, h, p, g);
+  if (n->parts>1 || !d->dS0) return;
+  if (!n->causal && n->logs) scale_state(r, r->dS, r->dz, weight(d->m0[head]-d->m[head])); // what was before is part of a state of this m
+  state_out(n, r, r->dS, r->dz, d->dS0, d->dz0, head);
 }
 
 void attention_backward(const Sizes *n, const Data *d) {
-  if (!n->causal || n->parts>1) {
-    #pragma omp parallel for schedule(dynamic,1) num_threads(n->threads)
-    EACH_PART queries_part(n, d, PART);
+  if (n->parts>1) {
+    run(n, d, queries_part, 1, 0, n->causal ? 0 : n->G);
     #pragma omp parallel for schedule(dynamic,1) num_threads(n->threads)
     EACH_HEAD chain(n, d, i, d->dS, d->dz, d->m[i], d->dS0, d->dz0, 1);
   }
-  #pragma omp parallel for schedule(dynamic,1) num_threads(n->threads)
-  EACH_PART backward_part(n, d, PART);
+  run(n, d, backward_part, 1, n->causal || n->parts==1 ? 0 : n->G, n->G+1);
 }
 // endregion
 

@@ -24,76 +24,84 @@ KINDS = 'features',*FORMS[1:],FORMS[0] # q and k are features already, or go thr
 def _parts(heads, T): # Parts to cut a sequence in
     return max(1, min(torch.get_num_threads()//heads, T//(4*CHUNK)))
 
+def _each(heads): # Sequences of one head in one task: some 128 tasks, however many threads there are
+    return max(1, heads//128)
+
 def sizes_of(q, k, v, w_q, form, causal, **more): # Numbers for the kernel
     (B,H,T,D),N = q.shape,k.shape[1]
-    return dict(threads=torch.get_num_threads(), parts=_parts(B*N, T), B=B, N=N, G=H//N, T=T, D=D, V=v.shape[-1], E=1 if w_q is None else w_q.shape[1],
-        form=KINDS.index(form), causal=causal, past=k.shape[2]-T, **more)
+    return dict(threads=torch.get_num_threads(), parts=_parts(B*N, T), each=_each(B*N), B=B, N=N, G=H//N, T=T, D=D, V=v.shape[-1],
+        E=1 if w_q is None else w_q.shape[1], form=KINDS.index(form), causal=causal, past=k.shape[2]-T, **more)
 
 def _saved(s): # Numbers of one state that is kept: S, z and m
     D,V,E = (-(-s[x]//16)*16 for x in 'DVE')
     return (2*E if s['form'] else D)*(V+1)+16
 
 def sums_of(v, s): # Room for the sums of parts, where they are needed
-    return v.new_empty((s['B']*s['N'], s['parts'], _saved(s))) if s['parts']>1 or not s['causal'] else None
+    return v.new_empty((s['B']*s['N'], s['parts'], _saved(s))) if s['parts']>1 else None
 
-def empty_outputs(v, s, keep):
-    "Empty o, S, z, m, and what a backward pass needs: den, top, states."
+def empty_outputs(v, s, keep, final=True):
+    "Empty o, S, z, m, and what a backward pass needs: den, top, states. What nobody reads has no numbers."
     B,N,G,T,V,new = *(s[x] for x in 'BNGTV'),v.new_empty
-    f,chunks = 2*s['E'] if s['form'] else s['D'],-(-T//CHUNK)
-    kept = [(B, N*G, T), (B, N, T), (B, N, chunks, _saved(s))] if keep and s['causal'] else [(B, N*G, T) if keep else (0,), (0,), (0,)]
-    den,top,states = kept
-    return new((B, T, N*G, V)).transpose(1,2), new((B, N, f, V)), new((B, N, f)), new((B, N)), new(den), v.new_zeros(top), new(states)
+    f,chunks = 2*s['E'] if s['form'] else s['D'],(T-1)//CHUNK+s['state'] # without a state before the first chunk there is none to be kept
+    S,z,m = [(B, N, f, V), (B, N, f), (B, N)] if final or keep and not s['causal'] else [(0,)]*3
+    den,top,states = [(B, N*G, T), (B, N, T), (B, N, chunks, _saved(s))] if keep and s['causal'] else [(B, N*G, T) if keep else (0,), (0,), (0,)]
+    return new((B, T, N*G, V)).transpose(1,2), new(S), new(z), new(m), new(den), v.new_zeros(top), new(states)
 
 def some(x): return x if x is not None and x.numel() else None
 
 def _has_logs(form, log_k, m): # Are there log weights, of the map, given, or in the state?
     return form=='exp' or log_k is not None or m is not None and bool(m.any())
 
+def _sizes(q, k, v, w_q, m, form, causal, final, **more): # `m` as in `_forward`; `final`: is the state after the tokens wanted?
+    return sizes_of(q, k, v, w_q, form, causal, state=m is not None, direct=m is None and not final and q.shape[2]<=CHUNK, **more)
+
 def _forward(q:Tensor, k:Tensor, v:Tensor, w_q:Optional[Tensor], w_k:Optional[Tensor], b_q:Optional[Tensor], b_k:Optional[Tensor],
              log_k:Optional[Tensor], S:Optional[Tensor], z:Optional[Tensor], m:Optional[Tensor], mask:Optional[Tensor], form:str, causal:bool,
-             keep:bool)->tuple[Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor]:
-    s = sizes_of(q, k, v, w_q, form, causal, keep=keep, logs=_has_logs(form, log_k, m))
-    o,S1,z1,m1,den,top,states = out = empty_outputs(v, s, keep)
-    call('attention_forward', s, dict(q=q, k=k, v=v, wq=w_q, wk=w_k, bq=b_q, bk=b_k, logk=log_k, mask=mask, S0=S, z0=z, m0=m, o=o, S=S1, z=z1, m=m1,
+             keep:bool, final:bool)->tuple[Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor]:
+    s = _sizes(q, k, v, w_q, m, form, causal, final, keep=keep, logs=_has_logs(form, log_k, m))
+    o,S1,z1,m1,den,top,states = out = empty_outputs(v, s, keep, final)
+    call('attention_forward', s, dict(q=q, k=k, v=v, wq=w_q, wk=w_k, bq=b_q, bk=b_k, logk=log_k, mask=mask, S0=S, z0=z, m0=m, o=o, S=some(S1), z=z1, m=m1,
         den=some(den), top=some(top), states=some(states), sums=sums_of(v, s)))
     return out
 
 c_op = custom_op('c_attention')(_forward)
 
 @c_op.register_fake
-def _(q, k, v, w_q, w_k, b_q, b_k, log_k, S, z, m, mask, form, causal, keep): return empty_outputs(v, sizes_of(q, k, v, w_q, form, causal), keep)
+def _(q, k, v, w_q, w_k, b_q, b_k, log_k, S, z, m, mask, form, causal, keep, final):
+    return empty_outputs(v, sizes_of(q, k, v, w_q, form, causal, state=m is not None), keep, final)
 
 # %% ../../../kernels/10_cpu.ipynb #cpuk0047
 def gradients_of(q, k, v): # Empty gradients, in memory (B, T, heads, channels)
     return *(x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1,2) for x in (q, k, v)),
 
-def _gradients(q, k, v, w_q, w_k, b_q, b_k, log_k, S, z):
-    "Empty gradients, those of matrices and biases one for each part of each sequence."
-    n = len(k)*_parts(len(k)*k.shape[1], k.shape[2])
-    new = lambda x: v.new_empty(0) if x is None else x.new_empty(n, *x.shape)
-    return *gradients_of(q, k, v), *(new(x) for x in (w_q, w_k, b_q, b_k)), v.new_empty(0) if log_k is None else torch.empty_like(log_k), \
-        torch.empty_like(S), torch.empty_like(z)
+def _gradients(q, k, v, w_q, w_k, b_q, b_k, log_k, m0):
+    "Empty gradients, those of matrices and biases one for each task of a head, those of a state where one was given."
+    (B,N,T,F),new = k.shape,v.new_empty
+    if w_q is not None: F = 2*w_q.shape[1]
+    tasks = -(-B//_each(B*N))*_parts(B*N, T)
+    return *gradients_of(q, k, v), *(new(0) if x is None else new((tasks, *x.shape)) for x in (w_q, w_k, b_q, b_k)), \
+        new(0) if log_k is None else torch.empty_like(log_k), *(new(0 if m0 is None else x) for x in ((B, N, F, v.shape[-1]), (B, N, F)))
 
 @custom_op('c_attention_backward')
 def _c_bwd_op(do:Tensor, dS:Optional[Tensor], dz:Optional[Tensor], q:Tensor, k:Tensor, v:Tensor, w_q:Optional[Tensor], w_k:Optional[Tensor],
               b_q:Optional[Tensor], b_k:Optional[Tensor], log_k:Optional[Tensor], m0:Optional[Tensor], mask:Optional[Tensor], o:Tensor, S:Tensor, z:Tensor,
-              m:Tensor, den:Tensor, top:Tensor, states:Tensor, form:str, causal:bool
+              m:Tensor, den:Tensor, top:Tensor, states:Tensor, form:str, causal:bool, final:bool
              )->tuple[Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor]:
-    dq,dk,dv,dwq,dwk,dbq,dbk,dlk,dS0,dz0 = grads = _gradients(q, k, v, w_q, w_k, b_q, b_k, log_k, S, z)
+    dq,dk,dv,dwq,dwk,dbq,dbk,dlk,dS0,dz0 = grads = _gradients(q, k, v, w_q, w_k, b_q, b_k, log_k, m0)
     if w_q is not None and b_q is None: dbq,dbk = (x.new_empty(len(dwq), *x.shape[:2]) for x in (w_q, w_k)) # the kernel writes them all the same
-    s = sizes_of(q, k, v, w_q, form, causal, keep=1, logs=_has_logs(form, log_k, m0))
-    call('attention_backward', s, dict(q=q, k=k, v=v, wq=w_q, wk=w_k, bq=b_q, bk=b_k, logk=log_k, mask=mask, o=o, m0=m0, S=S, z=z, m=m, den=den, top=some(top),
-        states=some(states), g=do, dS=dS, dz=dz, dq=dq, dk=dk, dv=dv, dwq=dwq, dwk=dwk, dbq=dbq, dbk=dbk, dlogk=some(dlk), dS0=dS0, dz0=dz0,
-        sums=sums_of(v, s)))
+    s = _sizes(q, k, v, w_q, m0, form, causal, final, keep=1, logs=_has_logs(form, log_k, m0))
+    call('attention_backward', s, dict(q=q, k=k, v=v, wq=w_q, wk=w_k, bq=b_q, bk=b_k, logk=log_k, mask=mask, o=o, m0=m0, S=some(S), z=z, m=m, den=den,
+        top=some(top), states=some(states), g=do, dS=dS, dz=dz, dq=dq, dk=dk, dv=dv, dwq=dwq, dwk=dwk, dbq=dbq, dbk=dbk, dlogk=some(dlk),
+        dS0=some(dS0), dz0=dz0, sums=sums_of(v, s)))
     return grads[:3] + tuple(x.sum(0) if x.numel() else x for x in grads[3:7]) + grads[7:]
 
 @_c_bwd_op.register_fake
 def _(do, dS, dz, q, k, v, w_q, w_k, b_q, b_k, log_k, m0, mask, o, S, z, *_):
-    g = _gradients(q, k, v, w_q, w_k, b_q, b_k, log_k, S, z)
+    g = _gradients(q, k, v, w_q, w_k, b_q, b_k, log_k, m0)
     return g[:3] + tuple(x[0] if x.dim()>1 else x for x in g[3:7]) + g[7:]
 
 def _save(ctx, inputs, output):
-    *ins,ctx.form,ctx.causal,_ = inputs
+    *ins,ctx.form,ctx.causal,_,ctx.final = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*ins, *output)
 
@@ -102,14 +110,15 @@ def received(o, S, z, do, dS, dz): # Gradients of outputs and state as the kerne
     if dS is not None or dz is not None: dS,dz = (torch.zeros_like(x) if d is None else d.contiguous() for d,x in ((dS,S), (dz,z)))
     return do, dS, dz
 
-def returned(ctx, grads, S0, z0, m0): # Gradients of the 15 arguments; the last two of `grads` are those of S0 and z0, which give that of m0
+def returned(ctx, grads, S0, z0, m0): # Gradients of all arguments; the last two of `grads` are those of S0 and z0, which give that of m0
     if m0 is not None: grads = *grads, (S0*grads[-2]).sum((2,3)) + (z0*grads[-1]).sum(2)
-    return *(g if need else None for g,need in zip(grads, ctx.needs_input_grad)), *(None,)*(15-len(grads))
+    return *(g if need else None for g,need in zip(grads, ctx.needs_input_grad)), *(None,)*(len(ctx.needs_input_grad)-len(grads))
 
 def _gradient(ctx, do, dS, dz, *_):
     *ins,o,S,z,m,den,top,states = ctx.saved_tensors
     S0,z0,m0,mask = ins[8:]
-    return returned(ctx, _c_bwd_op(*received(o, S, z, do, dS, dz), *ins[:8], m0, mask, o, S, z, m, den, top, states, ctx.form, ctx.causal), S0, z0, m0)
+    grads = _c_bwd_op(*received(o, S, z, do, dS, dz), *ins[:8], m0, mask, o, S, z, m, den, top, states, ctx.form, ctx.causal, ctx.final)
+    return returned(ctx, grads, S0, z0, m0)
 
 c_op.register_autograd(_gradient, setup_context=_save)
 
@@ -164,7 +173,8 @@ def attend(q, k, v, feature_map, causal=True, mask=None, initial_state=None, out
     _fits(q, k, v, feature_map, form, initial_state, (q, k, v, mask, *maps, log_k, *(initial_state or ())))
     ins = [*map(float_rows, (q, k, v)), *(None if x is None else x.float().contiguous() for x in (*maps, log_k, *(initial_state or (None,)*3)))]
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in ins)
-    o,*state = (_forward if not keep and holds_numbers(*ins) else c_op)(*ins, None if mask is None else mask.bool().contiguous(), form, causal, keep)
+    f,mask = _forward if not keep and holds_numbers(*ins) else c_op,None if mask is None else mask.bool().contiguous()
+    o,*state = f(*ins, mask, form, causal, keep, output_final_state)
     o = o.to(v.dtype)
     return (o, LinearState(*state[:3])) if output_final_state else o
 

@@ -20,7 +20,7 @@ from ...ops.window import check_window_state, WindowState
 
 # %% ../../../kernels/10_cpu.ipynb #cpuk00w3
 def _window_sizes(q, phi_q, phi_k, v, window, **more):
-    return sizes_of(phi_q, phi_k, v, None, 'features', True, window=window, logs=1, R=q.shape[-1], **more)
+    return sizes_of(phi_q, phi_k, v, None, 'features', True, window=window, logs=1, state=1, R=q.shape[-1], **more)
 
 def _window(q:Tensor, k:Tensor, v:Tensor, phi_q:Tensor, phi_k:Tensor, log_q:Optional[Tensor], log_k:Optional[Tensor], log_gamma:Optional[Tensor],
             S:Optional[Tensor], z:Optional[Tensor], m:Optional[Tensor], mask:Optional[Tensor], scale:float, window:int,
