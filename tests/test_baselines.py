@@ -1,12 +1,12 @@
 "Every registered attention: gradients, signs, causality, padding, grouped heads, sizes from 1e-3 to 1e3, and the errors that say what fits."
-import math
+import itertools, math
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 from hedgehog_nb.ops.common import repeat_kv
 from hedgehog_nb.ops.softmax import softmax_attention, softmax_weights
 from hedgehog_nb.attentions.base import Attention, ATTENTIONS, FEATURE_MAPS, FeatureMap, make_attention, make_feature_map, register_attention
-from hedgehog_nb.attentions.baselines import _monomials, _orthogonal_gaussian
+from hedgehog_nb.attentions.baselines import _orthogonal_gaussian, _repeats, Taylor
 from hedgehog_nb.functional import linear_attention
 from hedgehog_nb.ops.linear import naive_linear_weights
 from hedgehog_nb.models.linearize import linearize
@@ -166,9 +166,50 @@ def test_converted_model_generates_what_its_forward_says(name, tmp_path):
 def test_taylor_keeps_each_monomial_once():
     for D,p in ((1,3), (3,2), (4,4)):
         m,x,y = make_attention('taylor', D, order=p, scale=1.).double(), *torch.randn(2,D, dtype=torch.float64)
-        assert sum(len(i) for i,_ in _monomials(D, p))+1==math.comb(D+p, p)==m.feature_dim
         (f,l),(g,n) = m._expand(x), m._expand(y)
+        combs = [c for n in range(p+1) for c in itertools.combinations_with_replacement(range(D), n)]
+        assert len(combs)==len({*combs})==len(_repeats(D, p))==math.comb(D+p, p)==m.feature_dim==len(f)
+        same(f*l.exp(), torch.stack([math.prod(x[i] for i in c)*_repeats(D, p)[j].double().rsqrt() for j,c in enumerate(combs)])) # in this order
         same((f@g)*(l+n).exp(), sum((x@y)**i/math.factorial(i) for i in range(p+1)))
+
+@pytest.mark.parametrize('name,kw', [('taylor',{}), ('taylor',dict(order=1)), ('taylor',dict(order=4)), ('fast',{})], ids=ids)
+@pytest.mark.parametrize('Hkv', [4, 2, 1])
+@pytest.mark.parametrize('causal,masked', [(True,False), (True,True), (False,False), (False,True)])
+def test_weights_from_scores(name, kw, Hkv, causal, masked):
+    "Without features: the oracle in fp64, its gradients too, within fp32's rounding."
+    g = torch.Generator().manual_seed(0)
+    x = [torch.randn(2, h, 12, 8, generator=g) for h in (4, Hkv, Hkv)]
+    m,mask = make_attention(name, 8, 4, Hkv, **kw),torch.rand(2, 12, generator=g)>.3 if masked else None
+    if mask is not None: mask[1] = False # rows that see nothing
+    def go(dt, implementation):
+        leaves = [t.to(dt).requires_grad_() for t in x]
+        o = linear_attention(*leaves, m, causal=causal, mask=mask, implementation=implementation)
+        return o, *torch.autograd.grad(o.sin().sum(), leaves)
+    for a,b,c in zip(go(torch.float32, 'scores'), go(torch.float64, 'naive'), go(torch.float64, 'scores')):
+        if m.positive: assert (a-b).abs().max()<2e-5*b.abs().max() # a sum that may be near 0 loses digits in either form
+        same(c, b)
+
+def test_scores_are_chosen_by_length(monkeypatch):
+    m,x = make_attention('taylor', 16, 2),lambda T: torch.randn(3, 1, 2, T, 16) # 153 features
+    calls = []
+    monkeypatch.setattr(Taylor, 'score_weights', lambda self, *a, f=Taylor.score_weights: calls.append(1) or f(self, *a))
+    def taken(T, **kw): calls.clear(); linear_attention(*x(T), m, **kw); return bool(calls)
+    assert taken(12) and taken(38) and taken(12, causal=False) and not taken(39)
+    assert not taken(12, output_final_state=True) and not taken(12, cu_seqlens=[0,5,12]) and not taken(12, chunk_size=4)
+    _,state = linear_attention(*x(12), m, output_final_state=True)
+    assert not taken(12, initial_state=state)
+    handle = m.register_forward_hook(lambda *a: None)
+    assert not taken(12); handle.remove()
+    for kw in (dict(output_final_state=True), dict(cu_seqlens=[0,5,12])):
+        with pytest.raises(ValueError): linear_attention(*x(12), m, implementation='scores', **kw)
+    with pytest.raises(ValueError, match='score_weights'): linear_attention(*x(12), make_attention('elu', 16, 2), implementation='scores')
+
+@pytest.mark.parametrize('size', [1e-6, 1., 1e3, 1e8])
+def test_scores_of_any_size(size):
+    m,(q,k,v) = make_attention('taylor', 8, 2),torch.randn(3, 1, 2, 12, 8)
+    o = linear_attention(size*q, size*k, v, m, implementation='scores')
+    want = linear_attention(size*q.double(), size*k.double(), v.double(), m, implementation='naive')
+    assert o.isfinite().all() and (o-want).abs().max()<1e-4*want.abs().max()
 
 def test_fast_standardises():
     q,k,_ = qkv()

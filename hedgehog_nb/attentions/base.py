@@ -93,6 +93,8 @@ class FeatureMap(Attention):
     def log_q(self, q): return None # (B, H, T) log of what was taken out of a query's features; it cancels, but beside a softmax window it counts
     def map_q_with_log(self, q): return self.map_q(q), self.log_q(q)
     def kernel_params(self): return None # Tensors and settings for a kernel that applies the map itself, where there is such a kernel
+    has_score_weights = False # Is φ(q)·φ(k) a function of q·k that costs less than the features of a short sequence? A map then defines
+    def score_weights(self, q, k, ok): raise NotImplementedError(f"{type(self).__name__} has features alone") # (B, H, Tq, T) weights up to a factor per row
     def checked(self, q, k): # Queries and keys in at least fp32
         self._check(q, self.num_heads, 'queries'); self._check(k, self.num_kv_heads, 'keys')
         return q.to(torch.promote_types(q.dtype, torch.float32)), k.to(torch.promote_types(k.dtype, torch.float32))

@@ -50,33 +50,44 @@ class Exp(FeatureMap):
     def log_q(self, q): return exp_features(self.t*q)[1]
 
 # %% ../../nbs/04_feature_maps.ipynb #2a41d23c
-def _monomials(
+def _repeats(
     D:int, # Channels
     order:int, # Highest degree
-): # Per degree n: (C, n) channels of each monomial, and (C) its Π aᵢ!
-    "The distinct monomials of `D` variables; the sum of their products over Π aᵢ! is Σₙ (q·k)ⁿ/n!."
-    combs = [list(itertools.combinations_with_replacement(range(D), n)) for n in range(1, order+1)]
+)->Tensor: # (feature_dim,) Π aᵢ! of each distinct monomial, degree by degree, in lexicographic order
+    "The sum over the distinct monomials of `D` variables of their products over Π aᵢ! is Σₙ (q·k)ⁿ/n!."
     times = lambda c: math.prod(math.factorial(c.count(i)) for i in set(c))
-    return [(torch.tensor(cs), torch.tensor([times(c) for c in cs])) for cs in combs]
+    return torch.tensor([times(c) for n in range(order+1) for c in itertools.combinations_with_replacement(range(D), n)])
+
+def _next_degree(
+    y:Tensor, # (..., D) variables
+    p:Tensor, # (..., C) their monomials of degree n-1 in lexicographic order
+    n:int, # Degree
+)->list: # D tensors, together the monomials of degree n in the same order
+    "Each variable times the monomials that begin with none before it, which are the last ones of `p`: slices, where indices would be gathered one by one."
+    D,C = y.shape[-1],p.shape[-1]
+    return [x*p[...,C-math.comb(D-i+n-2, n-1):] for i,x in enumerate(y.split(1, -1))]
+
 
 # %% ../../nbs/04_feature_maps.ipynb #e5489b78
 @register_attention('taylor')
 class Taylor(FeatureMap):
     "Taylor expansion of exp(q·k·scale) up to `order` (paper, Section 4.1): φ(x) = [1, x, vec(xxᵀ)/√2, …], doubles kept once."
+    has_score_weights = True
     def __init__(self, head_dim, num_heads=1, num_kv_heads=None, scale=None, order:int=2):
         super().__init__(head_dim, num_heads, num_kv_heads, scale)
         if order<1: raise ValueError(f"order must be at least 1; given {order}")
         self.order,self.positive = order,order%2==0
-        for n,(i,f) in enumerate(_monomials(head_dim, order), 1): self.register_buffer(f'i{n}', i, False); self.register_buffer(f'f{n}', f, False)
+        self.register_buffer('repeats', _repeats(head_dim, order), False)
     @property
     def feature_dim(self): return math.comb(self.head_dim+self.order, self.order)
+    def scaled(self, x): return x*self.scale**0.5 # Queries or keys whose products are the scores
     def _expand(self, x): # features in [-1, 1], and the log of what they were divided by
-        x = x*self.scale**0.5
+        x = self.scaled(x)
         r = x.abs().amax(-1, keepdim=True).clamp_min(1)
-        powers = [torch.ones_like(r)] + [
-            math.prod((x/r).index_select(-1, c) for c in getattr(self, f'i{n}').T)*getattr(self, f'f{n}').to(x.dtype).rsqrt()
-            for n in range(1, self.order+1)]
-        return torch.cat([p*r**(n-self.order) for n,p in enumerate(powers)], -1), self.order*r[...,0].log()
+        y,degrees = x/r,[[torch.ones_like(r)]]
+        for n in range(1, self.order+1): degrees.append([y] if n==1 else _next_degree(y, torch.cat(degrees[-1], -1), n))
+        parts = [p if n==self.order else p*r**(n-self.order) for n,ps in enumerate(degrees) for p in ps]
+        return torch.cat(parts, -1).mul_(self.repeats.to(x.dtype).rsqrt()), self.order*r[...,0].log()
     def map_q(self, q): return self._expand(q)[0]
     def map_k(self, k): return self._expand(k)
     def log_q(self, q): return self._expand(q)[1]
@@ -84,7 +95,22 @@ class Taylor(FeatureMap):
 @register_attention('fast')
 class FASTMax(Taylor):
     "Taylor expansion on queries and keys standardised over their channels (Gerami et al. 2024, arXiv 2402.07901)."
-    def _expand(self, x): return super()._expand(F.layer_norm(x, x.shape[-1:]))
+    def scaled(self, x): return super().scaled(F.layer_norm(x, x.shape[-1:]))
+
+
+# %% ../../nbs/04_feature_maps.ipynb #5c0re002
+@patch
+def score_weights(self:Taylor,
+    q:Tensor, # (B, H, Tq, D) queries
+    k:Tensor, # (B, Hkv, T, D) keys
+    ok:Tensor, # (1 or B, 1, Tq, T) True where query i sees key j
+)->Tensor: # (B, H, Tq, T) Σ sⁿ/n! of the scores s, each row up to a factor; 0 where a key is not seen
+    "Weights of `Taylor` from its scores, without features."
+    s = self.scaled(q) @ repeat_kv(self.scaled(k), q.shape[1]).mT
+    top = s.detach().masked_fill(~ok, 0).abs().amax(-1, keepdim=True).clamp_min(1)
+    x,w = s/top,1/math.factorial(self.order)
+    for n in reversed(range(self.order)): w = w*x + top**(n-self.order)/math.factorial(n)
+    return w.masked_fill(~ok, 0)
 
 # %% ../../nbs/04_feature_maps.ipynb #76c22626
 def _orthogonal_gaussian(
