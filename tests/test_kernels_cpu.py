@@ -173,6 +173,7 @@ def test_more_threads_than_heads(B, N, n, T, parts, causal, threads):
     assert linear._parts(B*N, T)==parts
     for form,bias in (('softmax_halves',True), ('softmax_joint',False), ('exp',True), (None,False)):
         compare(inputs(B, 2*N, N, T, 24, 16, form, bias=bias, masked=True, state=True), causal)
+        compare(inputs(B, 2*N, N, T, 24, 16, form, bias=bias, masked=True), causal, final=False)
 
 @needs_compiler
 def test_threads_do_not_matter(threads):
@@ -549,39 +550,61 @@ def test_other_instructions(flags, monkeypatch, tmp_path):
     same_losses(2, 4, 2, 100, 24, 40, True, True)
     compare(inputs(2, 4, 2, 100, 60, 20, 'exp', 2, True, True, True)); same_hybrid('window_exp', 2, 4, 2, 100, 60, 20, 33, True, 41)
 
-@pytest.mark.slow
-@needs_compiler
-def test_no_access_outside_of_what_was_given(tmp_path, root):
-    "Under the address sanitizer, where the compiler has it: a grid of shapes that fit nothing, and a planted fault that it must see"
-    asan = subprocess.run([build._compiler(), '-print-file-name=libasan.so'], capture_output=True, text=True).stdout.strip()
-    if not Path(asan).is_absolute(): pytest.skip("this compiler has no address sanitizer")
-    code = """
+SANITIZED = """
 import sys, itertools, torch
+from pathlib import Path
+from types import SimpleNamespace
 from hedgehog_nb.kernels.cpu import build
-build.FLAGS = ('-fsanitize=address,undefined','-fno-sanitize-recover','-g','-march=native'),
-build.cache_folder = lambda: __import__('pathlib').Path(sys.argv[2])
-if sys.argv[1]=='planted':
-    text = build.SOURCE.read_text().replace('*n->T+t+i] = x;', '*n->T+t+i+1] = x;')
-    build.SOURCE = __import__('types').SimpleNamespace(read_text=lambda **kw: text)
+_,fault,runtime,folder,*flags = sys.argv
+build.FLAGS,build.cache_folder = (flags,),lambda: Path(folder)
+text = build.SOURCE.read_text()
+if fault: was,now = fault.split(' -> '); assert text.count(was)==1; text = text.replace(was, now)
+if runtime: text = Path(runtime).read_text()+text
+build.SOURCE = SimpleNamespace(read_text=lambda **kw: text)
 torch.set_num_threads(4)
 from test_kernels_cpu import inputs, both, same_losses, hybrid, student
 from hedgehog_nb.training.losses import weight_loss
 for T,D,F in ((1,3,5),(70,16,7),(130,5,33)): same_losses(2, 4, 2, T, D, F, True, True), same_losses(1, 2, 2, T, D, F, False, False)
-for T,D,V,form,causal in itertools.product((1,17,70,530),(3,16,60),(5,16),('softmax_halves','exp',None),(True,False)):\
- both(inputs(1, 2, 1, T, D, V, form, state=True, masked=True), causal, torch.float32, 'c')
+for T,D,V,form,causal,state in itertools.product((1,17,70,530),(3,16,60),(5,16),('softmax_halves','exp',None),(True,False),(True,False)):\
+ both(inputs(1, 2, 1, T, D, V, form, state=state, masked=True), causal, torch.float32, 'c', final=state)
+for causal in (True,False): both(inputs(131, 2, 2, 12, 8, 8, 'softmax_halves', bias=True), causal, torch.float32, 'c', final=False)
 for T,D,V,w,split in itertools.product((1,17,70,530),(3,16),(5,16),(1,9,100),(0,1)):
     for which in ('window_exp','relative'):
-        hybrid(which, 1, 2, 1, T, D, V, w, True, split*T//3, torch.float32, 'c')
+        hybrid(which, 1, 4, 2, T, D, V, w, True, split*T//3, torch.float32, 'c')
         weight_loss(torch.randn(1, 2, T, D), torch.randn(1, 1, T, D), student(which, D, 2, 1, window=w)).backward()
         x,m = torch.randn(1, 2, T, D),student(which, D, 2, 1, window=w)
         with torch.no_grad():
             o,s = m.attend(x, x[:,:1], x[:,:1], output_final_state=True, implementation='c')
             m.attend(x[:,:,:1], x[:,:1,:1], x[:,:1,:1], initial_state=s, output_final_state=True, implementation='c')
 print('clean')"""
-    env = {**os.environ, 'LD_PRELOAD':asan, 'ASAN_OPTIONS':'detect_leaks=0', 'PYTHONPATH':f"{root}{os.pathsep}{root/'tests'}", 'OMP_NUM_THREADS':'1'}
-    real,planted = (subprocess.run([sys.executable, '-c', code, which, str(tmp_path)], env=env, capture_output=True, text=True) for which in ('real','planted'))
+
+def under_sanitizer(name, fault, root, folder, flags, runtime='', **options):
+    "A grid of shapes that fit nothing, under a sanitizer of the compiler: as it is, and with a planted fault"
+    preload = subprocess.run([build._compiler(), f'-print-file-name=lib{name}.so'], capture_output=True, text=True).stdout.strip()
+    if not Path(preload).is_absolute(): pytest.skip(f"this compiler has no lib{name}")
+    env = {**os.environ, 'LD_PRELOAD':preload, 'PYTHONPATH':f"{root}{os.pathsep}{root/'tests'}", 'OMP_NUM_THREADS':'1', **options}
+    run = lambda f: subprocess.run([sys.executable, '-c', SANITIZED, f, str(runtime), str(folder), *flags], env=env, capture_output=True, text=True)
+    return map(run, ('', fault))
+
+@pytest.mark.slow
+@needs_compiler
+def test_no_access_outside_of_what_was_given(tmp_path, root):
+    "Under the address sanitizer and that for undefined behaviour, where the compiler has them"
+    flags = '-fsanitize=address,undefined','-fno-sanitize-recover','-g','-march=native'
+    real,planted = under_sanitizer('asan', '*n->T+t+i] = x; -> *n->T+t+i+1] = x;', root, tmp_path, flags, ASAN_OPTIONS='detect_leaks=0')
     assert real.returncode==0 and real.stdout=='clean\n', real.stderr[-2000:]
     assert planted.returncode!=0 and 'heap-buffer-overflow' in planted.stderr, planted.stderr[-2000:]
+
+@pytest.mark.slow
+@needs_compiler
+def test_no_races(tmp_path, root):
+    "Under the thread sanitizer, four threads, with a runtime for OpenMP that it can see into"
+    flags,runtime = ('-fsanitize=thread','-g','-O1','-march=native','-fopenmp','-Wl,-Bsymbolic'),root/'tests'/'helpers'/'openmp_in_threads.c'
+    real,planted = under_sanitizer('tsan', 'd->sums+(head*n->parts+p)*SAVED -> d->sums+head*n->parts*SAVED', root, tmp_path, flags, runtime,
+        TSAN_OPTIONS='ignore_noninstrumented_modules=1:halt_on_error=1')
+    if 'unexpected memory mapping' in real.stderr: pytest.skip("this system places memory where the thread sanitizer does not expect it")
+    assert real.returncode==0 and real.stdout=='clean\n', real.stderr[-2000:]
+    assert planted.returncode!=0 and 'data race' in planted.stderr, planted.stderr[-2000:]
 
 # Compiling
 

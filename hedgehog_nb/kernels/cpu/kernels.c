@@ -421,7 +421,7 @@ static void chain(const Sizes *n, const Data *d, long head, const float *S0, con
   if (!n->causal) for (long p=0; p<n->parts; p++) save(r, r->S, r->z, m, sums_of(n, d, r, head, p));
   if (back && !n->causal && n->logs && d->m0) scale_state(r, r->S, r->z, weight(d->m0[head]-m)); // what was before is part of a state of this m
   if (S) state_out(n, r, r->S, r->z, S, z, head);
-  if (S && !back) d->m[head] = m;
+  if (!back) d->m[head] = m;
 }
 
 // The saved state before the chunk at t; where none was given there is none before the first
@@ -446,8 +446,10 @@ static void forward_part(const Sizes *n, const Data *d, const Room *r, long b, l
     if (n->window) near_keys(n, d, r, b, h, t, m, 0);
     for (long g=0; g<n->G; g++) outputs(n, d, r, b, h*n->G+g, r->wq+g*r->D*r->E, t, m, past);
     if (n->causal && (d->S || t+C<ends)) add_keys(n, r, m, after); // a state that nobody reads is not made
+    *r->m = after;
   }
-  if (n->parts==1 && d->S) { state_out(n, r, r->S, r->z, d->S, d->z, head); d->m[head] = *r->m; }
+  if (n->parts==1) d->m[head] = *r->m;
+  if (n->parts==1 && d->S) state_out(n, r, r->S, r->z, d->S, d->z, head);
 }
 
 // One part of `each` sequences of a head is a task: a head's matrices are prepared once for all, and their gradients, of the query heads and of the keys
@@ -504,7 +506,7 @@ static void step_head(const Sizes *n, const Data *d, long b, long h) {
   if (d->mask && !((uint8_t*)d->mask)[b]) { memset(r->k, 0, 4*f); l = LOG_ZERO; }
   if (n->logs && l>m) m = l;
   state_step(f, W, d->S0 ? d->S0+head*f*W : 0, d->z0+(d->S0 ? head*f : 0), n->logs ? weight(m0-m) : 1, r->k, n->logs ? weight(l-m) : 1, AT(v,b,h,0), S, z);
-  if (d->S) d->m[head] = m;
+  d->m[head] = m;
   for (long g=0; g<n->G; g++) {
     long H = h*n->G+g;
     float *o = AT(o,b,H,0), *acc = r->o;

@@ -43,9 +43,9 @@ def empty_outputs(v, s, keep, final=True):
     "Empty o, S, z, m, and what a backward pass needs: den, top, states. What nobody reads has no numbers."
     B,N,G,T,V,new = *(s[x] for x in 'BNGTV'),v.new_empty
     f,chunks = 2*s['E'] if s['form'] else s['D'],(T-1)//CHUNK+s['state'] # without a state before the first chunk there is none to be kept
-    S,z,m = [(B, N, f, V), (B, N, f), (B, N)] if final or keep and not s['causal'] else [(0,)]*3
+    S,z = [(B, N, f, V), (B, N, f)] if final or keep and not s['causal'] else [(0,)]*2
     den,top,states = [(B, N*G, T), (B, N, T), (B, N, chunks, _saved(s))] if keep and s['causal'] else [(B, N*G, T) if keep else (0,), (0,), (0,)]
-    return new((B, T, N*G, V)).transpose(1,2), new(S), new(z), new(m), new(den), v.new_zeros(top), new(states)
+    return new((B, T, N*G, V)).transpose(1,2), new(S), new(z), new((B, N)), new(den), v.new_zeros(top), new(states)
 
 def some(x): return x if x is not None and x.numel() else None
 
