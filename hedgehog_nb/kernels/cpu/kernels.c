@@ -21,8 +21,26 @@ typedef int32_t ivec __attribute__((vector_size(4*VL), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 static long up(long n) { return (n+15)/16*16; }
 INLINE vec pick(ivec m, vec a, vec b) { return (vec)((m & (ivec)a) | (~m & (ivec)b)); }
-INLINE float sum_v(vec x) { float s[VL]; V(s) = x; for (int n=VL/2; n; n/=2) for (int i=0; i<n; i++) s[i] += s[i+n]; return s[0]; }
-INLINE float max_v(vec x) { float s[VL]; V(s) = x; for (int n=VL/2; n; n/=2) for (int i=0; i<n; i++) s[i] = s[i]>s[i+n] ? s[i] : s[i+n]; return s[0]; }
+#if defined(__AVX512F__) // where a is NaN they give b, as `pick` does
+#include <immintrin.h>
+INLINE vec larger(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE vec smaller(vec a, vec b) { return (vec)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
+INLINE vec larger(vec a, vec b) { return pick(a>b, a, b); }
+INLINE vec smaller(vec a, vec b) { return pick(a<b, a, b); }
+#endif
+// Across a vector, by halves: each half is laid over the other
+#define MIX __builtin_shufflevector
+#if defined(__AVX512F__) && (defined(__clang__) || __GNUC__>=12)
+#define ACROSS(of) \
+  x = of(x, MIX(x,x,8,9,10,11,12,13,14,15,0,1,2,3,4,5,6,7)); x = of(x, MIX(x,x,4,5,6,7,0,1,2,3,12,13,14,15,8,9,10,11)); \
+  x = of(x, MIX(x,x,2,3,0,1,6,7,4,5,10,11,8,9,14,15,12,13)); x = of(x, MIX(x,x,1,0,3,2,5,4,7,6,9,8,11,10,13,12,15,14)); return x[0];
+#else
+#define ACROSS(of) for (int n=VL/2; n; n/=2) { vec y = x; for (int i=0; i<n; i++) y[i] = x[i+n]; x = of(x, y); } return x[0];
+#endif
+INLINE vec added(vec a, vec b) { return a+b; }
+INLINE float sum_v(vec x) { ACROSS(added) }
+INLINE float max_v(vec x) { ACROSS(larger) }
 // endregion
 
 // region: product
@@ -48,7 +66,6 @@ void product(long M, long N, long K, const float *a, long ai, long ak, const flo
 // region: transpose
 #if defined(__clang__) || __GNUC__>=12
 typedef float oct __attribute__((vector_size(32), aligned(4), may_alias));
-#define MIX __builtin_shufflevector
 INLINE void turn(const float *a, long la, float *b, long lb) { // 8 × 8, in registers
   oct r[8], t[8];
   for (int i=0; i<8; i++) r[i] = *(oct*)(a+i*la);
@@ -71,7 +88,7 @@ void transpose(const float *a, long la, long M, long N, float *b, long lb) {
 
 // region: exp
 INLINE vec exp_v(vec x) { // for x of 0 or less
-  x = pick(x < (vec){0}-87.f, (vec){0}-87.f, x);
+  x = larger((vec){0}-87.f, x);
   vec n = x*1.44269504f + 12582912.f;
   ivec e = (ivec)n;
   n -= 12582912.f;
@@ -80,7 +97,7 @@ INLINE vec exp_v(vec x) { // for x of 0 or less
   return (p*r*r + r + 1.f) * (vec)((e+127) << 23);
 }
 // A weight from its logarithm, 0 or less; below -87 it is 0
-INLINE vec weight_v(vec x) { return pick(x < (vec){0}-87.f, (vec){0}, exp_v(pick(x > (vec){0}, (vec){0}, x))); }
+INLINE vec weight_v(vec x) { return pick(x < (vec){0}-87.f, (vec){0}, exp_v(smaller((vec){0}, x))); }
 static float weight(float x) { return x<-87.f ? 0.f : expf(x); }
 void exp_all(float *x, long n) { for (long i=0; i<n; i+=VL) V(x+i) = exp_v(V(x+i)); }
 // endregion
@@ -104,29 +121,38 @@ void log_all(float *x, long n) { for (long i=0; i<n; i+=VL) V(x+i) = log_v(V(x+i
 enum {FEATURES, HALVES, JOINT, EXP}; // forms of the map; FEATURES: no map, the inputs are features already
 #define LOG_ZERO -1e30f              // log weight of a key that is not there
 
-// phi (m, 2E) of y (m, E), of which e columns count; for EXP divided by exp(log), which goes to `l` where that is wanted
+// phi (m, 2E) of y (m, E), of which e columns count; for EXP divided by exp(log), which goes to `l` where that is wanted.
+// 16 rows at a time: the extremes of all, then all exponentials, so that none waits for those of its own row
 void features(const float *y, long m, long e, long E, long form, float *phi, float *l) {
-  float c = form==JOINT ? 2 : 1;
-  for (long t=0; t<m; t++, y+=E, phi+=2*E) {
-    vec hi = (vec){0}+y[0], lo = hi, a = {0}, b = {0};
-    long i = 0;
-    for (; i+VL<=e; i+=VL) { hi = pick(V(y+i)>hi, V(y+i), hi); lo = pick(V(y+i)<lo, V(y+i), lo); }
-    float top = max_v(hi), low = -max_v(-lo);
-    for (; i<e; i++) { top = y[i]>top ? y[i] : top; low = y[i]<low ? y[i] : low; }
-    if (form!=HALVES) { top = top>-low ? top : -low; low = -top; }
-    if (form==EXP) {
-      for (i=0; i<E; i+=VL) { V(phi+i) = weight_v(V(y+i)-top); V(phi+E+i) = weight_v(low-V(y+i)); }
-      for (i=e; i<E; i++) phi[i] = phi[E+i] = 0;
-      if (l) l[t] = top;
-      continue;
+  float c = form==JOINT ? 2 : 1, top[16], low[16];
+  for (long t0=0; t0<m; t0+=16) {
+    long end = m-t0<16 ? m : t0+16;
+    for (long t=t0; t<end; t++) {
+      const float *x = y+t*E;
+      vec hi = (vec){0}+x[0], lo = hi;
+      long i = 0;
+      for (; i+VL<=e; i+=VL) { hi = larger(V(x+i), hi); lo = smaller(V(x+i), lo); }
+      float a = max_v(hi), b = -max_v(-lo);
+      for (; i<e; i++) { a = x[i]>a ? x[i] : a; b = x[i]<b ? x[i] : b; }
+      if (form!=HALVES) { a = a>-b ? a : -b; b = -a; }
+      top[t-t0] = a; low[t-t0] = b;
+      if (form==EXP && l) l[t] = a;
     }
-    for (i=0; i<E; i+=VL) { V(phi+i) = exp_v((V(y+i)-top)*c); V(phi+E+i) = exp_v((low-V(y+i))*c); }
-    for (i=e; i<E; i++) phi[i] = phi[E+i] = 0;
-    for (i=0; i<E; i+=VL) { a += V(phi+i); b += V(phi+E+i); }
-    float p = sum_v(a), q = sum_v(b);
-    if (form==JOINT) p = q = p+q;
-    p = 1/p; q = 1/q;
-    for (i=0; i<E; i+=VL) { V(phi+i) *= p; V(phi+E+i) *= q; }
+    for (long t=t0; t<end; t++) {
+      const float *x = y+t*E;
+      float *f = phi+t*2*E, a = top[t-t0], b = low[t-t0];
+      if (form==EXP) for (long i=0; i<E; i+=VL) { V(f+i) = weight_v(V(x+i)-a); V(f+E+i) = weight_v(b-V(x+i)); }
+      else for (long i=0; i<E; i+=VL) { V(f+i) = exp_v((V(x+i)-a)*c); V(f+E+i) = exp_v((b-V(x+i))*c); }
+      for (long i=e; i<E; i++) f[i] = f[E+i] = 0;
+    }
+    if (form!=EXP) for (long t=t0; t<end; t++) {
+      float *f = phi+t*2*E;
+      vec a = {0}, b = {0};
+      for (long i=0; i<E; i+=VL) { a += V(f+i); b += V(f+E+i); }
+      if (form==JOINT) a = b = a+b;
+      float p = 1/sum_v(a), q = form==JOINT ? p : 1/sum_v(b);
+      for (long i=0; i<E; i+=VL) { V(f+i) *= p; V(f+E+i) *= q; }
+    }
   }
 }
 
@@ -184,7 +210,7 @@ typedef struct { // pointers, null where there is nothing
 #define BUFFERS(X) \
   { FORWARD_BUFFERS(X) if (back) { BACKWARD_BUFFERS(X) } if (n->window) { WINDOW_BUFFERS(X) } if (n->window && back) { WINDOW_BACKWARD_BUFFERS(X) } }
 typedef struct {
-  long D, V, E, F, chunks, R, reach, band; // sizes filled up; saved states of a head; R channels of the keys that a chunk's windows reach, and of those that 16 queries' do
+  long D, V, E, F, chunks, R, reach, band; // sizes filled up; saved states of a head; R channels of the keys that a chunk's windows reach, and 16 queries'
   FORWARD_BUFFERS(FIELD) BACKWARD_BUFFERS(FIELD) WINDOW_BUFFERS(FIELD) WINDOW_BACKWARD_BUFFERS(FIELD)
 } Room;
 
@@ -941,7 +967,8 @@ static void loss_head(const LossSizes *n, const LossData *d, long head) {
       if (r<m && d->dlogq) d->dlogq[head*T+i+r] = 0;
       if (r>=m || (real && !real[i+r])) { memset(ur, 0, 4*e); continue; }
       if (logs) {
-        for (long j=0; j<e; j++) x[j] = (logk && j<T ? logk[j] : 0)+lq;
+        for (long j=0; j<e; j+=VL) V(x+j) = (vec){0}+lq;
+        if (logk) for (long j=0; j<e && j<T; j++) x[j] += logk[j];
         if (n->window) for (long j=near; j<=i+r; j++) { x[j] = sr[j]; ur[j] = 1; }
       }
       for (long j=n->causal ? i+r+1 : T; j<e; j++) { sr[j] = LOG_ZERO; ur[j] = HIDDEN; if (logs) x[j] = LOG_ZERO; }
@@ -949,9 +976,9 @@ static void loss_head(const LossSizes *n, const LossData *d, long head) {
       sum += loss_row(sr, ur, logs ? x : 0, e);
       if (!logs) continue;
       if (n->window) for (long j=near; j<=i+r; j++) ur[j] = x[j] = 0; // softmax's own weights, which teach the map nothing
-      float g = 0;
-      for (long j=0; j<e; j++) { g += x[j]; dl[j] += x[j]; }
-      if (d->dlogq) d->dlogq[head*T+i+r] = g;
+      vec g = {0};
+      for (long j=0; j<e; j+=VL) { g += V(x+j); V(dl+j) += V(x+j); }
+      if (d->dlogq) d->dlogq[head*T+i+r] = sum_v(g);
     }
     product(up(m), f, e, u, t, 1, keys, f, df, f, 0);
     rows_out(df, f, m, F, d->dq+(head*T+i)*F, F);

@@ -39,11 +39,11 @@ def _saved(s): # Numbers of one state that is kept: S, z and m
 def sums_of(v, s): # Room for the sums of parts, where they are needed
     return v.new_empty((s['B']*s['N'], s['parts'], _saved(s))) if s['parts']>1 else None
 
-def empty_outputs(v, s, keep, final=True):
+def empty_outputs(v, s, keep, final=True, direct=False):
     "Empty o, S, z, m, and what a backward pass needs: den, top, states. What nobody reads has no numbers."
     B,N,G,T,V,new = *(s[x] for x in 'BNGTV'),v.new_empty
     f,chunks = 2*s['E'] if s['form'] else s['D'],(T-1)//CHUNK+s['state'] # without a state before the first chunk there is none to be kept
-    S,z = [(B, N, f, V), (B, N, f)] if final or keep and not s['causal'] else [(0,)]*2
+    S,z = [(B, N, f, V), (B, N, f)] if final or keep and not s['causal'] and not direct else [(0,)]*2
     den,top,states = [(B, N*G, T), (B, N, T), (B, N, chunks, _saved(s))] if keep and s['causal'] else [(B, N*G, T) if keep else (0,), (0,), (0,)]
     return new((B, T, N*G, V)).transpose(1,2), new(S), new(z), new((B, N)), new(den), v.new_zeros(top), new(states)
 
@@ -52,14 +52,12 @@ def some(x): return x if x is not None and x.numel() else None
 def _has_logs(form, log_k, m): # Are there log weights, of the map, given, or in the state?
     return form=='exp' or log_k is not None or m is not None and bool(m.any())
 
-def _sizes(q, k, v, w_q, m, form, causal, final, **more): # `m` as in `_forward`; `final`: is the state after the tokens wanted?
-    return sizes_of(q, k, v, w_q, form, causal, state=m is not None, direct=m is None and not final and q.shape[2]<=CHUNK, **more)
-
 def _forward(q:Tensor, k:Tensor, v:Tensor, w_q:Optional[Tensor], w_k:Optional[Tensor], b_q:Optional[Tensor], b_k:Optional[Tensor],
              log_k:Optional[Tensor], S:Optional[Tensor], z:Optional[Tensor], m:Optional[Tensor], mask:Optional[Tensor], form:str, causal:bool,
-             keep:bool, final:bool)->tuple[Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor]:
-    s = _sizes(q, k, v, w_q, m, form, causal, final, keep=keep, logs=_has_logs(form, log_k, m))
-    o,S1,z1,m1,den,top,states = out = empty_outputs(v, s, keep, final)
+             keep:bool, final:bool, direct:bool)->tuple[Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor]:
+    "`final`: is the state after the tokens wanted? `direct`: one chunk at most, and no state before or after it."
+    s = sizes_of(q, k, v, w_q, form, causal, keep=keep, logs=_has_logs(form, log_k, m), state=m is not None, direct=direct)
+    o,S1,z1,m1,den,top,states = out = empty_outputs(v, s, keep, final, direct)
     call('attention_forward', s, dict(q=q, k=k, v=v, wq=w_q, wk=w_k, bq=b_q, bk=b_k, logk=log_k, mask=mask, S0=S, z0=z, m0=m, o=o, S=some(S1), z=z1, m=m1,
         den=some(den), top=some(top), states=some(states), sums=sums_of(v, s)))
     return out
@@ -67,8 +65,8 @@ def _forward(q:Tensor, k:Tensor, v:Tensor, w_q:Optional[Tensor], w_k:Optional[Te
 c_op = custom_op('c_attention')(_forward)
 
 @c_op.register_fake
-def _(q, k, v, w_q, w_k, b_q, b_k, log_k, S, z, m, mask, form, causal, keep, final):
-    return empty_outputs(v, sizes_of(q, k, v, w_q, form, causal, state=m is not None), keep, final)
+def _(q, k, v, w_q, w_k, b_q, b_k, log_k, S, z, m, mask, form, causal, keep, final, direct):
+    return empty_outputs(v, sizes_of(q, k, v, w_q, form, causal, state=m is not None), keep, final, direct)
 
 # %% ../../../kernels/10_cpu.ipynb #cpuk0047
 def gradients_of(q, k, v): # Empty gradients, in memory (B, T, heads, channels)
@@ -85,11 +83,11 @@ def _gradients(q, k, v, w_q, w_k, b_q, b_k, log_k, m0):
 @custom_op('c_attention_backward')
 def _c_bwd_op(do:Tensor, dS:Optional[Tensor], dz:Optional[Tensor], q:Tensor, k:Tensor, v:Tensor, w_q:Optional[Tensor], w_k:Optional[Tensor],
               b_q:Optional[Tensor], b_k:Optional[Tensor], log_k:Optional[Tensor], m0:Optional[Tensor], mask:Optional[Tensor], o:Tensor, S:Tensor, z:Tensor,
-              m:Tensor, den:Tensor, top:Tensor, states:Tensor, form:str, causal:bool, final:bool
+              m:Tensor, den:Tensor, top:Tensor, states:Tensor, form:str, causal:bool, direct:bool
              )->tuple[Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor,Tensor]:
     dq,dk,dv,dwq,dwk,dbq,dbk,dlk,dS0,dz0 = grads = _gradients(q, k, v, w_q, w_k, b_q, b_k, log_k, m0)
     if w_q is not None and b_q is None: dbq,dbk = (x.new_empty(len(dwq), *x.shape[:2]) for x in (w_q, w_k)) # the kernel writes them all the same
-    s = _sizes(q, k, v, w_q, m0, form, causal, final, keep=1, logs=_has_logs(form, log_k, m0))
+    s = sizes_of(q, k, v, w_q, form, causal, keep=1, logs=_has_logs(form, log_k, m0), state=m0 is not None, direct=direct)
     call('attention_backward', s, dict(q=q, k=k, v=v, wq=w_q, wk=w_k, bq=b_q, bk=b_k, logk=log_k, mask=mask, o=o, m0=m0, S=some(S), z=z, m=m, den=den,
         top=some(top), states=some(states), g=do, dS=dS, dz=dz, dq=dq, dk=dk, dv=dv, dwq=dwq, dwk=dwk, dbq=dbq, dbk=dbk, dlogk=some(dlk),
         dS0=some(dS0), dz0=dz0, sums=sums_of(v, s)))
@@ -101,7 +99,7 @@ def _(do, dS, dz, q, k, v, w_q, w_k, b_q, b_k, log_k, m0, mask, o, S, z, *_):
     return g[:3] + tuple(x[0] if x.dim()>1 else x for x in g[3:7]) + g[7:]
 
 def _save(ctx, inputs, output):
-    *ins,ctx.form,ctx.causal,_,ctx.final = inputs
+    *ins,ctx.form,ctx.causal,_,_,ctx.direct = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*ins, *output)
 
@@ -117,7 +115,7 @@ def returned(ctx, grads, S0, z0, m0): # Gradients of all arguments; the last two
 def _gradient(ctx, do, dS, dz, *_):
     *ins,o,S,z,m,den,top,states = ctx.saved_tensors
     S0,z0,m0,mask = ins[8:]
-    grads = _c_bwd_op(*received(o, S, z, do, dS, dz), *ins[:8], m0, mask, o, S, z, m, den, top, states, ctx.form, ctx.causal, ctx.final)
+    grads = _c_bwd_op(*received(o, S, z, do, dS, dz), *ins[:8], m0, mask, o, S, z, m, den, top, states, ctx.form, ctx.causal, ctx.direct)
     return returned(ctx, grads, S0, z0, m0)
 
 c_op.register_autograd(_gradient, setup_context=_save)
@@ -174,7 +172,8 @@ def attend(q, k, v, feature_map, causal=True, mask=None, initial_state=None, out
     ins = [*map(float_rows, (q, k, v)), *(None if x is None else x.float().contiguous() for x in (*maps, log_k, *(initial_state or (None,)*3)))]
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in ins)
     f,mask = _forward if not keep and holds_numbers(*ins) else c_op,None if mask is None else mask.bool().contiguous()
-    o,*state = f(*ins, mask, form, causal, keep, output_final_state)
+    direct = isinstance(q.shape[2], int) and q.shape[2]<=CHUNK and initial_state is None and not output_final_state
+    o,*state = f(*ins, mask, form, causal, keep, output_final_state, direct)
     o = o.to(v.dtype)
     return (o, LinearState(*state[:3])) if output_final_state else o
 
