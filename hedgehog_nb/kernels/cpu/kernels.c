@@ -20,6 +20,8 @@ typedef int32_t ivec __attribute__((vector_size(4*VL), aligned(4), may_alias));
 #define V(p) (*(vec*)(p))
 #define INLINE static inline __attribute__((always_inline))
 static long up(long n) { return (n+15)/16*16; }
+static long tiles(long n) { return (n+MR-1)/MR*MR; } // rows of whole tiles
+static long least(long a, long b) { return a<b ? a : b; }
 INLINE vec pick(ivec m, vec a, vec b) { return (vec)((m & (ivec)a) | (~m & (ivec)b)); }
 #if defined(__AVX512F__) // where a is NaN they give b, as `pick` does
 #include <immintrin.h>
@@ -283,8 +285,8 @@ static void weights_in(const Sizes *n, const Data *d, const Room *r, long h) { /
 // Features phi (M, F) of the rows a (m, D), zeros below; log weights to l where the form has them
 static void map(const Sizes *n, const Room *r, const float *a, long la, long m, long M, const float *w, const float *b, float *phi, float *l) {
   if (!n->form) { rows_in(a, la, m, M, n->D, phi, r->D); return; }
-  if (m%16) { rows_in(a, la, m, up(m), n->D, r->x, r->D); a = r->x; la = r->D; }
-  product(up(m), r->E, n->D, a, la, 1, w, r->E, r->y, r->E, 0);
+  if (m%MR) { rows_in(a, la, m, tiles(m), n->D, r->x, r->D); a = r->x; la = r->D; }
+  product(tiles(m), r->E, n->D, a, la, 1, w, r->E, r->y, r->E, 0);
   if (b) for (long i=0; i<m; i++) for (long e=0; e<n->E; e++) r->y[i*r->E+e] += b[e];
   features(r->y, m, n->E, r->E, n->form, phi, l);
   memset(phi+m*r->F, 0, 4*r->F*(M-m));
@@ -317,7 +319,7 @@ static float largest(const Sizes *n, const Room *r, float m, long rows) { // ret
   return r->c[rows-1];
 }
 static int inside(const Sizes *n) { return n->causal || n->direct; } // do queries meet the keys of their own chunk one by one?
-static long met(const Sizes *n, long i, long M) { return n->causal ? i+16 : M; } // keys of the chunk that queries i to i+16 meet
+static long met(const Sizes *n, long i, long m) { return n->causal ? least(i+16, m) : m; } // keys of a chunk of m that queries i to i+16 meet
 static void triangle(float *A, long M) { for (long i=0; i<M; i++) memset(A+i*C+i+1, 0, 4*(up(i+1)-i-1)); }
 static void weigh(const Sizes *n, const Room *r, float *A, float *A2, long m) { // row i times exp(l_j - c_i); of A2 too
   for (long i=0, had=0; i<m; i++) { // `had`: keys whose weights are there
@@ -376,20 +378,20 @@ static float far_weight(const Sizes *n, const Data *d, const Room *r, long b, lo
 // region: forward
 // `past`: is there a state to be read?
 static void outputs(const Sizes *n, const Data *d, const Room *r, long b, long H, const float *w, long t, long m, int past) {
-  long M = up(m), F = r->F, W = r->V;
+  long M = up(m), rows = tiles(m), F = r->F, W = r->V;
   float den[C], near[C];
   int weighed = n->logs && inside(n);
   map(n, r, AT(q,b,H,t), n->qt, m, M, w, d->bq ? d->bq+H*n->E : 0, r->q, 0);
   for (long i=0; i<m; i++) den[i] = past ? dot_row(r->q+i*F, r->z, F) : 0;
-  if (past && (weighed || !inside(n))) product(M, W, F, r->q, F, 1, r->S, W, r->o, W, 0);
+  if (past && (weighed || !inside(n))) product(rows, W, F, r->q, F, 1, r->S, W, r->o, W, 0);
   if (past && weighed) for (long i=0; i<m; i++) { scale_row(r->o+i*W, W, r->e[i]); den[i] *= r->e[i]; }
   if (inside(n)) {
-    for (long i=0; i<M; i+=16) product(16, met(n, i, M), F, r->q+i*F, F, 1, r->kT, C, r->A+i*C, C, 0);
+    for (long i=0; i<m; i+=16) product(least(16, rows-i), up(met(n, i, m)), F, r->q+i*F, F, 1, r->kT, C, r->A+i*C, C, 0);
     if (weighed) weigh(n, r, r->A, 0, m);
-    if (n->causal) triangle(r->A, M);
-    for (long i=0; i<M; i+=16) product(16, W, met(n, i, M), r->A+i*C, C, 1, r->v, W, r->o+i*W, W, past && weighed);
-    if (past && !weighed) product(M, W, F, r->q, F, 1, r->S, W, r->o, W, 1);
-    for (long i=0; i<m; i++) { vec s = {0}; for (long j=0; j<met(n, i/16*16, M); j+=VL) s += V(r->A+i*C+j); den[i] += sum_v(s); }
+    if (n->causal) triangle(r->A, rows);
+    for (long i=0; i<m; i+=16) product(least(16, rows-i), W, met(n, i, m), r->A+i*C, C, 1, r->v, W, r->o+i*W, W, past && weighed);
+    if (past && !weighed) product(rows, W, F, r->q, F, 1, r->S, W, r->o, W, 1);
+    for (long i=0; i<m; i++) { vec s = {0}; for (long j=0; j<met(n, i/16*16, m); j+=VL) s += V(r->A+i*C+j); den[i] += sum_v(s); }
   }
   if (n->window) {
     near_weights(n, d, r, b, H, t, m, near);
@@ -654,14 +656,17 @@ void window_step(const long *n, float **a) {
 static void map_back(const Sizes *n, const Room *r, const float *a, long la, const float *phi, const float *dphi, long m, const float *w, float *dw,
                      float *to, long ld) {
   if (!n->form) { rows_out(dphi, r->F, m, n->D, to, ld); return; }
-  long M = up(m), D = r->D, E = r->E, whole = n->D==D && m==M; // whole: no zeros to be filled in
+  long D = r->D, E = r->E, there = m%MR==0 && n->D==D; // can the gradient go where it belongs at once?
   float *db = dw+E*D;
   features_back(phi, dphi, m, E, n->form, r->y);
-  memset(r->y+m*E, 0, 4*E*(M-m));
-  if (n->D!=D) { rows_in(w, n->D, n->E, n->E, n->D, r->W, D); w = r->W; }
-  product(M, D, n->E, r->y, E, 1, w, D, whole ? to : r->dx, whole ? ld : D, 0);
-  if (!whole) { rows_out(r->dx, D, m, n->D, to, ld); rows_in(a, la, m, M, n->D, r->x, D); a = r->x; la = D; }
-  product(E, D, M, r->y, 1, E, a, la, dw, D, 1);
+  memset(r->y+m*E, 0, 4*E*(tiles(m)-m));
+  if (n->D!=D) {
+    rows_in(w, n->D, n->E, n->E, n->D, r->W, D); w = r->W;
+    rows_in(a, la, m, m, n->D, r->x, D); a = r->x; la = D;
+  }
+  product(tiles(m), D, n->E, r->y, E, 1, w, D, there ? to : r->dx, there ? ld : D, 0);
+  if (!there) rows_out(r->dx, D, m, n->D, to, ld);
+  product(E, D, m, r->y, 1, E, a, la, dw, D, 1);
   for (long i=0; i<m; i++) for (long e=0; e<E; e+=VL) V(db+e) += V(r->y+i*E+e);
 }
 
@@ -700,30 +705,30 @@ static void near_back(const Sizes *n, const Data *d, const Room *r, long b, long
 }
 
 static void queries_back(const Sizes *n, const Data *d, const Room *r, long b, long h, long g, long t, long m, int past) {
-  long M = up(m), F = r->F, W = r->V, H = h*n->G+g;
+  long M = up(m), rows = tiles(m), F = r->F, W = r->V, H = h*n->G+g;
   int weighed = n->logs && inside(n);
   map(n, r, AT(q,b,H,t), n->qt, m, M, r->wq+g*r->D*r->E, d->bq ? d->bq+H*n->E : 0, r->q, 0);
   gradients_in(n, d, r, b, H, t, m);
   if (n->window) near_back(n, d, r, b, H, t, m);
   if (inside(n)) {
-    for (long i=0; i<M; i+=16) {
-      product(16, met(n, i, M), F, r->q+i*F, F, 1, r->kT, C, r->A+i*C, C, 0);
-      product(16, met(n, i, M), W, r->g+i*W, W, 1, r->vT, C, r->dA+i*C, C, 0);
+    for (long i=0; i<m; i+=16) {
+      product(least(16, rows-i), up(met(n, i, m)), F, r->q+i*F, F, 1, r->kT, C, r->A+i*C, C, 0);
+      product(least(16, rows-i), up(met(n, i, m)), W, r->g+i*W, W, 1, r->vT, C, r->dA+i*C, C, 0);
     }
-    for (long i=0; i<M; i++) for (long j=0; j<met(n, i/16*16, M); j+=VL) V(r->dA+i*C+j) += r->gd[i];
+    for (long i=0; i<m; i++) for (long j=0; j<met(n, i/16*16, m); j+=VL) V(r->dA+i*C+j) += r->gd[i];
     if (weighed) weigh(n, r, r->A, r->dA, m);
-    if (n->causal) { triangle(r->A, M); triangle(r->dA, M); }
-    for (long j=0; j<M; j+=16) {
+    if (n->causal) { triangle(r->A, rows); triangle(r->dA, rows); }
+    for (long j=0; j<m; j+=16) {
       long i = n->causal ? j : 0; // the first query that meets these keys
-      product(16, F, M-i, r->dA+i*C+j, 1, C, r->q+i*F, F, r->dk+j*F, F, 1);
-      product(16, W, M-i, r->A+i*C+j, 1, C, r->g+i*W, W, r->dv+j*W, W, 1);
-      product(16, F, met(n, j, M), r->dA+j*C, C, 1, r->k, F, r->dphi+j*F, F, 0);
+      product(least(16, rows-j), F, m-i, r->dA+i*C+j, 1, C, r->q+i*F, F, r->dk+j*F, F, 1);
+      product(least(16, rows-j), W, m-i, r->A+i*C+j, 1, C, r->g+i*W, W, r->dv+j*W, W, 1);
+      product(least(16, rows-j), F, met(n, j, m), r->dA+j*C, C, 1, r->k, F, r->dphi+j*F, F, 0);
     }
     if (past && weighed) scale_gradients(r, r->e, m);
   }
   if (past) {
-    product(M, F, n->V, r->g, W, 1, r->ST, F, r->dphi, F, inside(n));
-    product(F, W, M, r->q, 1, F, r->g, W, r->dS, W, 1);
+    product(rows, F, n->V, r->g, W, 1, r->ST, F, r->dphi, F, inside(n));
+    product(F, W, m, r->q, 1, F, r->g, W, r->dS, W, 1);
     for (long i=0; i<m; i++) for (long f=0; f<F; f+=VL) { V(r->dphi+i*F+f) += V(r->z+f)*r->gd[i]; V(r->dz+f) += V(r->q+i*F+f)*r->gd[i]; }
   }
   if (d->dlogq) for (long i=0; i<m; i++) d->dlogq[(b*n->N*n->G+H)*n->T+t+i] = dot_row(r->q+i*F, r->dphi+i*F, F);
@@ -732,9 +737,9 @@ static void queries_back(const Sizes *n, const Data *d, const Room *r, long b, l
 
 static void keys_from_state(const Sizes *n, const Room *r, long m, float after) {
   transpose(r->dS, r->V, r->F, r->V, r->dST, r->F);
-  product(up(m), r->F, n->V, r->v, r->V, 1, r->dST, r->F, r->dk, r->F, 0);
+  product(tiles(m), r->F, n->V, r->v, r->V, 1, r->dST, r->F, r->dk, r->F, 0);
   for (long i=0; i<m; i++) for (long f=0; f<r->F; f+=VL) V(r->dk+i*r->F+f) += V(r->dz+f);
-  product(up(m), r->V, r->F, r->k, r->F, 1, r->dS, r->V, r->dv, r->V, 0);
+  product(tiles(m), r->V, r->F, r->k, r->F, 1, r->dS, r->V, r->dv, r->V, 0);
   if (n->logs) for (long i=0; i<m; i++) { float w = weight(r->l[i]-after); scale_row(r->dk+i*r->F, r->F, w); scale_row(r->dv+i*r->V, r->V, w); }
 }
 
