@@ -65,9 +65,8 @@ def _fused_dkv_kernel(
     dv_ptr += (head*T + last)*DV
     dS_pos, dS_neg, dz_pos, dz_neg = _empty_state(BLOCK_E, BLOCK_V)
     if dstates_ptr is not None:
-        slot = head*slots + (segment + sequence + 1 if CAUSAL else _edge_slot(plan_ptr, sequence, slots, sequences, False))
-        dstates_ptr += slot*(2*E*(DV + 1))
-        dS_pos, dS_neg, dz_pos, dz_neg = _load_halves(dstates_ptr, e, c, E, DV)
+        slot = head*slots + (segment + sequence if CAUSAL else _edge_slot(plan_ptr, sequence, slots, sequences, False))
+        dS_pos, dS_neg, dz_pos, dz_neg = _load_halves(dstates_ptr + (slot + (1 if CAUSAL else 0))*(2*E*(DV + 1)), e, c, E, DV)
     if m_ptr is not None:
         m_ptr += head*slots + segment + sequence + 1 if CAUSAL else head*sequences + sequence
         m = tl.load(m_ptr)
@@ -166,7 +165,7 @@ def _fused_dkv_kernel(
 
     # 9. The gradient of the state before the sequence, and the partial sums
     if STORE_FIRST:
-        if begin == first: _store_halves(dstates_ptr - 2*E*(DV + 1), dS_pos, dS_neg, dz_pos, dz_neg, e, c, 0, E, DV)
+        if begin == first: _store_halves(dstates_ptr + slot*(2*E*(DV + 1)), dS_pos, dS_neg, dz_pos, dz_neg, e, c, 0, E, DV)
     part = head*segments + segment
     tl.store(dw_ptr + part*E*D + e[None, :]*D + d[:, None], dw, mask=(e < E)[None, :] & (d < D)[:, None])
     if db_ptr is not None: tl.store(db_ptr + part*E + e, tl.max(db, 0), mask=e < E)
