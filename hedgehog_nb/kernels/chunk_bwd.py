@@ -17,7 +17,7 @@ from .chunk_bwd_kv import grad_keys, query_states
 from .chunk_bwd_q import bwd_config, grad_queries
 from .chunk_fwd import check_chunk_inputs, chunk_config, chunk_fwd, prepare_weights
 from .common import custom_op, empty_if_none
-from .plan import edge_max, make_plan, parse_borders, parse_schedule
+from .plan import edge_max, make_plan, parse_borders, parse_schedule, schedule_text
 from .states import read_states
 from .tiles import cdiv
 
@@ -150,5 +150,5 @@ def triton_linear_attention(
     check_chunk_inputs(phi_q, phi_k, v, log_k, causal, mask, initial_state, cu_seqlens, schedule, precision)
     o,_,*state = _attention_op(
         phi_q, phi_k, v, log_k, *(initial_state or (None,)*3), mask, None if cu_seqlens is None else torch.as_tensor(cu_seqlens),
-        causal, output_final_state, '' if schedule is None else str(schedule), precision)
+        causal, output_final_state, schedule_text(schedule), precision)
     return (o, LinearState(*state)) if output_final_state else o

@@ -81,15 +81,15 @@ def _chunk_dkv_kernel(
     dS, dz, one = tl.zeros((BLOCK_F, BLOCK_D), tl.float32), tl.zeros((BLOCK_F,), tl.float32), tl.full((BLOCK_T,), 1., tl.float32)
     if HAS_START or STORE_FIRST:
         slot = segment + sequence + 1 if CAUSAL else _edge_slot(plan_ptr, sequence, slots, sequences, False)
-        dstates_ptr += (head*slots + slot)*(F*(D + 1))
-    if HAS_START: dS, dz = _load_state(dstates_ptr, f, d, F, D)
+        slot += head*slots
+    if HAS_START: dS, dz = _load_state(dstates_ptr + slot*(F*(D + 1)), f, d, F, D)
     SINGLE: tl.constexpr = CAUSAL and GROUP == 1 # one query head: keys are done before values begin, and dS changes last
 
     for i in range(tl.cdiv(n, BLOCK_T)):
         # 2. Keys and values of a chunk
         start = (tl.cdiv(n, BLOCK_T) - 1 - i)*BLOCK_T
         rows, dS_rounded = t < n - start, dS.to(ACC_DTYPE)
-        keys = _load_key_mask(mask_ptr, start + t, rows)
+        keys = _load_key_mask(mask_ptr, start, t, rows)
         k, v = _load_tile(k_ptr, t, f, stride_kt, keys, F), _load_tile(v_ptr, t, d, stride_vt, keys, D)
         if log_k_ptr is not None:
             log_k = tl.load(log_k_ptr + start + t, mask=rows, other=_LOG_ZERO)
@@ -151,7 +151,7 @@ def _chunk_dkv_kernel(
 
     # 9. The gradient of the state before the sequence
     if STORE_FIRST:
-        if begin == first: _store_state(dstates_ptr - F*(D + 1), dS, dz, f, d, tile % tiles_d, F, D)
+        if begin == first: _store_state(dstates_ptr + (slot - 1)*(F*(D + 1)), dS, dz, f, d, tile % tiles_d, F, D)
 
 # %% ../../kernels/03_chunk_backward.ipynb #7129a15f
 @triton.jit(do_not_specialize=["T", "length", "segments", "slots", "sequences", "skip"])

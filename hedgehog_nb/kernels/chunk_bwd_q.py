@@ -62,7 +62,7 @@ def _chunk_dq_kernel(
         # 2. Keys and values of a chunk
         rows = t < n - start
         if CAUSAL:
-            keys = _load_key_mask(mask_ptr, start + t, rows)
+            keys = _load_key_mask(mask_ptr, start, t, rows)
             k, v = _load_tile(k_ptr, t, f, stride_kt, keys, F), _load_tile(v_ptr, t, d, stride_vt, keys, D)
             if log_k_ptr is not None:
                 log_k, m = tl.load(log_k_ptr + start + t, mask=rows, other=_LOG_ZERO), tl.load(m_ptr + start + 1 + t, mask=rows, other=-_LOG_ZERO)

@@ -63,7 +63,7 @@ def _segment_states_kernel(
 
     # 2. Chunk by chunk
     for start in range(0, n, BLOCK_T):
-        keys = _load_key_mask(mask_ptr, start + t, t < n - start)
+        keys = _load_key_mask(mask_ptr, start, t, t < n - start)
         k, v = _load_tile(k_ptr, t, f, stride_kt, keys, F), _load_tile(v_ptr, t, d, stride_vt, keys, D)
         S, z = _state_update(S, z, k, v, log_k_ptr, m_ptr, start, t, n - start, BLOCK_T, DTYPE, PRECISION)
         k_ptr += BLOCK_T*stride_kt
@@ -150,7 +150,7 @@ def _chunk_fwd_kernel(
     for start in range(0, n, BLOCK_T):
         # 2. Keys and values of a chunk
         rows = t < n - start
-        keys = _load_key_mask(mask_ptr, start + t, rows)
+        keys = _load_key_mask(mask_ptr, start, t, rows)
         k, v = _load_tile(k_ptr, t, f, stride_kt, keys, F), _load_tile(v_ptr, t, d, stride_vt, keys, D)
         if log_k_ptr is not None:
             log_k, m = tl.load(log_k_ptr + start + t, mask=rows, other=_LOG_ZERO), tl.load(m_ptr + start + 1 + t, mask=rows, other=-_LOG_ZERO)

@@ -9,7 +9,6 @@ __all__ = ['fused_hedgehog_attention']
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #be82827a
 import torch
-from operator import index
 from typing import Optional
 from torch import Tensor
 from ..ops.common import check_qkv
@@ -21,7 +20,7 @@ from .fused_bwd import fused_bwd
 from .fused_fwd import _bwd_fuses, _has_log_weights, _needs_states, fused_fwd
 from .fused_states import fused_config, fused_plans
 from .launch import check_tensors, DTYPES
-from .plan import parse_borders, parse_schedule
+from .plan import parse_borders, parse_schedule, schedule_text
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #42df6946
 @custom_op('fused_attention')
@@ -116,9 +115,6 @@ def _check(q, k, v, w_q, w_k, b_q, b_k, form, causal, mask, state, cu_seqlens, s
     check_tensors(dict(q=q, k=k, v=v), beside, 'linear_attention with a Hedgehog map', schedule, precision)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #b9c5d185
-def _schedule_text(schedule): # what `parse_schedule` takes; `index` makes a constant of a graph's symbolic number, of which there is no `str`
-    return schedule or '' if schedule is None or isinstance(schedule, str) else str(index(schedule))
-
 def fused_hedgehog_attention(
     q:Tensor, # (B, H, Tq, D) queries in fp32, fp16 or bf16; any strides, the last 1; D up to 256
     k:Tensor, # (B, Hkv, T, D) keys; Hkv divides H
@@ -148,5 +144,5 @@ def fused_hedgehog_attention(
     save_stats = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in ins)
     save_states = save_stats and _bwd_fuses(q, v, w_q) and not torch.compiler.is_compiling() # a graph has no number of segments among its sizes
     o,_,_,_,*after = _fused_op(
-        *ins, mask, cu_seqlens, form, causal, output_final_state, save_stats, save_states, _schedule_text(schedule), precision)
+        *ins, mask, cu_seqlens, form, causal, output_final_state, save_stats, save_states, schedule_text(schedule), precision)
     return (o, LinearState(*after)) if output_final_state else o

@@ -79,7 +79,7 @@ def _fused_dkv_kernel(
         # 2. Keys, mapped, and values of a chunk, and their queries where these have one head
         left = tl.cdiv(n, BLOCK_T) - 1 - i
         rows = t < n - left*BLOCK_T
-        keys = _load_key_mask(mask_ptr, t, rows)
+        keys = _load_key_mask(mask_ptr, 0, t, rows)
         v = _load_tile(v_ptr, t, c, stride_vt, keys, DV)
         if SINGLE:
             do, ddelta, q_pos, q_neg = _load_queries_bwd(

@@ -76,8 +76,7 @@ def _fused_dq_kernel(
 
         # 3. Keys, mapped again, and the gradient of the scores within the chunk
         if CAUSAL:
-            keys = rows
-            if mask_ptr is not None: keys = _load_key_mask(mask_ptr + start, t, rows)
+            keys = _load_key_mask(mask_ptr, start, t, rows)
             v = _load_tile(v_ptr, t, c, stride_vt, keys, DV)
             x, w, k_pos, k_neg, log_k = _load_and_map(k_ptr, w_k_ptr, b_k_ptr, h//GROUP, t, e, d, stride_kt, keys, D, E, FORM, DTYPE, PRECISION, w_k)
             visible, weight, u_pos, u_neg = causal, tl.where(keys, 1., 0.), k_pos.to(DTYPE), k_neg.to(DTYPE)

@@ -75,8 +75,7 @@ def _fused_fwd_kernel(
         rows = t < n - start
         z_pos_old, z_neg_old = z_pos, z_neg
         if CAUSAL:
-            keys = rows
-            if mask_ptr is not None: keys = _load_key_mask(mask_ptr + start, t, rows)
+            keys = _load_key_mask(mask_ptr, start, t, rows)
             v = _load_tile(v_ptr, t, c, stride_vt, keys, DV)
             x, w, k_pos, k_neg, log_k = _load_and_map(k_ptr, w_k_ptr, b_k_ptr, h, t, e, d, stride_kt, keys, D, E, FORM, DTYPE, PRECISION, w_k)
             visible, weight, u, u_pos, u_neg = causal, tl.where(keys, 1., 0.), v, k_pos.to(DTYPE), k_neg.to(DTYPE)

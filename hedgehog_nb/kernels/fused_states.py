@@ -127,8 +127,7 @@ def _fused_states_kernel(
         S_pos = _in_shared(w_x, S_pos, DTYPE, PRECISION)
 
     for start in range(0, n, BLOCK_T):
-        rows = t < n - start
-        if mask_ptr is not None: rows = _load_key_mask(mask_ptr + start, t, rows)
+        rows = _load_key_mask(mask_ptr, start, t, t < n - start)
         for g in range(GROUP):
             # 2. A tile, mapped
             u = _load_tile(u_ptr + (h*GROUP + g)*stride_uh, t, c, stride_ut, rows, DV)

@@ -6,12 +6,13 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/chunk_forward.html.md"""
 
 # %% auto #0
 __all__ = ['SplitPlan', 'cut_tokens', 'running_max', 'slot_max', 'running_slot_max', 'edge_max', 'schedule_cost', 'best_split',
-           'parse_schedule', 'parse_borders', 'make_plan']
+           'parse_schedule', 'schedule_text', 'parse_borders', 'make_plan']
 
 # %% ../../kernels/02_chunk_forward.ipynb #818f8dd7
 import torch
 from functools import lru_cache
 from itertools import accumulate
+from operator import index
 from typing import NamedTuple
 from torch import Tensor
 from ..ops.linear import check_cu_seqlens
@@ -125,7 +126,9 @@ def best_split(programs, chunks, repeated, state, schedule=None, sms=132):
     return cdiv(chunks, cdiv(chunks, n)) # no segment is empty
 
 # %% ../../kernels/02_chunk_forward.ipynb #32bf79f7
-def parse_schedule(schedule:str): return int(schedule) if schedule.isdigit() else schedule or None # registered operations take no unions: text
+def parse_schedule(schedule:str): return int(schedule) if schedule.isdigit() else schedule or None
+def schedule_text(schedule): # What `parse_schedule` takes: registered operations take no unions
+    return schedule or '' if schedule is None or isinstance(schedule, str) else str(index(schedule)) # `index`: a graph's symbolic number has no `str`
 def parse_borders(cu_seqlens, x): return None if cu_seqlens is None else check_cu_seqlens(cu_seqlens, x)
 
 # %% ../../kernels/02_chunk_forward.ipynb #b58408ea

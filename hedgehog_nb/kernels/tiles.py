@@ -53,10 +53,10 @@ def _load_tile(ptr, t, c, stride_t, rows, WIDTH:tl.constexpr):
     return tl.load(ptr + t[:, None]*stride_t + c[None, :], mask=rows[:, None] & (c[None, :] < WIDTH), other=0.)
 
 @triton.jit
-def _load_key_mask(mask_ptr, t, rows):
-    "Which of the tokens `rows` are no padding; all where there is no mask."
+def _load_key_mask(mask_ptr, start, t, rows):
+    "Which of the tokens `start` + t in `rows` are no padding; all where there is no mask."
     keys = rows
-    if mask_ptr is not None: keys = tl.load(mask_ptr + t, mask=rows, other=0) != 0
+    if mask_ptr is not None: keys = tl.load(mask_ptr + start + t, mask=rows, other=0) != 0
     return keys
 
 # %% ../../kernels/01_triton_primer.ipynb #8a69fa31

@@ -16,7 +16,7 @@ from ..ops.linear import LinearState, LOG_ZERO
 from ..ops.window import check_window, check_window_state, WindowState
 from .common import check_log_weights, compute_dtype, custom_op, empty_if_none
 from .launch import check_tensors
-from .plan import parse_schedule
+from .plan import parse_schedule, schedule_text
 from .window_bwd_kv import window_grad_keys
 from .window_bwd_q import window_grad_queries
 from .window_fwd import window_fwd
@@ -109,7 +109,7 @@ def _state_after(k, v, phi_k, log_k, mask, window, state, linear):
 def _attend(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, mask, state, output_final_state, schedule, precision):
     "Outputs, and with `output_final_state` the state after them, else None; all of one dtype, checked."
     seen,past = (min(window, q.shape[2]),[]) if state is None else (window,[x.float() for x in (*state[:4], *state.linear)])
-    scale,schedule = float(q.shape[-1]**-0.5 if scale is None else scale),'' if schedule is None else str(schedule)
+    scale,schedule = float(q.shape[-1]**-0.5 if scale is None else scale),schedule_text(schedule)
     o,_,*after = _window_op(q, k, v, phi_q, phi_k, log_q, log_k, log_gamma, mask, past, seen, scale, output_final_state, schedule, precision)
     return o, _state_after(k, v, phi_k, log_k, mask, window, state, LinearState(*after)) if output_final_state else None
 
