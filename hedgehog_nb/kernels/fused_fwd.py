@@ -149,7 +149,16 @@ def _forward_unfused(q, k, v, maps, state, mask, form, causal, output_final_stat
     o,den,*after = chunk_fwd(phi_q, phi_k, v, log_k, state, mask, causal, output_final_state, schedule, precision, borders)
     return o, torch.stack([1/den, torch.zeros_like(den)], 2) if save_stats else None, None, None, *after
 
-def _forward_fused(q, k, v, maps, state, mask, form, causal, output_final_state, save_stats, schedule, precision, borders):
+def fused_fwd(
+    q, k, v, # (B, H, Tq, D), (B, Hkv, T, D), (B, Hkv, T, DV)
+    maps:dict, # w_q, w_k, b_q and b_k
+    state:LinearState, mask:Tensor, # What was seen before, in fp32; (B, T) int8; or None
+    form, causal, output_final_state, schedule, precision, borders=None, # As of `fused_hedgehog_attention`
+    save_stats=False, # For a backward
+):
+    "The output; what a backward uses: statistics of rows, states and their maxima; and S, z and m after the last token. None where not needed or not wanted."
+    if not _fwd_fuses(q, maps['w_q']):
+        return _forward_unfused(q, k, v, maps, state, mask, form, causal, output_final_state, save_stats, schedule, precision, borders)
     (B,H,Tq,_),(_,Hkv,_,DV),c = q.shape,v.shape,fused_config(q, v, maps['w_q'], form, precision)
     plan,q_plan = fused_plans(q, v, c, causal, schedule, borders)
     log,states,m = _has_log_weights(form, state),None,None
@@ -162,14 +171,3 @@ def _forward_fused(q, k, v, maps, state, mask, form, causal, output_final_state,
     if not output_final_state: return o, stats, states, m, None, None, None
     S,z = read_states(states, 2*c['E'], DV, plan)
     return o, stats, states, m, S.clone(), z.clone(), plan.from_slots(m[...,plan.ends(after=True)]).clone() if log else torch.zeros_like(z[...,0])
-
-def fused_fwd(
-    q, k, v, # (B, H, Tq, D), (B, Hkv, T, D), (B, Hkv, T, DV)
-    maps:dict, # w_q, w_k, b_q and b_k
-    state:LinearState, mask:Tensor, # What was seen before, in fp32; (B, T) int8; or None
-    form, causal, output_final_state, schedule, precision, borders=None, # As of `fused_hedgehog_attention`
-    save_stats=False, # For a backward
-):
-    "The output; what a backward uses: statistics of rows, states and their maxima; and S, z and m after the last token. None where not needed or not wanted."
-    f = _forward_fused if _fwd_fuses(q, maps['w_q']) else _forward_unfused
-    return f(q, k, v, maps, state, mask, form, causal, output_final_state, save_stats, schedule, precision, borders)
