@@ -94,7 +94,7 @@ def running_max(log, m0, plan):
 def slot_max(m, plan):
     "(B, Hkv, slots) those of the running maxima (B, Hkv, T + sequences) that stand at the slots."
     if plan.table is None: return torch.cat([m[...,:-1:plan.length], m[...,-1:]], -1)
-    slot,n = torch.arange(plan.slots, device=m.device),plan.sequences
+    slot = torch.arange(plan.slots, device=m.device)
     seq = torch.bucketize(slot, plan.ends(after=True))
     token = torch.minimum(plan.table[seq] + (slot - plan.first[seq] - seq)*plan.length, plan.table[seq+1])
     return m[...,token+seq]
