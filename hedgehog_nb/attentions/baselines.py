@@ -107,10 +107,10 @@ def score_weights(self:Taylor,
 )->Tensor: # (B, H, Tq, T) Σ sⁿ/n! of the scores s, each row up to a factor; 0 where a key is not seen
     "Weights of `Taylor` from its scores, without features."
     s = self.scaled(q) @ repeat_kv(self.scaled(k), q.shape[1]).mT
-    top = s.detach().masked_fill(~ok, 0).abs().amax(-1, keepdim=True).clamp_min(1)
-    x,w = s/top,1/math.factorial(self.order)
-    for n in reversed(range(self.order)): w = w*x + top**(n-self.order)/math.factorial(n)
-    return w.masked_fill(~ok, 0)
+    top = s.detach().masked_fill(~ok, 0).abs_().amax(-1, keepdim=True).clamp_min(1)
+    s,w = s.div_(top),1/math.factorial(self.order) # in place where autograd keeps nothing: these are large
+    for n in reversed(range(self.order)): w = (w*s).add_(top**(n-self.order)/math.factorial(n))
+    return w.masked_fill_(~ok, 0)
 
 # %% ../../nbs/04_feature_maps.ipynb #76c22626
 def _orthogonal_gaussian(
