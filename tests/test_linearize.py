@@ -383,7 +383,7 @@ def test_the_implementation_is_used(monkeypatch):
     model = linearize(llama(), implementation='chunked', layers='0,2'); logits(model, input_ids=tokens())
     assert seen==['chunked']*2
 
-@pytest.mark.parametrize('feature_map,impl,names', [('hedgehog', 'cuda', 'naive, recurrent, chunked, c, triton'), ('hedgehog', True, 'naive'),
+@pytest.mark.parametrize('feature_map,impl,names', [('hedgehog', 'cuda', 'naive, recurrent, chunked, scores, c, triton'), ('hedgehog', True, 'naive'),
     ('hedgehog-window', 'recurrent', 'naive, chunked, c, triton')])
 def test_an_implementation_that_there_is_not(feature_map, impl, names, tmp_path):
     model = llama()

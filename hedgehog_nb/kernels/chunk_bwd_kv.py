@@ -34,7 +34,9 @@ def _dstate_update(dS, dz, q, dn, dd, ACC_DTYPE:tl.constexpr, PRECISION:tl.const
 # %% ../../kernels/03_chunk_backward.ipynb #24c477ca
 @triton.jit
 def _store_dk(
-    dk_ptr, dlog_ptr, mask_ptr, # of the chunk; of the segment, or None; is there a mask?
+    dk_ptr, # first key of the chunk
+    dlog_ptr, # first key of the segment; None without log weights
+    mask_ptr, # only tested: None without a mask
     start, t, f, dk, k, keys, rows, F:tl.constexpr,
 ):
     "dφ(k), and what its columns give to dℓ."
@@ -45,16 +47,16 @@ def _store_dk(
 # %% ../../kernels/03_chunk_backward.ipynb #03a8810b
 @triton.jit(do_not_specialize=["T", "length", "segments", "slots", "sequences"])
 def _chunk_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, den_ptr, dden_ptr, # (B, H, T, F), (B, Hkv, T, F), (B, Hkv, T, D); (B, H, T, D); normalisers and their gradient (B, H, T)
+    q_ptr, k_ptr, v_ptr, do_ptr, den_ptr, dden_ptr, # (B, H, T, F), (B, Hkv, T, F), (B, Hkv, T, D); (B, H, T, D); denominators and their gradient (B, H, T)
     log_k_ptr, m_ptr, mask_ptr, # (B, Hkv, T), (B, Hkv, T + sequences) log weights and running maxima; (B, T) which tokens are real; or None
     dstates_ptr, # (B, Hkv, slots, F·(D + 1)) the gradient of the state after each segment, None where all are 0; before a sequence an output
-    dk_ptr, dv_ptr, dlog_ptr, # outputs: (B, Hkv, T, F); (B, Hkv, T, D); (tiles, B, Hkv, T) parts of that of the log weights; None where not needed
+    dk_ptr, dv_ptr, dlog_ptr, # outputs: (B, Hkv, T, F); (B, Hkv, T, D); (tiles, B, Hkv, T) the log weights', in parts; None where not needed
     stride_qb, stride_qh, stride_qt:tl.constexpr, stride_kb, stride_kh, stride_kt:tl.constexpr, stride_vb, stride_vh, stride_vt:tl.constexpr,
     stride_dob, stride_doh, stride_dot:tl.constexpr,
     Hkv, T, GROUP:tl.constexpr, F:tl.constexpr, D:tl.constexpr, CAUSAL:tl.constexpr,
     plan_ptr, length, segments, slots, sequences, # the plan of the keys; slots are those of the queries
     BLOCK_T:tl.constexpr, BLOCK_F:tl.constexpr, BLOCK_D:tl.constexpr, # block sizes
-    HAS_START:tl.constexpr, STORE_FIRST:tl.constexpr, # is there a gradient to begin with? is the one before a sequence wanted?
+    HAS_START:tl.constexpr, STORE_FIRST:tl.constexpr, # load a gradient of the state after each segment? store the one before each sequence?
     DTYPE:tl.constexpr, ACC_DTYPE:tl.constexpr, PRECISION:tl.constexpr, # products: of inputs, and of sums
 ):
     "Gradients of a segment's keys in `BLOCK_F` columns, of its values in `BLOCK_D` columns, and of its log weights from these columns of keys."
@@ -156,7 +158,7 @@ def _chunk_dkv_kernel(
 # %% ../../kernels/03_chunk_backward.ipynb #7129a15f
 @triton.jit(do_not_specialize=["T", "length", "segments", "slots", "sequences", "skip"])
 def _segment_dstates_kernel(
-    q_ptr, do_ptr, den_ptr, dden_ptr, # (B, H, T, F), (B, H, T, D), normalisers and their gradient (B, H, T)
+    q_ptr, do_ptr, den_ptr, dden_ptr, # (B, H, T, F), (B, H, T, D), denominators and their gradient (B, H, T)
     m_ptr, # (B, Hkv, T + sequences) running maxima of the log weights, or None
     dstates_ptr, # output: (B, Hkv, slots, F·(D + 1))
     stride_qb, stride_qh, stride_qt:tl.constexpr, stride_dob, stride_doh, stride_dot:tl.constexpr,

@@ -26,10 +26,10 @@ def _inverse(den_ptr, t, rows):
 # %% ../../kernels/03_chunk_backward.ipynb #397867e3
 @triton.jit(do_not_specialize=["T", "length", "segments", "slots", "sequences"])
 def _chunk_dq_kernel(
-    k_ptr, v_ptr, o_ptr, do_ptr, den_ptr, # (B, Hkv, T, F), (B, Hkv, T, D); (B, H, T, D) outputs and their gradient, (B, H, T) normalisers
+    k_ptr, v_ptr, o_ptr, do_ptr, den_ptr, # (B, Hkv, T, F), (B, Hkv, T, D); (B, H, T, D) outputs and their gradient, (B, H, T) denominators
     log_k_ptr, m_ptr, mask_ptr, # (B, Hkv, T), (B, Hkv, T + sequences) log weights and running maxima; (B, T) which tokens are real; or None
     states_ptr, # (B, Hkv, slots, F·(D + 1)) the state before each segment; None where all begin empty
-    dq_ptr, dden_ptr, # outputs: (B, H, T, F), and the gradient of the normalisers (B, H, T)
+    dq_ptr, dden_ptr, # outputs: (B, H, T, F), and the gradient of the denominators (B, H, T)
     stride_kb, stride_kh, stride_kt:tl.constexpr, stride_vb, stride_vh, stride_vt:tl.constexpr, stride_dob, stride_doh, stride_dot:tl.constexpr,
     Hkv, T, GROUP:tl.constexpr, F:tl.constexpr, D:tl.constexpr, CAUSAL:tl.constexpr,
     plan_ptr, length, segments, slots, sequences, # the plan of the queries; slots are those of the keys

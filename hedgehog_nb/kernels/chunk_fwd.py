@@ -119,7 +119,7 @@ def _chunk_fwd_kernel(
     q_ptr, k_ptr, v_ptr, # (B, H, T, F) and (B, Hkv, T, F) mapped queries and keys, (B, Hkv, T, D) values
     log_k_ptr, m_ptr, mask_ptr, # (B, Hkv, T), (B, Hkv, T + sequences) log weights and running maxima; (B, T) which tokens are real; or None
     states_ptr, # (B, Hkv, slots, F·(D + 1)) the state before each segment, None where all begin empty; the last of a sequence is an output
-    o_ptr, den_ptr, # outputs: (B, H, T, D), and the normalisers (B, H, T)
+    o_ptr, den_ptr, # outputs: (B, H, T, D), and the denominators (B, H, T)
     stride_qb, stride_qh, stride_qt:tl.constexpr, stride_kb, stride_kh, stride_kt:tl.constexpr, stride_vb, stride_vh, stride_vt:tl.constexpr,
     Hkv, T, GROUP:tl.constexpr, F:tl.constexpr, D:tl.constexpr,
     plan_ptr, length, segments, slots, sequences, # the plan
@@ -189,7 +189,7 @@ def _chunk_fwd_kernel(
 @triton.jit(do_not_specialize=["T", "length", "segments", "slots", "sequences"])
 def _bidirectional_fwd_kernel(
     q_ptr, states_ptr, # (B, H, T, F) mapped queries, (B, Hkv, slots, F·(D + 1)) states, of which the last of each sequence is read
-    o_ptr, den_ptr, # outputs: (B, H, T, D), and the normalisers (B, H, T)
+    o_ptr, den_ptr, # outputs: (B, H, T, D), and the denominators (B, H, T)
     stride_qb, stride_qh, stride_qt:tl.constexpr,
     H, T, GROUP:tl.constexpr, F:tl.constexpr, D:tl.constexpr,
     plan_ptr, length, segments, slots, sequences, # the plan of the queries; slots are those of the keys

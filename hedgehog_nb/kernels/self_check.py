@@ -1,4 +1,4 @@
-"""Before a kernel serves a GPU it has not met, it is compared with PyTorch there, and the verdict is kept
+"""Before a kernel serves a GPU on which it has not run, it is compared with PyTorch there, and the verdict is kept
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/self_check.html.md"""
 
@@ -44,7 +44,7 @@ class Case(NamedTuple):
     bias:bool=False # Has the map biases?
     weights:torch.dtype=None # Of the map's matrices
     logs:bool=False # Do keys come with log weights?
-    log_q:bool=False # Do queries, beside a window?
+    log_q:bool=False # Do queries come with log weights (window only)?
     group:int=1 # Query heads per key-value head
     single:bool=False # Is there only one key-value head?
     causal:bool=True # Query i sees keys up to its own position?

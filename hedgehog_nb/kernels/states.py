@@ -71,7 +71,8 @@ def _store_state(ptr, S, z, f, d, tile, F:tl.constexpr, D:tl.constexpr):
 @triton.jit(do_not_specialize=["segments", "slots", "sequences"])
 def _scan_kernel(
     states_ptr, # (B, Hkv, slots, WIDTH) in fp32: what each segment adds, in place to the state there
-    m_ptr, own_ptr, # (B, Hkv, slots): states are to be divided by exp(m), what segments add is by exp(own); None where by nothing, or by exp(m) already
+    m_ptr, # (B, Hkv, slots) running maxima: the state in a slot is divided by exp(m); None without log weights
+    own_ptr, # (B, Hkv, slots) maxima by which the segments' sums were divided; None where that is m
     plan_ptr, segments, slots, sequences, # the plan
     WIDTH:tl.constexpr, BLOCK:tl.constexpr,
     STORE_ALL:tl.constexpr, REVERSE:tl.constexpr, # also the farthest slot? from the last slot back?
