@@ -46,7 +46,7 @@ class WindowCall(NamedTuple):
     window:int # Keys seen through softmax, the query's own included
     log_q:Tensor=None # (B, H, Tq) log weights of the queries
     log_k:Tensor=None # (B, Hkv, T) log weights of the keys
-    log_gamma:Tensor=None # (H,) log weight of the linear part
+    log_gamma:Tensor=None # (H,) log of the window's factor
     scale:float=None # Factor on q·k; 1/√D if None
     mask:Tensor=None # (B, T) True at real tokens
     initial_state:WindowState=None # What was seen before
@@ -268,7 +268,7 @@ def window_attention(
     window:int, # Keys seen through softmax, the query's own included
     log_q:Tensor=None, # (B, H, Tq) log weights of the queries
     log_k:Tensor=None, # (B, Hkv, T) log weights of the keys
-    log_gamma:Tensor=None, # (H,) log weight of the linear part
+    log_gamma:Tensor=None, # (H,) log of the window's factor
     scale:float=None, # Factor on q·k; 1/√D if None
     mask:Tensor=None, # (B, T) True at real tokens
     initial_state:WindowState=None, # What was seen before these tokens

@@ -72,7 +72,7 @@ def _decode_kernel(
     S_pos, S_neg = tl.load(S_ptr + at, mask=pos, other=0.), tl.load(S_ptr + E*DV + at, mask=neg, other=0.)
     z_ptr += head*F + e
     z_pos, z_neg, m = tl.load(z_ptr, mask=in_pos, other=0.), tl.load(z_ptr + E, mask=in_neg, other=0.), tl.load(m_ptr + head)
-    real = head >= 0
+    real = head >= 0 # true, as a tensor: both branches have one type
     if mask_ptr is not None: real = tl.load(mask_ptr + b) != 0
     v = tl.load(v_ptr + b*stride_vb + h*stride_vh + c, mask=c < tl.where(real, DV, 0), other=0.).to(tl.float32)
 
@@ -97,7 +97,7 @@ def _decode_kernel(
     # 5. Write S; z and m where all tiles have read them
     tl.store(S_after_ptr + at, S_pos, mask=pos)
     tl.store(S_after_ptr + E*DV + at, S_neg, mask=neg)
-    last = head >= 0
+    last = head >= 0 # true
     if semaphores_ptr is not None:
         tl.debug_barrier() # every thread of this program has read z and m
         last = tl.atomic_add(semaphores_ptr + head, 1, sem="acq_rel", scope="gpu") == tl.cdiv(DV, BLOCK_V) - 1

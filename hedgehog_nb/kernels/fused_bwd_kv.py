@@ -37,7 +37,7 @@ def _fused_dkv_kernel(
     dstates_ptr, # (B, Hkv, slots, 2E·(DV + 1)) the gradient of the state after each segment, None where all are 0; before a sequence an output
     m_ptr, # (B, Hkv, slots) the largest log weight before each slot; if not causal (B, Hkv, sequences) that of each sequence; or None
     stats_ptr, delta_ptr, # (B, H, 2, T) of each row 1/normaliser and maximum, (B, H, T) δ
-    dk_ptr, dv_ptr, dw_ptr, db_ptr, # outputs: (B, Hkv, T, D), (B, Hkv, T, DV); partial sums (B, Hkv, segments, E, D) and (B, Hkv, segments, E), or None
+    dk_ptr, dv_ptr, dw_ptr, db_ptr, # outputs: (B, Hkv, T, D), (B, Hkv, T, DV); partial sums (B, Hkv, segments, E, D), and of biases, or None
     stride_qb, stride_qh, stride_qt:tl.constexpr, stride_kb, stride_kh, stride_kt:tl.constexpr, stride_vb, stride_vh, stride_vt:tl.constexpr,
     stride_dob, stride_doh, stride_dot:tl.constexpr,
     Hkv, T, GROUP:tl.constexpr, D:tl.constexpr, E:tl.constexpr, DV:tl.constexpr, FORM:tl.constexpr, CAUSAL:tl.constexpr,
@@ -94,7 +94,7 @@ def _fused_dkv_kernel(
             weight = tl.where(keys, tl.exp(log_k - m), 0.)
             dv *= weight[:, None]
             if CAUSAL:
-                m_prev = tl.load(m_ptr - 1)
+                m_prev = tl.load(m_ptr - 1) # the maximum before the chunk: of the slot before the segment, or of the row before in stats
                 if left > 0: m_prev = tl.load(stats_ptr + T - 1)
                 decay = tl.exp(m_prev - m)
                 m = m_prev
@@ -114,7 +114,7 @@ def _fused_dkv_kernel(
         g_pos, g_neg = _outer_add(v, one, dS_pos, dz_pos, ACC_DTYPE, PRECISION), _outer_add(v, one, dS_neg, dz_neg, ACC_DTYPE, PRECISION)
         if m_ptr is not None: g_pos, g_neg = g_pos*weight[:, None], g_neg*weight[:, None]
 
-        # 6. One query head: what the chunk gives; its queries join the gradient of the state
+        # 6. One query head: what the chunk gives; its queries are added to the gradient of the state
         if SINGLE:
             da = _outer_add(v, one, tl.trans(do), ddelta, ACC_DTYPE, PRECISION)
             if m_ptr is not None: da *= w_pairs

@@ -31,9 +31,9 @@ def _fused_dq_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, # (B, H, T, D), (B, Hkv, T, D), (B, Hkv, T, DV); (B, H, T, DV) outputs and their gradient
     w_q_ptr, b_q_ptr, w_k_ptr, b_k_ptr, # (H, E, D) matrices and (H, E) biases of queries, (Hkv, E, D) and (Hkv, E) of keys; biases may be None
     mask_ptr, # (B, T) which keys are real, or None
-    states_ptr, m_ptr, # (B, Hkv, slots, 2E·(DV + 1)) states, None where all begin empty; (B, Hkv, slots) log weights they are divided by, or None
+    states_ptr, m_ptr, # (B, Hkv, slots, 2E·(DV + 1)) states, None where all begin empty; (B, Hkv, slots) maxima: states are stored divided by exp(m); or None
     stats_ptr, # (B, H, 2, T) of each row 1/normaliser and maximum
-    delta_ptr, dq_ptr, dw_ptr, db_ptr, # outputs: (B, H, T), (B, H, T, D); partial sums (B, H, segments, E, D) and (B, H, segments, E), or None
+    delta_ptr, dq_ptr, dw_ptr, db_ptr, # outputs: (B, H, T), (B, H, T, D); partial sums (B, H, segments, E, D), and of biases, or None
     stride_qb, stride_qh, stride_qt:tl.constexpr, stride_kb, stride_kh, stride_kt:tl.constexpr, stride_vb, stride_vh, stride_vt:tl.constexpr,
     stride_dob, stride_doh, stride_dot:tl.constexpr,
     H, T, GROUP:tl.constexpr, D:tl.constexpr, E:tl.constexpr, DV:tl.constexpr, FORM:tl.constexpr, CAUSAL:tl.constexpr,

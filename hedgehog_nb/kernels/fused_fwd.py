@@ -36,7 +36,7 @@ def _fused_fwd_kernel(
     q_ptr, k_ptr, v_ptr, # (B, H, T, D) queries, (B, Hkv, T, D) keys, (B, Hkv, T, DV) values
     w_q_ptr, b_q_ptr, w_k_ptr, b_k_ptr, # (H, E, D) matrices and (H, E) biases of queries, (Hkv, E, D) and (Hkv, E) of keys; biases may be None
     mask_ptr, # (B, T) which keys are real, or None
-    states_ptr, m_ptr, # (B, Hkv, slots, 2E·(DV + 1)) states, None where all begin empty; (B, Hkv, slots) log weights they are divided by, or None
+    states_ptr, m_ptr, # (B, Hkv, slots, 2E·(DV + 1)) states, None where all begin empty; (B, Hkv, slots) maxima: states are stored divided by exp(m); or None
     o_ptr, stats_ptr, # outputs: (B, H, T, DV); (B, H, 2, T) of each row 1/normaliser and maximum, None where no backward comes
     stride_qb, stride_qh, stride_qt:tl.constexpr, stride_kb, stride_kh, stride_kt:tl.constexpr, stride_vb, stride_vh, stride_vt:tl.constexpr,
     Hkv, T, GROUP:tl.constexpr, D:tl.constexpr, E:tl.constexpr, DV:tl.constexpr, FORM:tl.constexpr, CAUSAL:tl.constexpr,

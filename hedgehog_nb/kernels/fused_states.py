@@ -178,9 +178,10 @@ def fused_config(q, v, w_q, form, precision):
 def fused_plans(q, v, config, causal, schedule, borders):
     "Plans for keys and for queries; the same but for bidirectional attention with more or fewer queries."
     c = config
-    programs,cost = v.shape[0]*v.shape[1]*cdiv(c['DV'], c['BLOCK_V']),16*c['E']*(c['DV']+1)/(c['BLOCK_T']*2*(c['D']+c['DV']))
+    programs = v.shape[0]*v.shape[1]*cdiv(c['DV'], c['BLOCK_V'])
+    cost = 16*c['E']*(c['DV']+1)/(c['BLOCK_T']*2*(c['D']+c['DV'])) # of a state, in chunks of queries, keys and values
     plan_of = lambda T, repeated: make_plan(v, T, programs, c['BLOCK_T'], repeated, cost, schedule, borders, per_sm=2)
-    plan = plan_of(v.shape[2], .4 if causal else 0)
+    plan = plan_of(v.shape[2], .4 if causal else 0) # the share of a segment's work that is done twice
     return plan, plan if causal or borders else plan_of(q.shape[2], 0)
 
 # %% ../../kernels/04_fused_hedgehog.ipynb #644e1846

@@ -119,7 +119,7 @@ def _hedgehog(c, H, Hkv, place):
 def _attention(c, place, schedule=None):
     "Leaves and results by name, of one way to do a linear attention."
     B,H,Hkv,T = _sizes(c)
-    if c.family=='decode': B,T = schedule or B,1
+    if c.family=='decode': B,T = schedule or B,1 # for a decode step `schedule` is the number of sequences
     D,n,leaves,m = c.head_dim if c.form else c.feature_dim,3 if c.packed else B,{},None
     shape = (lambda x: 1.5*x) if c.form else (lambda x: (2*x).softmax(-1))
     q,k = (place.put(shape(_rand(B, h, T, D, seed=i)), c.dtype, s) for i,h,s in ((0, H, c.stride_q), (1, Hkv, c.stride_k)))

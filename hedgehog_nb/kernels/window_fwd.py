@@ -45,7 +45,7 @@ def _window_fwd_kernel(
     Hkv, T, window, scale, GROUP:tl.constexpr, C:tl.constexpr, F:tl.constexpr, D:tl.constexpr,
     length, segments, slots, # the plan
     BLOCK_T:tl.constexpr, BLOCK_C:tl.constexpr, BLOCK_F:tl.constexpr, BLOCK_D:tl.constexpr, # block sizes
-    HAS_WINDOW:tl.constexpr, BAND_LT_BLOCK:tl.constexpr, # is there a window? does it end within its first block of keys?
+    HAS_WINDOW:tl.constexpr, BAND_LT_BLOCK:tl.constexpr, # is there a window? is it so short that both its edges cross one block of keys?
     STORE_FINAL:tl.constexpr, # also the state after all tokens?
     DTYPE:tl.constexpr, ACC_DTYPE:tl.constexpr, PRECISION:tl.constexpr, # products: of inputs, and of sums
 ):
@@ -125,7 +125,7 @@ def _window_fwd_kernel(
                 L = tl.where(den > 0, c/_LOG2E + gamma + tl.log(tl.maximum(den, _EPS)), -_LOG_ZERO)
                 tl.store(L_ptr + row + t, L, mask=rows)
 
-        # 7. The keys that have left join the state
+        # 7. Add the keys that have left to the state
         S, z, m = _state_update(S, z, m, phi_k, v, log_k, log_k_ptr is not None, DTYPE, PRECISION)
 
     # 8. The state after all tokens
