@@ -102,7 +102,8 @@ class Kernel:
 
 class On:
     "Stands for a tensor on a GPU."
-    def __init__(self, device, stride): self.device,self.is_cuda,self.strides = torch.device(device),device!='cpu',(4096, 1024, stride, 1)
+    def __init__(self, device, stride, dtype=torch.float32):
+        self.device,self.is_cuda,self.strides,self.dtype = torch.device(device),device!='cpu',(4096, 1024, stride, 1),dtype
     def stride(self): return self.strides
 
 CONFIG = dict(BLOCK_T=32, num_warps=4, num_stages=2, F=64)
@@ -122,8 +123,8 @@ def on_a_gpu(monkeypatch, tmp_path, capturing=False):
     monkeypatch.setattr(tuning.triton.testing, 'do_bench', bench)
     return k
 
-def start(k, device='cuda:0', programs=3, T=1000, stride=64, mask=None, **change):
-    launch(k, programs, CONFIG | change, tune=('num_warps', 'num_stages'), x=On(device, stride), mask=mask, T=T)
+def start(k, device='cuda:0', programs=3, T=1000, stride=64, mask=None, dtype=torch.float32, **change):
+    launch(k, programs, CONFIG | change, tune=('num_warps', 'num_stages'), x=On(device, stride, dtype), mask=mask, T=T)
 
 def test_a_launch_is_tuned_on_a_gpu_only(monkeypatch, tmp_path):
     k = on_a_gpu(monkeypatch, tmp_path)
@@ -136,7 +137,7 @@ def test_a_launch_is_tuned_on_a_gpu_only(monkeypatch, tmp_path):
     assert set(json.loads((tmp_path/'hedgehog_nb'/'tuning.json').read_text()))==set(tuning._CACHE)
 
 @pytest.mark.parametrize('change,chosen', [(dict(T=1024), 1), (dict(T=513), 1), (dict(programs=4), 1), # the same class
-    (dict(T=1025), 2), (dict(T=8192), 2), (dict(programs=5), 2), (dict(programs=2048), 2), (dict(stride=1024), 2)])
+    (dict(T=1025), 2), (dict(T=8192), 2), (dict(programs=5), 2), (dict(programs=2048), 2), (dict(stride=1024), 2), (dict(dtype=torch.bfloat16), 2)])
 def test_the_shape_of_a_launch_is_in_the_key(monkeypatch, tmp_path, change, chosen):
     "Tokens and programs up to a factor of two, and the stride between tokens: a short test does not choose for a long run."
     k = on_a_gpu(monkeypatch, tmp_path)

@@ -67,6 +67,11 @@ def test_shapes(D, T):
 @pytest.mark.parametrize('heads', [(4,4), (4,2), (4,1)])
 def test_everything_at_once(heads, causal, schedule): check(*inputs(2, *heads, 24, 24, 20), causal, schedule, **extras(2, heads[1], 24, 24, 20))
 
+@kernel
+@pytest.mark.parametrize('masked', [False, True])
+def test_log_weights_with_several_tiles_and_segments(masked): # each tile of features writes its part of their gradient, each segment its tokens
+    check(*inputs(1, 2, 2, 40, 300, 130), True, 2, **extras(1, 2, 40, 300, 130, masked=masked, state=False))
+
 @pytest.mark.slow
 @kernel
 @pytest.mark.parametrize('log', [False, True])

@@ -160,6 +160,14 @@ def test_repeats_to_the_bit_and_schedules_agree():
     for n in (1, 3, 4, 100, None): close(chunk_forward(q, k, v, schedule=n), o.double(), 1e-5)
 
 @kernel
+@pytest.mark.parametrize('schedule', ['scan', 3])
+@pytest.mark.parametrize('causal', [True, False])
+def test_a_state_goes_in_though_none_comes_out(causal, schedule):
+    (q,k,v),kw = inputs(1, 2, 1, 40),extras(1, 1, 40)
+    o,_ = chunk_forward(q, k, v, causal=causal, schedule=schedule, output_final_state=True, **kw)
+    assert torch.equal(chunk_forward(q, k, v, causal=causal, schedule=schedule, **kw), o)
+
+@kernel
 def test_segments():
     for P in (1, 7, 88, 131, 132, 5000):
         for chunks in (1, 3, 33, 200):

@@ -50,6 +50,11 @@ def check(q, k, v, fm=None, log_k=None, mask=None, state=None, tol=None, **kw):
     return o,mine
 
 @kernel
+def test_an_odd_number_of_features(): # the second half is one shorter: what lies behind it belongs to the next head
+    q,k,v = inputs(2, 4, 2, 3, 9, 8)
+    o,state = check(q.abs(), k.abs(), v, state=before(2, 2, 9, 8))
+
+@kernel
 @pytest.mark.parametrize('D', [8, 32, 60, 64])
 @pytest.mark.parametrize('H,Hkv', [(4,4), (4,2), (4,1)])
 def test_heads_and_widths(H, Hkv, D): # the forms take turns

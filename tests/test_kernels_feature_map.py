@@ -130,8 +130,10 @@ def test_compiles_into_one_graph(bias, form):
     torch._dynamo.reset()
     ins = [a.requires_grad_() for a in inputs(1, 2, 9, 8)][:2+bias]
     def f(*ins): return sum(o.sin().sum() for o in fused_feature_map(*ins, form=form) if o is not None)
-    ours,theirs = (torch.autograd.grad(g(*ins), ins) for g in (torch.compile(f, fullgraph=True, backend='aot_eager'), f))
-    assert all(map(torch.equal, ours, theirs))
+    g = torch.compile(f, fullgraph=True, backend='aot_eager')
+    for T in (9, 14, 21): # from the second length on one graph serves all
+        ins[0] = inputs(1, 2, T, 8)[0].requires_grad_()
+        assert all(map(torch.equal, *(torch.autograd.grad(h(*ins), ins) for h in (g, f))))
 
 @kernel
 @few(1, 'form', ['exp', 'softmax_joint'])
@@ -269,6 +271,26 @@ def test_a_launch_with_wrong_keywords(message, given):
     pytest.importorskip('triton')
     from hedgehog_nb.kernels.launch import launch
     with pytest.raises(TypeError, match=f'^{message}$'): launch(Kernel(), 7, CONFIG, x=torch.zeros(2, 3, 5, 8), **given)
+
+@pytest.mark.parametrize('message,config,given', [
+    ("takes x as a tensor .*; given torch.Size\\(\\[2, 3\\]\\)", {}, dict(mask=torch.ones(2, 5), x=torch.zeros(2, 3), T=5)),
+    ('takes x as a tensor .*; given 3', {}, dict(mask=torch.ones(2, 5), x=3, T=5)),
+    ('first keyword of a launch is a tensor.*given None', {}, dict(mask=None, x=None, T=5)),
+    ('first keyword of a launch is a tensor.*given 5', {}, dict(T=5, x=torch.zeros(2, 3, 5, 8), mask=None)),
+    ('config has num_warps and num_stages; given F, BLOCK_T', dict(F=64, BLOCK_T=32), dict(x=torch.zeros(2, 3, 5, 8), mask=None, T=5))])
+def test_a_launch_with_what_is_no_tensor_or_without_its_warps(message, config, given):
+    pytest.importorskip('triton')
+    from hedgehog_nb.kernels.launch import launch
+    with pytest.raises(TypeError, match=message): launch(Kernel(), 7, config or CONFIG, **given)
+
+def test_an_inspection_says_which_names_no_kernel_takes():
+    pytest.importorskip('triton')
+    from hedgehog_nb.kernels.inspect import inspect_kernels
+    from hedgehog_nb.kernels.launch import launch, RECORDER
+    f = lambda: launch(Kernel(), 7, CONFIG, x=torch.zeros(2, 3, 5, 8), mask=None, T=5)
+    with pytest.raises(ValueError, match='no kernel takes BLOK_T; they take F, T'): inspect_kernels(f, BLOK_T=3)
+    with pytest.raises(ValueError, match='by the function that it inspects'): inspect_kernels(lambda: inspect_kernels(f))
+    assert RECORDER.get() is None
 
 HOPPER = """
 import torch, triton

@@ -157,6 +157,9 @@ def test_drawn(B, Hkv, G, T, Tq, D, DV, maps, form, causal, masked, state, bias,
     check(x, form, causal, tol=10*TOL[dtype], schedule=schedule, cu=cu, **extras(x, masked, state, seed, len(cu)-1 if cu else None))
 
 @kernel
+def test_segments_of_several_chunks_in_fp32(): check(inputs(1, 1, 1, 257, 16), 'exp', schedule=2, final=False)
+
+@kernel
 def test_against_the_entry_point_with_a_hedgehog_map():
     for form in FORMS:
         q,k,v,*_ = inputs(2, 4, 2, 30, 8)

@@ -110,7 +110,7 @@ def test_wide_heads(): check(inputs(1, 1, 1, 18, 128), 5)
 @kernel
 @pytest.mark.parametrize('window', [0, 5, 30])
 def test_the_state_goes_on(window):
-    a = inputs(2, 2, 1, 21, masked=True)
+    a = inputs(2, 2, 1, 21, Dv=12, masked=True)
     o,state = triton_window_attention(**part(a, slice(20)), window=window, output_final_state=True)
     _,want = chunk_window_attention(**part(a, slice(20)), window=window, output_final_state=True)
     for x,y in zip((*state[:4], *state.linear), (*want[:4], *want.linear)):
@@ -126,7 +126,7 @@ def flat(s): return *s[:4], *s.linear
 @few(1, 'schedule,form', [('scan', 'softmax_halves'), (3, 'exp')])
 def test_a_prompt_in_parts_is_the_whole(schedule, form, window):
     "Three calls, the second of one token, against the PyTorch form over all of it: outputs, states, and gradients within a part."
-    a = inputs(2, 2, 1, 44, masked=True, form=form)
+    a = inputs(2, 2, 1, 44, Dv=12, masked=True, form=form)
     want,end = chunk_window_attention(**a, window=window, output_final_state=True)
     os,state = [],None
     for s in (slice(22), slice(22, 23), slice(23, None)):

@@ -8,7 +8,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/autotune.html.md"""
 __all__ = ['candidate_configs', 'tuning_file', 'autotune', 'assemblers', 'tuned_changes']
 
 # %% ../../kernels/09_autotune.ipynb #56343806
-import json, math, os, torch
+import json, math, os, re, torch
 from functools import lru_cache
 from pathlib import Path
 import triton
@@ -99,6 +99,12 @@ def _octave(n): return (int(n)-1).bit_length() # 2**k is the first power of two 
 def _key(name, index, programs, tokens, args): # args as pairs
     return json.dumps([*_machine(index), name, f'programs=2^{programs}', f'T=2^{tokens}', *(f'{k}={v}' for k,v in args)])
 
+_FOLLOWS = 'T','length','segments','slots','sequences' # from the number of programs and of tokens
+
+def _kind(name, x): # what a choice depends on: constants and distances between tokens, dtypes, other numbers up to a factor of two
+    if dtype := getattr(x, 'dtype', None): return dtype
+    return x if name.isupper() and name!='H' or name.startswith('stride_') or not isinstance(x, int) else f'2^{_octave(x)}'
+
 def tuned_changes(
     kernel, # A `triton.jit` function that gives the same when it runs again
     programs:int, # How many, the same for all candidates
@@ -110,9 +116,8 @@ def tuned_changes(
 )->dict: # Changes
     "What is fastest on this GPU; nothing elsewhere, and with HEDGEHOG_TUNE=0 in the environment."
     if not _tunes(device): return {}
-    constant = lambda n, x: x is None or n.isupper() and n not in ('T','H') or n.startswith('stride_') and n.endswith('t')
-    compiled_for = ((n, x) for n,x in args.items() if constant(n, x))
-    key = _key(kernel.__name__, device.index, _octave(programs), _octave(args['T']), (*compiled_for, *options.items()))
+    kinds = ((n, _kind(n, x)) for n,x in args.items() if n not in _FOLLOWS and not re.fullmatch('stride_.*[bh]', n))
+    key = _key(kernel.__name__, device.index, _octave(programs), _octave(args['T']), (*kinds, *options.items()))
     if key in _CACHE: return _CACHE[key]
     timer = lambda change: triton.testing.do_bench(lambda: run(change), warmup=5, rep=20, return_mode='median')
     return autotune(key, candidate_configs(args | options, *names), None if torch.cuda.is_current_stream_capturing() else timer)

@@ -237,12 +237,12 @@ _map_op.register_autograd(_gradient, setup_context=_save)
 # %% ../../kernels/01_triton_primer.ipynb #634f7a3d
 def _check(x, weight, bias, form, out_dtype, precision):
     "Raise `ValueError` on arguments that do not fit, saying what was given."
-    s = f"x {tuple(x.shape)}, weight {tuple(weight.shape)}" + ("" if bias is None else f", bias {tuple(bias.shape)}")
+    given = lambda: ', '.join(f"{n} {tuple(a.shape)}" for n,a in dict(x=x, weight=weight, bias=bias).items() if a is not None)
     if x.dim()!=4 or weight.dim()!=3 or x.shape[1]!=weight.shape[0] or x.shape[3]!=weight.shape[2]:
-        raise ValueError(f"x is (B, H, T, D) and weight (H, E, D), with the same H and D; given {s}")
-    if bias is not None and bias.shape!=weight.shape[:2]: raise ValueError(f"bias is (H, E); given {s}")
-    if not (1<=weight.shape[1]<=256 and 1<=weight.shape[2]<=256): raise ValueError(f"the kernel takes E and D from 1 to 256; given {s}")
-    if 0 in x.shape: raise ValueError(f"empty input: {s}")
+        raise ValueError(f"x is (B, H, T, D) and weight (H, E, D), with the same H and D; given {given()}")
+    if bias is not None and bias.shape!=weight.shape[:2]: raise ValueError(f"bias is (H, E); given {given()}")
+    if not (1<=weight.shape[1]<=256 and 1<=weight.shape[2]<=256): raise ValueError(f"the kernel takes E and D from 1 to 256; given {given()}")
+    if 0 in x.shape: raise ValueError(f"empty input: {given()}")
     if form not in FORMS: raise ValueError(f"form is one of {', '.join(FORMS)}; given {form!r}")
     check_tensors(dict(x=x), dict(weight=weight, bias=bias), 'hedgehog_features', precision=precision)
     for n,d in dict(weight=weight.dtype, bias=weight.dtype if bias is None else bias.dtype, out_dtype=out_dtype).items():

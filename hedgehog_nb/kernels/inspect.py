@@ -20,14 +20,14 @@ def _compile(kernel, args, options, capability=90):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     if not isinstance(kernel, triton.JITFunction): raise ValueError("inspect_kernels compiles; start Python without TRITON_INTERPRET")
-    types,constants,aligned = {},{},{}
+    types,constants,aligned = {},{},{} # an integer that is 1 becomes a constant, one divisible by 16 says so
     for i,p in enumerate(kernel.params):
         x = args[p.name]
-        number = isinstance(x, (int, float)) and not isinstance(x, bool) and not p.is_constexpr
-        if p.is_constexpr or x is None or number and x==1 and not p.do_not_specialize: types[p.name],constants[p.name] = 'constexpr',x
-        elif number: types[p.name] = 'fp32' if isinstance(x, float) else 'i32' if -2**31<=x<2**31 else 'i64'
+        special = type(x) is int and not p.do_not_specialize
+        if p.is_constexpr or x is None or special and x==1: types[p.name],constants[p.name] = 'constexpr',x
+        elif isinstance(x, (int, float)): types[p.name] = 'fp32' if isinstance(x, float) else 'i32' if -2**31<=x<2**31 else 'i64'
         else: types[p.name] = '*' + _TYPES[str(x.dtype).split('.')[1]]
-        if types[p.name][0]=='*' or number and not p.do_not_specialize and types[p.name]!='constexpr' and x % 16==0: aligned[(i,)] = [['tt.divisibility', 16]]
+        if types[p.name][0]=='*' or special and types[p.name]!='constexpr' and x % 16==0: aligned[(i,)] = [['tt.divisibility', 16]]
     return triton.compile(ASTSource(kernel, types, constants, aligned), target=GPUTarget('cuda', capability, 32), options=options)
 
 @lru_cache(8)
@@ -89,10 +89,14 @@ def inspect_kernels(
     Resources are registers per thread, bytes spilled from registers per thread, and bytes of shared memory per program; `serialized` says that the
     assembler waits for every product, so that the cycles promise too much. Units are the schedulers' slots, tensor cores, exponentials, fp32, integers
     (alu), and memory of the SM (near)."""
+    if RECORDER.get(): raise ValueError("inspect_kernels was called by the function that it inspects")
     launches,res = [],[]
     token = RECORDER.set(lambda *launch: launches.append(launch))
     try: f()
     finally: RECORDER.reset(token)
+    known = {'num_warps','num_stages'}.union(*(args for _,args,_ in launches))
+    if unknown := config.keys() - known:
+        raise ValueError(f"no kernel takes {', '.join(sorted(unknown))}; they take {', '.join(sorted(filter(str.isupper, known)))}")
     for kernel,args,options in launches:
         args,options = args | {k:v for k,v in config.items() if k in args},options | {k:v for k,v in config.items() if k in options}
         compiled,blocks = _compile(kernel, args, options, capability),{k.lower():v for k,v in args.items() if k.startswith('BLOCK_')}

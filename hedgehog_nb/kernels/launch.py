@@ -43,6 +43,9 @@ def kernel_arguments(
             for name,axis in names: values[name] = s[axis]
         return in_order(values)
     except KeyError as e: raise TypeError(f"{kernel.__name__} needs {e.args[0]}") from None
+    except (AttributeError, IndexError):
+        what = getattr(values[key], 'shape', values[key])
+        raise TypeError(f"{kernel.__name__} takes {key} as a tensor (batch, heads, tokens, ...) or None; given {what}") from None
 
 def launch(
     kernel, # A `triton.jit` function
@@ -53,8 +56,10 @@ def launch(
 ):
     "Run a kernel on the GPU where its first tensor lies, in the configuration that is fastest there."
     values = kernel_arguments(kernel, config, given)
+    record,x = RECORDER.get(),next(iter(given.values()), None)
+    if not hasattr(x, 'is_cuda'): raise TypeError(f"the first keyword of a launch is a tensor, which says where {kernel.__name__} runs; given {x!r}")
+    if not config.keys()>={'num_warps','num_stages'}: raise TypeError(f"config has num_warps and num_stages; given {', '.join(config)}")
     options = dict(num_warps=config['num_warps'], num_stages=config['num_stages'])
-    record,x = RECORDER.get(),next(iter(given.values()))
     if record or tune: args = dict(zip(kernel.arg_names, values))
     if record: return record(kernel, args, options)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():

@@ -159,8 +159,9 @@ def set_implementation(
     implementation:str=None, # A backend of `linear_attention`, or of `window_attention` for hybrids; None to choose by the input
 ):
     ("Choose the implementation of `linear_attention` in every converted layer; saved with the model. "
-     "Raises `ValueError` on one that its attention does not have.")
+     "Raises `ValueError` on one that its attention does not have, and on a model that is not converted.")
     ms = linear_layers(model).values()
+    if not ms: raise ValueError("this model has no linear attention: convert it first, with linearize(model, 'hedgehog')")
     _check_implementation([m.feature_map for m in ms], implementation)
     for m in ms: m._implementation = implementation
     model.config.hedgehog = replace(LinearizeConfig.from_dict(model.config.hedgehog), implementation=implementation).to_dict()
