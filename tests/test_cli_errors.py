@@ -16,7 +16,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
-def tree(): return sorted(str(p) for p in Path('.').rglob('*'))
+def tree(): return sorted(str(p) for p in Path('.').rglob('*') if '__pycache__' not in p.parts) # Python writes those
 
 def fails(*args, code=1):
     "Run a command that must fail; what it said, in one line, having written nothing"
