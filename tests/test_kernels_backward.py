@@ -68,6 +68,9 @@ def test_shapes(D, T):
 def test_everything_at_once(heads, causal, schedule): check(*inputs(2, *heads, 24, 24, 20), causal, schedule, **extras(2, heads[1], 24, 24, 20))
 
 @kernel
+def test_padded_keys_without_log_weights_get_no_gradient(): check(*inputs(1, 2, 1, 20), True, 'scan', **extras(1, 1, 20, log=False, state=False))
+
+@kernel
 @pytest.mark.parametrize('masked', [False, True])
 def test_log_weights_with_several_tiles_and_segments(masked): # each tile of features writes its part of their gradient, each segment its tokens
     check(*inputs(1, 2, 2, 40, 300, 130), True, 2, **extras(1, 2, 40, 300, 130, masked=masked, state=False))

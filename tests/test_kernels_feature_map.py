@@ -122,6 +122,10 @@ def test_mixed_dtypes():
     check(x.float(), w, b, 'softmax_halves', out_dtype=torch.bfloat16)
     check(x.half(), w, b.float(), 'softmax_joint', tol=2e-2)
 
+@pytest.mark.slow
+@kernel
+def test_blocks_that_do_not_divide_among_the_partial_sums(): check(*inputs(1, 512, 130, 8), 'softmax_halves') # three blocks for two sums
+
 @pytest.mark.compiles
 @kernel
 @pytest.mark.parametrize('form', FORMS)
