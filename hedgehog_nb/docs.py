@@ -8,7 +8,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/docs.html.md"""
 __all__ = ['colab_badge', 'show_code', 'readme_md', 'write_readme', 'quick_interpreter']
 
 # %% ../nbs/91_docs.ipynb #7d6baaf1
-import os, re
+import ast, os, re
 from importlib.util import find_spec
 from nbdev.config import get_config
 from nbdev.process import Processor
@@ -34,20 +34,34 @@ class colab_badge(Processor):
         img = 'https://colab.research.google.com/assets/colab-badge.svg'
         self.nb.cells.insert(1, mk_cell(f'[![Open in Colab]({img})]({_colab_url(self.nb.path_)})', 'markdown'))
 
-# %% ../nbs/91_docs.ipynb #dd9a4604
+# %% ../nbs/91_docs.ipynb #d1fe1f53
 def _set_fold(src, folded):
-    "`src`, its code folded or open on the page, and its summary in our words"
+    "`src` with the options by which Quarto shows its code folded or open, and without nbdev's"
     body = [l for l in src.splitlines() if not re.match(r'#\|\s*(code-fold|code-summary|exports|exporti)\b', l)]
-    summary = "Code of this helper" if folded else "Exported source"
+    summary = 'Code of this helper' if folded else 'Exported source'
     return '\n'.join([f"#| code-fold: {'true' if folded else 'show'}", f'#| code-summary: "{summary}"', *body])
 
+def _anchor_names(tree, private):
+    "Names of a cell that get no heading from `show_doc`: private functions (`private`: all), and the methods of classes"
+    defs = [o for o in tree or [] if isinstance(o, (ast.FunctionDef,ast.ClassDef))]
+    for o in defs:
+        if private or o.name.startswith('_'): yield o.name
+        if isinstance(o, ast.ClassDef): yield from (f'{o.name}.{m.name}' for m in o.body if isinstance(m, ast.FunctionDef))
+
+# %% ../nbs/91_docs.ipynb #19a9a940
 class show_code(Processor):
-    "Show exported code on its page: open, or folded where the cell says `#| code-fold: true` or `#| exporti`. Stands for nbdev's `rm_export`."
-    def cell(self, cell):
-        if cell.cell_type!='code' or not cell.get('source'): return
-        d = cell.directives_
-        if d.keys() & {'hide','default_exp'} or 'export' in d: del cell['source']
-        elif d.keys() & {'exports','exporti'}: cell.source = _set_fold(cell.source, 'exporti' in d or d.get('code-fold:')=='true')
+    "Show exported code on its page: open, or folded where the cell says `#| code-fold: true` or `#| exporti`. Takes the place of nbdev's `rm_export`."
+    def begin(self):
+        cells = []
+        for c in self.nb.cells:
+            d = c.directives_ if c.cell_type=='code' else {}
+            if d.keys() & {'hide','default_exp','export'}: continue
+            if d.keys() & {'exports','exporti'}:
+                names = [n.lower() for n in _anchor_names(c.parsed_(), 'exporti' in d)]
+                if names: cells.append(mk_cell(' '.join(f'[]{{#{n}}}' for n in names), 'markdown'))
+                c.source = _set_fold(c.source, 'exporti' in d or d.get('code-fold:')=='true')
+            cells.append(c)
+        self.nb.cells = cells
 
 # %% ../nbs/91_docs.ipynb #dfc5fddf
 def _output_md(o):

@@ -35,7 +35,7 @@ def start(
     if kernels and not _has_gpu(): os.environ.setdefault('TRITON_INTERPRET', '1')
     missing = ' '.join(p for p in needs.split() if not find_spec(p))
     def skip(lines):
-        if any('nbdev.nbdev_export()' in l for l in lines): return lines if find_spec('nbdev') and os.path.exists('../pyproject.toml') else []
+        if any('nbdev_export' in l for l in lines): return lines if find_spec('nbdev') and os.path.exists('../pyproject.toml') else []
         why = _why_not(lines, missing, kernels)
         return [f'print({f"Not run here: {why}."!r})\n'] if why else lines
     from IPython import get_ipython
