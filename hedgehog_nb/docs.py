@@ -35,32 +35,33 @@ class colab_badge(Processor):
         self.nb.cells.insert(1, mk_cell(f'[![Open in Colab]({img})]({_colab_url(self.nb.path_)})', 'markdown'))
 
 # %% ../nbs/91_docs.ipynb #d1fe1f53
-def _set_fold(src, folded):
+def _fold(src, folded):
     "`src` with the options by which Quarto shows its code folded or open, and without nbdev's"
-    body = [l for l in src.splitlines() if not re.match(r'#\|\s*(code-fold|code-summary|exports|exporti)\b', l)]
-    summary = 'Code of this helper' if folded else 'Exported source'
+    body = [l for l in src.splitlines() if not re.match(r'#\|\s*(code-fold|exports|exporti)\b', l)]
+    summary = 'Code of a helper' if folded else 'Exported source'
     return '\n'.join([f"#| code-fold: {'true' if folded else 'show'}", f'#| code-summary: "{summary}"', *body])
 
-def _anchor_names(tree, private):
-    "Names of a cell that get no heading from `show_doc`: private functions (`private`: all), and the methods of classes"
+def _anchors(tree, private):
+    "Anchors for names of a cell that get no heading from `show_doc`: private functions (`private`: all), and the methods of classes"
     defs = [o for o in tree or [] if isinstance(o, (ast.FunctionDef,ast.ClassDef))]
-    for o in defs:
-        if private or o.name.startswith('_'): yield o.name
-        if isinstance(o, ast.ClassDef): yield from (f'{o.name}.{m.name}' for m in o.body if isinstance(m, ast.FunctionDef))
+    names = [o.name for o in defs if private or o.name.startswith('_')]
+    names += [f'{o.name}.{m.name}' for o in defs if isinstance(o, ast.ClassDef) for m in o.body if isinstance(m, ast.FunctionDef)]
+    return [mk_cell(' '.join(f'[]{{#{n.lower()}}}' for n in names), 'markdown')] if names else []
 
 # %% ../nbs/91_docs.ipynb #19a9a940
 class show_code(Processor):
-    "Show exported code on its page: open, or folded where the cell says `#| code-fold: true` or `#| exporti`. Takes the place of nbdev's `rm_export`."
+    "Show exported code on its page, below its `show_doc`: open, or folded where the cell says `#| code-fold: true` or `#| exporti`."
     def begin(self):
         cells = []
         for c in self.nb.cells:
             d = c.directives_ if c.cell_type=='code' else {}
             if d.keys() & {'hide','default_exp','export'}: continue
             if d.keys() & {'exports','exporti'}:
-                names = [n.lower() for n in _anchor_names(c.parsed_(), 'exporti' in d)]
-                if names: cells.append(mk_cell(' '.join(f'[]{{#{n}}}' for n in names), 'markdown'))
-                c.source = _set_fold(c.source, 'exporti' in d or d.get('code-fold:')=='true')
-            cells.append(c)
+                hidden = 'exporti' in d
+                cells += _anchors(c.parsed_(), hidden)
+                c.source = _fold(c.source, hidden or '#| code-fold: true' in c.source)
+            if getattr(c, 'has_sd', False) and cells and 'exports' in getattr(cells[-1], 'directives_', {}): cells.insert(-1, c)
+            else: cells.append(c)
         self.nb.cells = cells
 
 # %% ../nbs/91_docs.ipynb #dfc5fddf
