@@ -33,7 +33,7 @@ NBS   := $(TEST) nbdev-test --n-workers $(WORKERS) --timing
 # The notebooks that take longest go first: one that starts last keeps one worker only
 LONG  := ^(09_training|94_cli)
 
-.PHONY: help demo test test-slow test-lowest test-all gpu gpu-smoke gpu-tests gpu-sanitize gpu-bench gpu-models gpu-files sync pages docs readme hooks clean
+.PHONY: help demo test test-slow test-lowest test-all gpu gpu-smoke gpu-tests gpu-sanitize gpu-bench gpu-models gpu-files sync site-check preview docs readme hooks clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -76,8 +76,11 @@ gpu-files:  ## What a GPU machine without a network lacks, in folders of 45 MB: 
 sync: $(VENV)/.stamp-dev  ## Check that modules equal their notebooks and that the notebooks are clean (works on a copy)
 	@PATH="$(BIN):$$PATH" .ci/sync
 
-pages: $(VENV)/.stamp-dev  ## Process the pages for the site: the first half of `make docs`, which needs no Quarto
-	@$(TEST) PYTHONWARNINGS='ignore:Found cells containing imports' nbdev-proc-nbs --n-workers $(WORKERS)
+site-check: $(VENV)/.stamp-dev  ## Process the pages for the site and list what is wrong with them (needs no Quarto, works on a copy)
+	@$(TEST) python -c 'import sys; from hedgehog_nb.site import check_site; sys.exit(check_site(n_workers=$(WORKERS)))'
+
+preview: $(VENV)/.stamp-dev  ## The site as HTML in _preview, without Quarto (needs pandoc; takes screenshots where Chromium is)
+	@$(TEST) python -c 'from hedgehog_nb.site import preview_site; preview_site(n_workers=$(WORKERS))'
 
 docs: $(VENV)/.stamp-dev  ## Build the site into _docs (needs Quarto)
 	@command -v quarto >/dev/null || { echo "make docs needs Quarto, which pip cannot install: see https://quarto.org/docs/get-started, then run make docs again." >&2; exit 1; }
@@ -91,7 +94,7 @@ hooks: $(VENV)/.stamp-dev  ## Install nbdev's git and Jupyter hooks, and pre-com
 	@if command -v pre-commit >/dev/null; then pre-commit install; fi
 
 clean:  ## Remove what builds and tests leave behind; the environment stays
-	rm -rf build dist _docs _proc .pytest_cache .hypothesis
+	rm -rf build dist _docs _proc _preview .pytest_cache .hypothesis
 	find hedgehog_nb nbs kernels tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The environment: PyTorch first, so that a CPU build is kept where the package index has one, then the library.
