@@ -6,14 +6,14 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/site.html.md"""
 
 # %% auto #0
 __all__ = ['JUNK', 'process_pages', 'Page', 'pages_of', 'check_opening', 'check_code', 'check_outputs', 'check_links',
-           'check_titles', 'check_imports', 'site_problems', 'check_site']
+           'check_titles', 'check_imports', 'site_problems', 'check_site', 'preview_site']
 
 # %% ../nbs/95_site.ipynb #08909695
-import ast, json, os, re, shutil, subprocess, sys, tempfile
-from functools import partial
+import ast, base64, json, os, re, shutil, subprocess, sys, tempfile, yaml
+from html import escape
 from pathlib import Path
-from urllib.parse import urljoin
-import yaml
+from tqdm.auto import tqdm
+from .docs import page_md
 
 # %% ../nbs/95_site.ipynb #b93b53e9
 def process_pages(
@@ -213,3 +213,93 @@ def check_site(
         problems,n = site_problems(d),len(pages_of(proc))
     print('\n'.join(problems) if problems else f'Nothing wrong with {n} pages.')
     return int(bool(problems))
+
+# %% ../nbs/95_site.ipynb #d01ba154
+_HEAD = """<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body { font: 17px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 0 auto; padding: 0 1rem; }
+nav { font-size: .85rem; columns: 3 14rem; } nav a, nav li { display: block; } math[display="block"] { display: block; overflow-x: auto; overflow-y: hidden; }
+#TOC { border-bottom: 1px solid #ccc; } h1, h2, h3 { line-height: 1.2; margin-top: 2rem; }
+pre { background: #f5f5f7; padding: .6rem; overflow-x: auto; font-size: .82rem; } code { font-size: .87em; }
+pre.sourceCode, pre.sourceCode code { white-space: pre-wrap; overflow-wrap: anywhere; }
+img { max-width: 100%; height: auto; } figcaption { font-size: .85rem; color: #555; } summary { color: #666; font-size: .85rem; cursor: pointer; }
+table { border-collapse: collapse; font-size: .9rem; } td, th { padding: .2rem .6rem; border-bottom: 1px solid #ddd; text-align: left; }
+</style>
+<style>STYLES</style>
+<script>addEventListener('load', () => { const d = document.documentElement; parent.postMessage(d.scrollWidth+'x'+d.scrollHeight, '*'); });</script>
+"""
+
+def _page_html(page, copy, into, side):
+    "Write one page and its figures"
+    out = into/page.html
+    out.parent.mkdir(parents=True, exist_ok=True)
+    n = iter(range(1000))
+    def figure(png, alt, caption):
+        name = f'{out.stem}-{next(n)}.png'
+        (out.parent/name).write_bytes(base64.b64decode(png))
+        return f'![{caption}]({name}){{alt="{alt}"}}'
+    md = page_md(page.cells, lambda t: _to_html(t, page, side), True, figure)
+    head,nav = (out.with_suffix(f'.{x}') for x in ('head','nav'))
+    head.write_text(_HEAD.replace('STYLES', (copy/'styles.css').read_text(encoding='utf-8')), encoding='utf-8')
+    links = ''.join(f'<a href="{os.path.relpath(h, os.path.dirname(page.html))}">{escape(t)}</a>' for h,t in side.values())
+    nav.write_text(f'<details><summary>All pages</summary><nav>{links}</nav></details>', encoding='utf-8')
+    subprocess.run(['pandoc','-f','markdown-smart','-t','html5','-s','--mathml','--toc','-M',f'title={page.title}','-M',f"subtitle={page.meta.get('description', '')}",
+        '-H',head,'-B',nav,'-o',out], input=md, text=True, check=True, encoding='utf-8')
+    head.unlink(); nav.unlink()
+
+def _to_html(target, page, side):
+    "A link to a notebook as one to its page"
+    path,mark,anchor = target.partition('#')
+    name = os.path.normpath(os.path.join(os.path.dirname(page.name), path))
+    return os.path.relpath(side[name][0], os.path.dirname(page.html))+mark+anchor if name in side else target
+
+# %% ../nbs/95_site.ipynb #fb5f09d6
+def _chromium():
+    return next(filter(None, map(shutil.which, ('chromium','chromium-browser','google-chrome'))), None)
+
+_FRAME = """<body style="margin:0"><iframe src="{src}" style="border:0; width:{width}px; height:{height}px"></iframe>
+<script>addEventListener('message', e => document.documentElement.dataset.size = e.data);</script>"""
+
+def _shoot(chromium, path, width):
+    "A screenshot of a whole page beside it, and the page's size in pixels. The page stands in a frame, which can be narrower than Chromium's windows."
+    with tempfile.TemporaryDirectory() as d:
+        def run(height, *args):
+            frame = Path(d)/'frame.html'
+            frame.write_text(_FRAME.format(src=path.resolve().as_uri(), width=width, height=height))
+            return subprocess.run([chromium,'--headless','--no-sandbox','--disable-gpu','--no-first-run','--disable-background-networking','--hide-scrollbars',
+                f'--user-data-dir={d}',f'--window-size={max(width, 500)},{height}','--virtual-time-budget=3000', *args, frame.as_uri()],
+                capture_output=True, text=True, timeout=120).stdout
+        size = re.search(r'data-size="(\d+)x(\d+)"', run(900, '--dump-dom'))
+        w,h = map(int, size.groups()) if size else (0, 900)
+        run(min(h, 16000), f"--screenshot={path.with_suffix(f'.{width}.png').resolve()}")
+    return w,h
+
+# %% ../nbs/95_site.ipynb #2a2e7b45
+def preview_site(
+    root='.', # The checkout
+    into='_preview', # Folder to write; what is in it is replaced
+    widths:tuple=(1280,390), # Widths of the screenshots, in pixels; none where Chromium is not installed
+    only:str='', # Part of the names of the pages to show; all pages if empty
+    n_workers:int=2, # Processes
+)->list: # (page, width, pixels wide, pixels high) of each screenshot
+    "Write the site as HTML, without Quarto, and screenshots beside it: `make preview`. Raises `RuntimeError` where Pandoc is not installed."
+    if not shutil.which('pandoc'): raise RuntimeError("the preview needs Pandoc: see https://pandoc.org/installing.html")
+    into,chromium,sizes = Path(into),_chromium(),[]
+    shutil.rmtree(into, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as d:
+        pages = pages_of(process_pages(root, d, n_workers))
+        names = {p.name:p for p in pages}
+        listed = [f for _,f in _entries(yaml.safe_load((Path(d)/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']) if f in names]
+        side = {f:(names[f].html, names[f].title) for f in dict.fromkeys([*listed, *names])}
+        for images in (Path(d)/'nbs').glob('images/*'):
+            (into/'nbs/images').mkdir(parents=True, exist_ok=True); shutil.copy(images, into/'nbs/images')
+        for p in tqdm([p for p in pages if only in p.name], desc='pages'):
+            _page_html(p, Path(d), into, side)
+            for width in widths if chromium else ():
+                w,h = _shoot(chromium, into/p.html, width)
+                sizes.append((p.name, width, w, h))
+    for name,width,w,h in sizes:
+        if w>width: print(f'{name} is {w} pixels wide on a screen of {width}')
+    if not chromium: print('No screenshots: Chromium is not installed.')
+    print(f"Open {into/'nbs/index.html'}")
+    return sizes
