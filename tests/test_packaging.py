@@ -126,7 +126,7 @@ def test_readme_is_the_home_page(root):
     assert squeeze((root/'README.md').read_text()) == squeeze(readme_md(str(root/'nbs/index.ipynb'))), 'run make readme'
 
 def test_quickstart_has_two_lines(root):
-    fences = re.findall(r'^## Quickstart\n.*?^```\s*bash\n(.*?)^```', (root/'README.md').read_text(), flags=re.M|re.S)
+    fences = re.findall(r'^## Quickstart from a clone\n.*?^```\s*bash\n(.*?)^```', (root/'README.md').read_text(), flags=re.M|re.S)
     assert fences == ['make demo\nmake test\n']
 
 def test_squeeze_sees_changes(root):
