@@ -10,6 +10,8 @@
 #     OLDEST    the interpreter of that environment            (the first of python3.10, python3.11, python3.12 that is here)
 #     PARTS     which parts `make gpu` runs, as in PARTS="smoke bench" (all; the head of tests/gpu.sh says what they are)
 #     MODELS, DATA   folders that `make gpu-files` cuts into pieces, a path with spaces in quotes of its own: MODELS="'a b' c"   (none)
+#     PACKAGE   where `make wheel-check` and `make run-all` install the wheel   (.venv-package)
+#     PAGES     parts of the names of the pages that `make run-all` runs, as in PAGES="05_ window"   (all)
 #     WORKERS   how many notebooks or test files run at a time (the cores of this machine, 8 at most)
 
 VENV    ?= .venv
@@ -19,6 +21,8 @@ PYTHON  ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10;
              $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && { echo $$p; break; }; done)
 
 LOWEST  ?= .venv-lowest
+PACKAGE ?= .venv-package
+PACKED   = $(FACTS) MANIFEST.in README.md $(shell find hedgehog_nb results -type f -not -name '*.pyc')
 OLDEST  ?= $(shell for p in python3.10 python3.11 python3.12; do $$p --version >/dev/null 2>&1 && { echo $$p; break; }; done)
 
 BIN   := $(abspath $(VENV))/bin
@@ -33,7 +37,7 @@ NBS   := $(TEST) nbdev-test --n-workers $(WORKERS) --timing
 # The notebooks that take longest go first: one that starts last keeps one worker only
 LONG  := ^(09_training|94_cli)
 
-.PHONY: help demo test test-slow test-lowest test-all gpu gpu-smoke gpu-tests gpu-sanitize gpu-bench gpu-models gpu-files sync site-check preview docs readme hooks clean
+.PHONY: help demo test test-slow test-lowest test-all wheel-check run-all gpu gpu-smoke gpu-tests gpu-sanitize gpu-bench gpu-models gpu-files sync site-check preview docs readme hooks clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -58,11 +62,18 @@ test-lowest: $(LOWEST)/.stamp-lowest  ## The same tests, with the lowest version
 test-slow: $(VENV)/.stamp-dev  ## The slow tests of tests/ alone
 	@echo "== slow tests" && $(TEST) python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m slow tests
 
-test-all: test test-slow  ## `make test`, its slow tests, then converted models in more tools, then in transformers' own tests (pip fetches both)
+test-all: test test-slow run-all  ## `make test`, its slow tests, every page run as a user does, then converted models in more tools, then in transformers' own tests (pip fetches both)
 	@$(PIP) -q -e '.[integrations]' && echo "== tools" && INTEGRATIONS=all $(TEST) python -m pytest -q -n $(WORKERS) tests/test_integrations.py
 	@$(PIP) -q parameterized && v=`$(BIN)/python -c 'from transformers import __version__ as v; print(v)'` && d=_data/transformers-$$v && \
 	  { [ -n "$$TRANSFORMERS_SOURCE" ] || [ -d $$d ] || { mkdir -p _data && $(BIN)/python -m pip -q download --no-binary transformers --no-deps -d _data transformers==$$v && tar xzf $$d.tar.gz -C _data; }; } && \
 	  echo "== transformers' own tests" && TRANSFORMERS_SOURCE=$${TRANSFORMERS_SOURCE:-$$d} $(TEST) python -m pytest -q -n $(WORKERS) -o addopts= -W ignore::pytest.PytestUnraisableExceptionWarning tests/mixins.py
+
+wheel-check: $(PACKAGE)/.stamp  ## Build wheel and sdist into dist, install the wheel in an environment without nbdev, run the demo and a smoke test there
+	@d=`mktemp -d` && cd $$d && PATH="$(abspath $(PACKAGE))/bin:$$PATH" && hedgehog demo && python $(CURDIR)/tests/wheel_smoke.py; s=$$?; rm -rf $$d; exit $$s
+
+run-all: $(PACKAGE)/.stamp  ## Run every page from the first cell to the last, with the installed wheel alone, in an empty folder
+	@$(abspath $(PACKAGE))/bin/python -m pip --disable-pip-version-check install -q nbclient ipykernel
+	@PATH="$(abspath $(PACKAGE))/bin:$$PATH" HF_HUB_OFFLINE=1 python tests/run_all.py $(PAGES)
 
 gpu:  ## On a GPU machine: smoke test, kernels' tests, sanitizer, benchmark, models, 9 minutes each (gpu-smoke, gpu-tests, ... one of them)
 	@tests/gpu.sh $(PARTS)
@@ -116,6 +127,13 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-torch $(FACTS)
 	@echo "== Installing hedgehog_nb, what it needs and what its tests need into $(VENV)"
 	@$(call REST,'.[dev]')
 	@touch $(VENV)/.stamp-core $@
+
+# What somebody has who typed `pip install hedgehog_nb`: the wheel, built of what is here now, and what it needs
+$(PACKAGE)/.stamp: $(VENV)/.stamp-dev $(PACKED)
+	@rm -rf build dist && $(BIN)/python -m build -q . && ls dist
+	@[ -x $(PACKAGE)/bin/python ] || { $(PYTHON) -m venv $(PACKAGE) && $(abspath $(PACKAGE))/bin/python -m pip --disable-pip-version-check install -q $(TORCH); }
+	@$(abspath $(PACKAGE))/bin/python -m pip --disable-pip-version-check install -q dist/*.whl && $(abspath $(PACKAGE))/bin/python -m pip --disable-pip-version-check install -q --no-deps --force-reinstall dist/*.whl
+	@touch $@
 
 # Only the direct requirements are lowered: what they need in turn is taken as new as it fits. The stamps are those that `make test` looks at.
 $(LOWEST)/.stamp-lowest: $(FACTS)

@@ -1,6 +1,6 @@
 "Hedgehog linear attention: a book of notebooks that is a library. The main names load on first use."
 
-__version__ = "0.0.1"
+__version__ = "0.1.0"
 
 from importlib import import_module as _import_module
 

@@ -33,6 +33,7 @@ def dist(root, tmp_path_factory):
     src = tmp_path_factory.mktemp('src')
     for f in 'settings.ini setup.py pyproject.toml MANIFEST.in README.md LICENSE'.split(): shutil.copy(root/f, src)
     shutil.copytree(root/'hedgehog_nb', src/'hedgehog_nb', ignore=shutil.ignore_patterns('__pycache__'))
+    shutil.copytree(root/'results', src/'results')
     ok(sys.executable, '-m', 'build', '--no-isolation', '--outdir', src/'dist', src)
     return src/'dist'
 
@@ -50,7 +51,7 @@ def test_source_archive_can_build(dist):
 def test_wheel_holds_the_package_and_nothing_else(root, wheel):
     tree = {p.relative_to(root).as_posix() for p in (root/'hedgehog_nb').rglob('*') if p.is_file() and '__pycache__' not in p.parts}
     packed = {n for n in wheel.namelist() if '.dist-info/' not in n and not n.endswith('/')}
-    assert packed == tree
+    assert packed == tree | {f'hedgehog_nb/assets/{p.relative_to(root).as_posix()}' for p in (root/'results').glob('*.json')}
     assert any(n.startswith('hedgehog_nb/assets/') and n.endswith('.safetensors') for n in packed) and 'hedgehog_nb/kernels/cpu/kernels.c' in packed
     assert any(n.endswith('licenses/LICENSE') for n in wheel.namelist())
 
@@ -93,6 +94,12 @@ def test_installed_wheel_works_away_from_the_checkout(dist, tmp_path):
     assert Path(where).is_relative_to(site) and model == '1'
     py('from hedgehog_nb._modidx import d; assert d["syms"]', **env)
     assert 'demo' in ok(site/'bin'/'hedgehog', '--help', **env)
+    assert int(py('from hedgehog_nb.results import read_results; print(len(read_results()))', **env)) > 1000
+
+def test_one_version(root):
+    import hedgehog_nb
+    v = hedgehog_nb.__version__
+    assert f'\n## {v}\n' in (root/'CHANGELOG.md').read_text() and f'\nversion: {v}\n' in (root/'CITATION.cff').read_text()
 
 
 # ---- the package's own names
