@@ -277,7 +277,8 @@ def runs_table(
     "Which experiments were run, on which commit, machine and day."
     files = {}
     for r in rows: files.setdefault((r['file'], r['commit'], r['device'], r['date'][:10]), []).append(r['experiment'])
-    return Table(['file','experiments','numbers','commit','device','date'], [[f, ', '.join(dict.fromkeys(es)), len(es), c, d, t] for (f,c,d,t),es in files.items()])
+    return Table(['file','experiments','numbers','commit','device','date'],
+        [[f, ', '.join(dict.fromkeys(es)), len(es), c, d, t] for (f,c,d,t),es in files.items()])
 
 def trend_rows(
     rows:list, # From `read_results`
