@@ -195,11 +195,11 @@ def site_problems(
     copy = Path(copy)
     config,nbdev_yml = (yaml.safe_load((copy/f).read_text(encoding='utf-8')) for f in ('_quarto.yml','nbdev.yml'))
     found = pages_of(copy/'_proc')
-    pages = {k:p for p in found for k in (p.name, p.html)}
+    pages,url = {k:p for p in found for k in (p.name, p.html)},nbdev_yml['website']['site-url']
     res = list(check_titles(pages, config, 'nbs/index.ipynb'))
     for p in found:
         source = json.loads((copy/p.name).read_text(encoding='utf-8'))
-        checks = (check_opening(p), check_code(p, source), check_outputs(p), check_links(p, pages, copy, nbdev_yml['website']['site-url']), check_imports(source))
+        checks = (check_opening(p), check_code(p, source), check_outputs(p), check_links(p, pages, copy, url), check_imports(source))
         res += [f'{p.name} {s}' for c in checks for s in c]
     return list(dict.fromkeys(res))
 
@@ -243,8 +243,8 @@ def _page_html(page, copy, into, side):
     head.write_text(_HEAD.replace('STYLES', (copy/'styles.css').read_text(encoding='utf-8')), encoding='utf-8')
     links = ''.join(f'<a href="{os.path.relpath(h, os.path.dirname(page.html))}">{escape(t)}</a>' for h,t in side.values())
     nav.write_text(f'<details><summary>All pages</summary><nav>{links}</nav></details>', encoding='utf-8')
-    subprocess.run(['pandoc','-f','markdown-smart','-t','html5','-s','--mathml','--toc','-M',f'title={page.title}','-M',f"subtitle={page.meta.get('description', '')}",
-        '-H',head,'-B',nav,'-o',out], input=md, text=True, check=True, encoding='utf-8')
+    subprocess.run(['pandoc','-f','markdown-smart','-t','html5','-s','--mathml','--toc',
+        '-M',f'title={page.title}','-M',f"subtitle={page.meta.get('description', '')}",'-H',head,'-B',nav,'-o',out], input=md, text=True, check=True, encoding='utf-8')
     head.unlink(); nav.unlink()
 
 def _to_html(target, page, side):
