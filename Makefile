@@ -69,7 +69,7 @@ test-all: test test-slow run-all  ## `make test`, its slow tests, every page run
 	  echo "== transformers' own tests" && TRANSFORMERS_SOURCE=$${TRANSFORMERS_SOURCE:-$$d} $(TEST) python -m pytest -q -n $(WORKERS) -o addopts= -W ignore::pytest.PytestUnraisableExceptionWarning tests/mixins.py
 
 wheel-check: $(PACKAGE)/.stamp  ## Build wheel and sdist into dist, install the wheel in an environment without nbdev, run the demo and a smoke test there
-	@d=`mktemp -d` && cd $$d && PATH="$(abspath $(PACKAGE))/bin:$$PATH" && hedgehog demo && python $(CURDIR)/tests/wheel_smoke.py; s=$$?; rm -rf $$d; exit $$s
+	@d=`mktemp -d` && cd $$d && unset PYTHONPATH && PATH="$(abspath $(PACKAGE))/bin:$$PATH" && hedgehog demo && python $(CURDIR)/tests/wheel_smoke.py; s=$$?; rm -rf $$d; exit $$s
 
 run-all: $(PACKAGE)/.stamp  ## Run every page from the first cell to the last, with the installed wheel alone, in an empty folder
 	@$(abspath $(PACKAGE))/bin/python -m pip --disable-pip-version-check install -q nbclient ipykernel

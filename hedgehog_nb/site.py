@@ -244,7 +244,8 @@ def _page_html(page, copy, into, side):
     links = ''.join(f'<a href="{os.path.relpath(h, os.path.dirname(page.html))}">{escape(t)}</a>' for h,t in side.values())
     nav.write_text(f'<details><summary>All pages</summary><nav>{links}</nav></details>', encoding='utf-8')
     subprocess.run(['pandoc','-f','markdown-smart','-t','html5','-s','--mathml','--toc',
-        '-M',f'title={page.title}','-M',f"subtitle={page.meta.get('description', '')}",'-H',head,'-B',nav,'-o',out], input=md, text=True, check=True, encoding='utf-8')
+        '-M',f'title={page.title}','-M',f"subtitle={page.meta.get('description', '')}",'-H',head,'-B',nav,'-o',out],
+        input=md, text=True, check=True, encoding='utf-8')
     head.unlink(); nav.unlink()
 
 def _to_html(target, page, side):

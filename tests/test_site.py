@@ -70,7 +70,9 @@ def test_links(copy, md, what):
         found = write(with_cells(good, c))
         assert any(what in f for f in found), found
 
-@pytest.mark.parametrize('md', ['```\n[gone](99.ipynb)\n```', '`[gone](99.ipynb)`', '[mail](mailto:a@b.c)', '![alt](https://x.org/a.png)', '[down](../_quarto.yml)'])
+GOOD_LINKS = ['```\n[gone](99.ipynb)\n```', '`[gone](99.ipynb)`', '[mail](mailto:a@b.c)', '![alt](https://x.org/a.png)', '[down](../_quarto.yml)']
+
+@pytest.mark.parametrize('md', GOOD_LINKS)
 def test_good_links(copy, md):
     write,good = copy
     assert write(with_cells(good, cell('markdown', md))) == []

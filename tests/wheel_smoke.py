@@ -28,8 +28,8 @@ distill(model, token_blocks(load_texts('embedded'), tok, 128, max_tokens=20*4*12
 distilled = perplexity(model, test)
 assert softmax < distilled < swapped, (softmax, distilled, swapped)
 with tempfile.TemporaryDirectory() as d:
-    save_linearized(model, d)
-    again = perplexity(load_linearized(d), test)
+    save_linearized(model, d+'/model')
+    again = perplexity(load_linearized(d+'/model'), test)
 assert abs(again-distilled)<1e-3, (again, distilled)
 n = len(read_results())
 assert n>1000, f"{n} numbers came with the package"
