@@ -7,7 +7,7 @@ from hedgehog_nb import site
 
 HOME = '| Chapter | What it builds |\n|---|---|\n| [First page](01_first.ipynb) | an example |'
 
-def cell(kind, src, **kw): return dict(cell_type=kind, id=f'{abs(hash(src)):x}'[:8], metadata={}, source=src, **(dict(execution_count=None, outputs=[]) if kind=='code' else {}), **kw)
+def cell(kind, src): return dict(cell_type=kind, id='x', metadata={}, source=src, **(dict(execution_count=None, outputs=[]) if kind=='code' else {}))
 def text(s, kind='stdout'): return dict(output_type='stream', name=kind, text=s)
 def data(**kw): return dict(output_type='display_data', metadata={}, data={k.replace('_','/'):v for k,v in kw.items()})
 def page(title, name, *cells): return [cell('raw', f'---\ndescription: what it is about\noutput-file: {name}.html\ntitle: {title}\n---\n'), *cells]
@@ -18,9 +18,11 @@ def copy(tmp_path):
     opening = 'This paragraph says what the page is about, and it has more than ten words.'
     good = dict(
         index=page('Home', 'index', cell('markdown', opening), cell('markdown', HOME)),
-        first=page('First page', 'first', cell('markdown', '[![Open in Colab](https://x.org/badge.svg)](https://x.org)'), cell('markdown', opening), cell('markdown', '## A part\n[]{#_helper}'),
-            cell('code', '#| code-fold: true\ndef _helper(): pass'), cell('markdown', 'See [home](index.ipynb), [a part](#a-part), [itself](https://site.org/nbs/first.html#_helper).')))
-    (tmp_path/'_quarto.yml').write_text('website:\n  sidebar:\n    contents:\n      - text: Home\n        href: nbs/index.ipynb\n      - section: All\n        contents: [nbs/01_first.ipynb]\n')
+        first=page('First page', 'first', cell('markdown', '[![Open in Colab](https://x.org/badge.svg)](https://x.org)'), cell('markdown', opening),
+            cell('markdown', '## A part\n[]{#_helper}'), cell('code', '#| code-fold: true\ndef _helper(): pass'),
+            cell('markdown', 'See [home](index.ipynb), [a part](#a-part), [itself](https://site.org/nbs/first.html#_helper).')))
+    (tmp_path/'_quarto.yml').write_text('website:\n  sidebar:\n    contents:\n      - text: Home\n        href: nbs/index.ipynb\n'
+        '      - section: All\n        contents: [nbs/01_first.ipynb]\n')
     (tmp_path/'nbdev.yml').write_text('website:\n  site-url: https://site.org\n')
     def write(first=None, index=None, source=None):
         for name,cells in (('01_first', first or good['first']), ('index', index or good['index'])):
@@ -29,7 +31,8 @@ def copy(tmp_path):
             f.write_text(json.dumps(dict(cells=cells)))
         (tmp_path/'nbs').mkdir(exist_ok=True)
         for name in ('01_first','index'):
-            (tmp_path/f'nbs/{name}.ipynb').write_text(json.dumps(dict(cells=source if source and name!='index' else [cell('code', '#| exports\ndef _helper(): pass')] if name!='index' else [])))
+            cells = [] if name=='index' else source or [cell('code', '#| exports\ndef _helper(): pass')]
+            (tmp_path/f'nbs/{name}.ipynb').write_text(json.dumps(dict(cells=cells)))
         return site.site_problems(tmp_path)
     return write,good
 
@@ -39,7 +42,8 @@ def test_good_pages(copy):
     write,_ = copy
     assert write() == []
 
-OUTPUTS = [(text('hello', 'stderr'), 'went to stderr'), (text('50%|#####     | 1/2'), 'a progress bar'), (text('3/7 [00:01<00:02, 2.5it/s]'), 'a progress bar'),
+OUTPUTS = [(text('hello', 'stderr'), 'went to stderr'),
+    (text('50%|#####     | 1/2'), 'a progress bar'), (text('3/7 [00:01<00:02, 2.5it/s]'), 'a progress bar'),
     (text('a\x1b[31mb'), 'terminal colours'), (text('[bold]hi[/bold]'), 'Rich markup'), (text('x.py:3: FutureWarning: soon'), 'a warning'),
     (data(text_plain='<function f at 0x7f00aa11bb22>'), "an object's address"), (data(text_plain='<foo.Bar object>'), "an object's address"),
     (data(text_plain="{'a': 1,\n 'b': 2,\n 'c': 3,\n 'd': 4}"), 'a dictionary'), (dict(output_type='error', ename='KeyError', evalue='', traceback=[]), 'ends in KeyError'),
@@ -51,7 +55,8 @@ def test_outputs(copy, output, what):
     found = write(with_cells(good, cell('code', '1+1') | dict(outputs=[output])))
     assert len(found) == 1 and what in found[0] and found[0].startswith('nbs/01_first.ipynb'), found
 
-PLAIN = [text('loss 2.5, 100% of 3 runs'), data(text_plain='tensor([[1., 0.]])'), data(text_plain="{'a': 1}"), text('[/work] is no folder [1]'), text('hot [dim=-1]'),
+PLAIN = [text('loss 2.5, 100% of 3 runs'), data(text_plain='tensor([[1., 0.]])'), data(text_plain="{'a': 1}"),
+    text('[/work] is no folder [1]'), text('hot [dim=-1]'),
     data(image_png='aaaa', text_plain='<Figure size 1x1 with 1 Axes>')]
 
 @pytest.mark.parametrize('output', PLAIN)
@@ -60,7 +65,8 @@ def test_good_outputs(copy, output):
     assert write(with_cells(good, cell('code', '#| fig-alt: "what it shows"\n1+1') | dict(outputs=[output]))) == []
 
 LINKS = [('[gone](99_gone.ipynb)', 'which is no page'), ('[gone](first.html#no-part)', 'no such anchor'), ('[gone](#no-part)', 'no such anchor'),
-    ('[gone](https://site.org/nbs/gone.html)', 'no page'), ('[gone](https://site.org/nbs/first.html#_gone)', 'no such anchor'), ('[the [`x`](first.html) of](first.html)', "inside a link's text"),
+    ('[gone](https://site.org/nbs/gone.html)', 'no page'), ('[gone](https://site.org/nbs/first.html#_gone)', 'no such anchor'),
+    ('[the [`x`](first.html) of](first.html)', "inside a link's text"),
     ('![](picture.png)', 'without alt text'), ('<img src="a.png">', 'without alt text'), ('<a href="99_gone.ipynb">', 'no page')]
 
 @pytest.mark.parametrize('md,what', LINKS, ids=[m for m,_ in LINKS])
