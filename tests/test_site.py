@@ -46,7 +46,8 @@ OUTPUTS = [(text('hello', 'stderr'), 'went to stderr'),
     (text('50%|#####     | 1/2'), 'a progress bar'), (text('3/7 [00:01<00:02, 2.5it/s]'), 'a progress bar'),
     (text('a\x1b[31mb'), 'terminal colours'), (text('[bold]hi[/bold]'), 'Rich markup'), (text('x.py:3: FutureWarning: soon'), 'a warning'),
     (data(text_plain='<function f at 0x7f00aa11bb22>'), "an object's address"), (data(text_plain='<foo.Bar object>'), "an object's address"),
-    (data(text_plain="{'a': 1,\n 'b': 2,\n 'c': 3,\n 'd': 4}"), 'a dictionary'), (dict(output_type='error', ename='KeyError', evalue='', traceback=[]), 'ends in KeyError'),
+    (data(text_plain="{'a': 1,\n 'b': 2,\n 'c': 3,\n 'd': 4}"), 'a dictionary'),
+    (dict(output_type='error', ename='KeyError', evalue='', traceback=[]), 'ends in KeyError'),
     (data(image_png='aaaa', text_plain='<Figure size 1x1 with 1 Axes>'), 'a figure without')]
 
 @pytest.mark.parametrize('output,what', OUTPUTS, ids=[w for _,w in OUTPUTS])
