@@ -59,7 +59,6 @@ def _load_key_mask(mask_ptr, start, t, rows):
     if mask_ptr is not None: keys = tl.load(mask_ptr + start + t, mask=rows, other=0) != 0
     return keys
 
-# %% ../../kernels/01_triton_primer.ipynb #8a69fa31
 @triton.jit
 def _program(tiles, segments):
     "Of this program: the number of its head in the batch, of its segment, and of its tile."
