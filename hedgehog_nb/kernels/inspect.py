@@ -107,7 +107,7 @@ def inspect_kernels(
         if row not in res: res.append(row)
     return res
 
-# %% ../../kernels/01b_launching_kernels.ipynb #4d60774e
+# %% ../../kernels/01b_launching_kernels.ipynb #4650cf19
 def run_compiled(
     code:str, # Python that prints JSON, such as the rows of `inspect_kernels`
 ): # What it printed

@@ -28,7 +28,7 @@ def _parameters(kernel):
         if m := re.fullmatch(r'stride_(\w+)([bht])', name): strides.setdefault(sys.intern(m[1]), []).append((name, 'bht'.index(m[2])))
     return frozenset(k for k in keys if not k.startswith('stride_')), itemgetter(*keys), strides
 
-# %% ../../kernels/01b_launching_kernels.ipynb #608ffccf
+# %% ../../kernels/01b_launching_kernels.ipynb #1b6b34a4
 def kernel_arguments(
     kernel, # A `triton.jit` function
     config:dict, # Constants by name; those of other kernels may be among them
@@ -48,7 +48,7 @@ def kernel_arguments(
         what = getattr(values[key], 'shape', values[key])
         raise TypeError(f"{kernel.__name__} takes {key} as a tensor (batch, heads, tokens, ...) or None; given {what}") from None
 
-# %% ../../kernels/01b_launching_kernels.ipynb #128afaf2
+# %% ../../kernels/01b_launching_kernels.ipynb #8fddd099
 def launch(
     kernel, # A `triton.jit` function
     programs:int, # How many run
