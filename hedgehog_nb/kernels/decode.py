@@ -1,4 +1,4 @@
-"""Decoding with a recurrent state: features, update and output in a single launch that reads and writes the state once
+"""Decoding with a recurrent state: features, state update and output of one token in a single launch that reads and writes the state once
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/decode_step.html.md"""
 
