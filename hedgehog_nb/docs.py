@@ -46,7 +46,7 @@ def _anchors(tree, private):
     defs = [o for o in tree or [] if isinstance(o, (ast.FunctionDef,ast.ClassDef))]
     names = [o.name for o in defs if private or o.name.startswith('_')]
     names += [f'{o.name}.{m.name}' for o in defs if isinstance(o, ast.ClassDef) for m in o.body if isinstance(m, ast.FunctionDef)]
-    return [mk_cell(' '.join(f'[]{{#{n.lower()}}}' for n in names), 'markdown')] if names else []
+    return [mk_cell(' '.join(f'<span id="{n.lower()}"></span>' for n in names), 'markdown')] if names else []
 
 def _only_heading(cell):
     "Leave out what `show_doc` says of a signature where the code stands open below it"

@@ -80,7 +80,7 @@ def _ids(md):
     "The ids in Markdown: of headings, and those written out"
     md = re.sub(r'^(```|~~~).*?^\1', '', md, flags=re.M|re.S)
     for h in re.findall(r'^#{1,6} +(.+)$', md, flags=re.M): yield _heading_id(h)
-    yield from re.findall(r'\{#([\w.-]+)', md)
+    yield from re.findall(r'\{#([a-zA-Z][\w.-]*)', md)
     yield from re.findall(r'\bid="([\w.-]+)"', md)
 
 # %% ../nbs/95_site.ipynb #43a3870a
@@ -91,7 +91,7 @@ def check_opening(page):
     if first is None or first['cell_type']!='markdown' or first['source'].startswith('#') or len(first['source'].split())<10:
         yield "does not begin with a paragraph in a cell of its own, below that of the title"
 
-def _is_prose(md): return not md.startswith(('<!--','[![','[]{#'))
+def _is_prose(md): return not md.startswith(('<!--','[![','<span id='))
 
 # %% ../nbs/95_site.ipynb #45b5346f
 def check_code(page, source):

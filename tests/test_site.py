@@ -19,7 +19,7 @@ def copy(tmp_path):
     good = dict(
         index=page('Home', 'index', cell('markdown', opening), cell('markdown', HOME)),
         first=page('First page', 'first', cell('markdown', '[![Open in Colab](https://x.org/badge.svg)](https://x.org)'), cell('markdown', opening),
-            cell('markdown', '## A part\n[]{#_helper}'), cell('code', '#| code-fold: true\ndef _helper(): pass'),
+            cell('markdown', '## A part\n<span id="_helper"></span>'), cell('code', '#| code-fold: true\ndef _helper(): pass'),
             cell('markdown', 'See [home](index.ipynb), [a part](#a-part), [itself](https://site.org/nbs/first.html#_helper).')))
     (tmp_path/'_quarto.yml').write_text('website:\n  sidebar:\n    contents:\n      - text: Home\n        href: nbs/index.ipynb\n'
         '      - section: All\n        contents: [nbs/01_first.ipynb]\n')
