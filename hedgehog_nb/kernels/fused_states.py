@@ -1,4 +1,4 @@
-"""Hedgehog attention in one pass: queries, keys and values in, outputs out, and no feature ever in memory
+"""The Hedgehog feature map and linear attention in one Triton kernel: queries, keys and values in, outputs out, no feature in memory
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/fused_hedgehog.html.md"""
 
