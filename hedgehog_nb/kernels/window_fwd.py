@@ -1,4 +1,4 @@
-"""The hybrid of softmax and linear attention on a GPU: one pass forward, two backward, and no weight ever in memory
+"""Softmax over the last keys and linear attention over all older ones in one Triton kernel, with no attention weight in memory
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/window.html.md"""
 

@@ -1,4 +1,4 @@
-"""The hybrid of softmax and linear attention on a GPU: one pass forward, two backward, and no weight ever in memory
+"""Softmax over the last keys and linear attention over all older ones in one Triton kernel, with no attention weight in memory
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/window.html.md"""
 
@@ -83,34 +83,6 @@ def _state_update(
         S, z = S*_exp(m - m_new), z*_exp(m - m_new)
     return _dot(tl.trans(phi_k), weighted, S, DTYPE, PRECISION), z + _matvec(tl.trans(phi_k), w, DTYPE, PRECISION), m_new
 
-# %% ../../kernels/06_window.ipynb #8085855f
-def _blocks(F, D, C, dtype, backward=False):
-    "Block sizes, warps and pipeline stages for `F` features, `D` channels of v, `C` of q and k, and products in `dtype`."
-    wide,p2 = dtype==torch.float32,lambda n: max(16, triton.next_power_of_2(n))
-    BLOCK_F,BLOCK_D,BLOCK_C = p2(F),p2(D),p2(C)
-    if backward: BLOCK_F = max(16, min(BLOCK_F, (4096 if wide else 8192)//BLOCK_D))
-    else: BLOCK_D = max(16, min(64, BLOCK_D, 8192//BLOCK_F))
-    BLOCK_T = 16 if wide else 32 if dtype==torch.float16 and max(F, 2*D, 2*C)>256 else 64 # 64 rows are what 4 warps multiply at once
-    return dict(BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, BLOCK_F=BLOCK_F, BLOCK_D=BLOCK_D, num_warps=4, num_stages=1)
-
-def window_config(q, k, v, phi_q, phi_k, window, precision, backward=False):
-    "The constants that all kernels share."
-    F,D,C,dtype = phi_k.shape[-1],v.shape[-1],k.shape[-1],q.dtype
-    for x in (k, v, phi_q, phi_k): dtype = torch.promote_types(dtype, x.dtype)
-    half,blocks = dtype==torch.float16,_blocks(F, D, C, dtype, backward)
-    return dict(GROUP=q.shape[1]//k.shape[1], C=C, F=F, D=D, **blocks, HAS_WINDOW=window>0, BAND_LT_BLOCK=window<blocks['BLOCK_T']-1, DTYPE=tl_dtype(dtype),
-                ACC_DTYPE=tl.float32 if half or dtype==torch.float32 else tl.bfloat16, PRECISION='tf32' if half else precision)
-
-# %% ../../kernels/06_window.ipynb #31d7974c
-def prepare_optional(log_q, log_k, log_gamma, mask, past, k):
-    "By keyword, as kernels take them: log weights and mask, and the keys of `past`, a flat `WindowState` or empty; None where not given."
-    if past and log_k is None: log_k = k.new_zeros(k.shape[:3], dtype=torch.float32) # the cache has log weights
-    as_ = lambda x, dtype: None if x is None else x.to(dtype).contiguous()
-    log_q,log_k,gamma = (as_(x, torch.float32) for x in (log_q, log_k, log_gamma))
-    weights = dict(log_q=log_q, log_k=log_k, gamma=gamma, mask=as_(None if mask is None else mask.bool(), torch.int8))
-    names,dtypes = ('past_k','past_v','past_phi_k','past_log_k'),(*(k.dtype,)*3, torch.float32)
-    return weights, dict(zip(names, map(as_, past, dtypes))) if past else dict.fromkeys(names)
-
 # %% ../../kernels/06_window.ipynb #w5d6e7f8
 @triton.jit(do_not_specialize=["T", "window", "length", "segments", "slots"])
 def _window_states_kernel(
@@ -151,6 +123,34 @@ def _window_states_kernel(
     slot = head*slots + segment + 1
     _store_state(states_ptr + slot*(F*(D + 1)), S, z, f, d, tile, F, D)
     if tile == 0: tl.store(m_ptr + slot, m)
+
+# %% ../../kernels/06_window.ipynb #8085855f
+def _blocks(F, D, C, dtype, backward=False):
+    "Block sizes, warps and pipeline stages for `F` features, `D` channels of v, `C` of q and k, and products in `dtype`."
+    wide,p2 = dtype==torch.float32,lambda n: max(16, triton.next_power_of_2(n))
+    BLOCK_F,BLOCK_D,BLOCK_C = p2(F),p2(D),p2(C)
+    if backward: BLOCK_F = max(16, min(BLOCK_F, (4096 if wide else 8192)//BLOCK_D))
+    else: BLOCK_D = max(16, min(64, BLOCK_D, 8192//BLOCK_F))
+    BLOCK_T = 16 if wide else 32 if dtype==torch.float16 and max(F, 2*D, 2*C)>256 else 64 # 64 rows are what 4 warps multiply at once
+    return dict(BLOCK_T=BLOCK_T, BLOCK_C=BLOCK_C, BLOCK_F=BLOCK_F, BLOCK_D=BLOCK_D, num_warps=4, num_stages=1)
+
+def window_config(q, k, v, phi_q, phi_k, window, precision, backward=False):
+    "The constants that all kernels share."
+    F,D,C,dtype = phi_k.shape[-1],v.shape[-1],k.shape[-1],q.dtype
+    for x in (k, v, phi_q, phi_k): dtype = torch.promote_types(dtype, x.dtype)
+    half,blocks = dtype==torch.float16,_blocks(F, D, C, dtype, backward)
+    return dict(GROUP=q.shape[1]//k.shape[1], C=C, F=F, D=D, **blocks, HAS_WINDOW=window>0, BAND_LT_BLOCK=window<blocks['BLOCK_T']-1, DTYPE=tl_dtype(dtype),
+                ACC_DTYPE=tl.float32 if half or dtype==torch.float32 else tl.bfloat16, PRECISION='tf32' if half else precision)
+
+# %% ../../kernels/06_window.ipynb #31d7974c
+def prepare_optional(log_q, log_k, log_gamma, mask, past, k):
+    "By keyword, as kernels take them: log weights and mask, and the keys of `past`, a flat `WindowState` or empty; None where not given."
+    if past and log_k is None: log_k = k.new_zeros(k.shape[:3], dtype=torch.float32) # the cache has log weights
+    as_ = lambda x, dtype: None if x is None else x.to(dtype).contiguous()
+    log_q,log_k,gamma = (as_(x, torch.float32) for x in (log_q, log_k, log_gamma))
+    weights = dict(log_q=log_q, log_k=log_k, gamma=gamma, mask=as_(None if mask is None else mask.bool(), torch.int8))
+    names,dtypes = ('past_k','past_v','past_phi_k','past_log_k'),(*(k.dtype,)*3, torch.float32)
+    return weights, dict(zip(names, map(as_, past, dtypes))) if past else dict.fromkeys(names)
 
 # %% ../../kernels/06_window.ipynb #cd353eca
 def window_plan(q, k, v, phi_k, config, schedule, backward=False):
