@@ -42,7 +42,8 @@ def faults(package):
                 continue
             arrows.setdefault(name, set()).add(target)
             if other!=floor:
-                if floor in BESIDE and other!='files' and (floor,other)!=('site','docs'): res.append(f'{at} imports {target}, and {floor} stands beside the layers')
+                if floor in BESIDE and other!='files' and (floor,other)!=('site','docs'):
+                    res.append(f'{at} imports {target}, and {floor} stands beside the layers')
                 elif not {floor, other}&{*BESIDE} and RANK[other]>=RANK[floor]: res.append(f'{at} imports {target}, which lies above it')
                 if what.startswith('_') or any(p.startswith('_') for p in target.split('.')): res.append(f'{at} imports the private {target}.{what}')
             if inside and floor!='cli' and not {floor, other}&set(SLOW) and other not in BESIDE: res.append(f'{at} imports {target} inside a function')
