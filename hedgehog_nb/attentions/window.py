@@ -9,6 +9,7 @@ __all__ = ['BRANCHES', 'features_with_log_weights', 'WindowAttention']
 
 # %% ../../nbs/12_window.ipynb #081e17i1
 import torch
+from fastcore.basics import patch
 from torch import nn, Tensor
 from .base import Attention, make_feature_map, register_attention
 from ..functional import HALVES, WINDOW, window_attention
@@ -58,21 +59,31 @@ class WindowAttention(Attention):
     def implementations(self): return tuple(WINDOW)
     @property
     def feature_dim(self): return self.map.feature_dim
-    @no_autocast
-    def inputs(self, q, k, mask=None, state=None):
-        "(phi_q, phi_k, window, log_q, log_k, log_gamma, scale): what the functions of this page need beside q, k, v and mask."
-        phi_q,phi_k,log_q,log_k = features_with_log_weights(self.map, q, k)
-        if self.relative: log_q = self._largest(q, k, mask, state)
-        if self.branch=='window': log_q = torch.full_like(phi_q[...,0], LOG_ZERO/2)
-        return phi_q, phi_k, 0 if self.branch=='linear' else self.window, log_q, log_k, self.log_gamma, self.scale
-    def _largest(self, q, k, mask, state):
-        fast = q.device.type=='cpu' and all(x.dtype in HALVES for x in (q, k)) and max(q.shape[-1], k.shape[-1])<=256 and holds_numbers(q, k)
-        return (largest_in_window if fast and for_all_threads() else window_max)(q, k, self.window, self.scale, mask, state)
-    def attend(self, q, k, v, causal=True, mask=None, initial_state=None, output_final_state=False, implementation=None, offset=None):
-        "As `FeatureMap.attend`, with a `WindowState`. Raises `ValueError` on what this attention was not made for."
-        self.check(q, k, v, causal, mask)
-        return window_attention(q, k, v, *self.inputs(q, k, mask, initial_state), mask, initial_state, output_final_state, implementation)
-    def linear_share(self, q, k, mask=None):
-        "(B, H, T) share of each row's weight on keys older than the window."
-        return linear_share(q, k, *self.inputs(q, k, mask), mask)
     def extra_repr(self): return f"{super().extra_repr()}, window={self.window}"
+
+# %% ../../nbs/12_window.ipynb #b942b521
+@patch
+@no_autocast
+def inputs(self:WindowAttention, q, k, mask=None, state=None):
+    "(phi_q, phi_k, window, log_q, log_k, log_gamma, scale): what the functions of this page need beside q, k, v and mask."
+    phi_q,phi_k,log_q,log_k = features_with_log_weights(self.map, q, k)
+    if self.relative: log_q = self._largest(q, k, mask, state)
+    if self.branch=='window': log_q = torch.full_like(phi_q[...,0], LOG_ZERO/2)
+    return phi_q, phi_k, 0 if self.branch=='linear' else self.window, log_q, log_k, self.log_gamma, self.scale
+
+@patch
+def _largest(self:WindowAttention, q, k, mask, state):
+    fast = q.device.type=='cpu' and all(x.dtype in HALVES for x in (q, k)) and max(q.shape[-1], k.shape[-1])<=256 and holds_numbers(q, k)
+    return (largest_in_window if fast and for_all_threads() else window_max)(q, k, self.window, self.scale, mask, state)
+
+# %% ../../nbs/12_window.ipynb #0af65dd9
+@patch
+def attend(self:WindowAttention, q, k, v, causal=True, mask=None, initial_state=None, output_final_state=False, implementation=None, offset=None):
+    "As `FeatureMap.attend`, with a `WindowState`. Raises `ValueError` on what this attention was not made for."
+    self.check(q, k, v, causal, mask)
+    return window_attention(q, k, v, *self.inputs(q, k, mask, initial_state), mask, initial_state, output_final_state, implementation)
+
+@patch
+def linear_share(self:WindowAttention, q, k, mask=None):
+    "(B, H, T) share of each row's weight on keys older than the window."
+    return linear_share(q, k, *self.inputs(q, k, mask), mask)

@@ -30,6 +30,7 @@ def set_branch(
     if branch not in BRANCHES: raise ValueError(f"branch is one of {', '.join(BRANCHES)}; given {branch!r}")
     for m in hybrids: m.branch = branch
 
+# %% ../../nbs/12_window.ipynb #184cea04
 @torch.no_grad()
 def linear_weight_share(
     model, # A model converted to "hedgehog-window"

@@ -40,25 +40,29 @@ def naive_window_weights(
     log_gamma:Tensor=None, # (H,) log of the window's factor
     scale:float=None, # Factor on q·k; 1/√D if None
     mask:Tensor=None, # (B, T) True at real tokens
-    branches:bool=False, # Return the window's and the linear branch's weights apart?
+    branches:bool=False, # Return the weights of the window and of the linear branch separately?
 ): # (B, H, T, T) weights; rows sum to 1, or to 0 where no key is visible
     "All weights of softmax in a window beside linear attention, in memory T²."
     check_window(q, k, k, phi_q, phi_k, window, log_q, log_gamma, mask)
     H,T = q.shape[1:3]
     phi_q,phi_k,k,log_k = prepare_keys(phi_q, phi_k, k, torch.zeros_like(phi_k[...,0]) if log_k is None else log_k, mask)
-    ok = make_attention_mask(T, T, True, mask, q.device)
-    old = ok & torch.ones_like(ok).tril(-window)
+    visible = make_attention_mask(T, T, True, mask, q.device)
+    outside = visible & torch.ones_like(visible).tril(-window)
+    inside = visible & ~outside
+
     s = q.to(k.dtype) @ repeat_kv(k, H).mT * (q.shape[-1]**-0.5 if scale is None else scale)
     if log_gamma is not None: s = s + log_gamma[:,None,None]
     l = repeat_kv(log_k, H)[:,:,None] + (0 if log_q is None else log_q[...,None])
-    s,l = s.masked_fill(~(ok & ~old), LOG_ZERO), l.masked_fill(~old, LOG_ZERO)
+    s,l = s.masked_fill(~inside, LOG_ZERO), l.masked_fill(~outside, LOG_ZERO)
     c = torch.maximum(s, l).amax(-1, keepdim=True).detach()
-    near,far = ((s-c).exp().masked_fill(~(ok & ~old), 0), ((l-c).exp()*(phi_q @ repeat_kv(phi_k, H).mT)).masked_fill(~old, 0))
-    den = clamp_abs((near+far).sum(-1, keepdim=True))
-    return (near/den, far/den) if branches else (near+far)/den
+    by_window = (s-c).exp().masked_fill(~inside, 0)
+    linear = ((l-c).exp()*(phi_q @ repeat_kv(phi_k, H).mT)).masked_fill(~outside, 0)
+    den = clamp_abs((by_window+linear).sum(-1, keepdim=True))
+    return (by_window/den, linear/den) if branches else (by_window+linear)/den
 
+# %% ../../nbs/12_window.ipynb #8bafd7da
 def naive_window_attention(q, k, v, phi_q, phi_k, window, log_q=None, log_k=None, log_gamma=None, scale=None, mask=None):
-    "(B, H, T, Dv) outputs of the weights of `naive_window_weights`: the oracle. Raises `ValueError` on inputs that do not fit."
+    "(B, H, T, Dv) outputs of the weights of `naive_window_weights`: the reference. Raises `ValueError` on inputs that do not fit."
     check_window(q, k, v, phi_q, phi_k, window, log_q, log_gamma, mask)
     a = naive_window_weights(q, k, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, mask)
     return (a @ repeat_kv(v, q.shape[1]).to(a.dtype)).to(v.dtype)
@@ -113,18 +117,18 @@ def _window_sums(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, 
     q,k = q.to(v.dtype),k.to(v.dtype)
     state = WindowState.empty(k, v, phi_k, window) if state is None else state.apply(lambda x: x.to(v.dtype))
     k,v,phi_k,log_k = (torch.cat([a,b], 2) for a,b in zip(state, (k,v,phi_k,log_k)))
-    o,den,m,linear = _chunk_sums(phi_q, phi_k[:,:,:T], v[:,:,:T], log_k[:,:,:T], state.linear, C)
-    lin = torch.cat([o*den[...,None], den[...,None]], -1)
-    after = WindowState(*(x[:,:,T:] for x in (k,v,phi_k,log_k)), linear)
-    if window==0: return lin, lin[...,-1], after
+    o,den,m,linear_state = _chunk_sums(phi_q, phi_k[:,:,:T], v[:,:,:T], log_k[:,:,:T], state.linear, C)
+    linear = torch.cat([o*den[...,None], den[...,None]], -1)
+    after = WindowState(*(x[:,:,T:] for x in (k,v,phi_k,log_k)), linear_state)
+    if window==0: return linear, linear[...,-1], after
 
-    r = repeat_kv(m, H) + (0 if log_q is None else log_q.to(m.dtype))
+    l = repeat_kv(m, H) + (0 if log_q is None else log_q.to(m.dtype))
     s = _window_scores(q, k, log_k, window, q.shape[-1]**-0.5 if scale is None else scale, log_gamma, C)
-    c = torch.maximum(_flat(s.amax(-1, keepdim=True), T)[...,0], r).detach()
+    c = torch.maximum(_flat(s.amax(-1, keepdim=True), T)[...,0], l).detach()
     p = (s - _rows(c, s.shape[1], C)).exp().masked_fill(s<=LOG_ZERO/2, 0)
-    near = (p.flatten(3,4) @ _bands(F.pad(v, (0,1), value=1.), T, window, C)).unflatten(3, (-1,C))
-    lin = lin*(r-c).exp()[...,None]
-    return _flat(near, T) + lin, lin[...,-1], after
+    by_window = (p.flatten(3,4) @ _bands(F.pad(v, (0,1), value=1.), T, window, C)).unflatten(3, (-1,C))
+    linear = linear*(l-c).exp()[...,None]
+    return _flat(by_window, T) + linear, linear[...,-1], after
 
 # %% ../../nbs/12_window.ipynb #720eed33
 def check_window_state(state, k, v, phi_k, window):
@@ -135,6 +139,7 @@ def check_window_state(state, k, v, phi_k, window):
         raise ValueError(f"initial_state has shapes {[tuple(s.shape) for s in (*state[:4], *state.linear)]}; "
             f"these inputs and window={window} need {[tuple(s.shape) for s in (*want[:4], *want.linear)]}")
 
+# %% ../../nbs/12_window.ipynb #1ff0236b
 @no_autocast
 def chunk_window_attention(
     q:Tensor, # (B, H, T, D) queries
@@ -207,18 +212,18 @@ def window_decode_step(
     if q.shape[2]!=1: raise ValueError(f"window_decode_step takes one token; given {q.shape[2]}")
     dtype,H = v.dtype,q.shape[1]
     phi_q,phi_k,v,log_k = prepare_keys(phi_q, phi_k, v, torch.zeros_like(phi_k[...,0]) if log_k is None else log_k, mask)
-    *ring,(S,z,m) = state.apply(lambda x: x.to(v.dtype))
-    ks,vs,phis,logs = (torch.cat([a,b.to(v.dtype)], 2) for a,b in zip(ring, (k,v,phi_k,log_k)))
-    m,old = torch.maximum(m, logs[:,:,0]),m
+    *buffer,(S,z,m) = state.apply(lambda x: x.to(v.dtype))
+    ks,vs,phis,logs = (torch.cat([a,b.to(v.dtype)], 2) for a,b in zip(buffer, (k,v,phi_k,log_k)))
+    m,m_before = torch.maximum(m, logs[:,:,0]),m
     x = phis[:,:,0]*(logs[:,:,0]-m).exp()[...,None]              # (B, Hkv, F) the key that leaves
-    S,z = S*(old-m).exp()[...,None,None] + x[...,None]*vs[:,:,:1], z*(old-m).exp()[...,None] + x
+    S,z = S*(m_before-m).exp()[...,None,None] + x[...,None]*vs[:,:,:1], z*(m_before-m).exp()[...,None] + x
 
-    r = repeat_kv(m, H)[...,None] + (0 if log_q is None else log_q.to(m.dtype)) # (B, H, 1)
+    l = repeat_kv(m, H)[...,None] + (0 if log_q is None else log_q.to(m.dtype)) # (B, H, 1)
     s = (q.to(v.dtype) @ repeat_kv(ks[:,:,1:], H).mT)[:,:,0]*(q.shape[-1]**-0.5 if scale is None else scale)
     if log_gamma is not None: s = s + log_gamma[:,None]
     s = s.masked_fill(repeat_kv(logs[:,:,1:], H)<=LOG_ZERO/2, LOG_ZERO) # (B, H, window)
-    c = torch.cat([s,r], -1).amax(-1, keepdim=True)
-    p,u = (s-c).exp().masked_fill(s<=LOG_ZERO/2, 0)[:,:,None], (r-c).exp()[...,None]*phi_q
+    c = torch.cat([s,l], -1).amax(-1, keepdim=True)
+    p,u = (s-c).exp().masked_fill(s<=LOG_ZERO/2, 0)[:,:,None], (l-c).exp()[...,None]*phi_q
     den = p.sum(-1, keepdim=True) + u @ repeat_kv(z, H)[...,None]
     o = (p @ repeat_kv(vs[:,:,1:], H) + u @ repeat_kv(S, H))/clamp_abs(den)
     return o.to(dtype), WindowState(*(x[:,:,1:] for x in (ks,vs,phis,logs)), LinearState(S,z,m))
