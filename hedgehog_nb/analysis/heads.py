@@ -1,4 +1,4 @@
-"""Softmax where a map fails, head by head, and what that costs in memory
+"""Some heads of a layer stay softmax, the others become linear: which to choose, and what that costs in memory
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/heads.html.md"""
 

@@ -1,4 +1,4 @@
-"""Softmax where a map fails, head by head, and what that costs in memory
+"""Some heads of a layer stay softmax, the others become linear: which to choose, and what that costs in memory
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/heads.html.md"""
 
@@ -69,8 +69,8 @@ def weights(self:MixedHeadAttention, q, k, causal=True, mask=None):
 
 # %% ../../nbs/13_heads.ipynb #13a00022
 class MixedHeadState(NamedTuple):
-    "What an attention with kept heads remembers: their keys and values, which grow, and the state of the other heads."
-    k:Tensor # (B, Hs, n, D) keys of the kept heads, in the dtype they came in
+    "What an attention with softmax heads remembers: their keys and values, which grow, and the state of the other heads."
+    k:Tensor # (B, Hs, n, D) keys of the softmax heads, in the dtype they came in
     v:Tensor # (B, Hs, n, Dv) values
     real:Tensor # (B, n) True at real tokens
     rest:NamedTuple # State of the other heads
@@ -95,6 +95,7 @@ def _after(att, state, k, v, mask, rest):
     own = lambda x, d: x if state is not None and not first else x.narrow(d, first, T-first).clone()
     return MixedHeadState(own(k, 2), own(v, 2), own(real, 1), rest)
 
+# %% ../../nbs/13_heads.ipynb #9bddbdb7
 @patch
 def attend(self:MixedHeadAttention,
     q:Tensor, # (B, H, T, D) queries

@@ -1,4 +1,4 @@
-"""Softmax where a map fails, head by head, and what that costs in memory
+"""Some heads of a layer stay softmax, the others become linear: which to choose, and what that costs in memory
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/heads.html.md"""
 
@@ -39,7 +39,6 @@ def parse_layers(
     if found=='all': return list(range(n))
     if not 0<=found[0]<=found[-1]<n: raise ValueError(f"{of} has {what} 0 to {n-1}; given {layers}")
     return found
-
 
 # %% ../../nbs/13_heads.ipynb #13a00011
 def _check_softmax_heads(
@@ -90,6 +89,7 @@ def split_heads(
         res[int(i)] = h if 'all' in (h, res.get(int(i))) else sorted({*h, *res.get(int(i), ())})
     return res
 
+# %% ../../nbs/13_heads.ipynb #dd69c42e
 def parse_heads(
     heads, # As `split_heads` reads them
     sizes:list, # (query heads, key-value heads) of each attention layer
