@@ -1,4 +1,4 @@
-"""Every attention, judged on the same queries and keys: how spiky, how monotone, how far from softmax, how fast
+"""Every attention evaluated on the same queries and keys: spikiness, monotonicity, distance from softmax, time
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/comparison.html.md"""
 
@@ -91,15 +91,17 @@ def evaluate_attention(
 # %% ../../nbs/16_comparison.ipynb #bbb72c8d
 class Comparison(list):
     "A dict per attention; a notebook shows it as a table."
-    def table(self): # Table
+    def table(self,
+        cost:bool=False, # Features, parameters and time, in place of the properties?
+    ): # Table
         "Text: before → after distillation where there is something to train."
         def f(x): return '–' if x is None or not math.isfinite(x) else f'{x:.3g}' if abs(x)<1000 else f'{x:,.0f}'
-        def moved(r, m): a,b = (f(r[w][m]) for w in ('before','after')); return f'{a} → {b}' if r['learned'] else b
-        def row(r):
-            return ['–']*7 if 'why' in r else [
-                f(r['features']), f(r['parameters']), moved(r,'share'), moved(r,'spearman'), moved(r,'kl'), r['recall'], f(r['us_per_token'])]
-        return Table(['attention','features','parameters','entropy / log n','rank correlation','KL to softmax, nats','recall, %','µs per token'],
-            [[r['variant'], *row(r)] for r in self], ' '.join(f"{r['variant']}: {r['why']}." for r in self if 'why' in r))
+        def moved(r, m): a,b = (f(0. if m=='kl' and abs(r[w][m])<1e-9 else r[w][m]) for w in ('before','after')); return f'{a} → {b}' if r['learned'] else b
+        def costs(r): return [f(r['features']), f(r['parameters']), f(r['us_per_token'])]
+        def properties(r): return [moved(r,'kl'), moved(r,'spearman'), moved(r,'share'), r['recall']]
+        header = ['features','parameters','µs per token'] if cost else ['KL to softmax, nats','rank correlation','entropy / log n','recall, %']
+        return Table(['attention', *header], [[r['variant'], *(['–']*len(header) if 'why' in r else (costs if cost else properties)(r))] for r in self],
+            ' '.join(f"{r['variant']}: {r['why']}." for r in self if 'why' in r))
     def __repr__(self): return repr(self.table())
     def _repr_markdown_(self): return self.table()._repr_markdown_()
 
@@ -118,7 +120,7 @@ def compare_attentions(
     on_row=None, # Called with each finished row
     **kwargs # `steps`, `lr`, `batch_size`, `every`, `tokens`, `seed` of `evaluate_attention`
 )->Comparison: # A row per attention; its numbers are means over heads and layers
-    "Judge every registered attention on the queries and keys of `model`. Raises `ValueError` on layers that the model does not have."
+    "Evaluate every registered attention on the queries and keys of `model`. Raises `ValueError` on layers that the model does not have."
     calls = [capture_attention(model, input_ids=x, use_cache=False) for x in (train_ids, held_ids)]
     if bad := [i for i in layers if not 0<=i<len(calls[0])]: raise ValueError(f"the model has attention layers 0 to {len(calls[0])-1}; given {bad}")
     res,measured = Comparison(), read_results()
