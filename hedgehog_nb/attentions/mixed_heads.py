@@ -95,7 +95,7 @@ def _after(att, state, k, v, mask, rest):
     own = lambda x, d: x if state is not None and not first else x.narrow(d, first, T-first).clone()
     return MixedHeadState(own(k, 2), own(v, 2), own(real, 1), rest)
 
-# %% ../../nbs/13_heads.ipynb #9bddbdb7
+# %% ../../nbs/13_heads.ipynb #d8165e9e
 @patch
 def attend(self:MixedHeadAttention,
     q:Tensor, # (B, H, T, D) queries

@@ -89,7 +89,7 @@ def split_heads(
         res[int(i)] = h if 'all' in (h, res.get(int(i))) else sorted({*h, *res.get(int(i), ())})
     return res
 
-# %% ../../nbs/13_heads.ipynb #dd69c42e
+# %% ../../nbs/13_heads.ipynb #ea402805
 def parse_heads(
     heads, # As `split_heads` reads them
     sizes:list, # (query heads, key-value heads) of each attention layer
