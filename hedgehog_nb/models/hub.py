@@ -33,7 +33,7 @@ def _conversion_summary(model):
         **({'heads of these that stay softmax (layer:heads)': cfg.softmax_heads} if cfg.softmax_heads else {}),
         'parameters of the maps': f"{sum(p.numel() for m in maps for p in m.parameters()):,}"}
 
-# %% ../../nbs/14_hub.ipynb #8339bb2f
+# %% ../../nbs/14_hub.ipynb #ec41c2e3
 MODEL_CARD_TEMPLATE = """---
 {header}
 ---
@@ -57,7 +57,7 @@ model = load_linearized("this folder, or its name on the hub")
 After that import the Auto classes (`AutoModelForCausalLM` and the others) and `pipeline` load it too.
 """
 
-# %% ../../nbs/14_hub.ipynb #3ac3991b
+# %% ../../nbs/14_hub.ipynb #0755a8ba
 def model_card(
     model, # A converted model
 )->str: # Markdown under a YAML header
@@ -88,7 +88,7 @@ def reversible(model):
     finally:
         if was: model._weight_conversions = was
 
-# %% ../../nbs/14_hub.ipynb #05eebe43
+# %% ../../nbs/14_hub.ipynb #a101f79e
 def _save_pretrained(model, *args, **kwargs):
     "`save_pretrained` of a converted model: the folder says what it holds, to transformers and to people."
     given = inspect.signature(type(model).save_pretrained).bind(model, *args, **kwargs).arguments
@@ -107,7 +107,7 @@ def _save_pretrained(model, *args, **kwargs):
     config.write_text(json.dumps(cfg, indent=2, sort_keys=True)+'\n')
     if not card.exists() or 'library_name: hedgehog_nb' in card.read_text(encoding='utf-8'): card.write_text(model_card(model), encoding='utf-8')
 
-# %% ../../nbs/14_hub.ipynb #14fda50b
+# %% ../../nbs/14_hub.ipynb #a9ce5efa
 def _push_to_hub(model, repo_id, private=None, token=None, revision=None, create_pr=False, commit_message='A model converted by hedgehog_nb', **kwargs):
     "`push_to_hub` of a converted model: what `save_pretrained` writes, card included."
     api = HfApi(token=token)
