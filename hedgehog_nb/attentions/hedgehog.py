@@ -1,4 +1,4 @@
-"""The learned map, in the three forms that are in use, and the algebra that tells them apart
+"""The learned feature map: exponentials of a linear map and of its negative, in the three forms that are in use
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/hedgehog.html.md"""
 
@@ -51,16 +51,19 @@ class Hedgehog(FeatureMap):
 
     @property
     def feature_dim(self): return 2*self.num_maps*self.head_dim
-    def _features(self, x, w, b):
-        if suits_map(x, w): return c_map(x, w, b, self.form)
-        if torch.is_grad_enabled() or not one_exp_is_faster(x): return hedgehog_features(per_head(x, w, b), self.form)
-        y = per_head(x*LOG2E, w, None if b is None else b*LOG2E).to(torch.promote_types(x.dtype, torch.float32)) # scaled on the way in
-        return exp2_features(y, self.form) or plain_features(y/LOG2E, self.form)
     def map_q(self, q): return self._features(q, self.w_q, self.b_q)[0]
     def map_k(self, k): return self._features(k, self.w_k, self.b_k)
     def log_q(self, q): return self.map_q_with_log(q)[1]
     def map_q_with_log(self, q): return self._features(q, self.w_q, self.b_q)
     def extra_repr(self): return f"{super().extra_repr()}, form={self.form!r}, num_maps={self.num_maps}"
+
+# %% ../../nbs/05_hedgehog.ipynb #434e6873
+@patch
+def _features(self:Hedgehog, x, w, b): # features (B, H, T, 2E) and log weights, or None, as `hedgehog_features` gives them
+    if suits_map(x, w): return c_map(x, w, b, self.form)
+    if torch.is_grad_enabled() or not one_exp_is_faster(x): return hedgehog_features(per_head(x, w, b), self.form)
+    y = per_head(x*LOG2E, w, None if b is None else b*LOG2E).to(torch.promote_types(x.dtype, torch.float32)) # scaled on the way in
+    return exp2_features(y, self.form) or plain_features(y/LOG2E, self.form)
 
 # %% ../../nbs/05_hedgehog.ipynb #held0002
 @patch

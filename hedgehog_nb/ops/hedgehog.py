@@ -1,4 +1,4 @@
-"""The learned map, in the three forms that are in use, and the algebra that tells them apart
+"""The learned feature map: exponentials of a linear map and of its negative, in the three forms that are in use
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/hedgehog.html.md"""
 
