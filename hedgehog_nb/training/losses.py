@@ -1,4 +1,4 @@
-"""Teach the map with the teacher's own attention: the weight loss, the output loss, and what they buy on a real model
+"""Train the feature map to reproduce softmax's own weights: the losses, how they are computed in linear memory, and what each one gives
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/distillation.html.md"""
 
@@ -19,7 +19,7 @@ from ..ops.common import check_qkv, no_autocast, repeat_kv, make_attention_mask
 from ..ops.linear import LOG_ZERO, prepare_keys
 from ..ops.softmax import softmax_attention, softmax_weights
 
-# %% ../../nbs/06_distillation.ipynb #da93cd61
+# %% ../../nbs/06_distillation.ipynb #8888e824
 _EPS_WEIGHT = 1e-30 # Similarities below this count as this: a key that the student cannot see costs 69 nats, not infinity
 
 def _log_similarity(q, k, feature_map):
@@ -33,6 +33,7 @@ def _row_mean(x, mask):
     rows = torch.ones_like(x[:,:1]) if mask is None else mask[:,None].to(x.dtype)
     return (x*rows).sum((0,2))/rows.sum()
 
+# %% ../../nbs/06_distillation.ipynb #da93cd61
 @no_autocast
 def naive_weight_loss(
     q:Tensor, # (B, H, T, D) teacher's queries
@@ -54,7 +55,7 @@ def _weight_loss_rows(by_row, by_key, hide, keep, window):
      "by_row is pq (Hkv, G, C, F), lq (Hkv, G, C) or None, q (Hkv, G, C, D) scaled;\n"
      "    by_key pk (Hkv, T, F), lk (Hkv, T) or None, k (Hkv, T, D); hide (C, n) True where a row may not see one of the last n keys; "
      "keep (C, 1) 0 at rows that do not count.\n"
-     "    The last `window` keys of a row have softmax's own weight (see the page on the hybrid).")
+     "    The last `window` keys of a row have softmax's own weight, for attention that combines a window with a linear part.")
     (pq,lq,q),(pk,lk,k) = by_row,by_key
     split,n,w = pq.shape[1:3],hide.shape[1],None
     p = (q.flatten(1,2) @ k.mT).unflatten(1, split)
@@ -81,6 +82,33 @@ def _weight_loss_rows(by_row, by_key, hide, keep, window):
     g = g.flatten(1,2)
     return loss, ((g@pk).unflatten(1, split), None if lq is None else gu.sum(-1)), (g.mT@pq.flatten(1,2), None if lk is None else gu.sum((1,2)))
 
+# %% ../../nbs/06_distillation.ipynb #ad4523ff
+def _hidden_keys(real, i, C, e, causal, masked):
+    ("(C, n) True where one of the rows i … i+C-1 may not see one of the last n of e keys. real (T,) is True at tokens; "
+     "without padding, n leaves out the keys that all these rows see.")
+    hide = (~real[:e]).expand(C, e)
+    if causal: hide = hide | torch.ones_like(hide).triu(i+1)
+    if not masked: hide = hide[:,i:] if causal else hide[:,:1]
+    return hide
+
+def _loss_in_blocks(of_rows, by_row, by_key, real, masked, window, causal, rows):
+    ("Sum of the loss over all rows, and the gradients of the first two of by_row and by_key. "
+     "These are as `_weight_loss_rows` takes them, with a batch axis in front.")
+    (B,T),loss = real.shape,by_row[0].new_zeros(())
+    d_row,d_key = [[None if x is None else torch.zeros_like(x) for x in xs[:2]] for xs in (by_row, by_key)]
+    for b in range(B):
+        for i in range(0, T, rows):
+            r,C,e = slice(i,i+rows),min(rows,T-i),min(i+rows,T) if causal else T
+            hide = _hidden_keys(real[b], i, C, e, causal, masked)
+            l,g_row,g_key = of_rows(*([None if x is None else x[b,:,:,r] for x in by_row], [None if x is None else x[b,:,:e] for x in by_key]),
+                hide, real[b,r,None].to(loss.dtype), window)
+            loss += l
+            for d,g in zip(d_row, g_row):
+                if d is not None: d[b,:,:,r] = g
+            for d,g in zip(d_key, g_key):
+                if d is not None: d[b,:,:e] += g
+    return loss,d_row,d_key
+
 # %% ../../nbs/06_distillation.ipynb #31b4951f
 def _c_supports(of_rows, phi_q, q):
     "Does the compiled kernel do this loss?"
@@ -96,26 +124,13 @@ class _StreamedLoss(torch.autograd.Function):
         by_row,by_key = [[None if x is None else x.to(dt) for x in xs] for xs in ((phi_q, log_q, q), (phi_k, log_k, k))]
         by_row = [None if x is None else x.unflatten(1, (Hkv,-1)) for x in by_row]; by_row[2] = by_row[2]*scale
         real = torch.ones(B, T, dtype=torch.bool, device=q.device) if mask is None else mask.bool()
-        n,loss = real.sum()*H,real.new_zeros((), dtype=dt)
+        n = real.sum()*H
         if _c_supports(of_rows, phi_q, q):
             loss,*grads = loss_sums(phi_q, phi_k, by_row[2].flatten(1,2), k, causal, mask, log_q, log_k, window)
             dq,dk,dlq,dlk = (None if d is None else d/n for d in grads)
             ctx.save_for_backward(*(None if d is None else d.unflatten(1, (Hkv,-1)) for d in (dq, dlq)), dk, dlk)
             return loss/n
-        d_row,d_key = [[None if x is None else torch.zeros_like(x) for x in xs[:2]] for xs in (by_row, by_key)]
-        for b in range(B):
-            for i in range(0, T, rows):
-                r,C,e = slice(i,i+rows),min(rows,T-i),min(i+rows,T) if causal else T
-                hide = (~real[b,:e]).expand(C, e)
-                if causal: hide = hide | torch.ones_like(hide).triu(i+1)
-                if mask is None: hide = hide[:,i:] if causal else hide[:,:1]  # only where something is hidden
-                l,g_row,g_key = of_rows(*([None if x is None else x[b,:,:,r] for x in by_row], [None if x is None else x[b,:,:e] for x in by_key]),
-                    hide, real[b,r,None].to(dt), window)
-                loss += l
-                for d,g in zip(d_row, g_row):
-                    if d is not None: d[b,:,:,r] = g
-                for d,g in zip(d_key, g_key):
-                    if d is not None: d[b,:,:e] += g
+        loss,d_row,d_key = _loss_in_blocks(of_rows, by_row, by_key, real, mask is not None, window, causal, rows)
         ctx.save_for_backward(*(None if d is None else d/n for d in (*d_row, *d_key)))
         return loss/n
     @staticmethod
@@ -123,6 +138,7 @@ class _StreamedLoss(torch.autograd.Function):
         dq,dlq,dk,dlk = (None if d is None else d*g for d in ctx.saved_tensors)
         return None, dq.flatten(1,2), dk, dlk, None if dlq is None else dlq.flatten(1,2), *[None]*7
 
+# %% ../../nbs/06_distillation.ipynb #b9fcc29e
 def _student_features(feature_map, q, k, mask):
     "(phi_q, phi_k, log_k, log_q, window) of a feature map, or of a hybrid, whose query weights are relative to its window's."
     if not hasattr(feature_map, 'inputs'): return *feature_map(q, k), None, 0
