@@ -1,4 +1,4 @@
-"""The smallest task that tells attentions apart: a key comes back, and the model must find its value
+"""A small synthetic task that separates attentions: a key comes back, and the model must find the value that followed it
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/associative_recall.html.md"""
 
@@ -114,6 +114,7 @@ class _RecallLayer(nn.Module):
         return _rotate(q, turns), _rotate(k, turns), v
     def forward(self, x): return x + self.out(self.attention.attend(*self.project(x)).transpose(1,2).flatten(2))
 
+# %% ../../nbs/07_associative_recall.ipynb #310609dc
 class RecallModel(nn.Module):
     "Two layers of attention and nothing else: enough for an induction head. Raises `ValueError` on an attention that is not causal."
     def __init__(self,

@@ -19,7 +19,7 @@ from ..ops.common import check_qkv, no_autocast, repeat_kv, make_attention_mask
 from ..ops.linear import LOG_ZERO, prepare_keys
 from ..ops.softmax import softmax_attention, softmax_weights
 
-# %% ../../nbs/06_distillation.ipynb #8888e824
+# %% ../../nbs/06_distillation.ipynb #cf7636ea
 _EPS_WEIGHT = 1e-30 # Similarities below this count as this: a key that the student cannot see costs 69 nats, not infinity
 
 def _log_similarity(q, k, feature_map):
@@ -82,7 +82,7 @@ def _weight_loss_rows(by_row, by_key, hide, keep, window):
     g = g.flatten(1,2)
     return loss, ((g@pk).unflatten(1, split), None if lq is None else gu.sum(-1)), (g.mT@pq.flatten(1,2), None if lk is None else gu.sum((1,2)))
 
-# %% ../../nbs/06_distillation.ipynb #ad4523ff
+# %% ../../nbs/06_distillation.ipynb #c9b78c50
 def _hidden_keys(real, i, C, e, causal, masked):
     ("(C, n) True where one of the rows i … i+C-1 may not see one of the last n of e keys. real (T,) is True at tokens; "
      "without padding, n leaves out the keys that all these rows see.")
@@ -138,7 +138,7 @@ class _StreamedLoss(torch.autograd.Function):
         dq,dlq,dk,dlk = (None if d is None else d*g for d in ctx.saved_tensors)
         return None, dq.flatten(1,2), dk, dlk, None if dlq is None else dlq.flatten(1,2), *[None]*7
 
-# %% ../../nbs/06_distillation.ipynb #b9fcc29e
+# %% ../../nbs/06_distillation.ipynb #0249b1e8
 def _student_features(feature_map, q, k, mask):
     "(phi_q, phi_k, log_k, log_q, window) of a feature map, or of a hybrid, whose query weights are relative to its window's."
     if not hasattr(feature_map, 'inputs'): return *feature_map(q, k), None, 0
