@@ -1,4 +1,4 @@
-"""Distil the maps, then finetune the model, on any data that a Trainer takes, with nothing lost when it is killed
+"""Distil the feature maps, then finetune the model or LoRA adapters in it, and save what was trained
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/training.html.md"""
 
@@ -9,7 +9,8 @@ __all__ = ['teacher_pass', 'distill']
 
 # %% ../../nbs/09_training.ipynb #11a000i1
 import inspect, tempfile, torch
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from fastcore.basics import patch
 from torch import distributed, Tensor
 from transformers import PreTrainedModel
 from ..models.attention import check_call, linear_layers, padding_mask
@@ -43,7 +44,7 @@ def teacher_pass(
     inputs = {k:v for k,v in batch.items() if k!='labels' and (takes is None or k in takes)}
     with torch.no_grad(), use_attention(model, fn, padding_mask): body(**{**inputs, **kw})
 
-# %% ../../nbs/09_training.ipynb #09b00014
+# %% ../../nbs/09_training.ipynb #2c5cc4a7
 _NOT_IN_DISTILLATION = {'gradient_checkpointing','gradient_checkpointing_kwargs','activation_checkpointing','label_smoothing_factor','label_names',
     'neftune_noise_alpha','torch_compile','torch_compile_backend','torch_compile_mode','use_liger_kernel'}
 
@@ -62,6 +63,28 @@ def float_maps(model):
         if p.dtype in (torch.float16, torch.bfloat16): p.data = p.data.float()
     return params
 
+def _add_up(loss, params):
+    "Sum of `loss` over all processes, and of the gradients, in place."
+    flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in params]).double()
+    flat = torch.cat([flat, flat.new_tensor([loss])])
+    distributed.all_reduce(flat)
+    for p,g in zip(params, flat[:-1].split([p.numel() for p in params])): p.grad = g.view_as(p).to(p)
+    return flat[-1].item()
+
+@contextmanager
+def _train_maps(model, maps):
+    "Make frozen `maps` trainable, in evaluation mode; afterwards they are frozen again, no gradient is left, and the mode is as before."
+    frozen,was = [] if any(p.requires_grad for p in maps) else maps,model.training # frozen with the rest of the model, which is none of their business
+    try:
+        for p in frozen: p.requires_grad_()
+        model.eval()
+        yield
+    finally:
+        for p in frozen: p.requires_grad_(False)
+        for p in maps: p.grad = None
+        model.train(was)
+
+# %% ../../nbs/09_training.ipynb #1535f350
 class _DistillTrainer(ResumableTrainer):
     def __init__(self, model, data, run, args, *more, objective, **kw):
         super().__init__(_Maps(model, args.device), model, data, run, args, *more, **kw)
@@ -71,22 +94,6 @@ class _DistillTrainer(ResumableTrainer):
         if isinstance(batch, Placeholder): return 0
         mask = batch.get('attention_mask')
         return mask.sum().item() if isinstance(mask, Tensor) else len(next(v for v in batch.values() if isinstance(v, Tensor) and v.dim()))
-
-    def mean_loss(self, batch, share=None):
-        "Mean loss over layers; with a `share`, its gradients are added up, layer by layer."
-        losses = []
-        def on_layer(module, q, k, v, causal, scale, mask, o):
-            if not any(p.requires_grad for p in module.feature_map.parameters()): return # frozen, or with nothing to learn
-            with torch.set_grad_enabled(share is not None):
-                part,q,k,v,o = module.feature_map.linear_part(q, k, v, o)
-                loss = layer_loss(self.objective, part, q, k, v, causal, scale, mask, o)
-                if not loss.isfinite():
-                    step = self.state.global_step+1
-                    raise FloatingPointError(f"the loss of {self.names[module]} is {loss.item()} at step {step}; {nonfinite_hint(step, self.whole)}")
-                if share is not None: self.scaled(loss*share).backward()
-            losses.append(loss.item())
-        with self.precision(): teacher_pass(self.whole, {k:v.to(self.whole.device) if isinstance(v, Tensor) else v for k,v in batch.items()}, on_layer)
-        return sum(losses)/len(losses)
 
     def scaled(self, loss): return loss if self.accelerator.scaler is None else self.accelerator.scaler.scale(loss)
 
@@ -106,13 +113,23 @@ class _DistillTrainer(ResumableTrainer):
         if 'loss' in logs: logs['loss'],self.loss = self.loss,0. # in double, where the Trainer's sum is single
         super().log(logs, *args, **kw)
 
-def _add_up(loss, params):
-    "Sum of `loss` over all processes, and of the gradients, in place."
-    flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in params]).double()
-    flat = torch.cat([flat, flat.new_tensor([loss])])
-    distributed.all_reduce(flat)
-    for p,g in zip(params, flat[:-1].split([p.numel() for p in params])): p.grad = g.view_as(p).to(p)
-    return flat[-1].item()
+# %% ../../nbs/09_training.ipynb #75c2737b
+@patch
+def mean_loss(self:_DistillTrainer, batch, share=None):
+    "Mean loss over layers; with a `share`, its gradients are added up, layer by layer."
+    losses = []
+    def on_layer(module, q, k, v, causal, scale, mask, o):
+        if not any(p.requires_grad for p in module.feature_map.parameters()): return # frozen, or with nothing to learn
+        with torch.set_grad_enabled(share is not None):
+            part,q,k,v,o = module.feature_map.linear_part(q, k, v, o)
+            loss = layer_loss(self.objective, part, q, k, v, causal, scale, mask, o)
+            if not loss.isfinite():
+                step = self.state.global_step+1
+                raise FloatingPointError(f"the loss of {self.names[module]} is {loss.item()} at step {step}; {nonfinite_hint(step, self.whole)}")
+            if share is not None: self.scaled(loss*share).backward()
+        losses.append(loss.item())
+    with self.precision(): teacher_pass(self.whole, {k:v.to(self.whole.device) if isinstance(v, Tensor) else v for k,v in batch.items()}, on_layer)
+    return sum(losses)/len(losses)
 
 # %% ../../nbs/09_training.ipynb #b52c110c
 def distill(
@@ -142,17 +159,10 @@ def distill(
     for k in _NOT_IN_DISTILLATION & training_args.keys(): raise ValueError(f"{k}: there is nothing in distillation that it would change; finetune takes it")
     source = training_source(model, collator, batch_size, seed, training_args)
     data,eval_data = source(data),None if eval_data is None else source(eval_data, once=False)
-    steps,was = training_steps(data, steps, epochs),model.training
+    steps = training_steps(data, steps, epochs)
     args = training_arguments(model, steps, batch_size, lr, seed, gradient_accumulation_steps, eval_data is not None, eval_steps,
         **{**dict(lr_scheduler_type='linear', max_grad_norm=0., optim='adamw_torch'), **training_args})
     run = TrainingCheckpoint(steps, checkpoint, save_steps, distributed_info()[0]==0, phase='distill', lr=lr, objective=objective,
         batch_size=batch_size, seed=seed, rows=len(data.data) if data.indexed else None, **kept_settings(training_args))
-    frozen = [] if any(p.requires_grad for p in maps) else maps # with the rest of the model, which is none of their business
-    try:
-        for p in frozen: p.requires_grad_()
-        with tempfile.TemporaryDirectory() as args.output_dir:
-            return _DistillTrainer(model.eval(), data, run, args, eval_data, callbacks, progress, objective=objective).fit()
-    finally:
-        for p in frozen: p.requires_grad_(False)
-        for p in maps: p.grad = None
-        model.train(was)
+    with _train_maps(model, maps), tempfile.TemporaryDirectory() as args.output_dir:
+        return _DistillTrainer(model, data, run, args, eval_data, callbacks, progress, objective=objective).fit()

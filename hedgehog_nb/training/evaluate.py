@@ -1,4 +1,4 @@
-"""Distil the maps, then finetune the model, on any data that a Trainer takes, with nothing lost when it is killed
+"""Distil the feature maps, then finetune the model or LoRA adapters in it, and save what was trained
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/training.html.md"""
 

@@ -1,4 +1,4 @@
-"""Distil the maps, then finetune the model, on any data that a Trainer takes, with nothing lost when it is killed
+"""Distil the feature maps, then finetune the model or LoRA adapters in it, and save what was trained
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/training.html.md"""
 
@@ -20,7 +20,7 @@ from .checkpoint import TrainingCheckpoint, TrainingHistory
 from .distill import float_maps
 from .trainer import kept_settings, ResumableTrainer, training_arguments
 
-# %% ../../nbs/09_training.ipynb #ee0463d3
+# %% ../../nbs/09_training.ipynb #cd2f1daf
 class _FinetuneTrainer(ResumableTrainer):
     def __init__(self, model, *args, **kw):
         super().__init__(model, model, *args, **kw)
@@ -40,6 +40,7 @@ class _FinetuneTrainer(ResumableTrainer):
         elif share: loss = loss*(share*self.args.gradient_accumulation_steps*self.args.world_size) # the Trainer takes a plain mean
         return (loss,outputs) if return_outputs else loss
 
+# %% ../../nbs/09_training.ipynb #3412c916
 def is_causal_lm(model)->bool: # As its class's name says
     "Does `model`, or the model inside it, predict the next token?"
     return bool({type(m).__name__ for m in model.modules()} & {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()})
@@ -62,6 +63,7 @@ def _with_labels(model):
         return {**batch, 'labels':y}
     return prepare
 
+# %% ../../nbs/09_training.ipynb #f63a15c8
 @contextmanager
 def _as_it_was(model):
     "Undo what the Trainer changes about a model beside its weights: its mode, its cache, checkpointing, hooks, a forward of its own."
@@ -81,6 +83,19 @@ def _as_it_was(model):
         for h in [h for h in embeddings._forward_hooks if h not in hooks] if embeddings is not None else (): del embeddings._forward_hooks[h]
         for k in ('forward','_is_accelerate_prepared','_require_grads_hook','_require_grads_hooks'):
             if k not in had: vars(model).pop(k, None)
+
+def _check_trainable(model, lora):
+    "Raise `ValueError` where AdamW could not train these weights. Maps in half precision become fp32."
+    if lora and hasattr(model, 'peft_config'): raise ValueError("the model has adapters already, which are trained as they are: leave lora=… out")
+    if lora: _check_merge(model)
+    if getattr(model, 'is_quantized', False) and not hasattr(model, 'peft_config'):
+        raise ValueError("quantised weights are not trained: finetune adapters and maps beside them, tuned = add_lora(model, r=8, target_modules='all-linear')")
+    float_maps(model)
+    if not lora and not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("all parameters are frozen: model.requires_grad_(True), or lora=…, which trains adapters and maps beside them")
+    if not lora and any(p.dtype==torch.float16 and p.requires_grad for p in model.parameters()):
+        raise ValueError("AdamW cannot train weights in float16 (nan at the second step): load the model in float32 or bfloat16, and train with fp16=True or "
+            "bf16=True; or give lora=…, which trains adapters and maps in float32")
 
 # %% ../../nbs/09_training.ipynb #11b00027
 def add_lora(
@@ -134,18 +149,8 @@ def finetune(
     progress:bool=None, # Show a bar? If None, in a terminal or a notebook
     **training_args # More of `transformers.TrainingArguments`: bf16=True, gradient_checkpointing=True …
 )->TrainingHistory: # `model` itself is trained, and left in evaluation mode
-    ("Train a model on labels (paper, Section 5.3: all parameters, 6e-4). "
-     "Raises `ValueError` on bad settings or data, `FloatingPointError` where the loss is not finite.")
-    if lora and hasattr(model, 'peft_config'): raise ValueError("the model has adapters already, which are trained as they are: leave lora=… out")
-    if lora: _check_merge(model)
-    if getattr(model, 'is_quantized', False) and not hasattr(model, 'peft_config'):
-        raise ValueError("quantised weights are not trained: finetune adapters and maps beside them, tuned = add_lora(model, r=8, target_modules='all-linear')")
-    float_maps(model)
-    if not lora and not any(p.requires_grad for p in model.parameters()):
-        raise ValueError("all parameters are frozen: model.requires_grad_(True), or lora=…, which trains adapters and maps beside them")
-    if not lora and any(p.dtype==torch.float16 and p.requires_grad for p in model.parameters()):
-        raise ValueError("AdamW cannot train weights in float16 (nan at the second step): load the model in float32 or bfloat16, and train with fp16=True or "
-            "bf16=True; or give lora=…, which trains adapters and maps in float32")
+    "Train a model on labels (paper, Section 5.3). Raises `ValueError` on bad settings or data, `FloatingPointError` where the loss is not finite."
+    _check_trainable(model, lora)
     source = training_source(model, collator, batch_size, seed, training_args, _with_labels(model))
     data,eval_data = source(data),None if eval_data is None else source(eval_data, once=False)
     steps = training_steps(data, steps, epochs)

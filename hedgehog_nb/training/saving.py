@@ -1,4 +1,4 @@
-"""Distil the maps, then finetune the model, on any data that a Trainer takes, with nothing lost when it is killed
+"""Distil the feature maps, then finetune the model or LoRA adapters in it, and save what was trained
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/training.html.md"""
 
@@ -51,6 +51,7 @@ def save_trained(
             quantised=bool(getattr(inner, 'is_quantized', False)))
     return path
 
+# %% ../../nbs/09_training.ipynb #49d53745
 def _heads(maps): return {n:[m.num_heads, m.num_kv_heads, m.head_dim] for n,m in maps.items()}
 
 def _rewritten(tuned):
@@ -113,6 +114,20 @@ def _check_original(model, kept, path):
             "and the model given has others", stacklevel=3)
     elif apart[n]>.02: warnings.warn(f"{path} was trained on {kept['base'] or 'a model'} at another precision, or in another state: {what}", stacklevel=3)
 
+# %% ../../nbs/09_training.ipynb #11e00004
+def read_trained(
+    path, # Folder written by `save_trained`
+)->dict: # Its maps, the settings of its conversion, its original's name and sample
+    "What `save_trained` wrote beside the adapters. Raises `ValueError` where the folder holds none, or a damaged one."
+    file = Path(path)/TRAINED
+    if not file.is_file(): raise ValueError(f"{path} was not written by save_trained: there is no {TRAINED} in it")
+    try: kept = load_state(file)
+    except ValueError: kept = {}
+    if not {'maps','hedgehog','base'} <= kept.keys(): raise ValueError(f"{file} is damaged, or not of save_trained")
+    if not {'original','adapted','heads'} <= kept.keys():
+        raise ValueError(f"{path} is of an earlier version, which did not say what its original is; save it anew")
+    return kept
+
 # %% ../../nbs/09_training.ipynb #a0d427e8
 def _add_adapters(model, path):
     "The model with the adapters of a folder. Raises `ValueError` where they are damaged, incomplete, or no safetensors."
@@ -146,20 +161,7 @@ def _check_finite(tensors, file):
     odd = [n for n,t in tensors.items() if not t.isfinite().all()]
     if odd: raise ValueError(f"{odd[0]} in {file} is not finite")
 
-# %% ../../nbs/09_training.ipynb #11e00004
-def read_trained(
-    path, # Folder written by `save_trained`
-)->dict: # Its maps, the settings of its conversion, its original's name and sample
-    "What `save_trained` wrote beside the adapters. Raises `ValueError` where the folder holds none, or a damaged one."
-    file = Path(path)/TRAINED
-    if not file.is_file(): raise ValueError(f"{path} was not written by save_trained: there is no {TRAINED} in it")
-    try: kept = load_state(file)
-    except ValueError: kept = {}
-    if not {'maps','hedgehog','base'} <= kept.keys(): raise ValueError(f"{file} is damaged, or not of save_trained")
-    if not {'original','adapted','heads'} <= kept.keys():
-        raise ValueError(f"{path} is of an earlier version, which did not say what its original is; save it anew")
-    return kept
-
+# %% ../../nbs/09_training.ipynb #32b1eb9f
 def _check_maps(model, kept, path, inputs):
     "Raise `ValueError` where `model` would need other maps than those that were kept."
     try: planned = build_attentions(model, LinearizeConfig.from_dict(kept['hedgehog']), inputs)[1]
@@ -174,6 +176,7 @@ def _check_maps(model, kept, path, inputs):
     if odd: raise ValueError(f"{path/TRAINED} is damaged: {odd[0]} is {there.get(odd[0], 'missing')} in it, {own.get(odd[0], 'not needed')} by its settings")
     _check_finite(kept['maps'], path/TRAINED)
 
+# %% ../../nbs/09_training.ipynb #fef517a3
 @torch.no_grad()
 def load_trained(
     model:PreTrainedModel, # The original, not converted; changed in place
