@@ -1,4 +1,4 @@
-"""A whole conversion as one function: swap, distil, finetune, evaluate on the way, and record it all
+"""A whole conversion as one function: swap the attention, distil, finetune, and evaluate on the way
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/recipe.html.md"""
 
@@ -100,6 +100,7 @@ class EvalLog:
         self.add(model, variant, stage, 'ppl', kept['value'] if kept else perplexity(model, self.test, self.batch_size, on_step))
         return self.rows[-1]
 
+# %% ../../nbs/10_recipe.ipynb #dd088280
 def read_eval_log(
     path, # File of an `EvalLog`, or None
 )->dict: # Its rows, and wall_s, the seconds until the last of them
@@ -193,6 +194,32 @@ def _open_work(work, settings):
         with atomic_write(f) as p: p.write_text(json.dumps(settings))
     return work
 
+# %% ../../nbs/10_recipe.ipynb #0467d29e
+def _finetune_phase(log, model, train, variant, keep, steps, lr, lora, seed):
+    "Finetune `model`, or adapters in it; returns what was trained."
+    transformers.set_seed(seed)
+    tuned = add_lora(model, **lora) if lora else model
+    finetune(tuned, train, steps, log.batch_size, lr, callbacks=[EvalCallback(log, model, 'finetune', variant, steps, train)], **keep)
+    return tuned
+
+def _run_phases(log, model, train, config, keep, base, distill_steps, finetune_steps, lr, finetune_lr, objective, evals, teacher, baseline, seed, lora,
+                trained, **_):
+    "Evaluate the teacher → swap → evaluate → distil → evaluate → finetune → evaluate."
+    name = 'window' if config.attention_kwargs.get('branch')=='window' else config.attention
+    tune = lambda m, variant, file: _finetune_phase(log, m, train, variant, keep(file), finetune_steps, finetune_lr, lora, seed)
+    if teacher: log.evaluate(model, 'softmax-zero-shot', 'teacher')
+    if baseline and finetune_steps: tune(deepcopy(model), 'softmax', 'baseline.safetensors')
+    log.tokens,log.seconds = 0,0.
+    torch.manual_seed(seed)
+    log.evaluate(linearize(model, config), 'swapped', 'swapped')
+    if distill_steps:
+        metric = dict(weights='kl', outputs='output-error').get(objective, 'loss')
+        watch = EvalCallback(log, model, 'distill', f'{name}-distilled', distill_steps, train, evals, metric)
+        distill(model, train, distill_steps, log.batch_size, lr, objective, callbacks=[watch], **keep('distill.safetensors'))
+    tuned = tune(model, name, 'finetune.safetensors') if finetune_steps else model
+    if trained and is_main_process(): save_trained(tuned, Path(trained).expanduser(), base)
+    if tuned is not model and not (trained and getattr(model, 'is_quantized', False)): merge_lora(tuned)
+
 # %% ../../nbs/10_recipe.ipynb #95571ced
 def convert(
     model, # A causal language model from transformers; converted in place
@@ -224,27 +251,8 @@ def convert(
     config = _check_settings(model, train, test, config, **given, save_steps=save_steps, gradient_accumulation_steps=gradient_accumulation_steps)
     if trained and Path(trained).expanduser().exists(): raise ValueError(f"{trained} exists: name a new folder for what is trained")
     if work: work = _open_work(work, dict(config=config.to_dict(), train=_digest(train), test=_digest(test), **{k:v for k,v in given.items() if k!='trained'}))
-    j,name = (EvalLog(test, batch_size, on_event, work and work/'measured.json', map=config.attention, seed=seed),
-              'window' if config.attention_kwargs.get('branch')=='window' else config.attention)
+    log = EvalLog(test, batch_size, on_event, work and work/'measured.json', map=config.attention, seed=seed)
     def keep(file): return dict(seed=seed, gradient_accumulation_steps=gradient_accumulation_steps, checkpoint=work and work/file, save_steps=save_steps,
         progress=False)
-    def tune(m, variant, file):
-        transformers.set_seed(seed)
-        tuned = add_lora(m, **lora) if lora else m
-        watch = EvalCallback(j, m, 'finetune', variant, finetune_steps, train)
-        finetune(tuned, train, finetune_steps, batch_size, finetune_lr, callbacks=[watch], **keep(file))
-        return tuned
-    with mixed_precision(model.device, autocast):
-        if teacher: j.evaluate(model, 'softmax-zero-shot', 'teacher')
-        if baseline and finetune_steps: tune(deepcopy(model), 'softmax', 'baseline.safetensors')
-        j.tokens,j.seconds = 0,0.
-        torch.manual_seed(seed)
-        j.evaluate(linearize(model, config), 'swapped', 'swapped')
-        if distill_steps:
-            metric = dict(weights='kl', outputs='output-error').get(objective, 'loss')
-            watch = EvalCallback(j, model, 'distill', f'{name}-distilled', distill_steps, train, evals, metric)
-            distill(model, train, distill_steps, batch_size, lr, objective, callbacks=[watch], **keep('distill.safetensors'))
-        tuned = tune(model, name, 'finetune.safetensors') if finetune_steps else model
-        if trained and is_main_process(): save_trained(tuned, Path(trained).expanduser(), base)
-        if tuned is not model and not (trained and getattr(model, 'is_quantized', False)): merge_lora(tuned)
-    return j.rows
+    with mixed_precision(model.device, autocast): _run_phases(log, model, train, config, keep, base, **given)
+    return log.rows
