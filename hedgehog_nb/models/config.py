@@ -1,4 +1,4 @@
-"""Turn any Hugging Face Transformer into a linear-attention one: swap, save, load
+"""Convert any Hugging Face Transformer to linear attention, save it, and load it again
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/linearize.html.md"""
 
