@@ -47,6 +47,7 @@ def greedy(
     for _ in range(steps): x = step(input_ids=x, past_key_values=cache, use_cache=True).logits[:,-1:].argmax(-1)
     return x
 
+# %% ../../nbs/11_generation.ipynb #71b02722
 def _reserved(model, room):
     "An empty cache with room for `room` tokens."
     cache = DynamicCache(config=model.config)
@@ -121,6 +122,7 @@ def _resumed(out, device):
     if run['device']!=here: raise ValueError(f"{out} keeps measurements of {run['device']}, and this is {here}; name another file")
     return run['rows'], run['wall_s']
 
+# %% ../../nbs/11_generation.ipynb #94395ebd
 def benchmark_models(
     models:dict, # {variant: causal language model}, such as dict(softmax=…, hedgehog=…), on one device
     out, # File of results, .json; written after each measurement, and what it holds is not measured again

@@ -24,8 +24,8 @@ class RecurrentLayer(CacheLayerMixin):
         self.device,self.dtype,self.is_initialized = key_states.device,key_states.dtype,True
         self.keys = self.values = key_states.new_empty(0) # some models ask whether there are any
     def update(self, key_states, value_states, *args, **kwargs):
-        """Count the new tokens and hand them back: the attention function folds them into the state. Raises `ValueError` where a layer asks that has not
-        taken its seat (`recurrent_layer`): softmax attention, which would take them for all there is."""
+        """Count the new tokens and return them: the attention function adds them to the state. Raises `ValueError` on a call that
+        `recurrent_layer` did not announce: from softmax attention, which would take these tokens for the whole past."""
         if not self.expected:
             raise ValueError("this cache holds states of linear attention, and a layer of softmax attention asks it for keys and values; "
                 "start from an empty cache")
@@ -56,10 +56,10 @@ class RecurrentLayer(CacheLayerMixin):
 
 # %% ../../nbs/11_generation.ipynb #41041c36
 def recurrent_layer(
-    cache:Cache, # The cache of this forward pass; the layer's seat is taken if it is empty
+    cache:Cache, # The cache of this forward pass; an empty layer in it is replaced
     layer_idx:int, # Which layer
 )->RecurrentLayer: # The layer that holds this module's state
-    "The `RecurrentLayer` at `layer_idx`, which takes the next tokens. Raises `ValueError` if keys and values are there already, or no such layer."
+    "The `RecurrentLayer` at `layer_idx`, ready for the next tokens. Raises `ValueError` if keys and values are there already, or no such layer."
     if len(cache.layers)<=layer_idx and cache.layer_class_to_replicate is None:
         raise ValueError(f"this cache was made for {len(cache.layers)} layers, and layer {layer_idx} asks it for a place")
     while len(cache.layers)<=layer_idx: cache.layers.append(cache.layer_class_to_replicate())
@@ -74,6 +74,7 @@ def recurrent_layer(
     layer.expected = True
     return layer
 
+# %% ../../nbs/11_generation.ipynb #5ba9ab94
 def _attach_cache(linear, module, args, kwargs):
     """Forward pre-hook: find the cache among the arguments, and hand this module's layer in it to the attention function.
     `linear` are the layers that are converted."""
@@ -90,14 +91,6 @@ def _attach_cache(linear, module, args, kwargs):
             "function")
     return args, {**kwargs, 'recurrent_layer':layer}
 
-def _as_softmax(cache, i, name):
-    "Layer `i` of a model that was set to another attention than ours is the softmax layer it was, with keys and values in its cache."
-    back = "model.set_attn_implementation('hedgehog')"
-    if not torch.compiler.is_compiling():
-        warnings.warn(f"this model was converted, and is set to {name!r}: it runs as the softmax model it was, until {back}", RuntimeWarning, stacklevel=5)
-    if cache is not None and i<len(cache.layers) and isinstance(cache.layers[i], RecurrentLayer):
-        raise ValueError(f"this cache holds states of linear attention, and the model is set to {name!r} now; start from an empty cache, or call {back}")
-
 def use_recurrent_cache(
     model, # A model whose converted attention modules have a `feature_map`
 ):
@@ -105,6 +98,15 @@ def use_recurrent_cache(
     ms = [m for m in model.modules() if hasattr(m, 'feature_map') and hasattr(m, 'layer_idx')]
     for m in ms:
         m.register_forward_pre_hook(partial(_attach_cache, {m.layer_idx for m in ms}), with_kwargs=True)
+
+# %% ../../nbs/11_generation.ipynb #1a24c94b
+def _as_softmax(cache, i, name):
+    "Layer `i` of a model that was set to another attention than ours is the softmax layer it was, with keys and values in its cache."
+    back = "model.set_attn_implementation('hedgehog')"
+    if not torch.compiler.is_compiling():
+        warnings.warn(f"this model was converted, and is set to {name!r}: it runs as the softmax model it was, until {back}", RuntimeWarning, stacklevel=5)
+    if cache is not None and i<len(cache.layers) and isinstance(cache.layers[i], RecurrentLayer):
+        raise ValueError(f"this cache holds states of linear attention, and the model is set to {name!r} now; start from an empty cache, or call {back}")
 
 # %% ../../nbs/11_generation.ipynb #1c862fde
 def cache_bytes(
