@@ -165,6 +165,7 @@ def on_train_end(self:TrainingCheckpoint, args, state, control, optimizer=None, 
 def save_if_due(self:TrainingCheckpoint, optimizer, scheduler):
     if self.path and self.writes and (self.done%self.save_steps==0 or self.done==self.steps): self.save(optimizer, scheduler)
 
+# %% ../../nbs/09b_resumable_training.ipynb #359025d9
 @patch
 def save(self:TrainingCheckpoint, optimizer, scheduler):
     "Write the state. Raises `FloatingPointError` where a weight is not finite, `OSError` where the disk is full: the last good state stays."
@@ -179,6 +180,7 @@ def save(self:TrainingCheckpoint, optimizer, scheduler):
     except OSError as e: raise OSError(e.errno, f"{e.strerror}; {self.resume_hint()}", str(self.path)) from None
     self.saved = self.done
 
+# %% ../../nbs/09b_resumable_training.ipynb #bc5070bc
 @patch
 def resume_hint(self:TrainingCheckpoint):
     "What to tell someone who has stopped this run."

@@ -160,6 +160,7 @@ def kept_state(self:ResumableTrainer):
     return dict(best_metric=self.state.best_metric, best_global_step=self.state.best_global_step,
         callbacks=[[type(c).__name__, c.state()['attributes']] for c in self.stateful()])
 
+# %% ../../nbs/09b_resumable_training.ipynb #a5bdfc1c
 @patch
 def fit(self:ResumableTrainer)->TrainingHistory:
     "Train from where the run stands."
