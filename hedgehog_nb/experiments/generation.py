@@ -55,7 +55,7 @@ def _reserved(model, room):
     return cache
 
 def _back_to(cache):
-    "A function that makes `cache` remember what it does now, and no more."
+    "A function that resets `cache` to its present content."
     kept = [(l, dict(vars(l))) for l in cache.layers]
     def back():
         for l,was in kept: vars(l).update(was)
@@ -136,7 +136,7 @@ def benchmark_models(
     on_case=None, # Called with (case in words, {metric: value}, or why there is none)
     command:str=None, # For the record; that of this process if None
 )->list: # Rows of the file
-    "Speed of prefill and decoding, and bytes remembered, of whole models. What fails is told to `on_case`, and the next case begins."
+    "Speed of prefill and decoding, and cache size, of whole models. What fails is told to `on_case`, and the next case begins."
     start,commit,device = time.perf_counter(),code_version(),next(iter(models.values())).device
     (rows,before),tell = _resumed(out, device),on_case or (lambda *a: None)
     for phase,v,B,T,comp in _cases(models, batches, contexts, compiled):
@@ -160,7 +160,7 @@ def models_table(
     rows:list, # From `benchmark_models`
     phase:str='decode', # "decode" or "prefill"
 )->Table: # A row per batch and context
-    "Tokens per second of each variant, and the megabytes that it remembers."
+    "Tokens per second of each variant, and the megabytes in its cache."
     got = {(r['B'], r['T'], r['variant'], r['metric']): r['value'] for r in rows if r['experiment']==f'{phase}-model'}
     variants = list(dict.fromkeys(v for *_,v,_ in got))
     def say(metric, per, *k): # three digits, or all before the point

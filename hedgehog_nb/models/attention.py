@@ -111,7 +111,7 @@ def _implementation(module, q):
             "it is chosen by the input there, with the same results up to rounding")
 
 def _at_hand(feature_map):
-    "Where accelerate keeps a map's parameters elsewhere, they are brought for the block."
+    "A context in which parameters of the map that accelerate has offloaded are on the device."
     hooked = () if torch.compiler.is_compiling() else [m for m in feature_map.modules() if hasattr(m, '_hf_hook')]
     if not hooked: return nullcontext()
     from accelerate.utils import align_module_device
@@ -120,7 +120,7 @@ def _at_hand(feature_map):
     return stack
 
 def _attend(module, q, k, v, causal, mask, dropout, past):
-    "The (B, T, H, D) outputs of a linear layer; what it remembers goes into `past`."
+    "The (B, T, H, D) outputs of a linear layer; its new state goes into `past`."
     impl = _implementation(module, q)
     attend = partial(module.feature_map.attend, q, k, v, causal, mask, offset=0 if past is None else past.length-k.shape[2],
         **(dict(dropout=dropout) if module.feature_map.softmax_heads else {}))

@@ -111,8 +111,8 @@ def _as_softmax(cache, i, name):
 # %% ../../nbs/11_generation.ipynb #1c862fde
 def cache_bytes(
     cache, # A transformers `Cache`
-)->int: # Bytes of all that it remembers
-    "How much memory the past takes."
+)->int: # Bytes
+    "Memory of the keys, values and states in a cache."
     return sum(l.nbytes if hasattr(l, 'nbytes') else 0 if l.keys is None else l.keys.nbytes+l.values.nbytes for l in cache.layers)
 
 # %% ../../nbs/11_generation.ipynb #5e325233
@@ -129,11 +129,11 @@ def filled_cache(model, context, batch=1, cache=None):
 @torch.no_grad()
 def decode_costs(
     models:dict, # {name: causal language model}
-    contexts, # Numbers of tokens remembered
+    contexts, # Context lengths, in tokens
     steps:int=8, # Tokens timed for each model and context; their median counts
     on_row=None, # Called with each row
-)->list: # Rows: variant, context, ms (per token), bytes (remembered)
-    "Time of one more token, and memory of all before it, for several models by turns."
+)->list: # Rows: variant, context, ms (per token), bytes (in the cache)
+    "Time of one more token and size of the cache, for several models in turn."
     rows = []
     for n in contexts:
         caches,times = {m:filled_cache(model, n) for m,model in models.items()},{m:[] for m in models}

@@ -17,9 +17,9 @@ from ..functional import LINEAR, WINDOW
 # %% ../../nbs/08_linearize.ipynb #cfg00002
 @dataclass
 class LinearizeConfig:
-    "How a model is converted. Raises `ValueError` on a name or a setting that there is not; `linearize` checks what depends on the model."
+    "How a model is converted. Raises `ValueError` on an unknown name or setting; `linearize` checks what depends on the model."
     attention:str='hedgehog' # A registered attention (`ATTENTIONS`): "hedgehog", "hedgehog-window", "elu" …
-    layers:Any='all' # Attention layers to convert: "0-5,8", "1-29:2", a list of integers, or "all": those that see everything, where others have a window
+    layers:Any='all' # Attention layers to convert: "0-5,8", "1-29:2", a list of integers, or "all", without sliding-window layers where a model has both kinds
     softmax_heads:Any=None # Heads of these layers that stay softmax: "3:0,2;7:4-5", or {layer: heads}
     attention_kwargs:dict=field(default_factory=dict) # Settings of the attention, such as dict(num_maps=2)
     implementation:str=None # Backend of the converted layers; chosen by the input if None
@@ -47,7 +47,7 @@ class LinearizeConfig:
     def from_dict(cls,
         d:dict, # From `to_dict`, or of a version that stored `feature_map` and the map's settings side by side
     ):
-        "Read what `to_dict` gave. Raises `ValueError` on settings that there are not."
+        "Read what `to_dict` gave. Raises `ValueError` on unknown settings."
         if not isinstance(d, dict): raise ValueError(f"a conversion is a dict of its settings, such as {cls().to_dict()}; given {d!r}")
         d,names = dict(d),[f.name for f in fields(cls)]
         if 'feature_map' in d and d.keys() & {'attention','attention_kwargs'}:

@@ -28,14 +28,14 @@ from .config import LinearizeConfig
 @torch.no_grad()
 def linearize(
     model:PreTrainedModel, # Any model on transformers' attention interface; changed in place
-    attention='hedgehog', # A registered attention (`ATTENTIONS`): "hedgehog", "hedgehog-window", "elu" …; or a `LinearizeConfig`, which says all that follows
+    attention='hedgehog', # A registered attention (`ATTENTIONS`): "hedgehog", "hedgehog-window", "elu" …; or a `LinearizeConfig` with all settings
     layers='all', # As in `LinearizeConfig`
     softmax_heads=None, # As in `LinearizeConfig`
     implementation:str=None, # As in `LinearizeConfig`
     inputs:dict=None, # A small input for the model's forward; tokens or a blank image if None
     **attention_kwargs # Settings of the attention, e.g. form="exp", num_maps=2
 )->PreTrainedModel: # The same model, its attention swapped; train the maps next (`distill`)
-    "Swap softmax attention for linear attention. Raises `ValueError` where that cannot be done, and leaves the model as it was."
+    "Replace softmax attention by linear attention. Raises `ValueError` on a model that cannot be converted, and leaves it unchanged."
     config = attention
     if not isinstance(config, LinearizeConfig): config = LinearizeConfig(attention, layers, softmax_heads, attention_kwargs, implementation)
     elif (layers, softmax_heads, implementation, attention_kwargs)!=('all', None, None, {}):
@@ -95,7 +95,7 @@ def _self_attention(model, calls, takes):
     return own
 
 def _seen(model, inputs):
-    "What runs while attention is looked at: the model, but of a classifier with a decoder its body, since the head wants the same text in both, with an eos."
+    "The model that the probe runs; of a classifier with a decoder its body, since the head requires the same text in both, ending in an eos token."
     classifiers = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
     return model.base_model if inputs is None and model.config.is_encoder_decoder and type(model).__name__ in classifiers else model
 
@@ -150,7 +150,7 @@ def probe_attention(
 
 # %% ../../nbs/08_linearize.ipynb #bc85f828
 def _make(name, call, settings, kept=()):
-    "The attention that takes the place of one call's softmax, but for the heads `kept`."
+    "The attention that replaces one call's softmax, except for the heads `kept`."
     sizes = call.q.shape[-1], call.q.shape[1], call.k.shape[1], call.scale
     m = MixedHeadAttention(name, kept, *sizes, sliding_window=call.window, **settings) if kept else make_attention(name, *sizes, **settings)
     if call.causal not in m.directions: raise ValueError(f"{name!r} is {'causal' if True in m.directions else 'bidirectional'} only, and {call.name} is not")
@@ -171,8 +171,8 @@ def build_attentions(
     model:PreTrainedModel, # A model not converted yet; it stays as it is
     config:LinearizeConfig, # What to convert, and into what
     inputs:dict=None, # A small input for the model's forward; tokens or a blank image if None
-)->tuple: # (numbers of the layers, {attention module: its map})
-    "The maps that would replace softmax, found out by two tiny forward passes. Raises `ValueError` where it cannot be done."
+)->tuple: # (numbers of the layers, {attention module: its replacement})
+    "The attentions that would replace softmax, sized by two tiny forward passes. Raises `ValueError` where the model cannot be converted."
     if linear_layers(model): raise ValueError("this model is linear already; load the original to convert it otherwise")
     _refuse_adapters(model)
     was,_ = model.training,model.eval()

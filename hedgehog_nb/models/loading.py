@@ -27,7 +27,7 @@ def save_linearized(
     path, # Folder to write
     tokenizer=None, # Saved beside it, if given
     overwrite:bool=False, # Replace the folder if it exists?
-    card:dict=None, # More for the model card: base_model, license, data, steps, … in the order in which it shall be read
+    card:dict=None, # More for the model card, in this order: base_model, license, data, steps, …
 )->Path: # The folder
     "Save a converted model as safetensors with its settings and a model card. Raises `ValueError` if the folder exists or the model is not converted."
     path = Path(path).expanduser()
@@ -57,7 +57,7 @@ def load_linearized(
     output_loading_info:bool=False, # Also return what `from_pretrained` reports: missing, unexpected and mismatched keys?
     **kwargs # For `from_pretrained`: dtype, device_map, quantization_config …, and settings of the model's config
 )->PreTrainedModel: # The converted model, as it was saved; with `output_loading_info` the pair (model, report)
-    "Load a converted model, bit for bit. Raises `ValueError` where the folder does not hold one, whole and of one piece."
+    "Load a converted model, bit for bit. Raises `ValueError` on a folder that holds none, or whose parts are missing or do not fit together."
     if path is None:
         raise ValueError("a converted model is loaded from its folder; for weights of your own, call linearize on its softmax model, then load_state_dict")
     hub = {k:kwargs.pop(k) for k in ('revision','token','cache_dir','force_download','local_files_only') if k in kwargs}
@@ -88,7 +88,7 @@ def load_linearized(
 class HedgehogConfig(PreTrainedConfig):
     "What `config.json` of a converted model holds, for the Auto classes of transformers; settings that are not in it are those of the original's config."
     model_type = 'hedgehog_nb'
-    def __init__(self, attn_implementation=None, **kwargs): # LOCK is for other classes
+    def __init__(self, attn_implementation=None, **kwargs): # that value is for other classes
         super().__init__(attn_implementation=None if attn_implementation==UNLOADABLE_ATTN_IMPLEMENTATION else attn_implementation, **kwargs)
     def __getattr__(self, name):
         kept = vars(self)
@@ -190,7 +190,7 @@ def _tensors(files, names):
 
 # %% ../../nbs/08_linearize.ipynb #7b97acec
 def _body(cls, config):
-    "Names of the weights that a model has below its head, found out without making any."
+    "Names of the weights that a model has below its head, found without allocating any."
     with torch.device('meta'): names = cls(deepcopy(config)).state_dict()
     return {n.removeprefix(cls.base_model_prefix+'.') for n in names}
 
@@ -226,7 +226,7 @@ def _saved_names(model):
     return {**{m:k for n,k in names.items() for m in (p+n, n.removeprefix(p))}, **names}
 
 def _fill_maps(model, path, files, config):
-    "Put the saved maps into a model that is converted as they want. Returns {name in a file: name in the model}; raises `ValueError` where they do not fit."
+    "Load the saved maps into the converted model. Returns {name in a file: name in the model}; raises `ValueError` where they do not fit."
     names,made = _saved_names(model),model.state_dict()
     more = sorted(k for k in files if '.feature_map.' in k and k not in names)
     if more and not config: raise ValueError(f"{path} does not fit together: {more[0]} is in its weights, and in no map of its config.json")

@@ -135,7 +135,7 @@ def __iter__(self:TrainingData): # one pass, in the order of the data
 
 # %% ../../nbs/09b_resumable_training.ipynb #11b00011
 def distributed_info()->tuple: # (rank, number of processes)
-    "Where this process stands under `torchrun`; (0, 1) without it. The first call joins the processes; each moves its model to a GPU of its own."
+    "Rank of this process under `torchrun` and number of processes; (0, 1) without it. The first call joins them; each moves its model to a GPU of its own."
     if int(os.environ.get('WORLD_SIZE', 1))==1: return 0,1
     from accelerate import PartialState
     state = PartialState(cpu=not torch.cuda.is_available())

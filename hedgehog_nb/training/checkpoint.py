@@ -50,7 +50,7 @@ def save_state(
 def load_state(
     path, # File written by `save_state`
 )->dict: # The state, bit for bit
-    "Read a state. Raises `ValueError` where the file is none."
+    "Read a state. Raises `ValueError` where the file holds none."
     try:
         with safe_open(path, 'pt') as f: meta = json.loads(f.metadata()['state'])
         return _unpack(meta, load_file(path))

@@ -74,7 +74,7 @@ def _add_up(loss, params):
 @contextmanager
 def _train_maps(model, maps):
     "Make frozen `maps` trainable, in evaluation mode; afterwards they are frozen again, no gradient is left, and the mode is as before."
-    frozen,was = [] if any(p.requires_grad for p in maps) else maps,model.training # frozen with the rest of the model, which is none of their business
+    frozen,was = [] if any(p.requires_grad for p in maps) else maps,model.training # frozen with the rest of the model, which does not concern them
     try:
         for p in frozen: p.requires_grad_()
         model.eval()
@@ -134,7 +134,7 @@ def mean_loss(self:_DistillTrainer, batch, share=None):
 # %% ../../nbs/09_training.ipynb #b52c110c
 def distill(
     model:PreTrainedModel, # A converted model; only its maps are trained
-    data, # What to read: (N, T) token blocks; rows, dicts of one example each; or batches of either, such as a `DataLoader` (see `TrainingData`)
+    data, # Training data: (N, T) token blocks; rows, dicts of one example each; or batches of either, such as a `DataLoader` (see `TrainingData`)
     steps:int=None, # Optimiser steps
     batch_size:int=8, # Rows per step, where `data` is no batches
     lr:float=1e-2, # AdamW's learning rate, decaying linearly to 0

@@ -111,7 +111,7 @@ def add_lora(
 def merge_lora(
     tuned, # From `add_lora`
 )->PreTrainedModel: # The model that was given to it, all trainable again
-    "Add the adapters to the weights, and be rid of them. Raises `ValueError` where the weights are quantised."
+    "Add the adapters to the weights and remove them. Raises `ValueError` where the weights are quantised."
     _check_merge(tuned)
     return _strip_peft(tuned.merge_and_unload())
 
@@ -130,7 +130,7 @@ def _check_merge(model):
 # %% ../../nbs/09_training.ipynb #11b00028
 def finetune(
     model:PreTrainedModel, # Any model of transformers with a loss, converted or not; or a `PeftModel` from `add_lora`
-    data, # What to read, as for `distill`; a language model's labels are its tokens where there are none
+    data, # Training data, as for `distill`; a language model's labels are its tokens if there are none
     steps:int=None, # Optimiser steps
     batch_size:int=8, # Rows per step, where `data` is no batches
     lr:float=6e-4, # AdamW's peak learning rate; warms up, then decays by a cosine

@@ -71,7 +71,7 @@ class EvalLog:
         batch_size:int=8, # Blocks per batch, in training and evaluation
         on_event=None, # Called with ('progress', phase=, done=, total=, seconds=, loss=, metric=) and ('row', row=, model=)
         path=None, # JSON file that keeps the rows; what it has is not measured again
-        **same # What every row says, such as seed=0
+        **same # What is added to every row, such as seed=0
     ):
         self.test,self.batch_size,self.tell,self.same = test,batch_size,on_event or (lambda *a, **k: None),same
         self.rows,self.tokens,self.seconds,self.path,self.began = [],0,0.,path,time.perf_counter()
@@ -243,7 +243,7 @@ def convert(
     work=None, # Folder that keeps what is done; the same call goes on from there
     save_steps:int=100, # Steps between two writings of it
     trained=None, # Folder to write the maps and adapters to, as `save_trained` does
-    base:str=None, # For that folder: where the original is to be had
+    base:str=None, # For that folder: where the original model is
 )->list: # Rows
     ("Swap, distil, finetune, and measure before and after each. Raises what `linearize`, `distill` and `finetune` raise, before anything is measured "
      "where that can be seen, and `ValueError` where `work` keeps a run with other settings or texts.")

@@ -28,10 +28,10 @@ TRAINED = 'maps.safetensors' # The file that `save_trained` writes beside those 
 def save_trained(
     model, # A converted model, or the `PeftModel` around it that `add_lora` makes
     path, # Folder to write
-    base:str=None, # Where the original is to be had: a folder or a name on the hub; where `model` was loaded from if None
+    base:str=None, # Where the original model is: a folder or a name on the hub; where `model` was loaded from if None
     overwrite:bool=False, # Replace the folder if it exists?
 )->Path: # The folder
-    "Save maps and LoRA adapters of a converted model, not its original's weights. Raises `ValueError` if the folder exists or it is not converted."
+    "Save maps and LoRA adapters of a converted model, without the original weights. Raises `ValueError` if the folder exists or it is not converted."
     path,adapted = Path(path),hasattr(model, 'get_base_model')
     inner = model.get_base_model() if adapted else model
     base = str(base or inner.name_or_path)
