@@ -1,4 +1,4 @@
-"""The teacher: what softmax attention computes, what its weights are, and what they cost
+"""The teacher: what softmax attention computes, what its weights look like, and what they cost
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/softmax_attention.html.md"""
 
