@@ -1,4 +1,4 @@
-"""One sum, three orders of evaluation: quadratic, recurrent, and in chunks
+"""One result computed three ways: quadratic, recurrent and in chunks
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/linear_attention.html.md"""
 
@@ -21,7 +21,7 @@ from .common import check_qkv, no_autocast, repeat_kv, make_attention_mask
 LOG_ZERO = -1e30  # The log weight of a padded key, and of an empty state: finite, so that differences stay finite
 EPS = 1e-30      # Least size of a normaliser: rows that see no key give 0, not NaN
 
-def clamp_abs(z): return z.masked_fill(z.abs()<=EPS, EPS) # maps whose weights may be negative keep the sign of their sum
+def clamp_abs(z): return z.masked_fill(z.abs()<=EPS, EPS) # a negative sum (of a map with negative weights) stays negative
 
 def prepare_keys(
     phi_q:Tensor, # (B, H, Tq, F) mapped queries
@@ -142,8 +142,8 @@ def recurrent_linear_attention(
 def _decays(
     l, # (N, n, C) log weights of n chunks, or None
     m, # (N,) the largest before them
-): # Factors of pairs (N, n, C, C), of the past and of keys (N, n, C, 1), of the state (N, n, 1, 1); the running maxima (N, n, C)
-    "What log weights multiply the parts of a chunk by."
+): # Factors of pairs (N, n, C, C), of the part from the state and of keys (N, n, C, 1), of the old state (N, n, 1, 1); the running maxima (N, n, C)
+    "The four factors of a chunk's log weights, and the running maxima."
     if l is None: return (None,)*5
     m_t = torch.maximum(l.flatten(1).cummax(-1).values, m[:,None]).view_as(l)
     end = m_t[...,-1]
@@ -181,9 +181,9 @@ def _chunk_fwd(q, k, v, S, z, decays, kept):
     for c,(qc,kc,vc,uc,Ac) in enumerate(zip(*(x.unbind(1) for x in (q, k, v, _mul_if(v, into), A)))):
         zs.append(z)
         if kept is not None: kept.append(S); S = S.clone()
-        o = torch.bmm(qc, S)                                     # what the state says
+        o = torch.bmm(qc, S)                                     # the part from the state
         if fade is not None: o *= past[:,c]; S *= fade[:,c]; z = z*fade[:,c]
-        nums.append(o.baddbmm_(Ac, vc))                          # and the own chunk
+        nums.append(o.baddbmm_(Ac, vc))                          # the own chunk
         S.baddbmm_(kc.mT, uc); z = z+ks[:,c]
     zs = torch.stack(zs, 1)
     if kept is not None: kept.append(zs)
@@ -324,10 +324,10 @@ def bidirectional_linear_attention(
     v:Tensor, # (B, Hkv, T, D) values
     log_k:Tensor=None, # (B, Hkv, T) log weights of the keys
     mask:Tensor=None, # (B, T) True at real tokens
-    initial_state:LinearState=None, # What was seen beside these tokens
-    output_final_state:bool=False, # Also return the state that all queries read?
+    initial_state:LinearState=None, # State of other tokens that every query sees too
+    output_final_state:bool=False, # Also return the state that all queries share?
 ): # (B, H, Tq, D) outputs in v's dtype; with `output_final_state` the pair (outputs, `LinearState`)
-    "Non-causal linear attention: every query reads one state. Raises `ValueError` on shapes that do not fit."
+    "Non-causal linear attention: all queries share one state. Raises `ValueError` on shapes that do not fit."
     dtype = v.dtype
     phi_q,phi_k,v,log_k = prepare_keys(phi_q, phi_k, v, log_k, mask)
     S0,z0,m0 = _start(initial_state, phi_k, v)
@@ -404,7 +404,8 @@ def offset_of(feature_map, initial_state, offset):
 
 @no_autocast
 def linear_attention_in_torch(
-    q, k, v, feature_map=None, causal=True, mask=None, initial_state=None, output_final_state=False, cu_seqlens=None, chunk_size=None, # See `linear_attention`
+    q, k, v, feature_map=None, causal=True, mask=None, initial_state=None, # See `linear_attention`
+    output_final_state=False, cu_seqlens=None, chunk_size=None,
     implementation:str='chunked', # "naive", "recurrent" or "chunked"
     at:dict={}, # `offset` for a map that looks at positions
 ):
