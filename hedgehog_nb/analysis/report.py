@@ -1,4 +1,4 @@
-"""Spikiness, monotonicity, and what else softmax weights have: measured on real models, for any map, in one call
+"""Spikiness, monotonicity, and what else softmax weights have: measured on real models, for any feature map, in one call
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/softmax_properties.html.md"""
 

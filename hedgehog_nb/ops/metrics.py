@@ -1,4 +1,4 @@
-"""Spikiness, monotonicity, and what else softmax weights have: measured on real models, for any map, in one call
+"""Spikiness, monotonicity, and what else softmax weights have: measured on real models, for any feature map, in one call
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/softmax_properties.html.md"""
 
@@ -78,7 +78,7 @@ def inverted_pairs(
     s:Tensor, # (B, H, Tq, T) scores q·k
     ok:Tensor=None, # (1 or B, 1, Tq, T) pairs that count; causal if None
 )->Tensor: # (B, H, Tq) from 0 (monotone) to 1 (reversed); one half is chance
-    "Share of the pairs of keys of each row whose weights are in the opposite order of their scores."
+    "Share of discordant pairs in each row: pairs of keys whose weights are in the opposite order of their scores."
     ok = _pairs(a, ok)
     a,i = a.masked_fill(~ok, torch.inf).sort(-1)
     a = a.gather(-1, s.masked_fill(~ok, torch.inf).gather(-1, i).sort(dim=-1, stable=True).indices) # by score, ties by weight
@@ -104,7 +104,7 @@ def top_p_tokens(
     a:Tensor, # (B, H, Tq, T) weights; rows sum to 1
     mass:float=0.9, # Share of the weight to cover
 )->Tensor: # (B, H, Tq) whole numbers
-    "The fewest keys of each row that hold `mass` of its weight; its effective support is exp(`attention_entropy`)."
+    "The fewest keys of each row that hold `mass` of its weight."
     if not 0<mass<=1: raise ValueError(f"mass is a share of the weight, above 0 and at most 1; given {mass}")
     return (a.sort(-1, descending=True).values.cumsum(-1) < mass-1e-6).sum(-1) + 1
 
@@ -156,8 +156,8 @@ def map_weights(
     scale:float=None, # Softmax's factor on q·k; 1/√D if None
     mask:Tensor=None, # (B, T) True at real tokens
 )->Tensor: # (B, H, Tq, T) weights
-    ("The weights of softmax attention, of the linear attention with `feature_map`, or of any `Attention`: "
-     "where its rows do not sum to 1, or have negative weights, what is positive is made to.")
+    ("The weights of softmax attention, of the linear attention with `feature_map`, or of any `Attention`, "
+     "with negative weights set to 0 and rows rescaled to sum to 1.")
     if feature_map is None: return softmax_weights(q, k, causal, scale, mask)
     if not hasattr(feature_map, 'weights'): return naive_linear_weights(*feature_map(q, k), causal, mask)
     a = feature_map.weights(q, k, causal, mask).clamp_min(0)
