@@ -1,4 +1,4 @@
-"""Every linear attention the field has tried, behind one base class and one registry, and judged in one table
+"""The linear attentions of the literature behind one base class and one registry, compared in one table
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/feature_maps.html.md"""
 
@@ -22,9 +22,9 @@ class Attention(nn.Module):
     trainable = False        # Has parameters to distil?
     positive = True          # Are its weights never negative?
     directions = True,False  # Values of `causal` it can do
-    is_recurrent = False     # Can it carry on from a state, as text that is written token by token needs?
-    feature_dim = None       # Features F per head, where it has such
-    softmax_heads = ()       # Query heads that stay softmax, where some do
+    is_recurrent = False     # Can it continue from a state, as generating text needs?
+    feature_dim = None       # Features F per head, if it has any
+    softmax_heads = ()       # Query heads that stay softmax, if any
     @property
     def implementations(self): return tuple(LINEAR) # Names that `attend` takes
     def __init__(self,
@@ -50,7 +50,7 @@ class Attention(nn.Module):
         if causal not in self.directions:
             raise ValueError(f"{type(self).__name__} is {'causal' if True in self.directions else 'bidirectional'} only; given causal={causal}")
     def linear_part(self, q=None, k=None, v=None, o=None):
-        "The attention to be trained, and its share of queries, keys, values and outputs: all, unless some heads stay softmax."
+        "The attention to be trained, with its part of the queries, keys, values and outputs: all of them, unless some heads stay softmax."
         return self, q, k, v, o
     def extra_repr(self): return f"head_dim={self.head_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
 
@@ -76,7 +76,7 @@ def weights(self:Attention,
     causal:bool=True, # Query i sees keys up to its own position?
     mask:Tensor=None, # (B, T) True at real tokens
 )->Tensor: # (B, H, T, T) weights in at least fp32
-    "The weights, read off by attending to the identity; in memory T²."
+    "The weights, as the outputs for identity values; in memory T²."
     eye = torch.eye(k.shape[2], dtype=torch.promote_types(k.dtype, torch.float32), device=k.device)
     return self.attend(q, k, eye.expand(*k.shape[:3], -1), causal, mask)
 

@@ -1,4 +1,4 @@
-"""Every linear attention the field has tried, behind one base class and one registry, and judged in one table
+"""The linear attentions of the literature behind one base class and one registry, compared in one table
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/feature_maps.html.md"""
 
@@ -63,10 +63,9 @@ def _next_degree(
     p:Tensor, # (..., C) their monomials of degree n-1 in lexicographic order
     n:int, # Degree
 )->list: # D tensors, together the monomials of degree n in the same order
-    "Each variable times the monomials that begin with none before it, which are the last ones of `p`: slices, where indices would be gathered one by one."
+    "Each variable times the monomials that begin with no earlier variable. These are the last ones of `p`: slices, faster than gathering by index."
     D,C = y.shape[-1],p.shape[-1]
     return [x*p[...,C-math.comb(D-i+n-2, n-1):] for i,x in enumerate(y.split(1, -1))]
-
 
 # %% ../../nbs/04_feature_maps.ipynb #e5489b78
 @register_attention('taylor')
@@ -97,7 +96,6 @@ class FASTMax(Taylor):
     "Taylor expansion on queries and keys standardised over their channels (Gerami et al. 2024, arXiv 2402.07901)."
     def scaled(self, x): return super().scaled(F.layer_norm(x, x.shape[-1:]))
 
-
 # %% ../../nbs/04_feature_maps.ipynb #5c0re002
 @patch
 def score_weights(self:Taylor,
@@ -126,7 +124,7 @@ def _orthogonal_gaussian(
 
 # %% ../../nbs/04_feature_maps.ipynb #08221202
 class _RandomFeatures(FeatureMap):
-    "Directions `omega`, shared by a key-value head and its queries, drawn anew by `redraw`; they are saved with the model."
+    "Random directions `omega`, one set per key-value head, saved with the model; `redraw` draws new ones."
     def __init__(self, head_dim, num_heads=1, num_kv_heads=None, scale=None, num_features:int=None, seed:int=0):
         super().__init__(head_dim, num_heads, num_kv_heads, scale)
         self.num_features = max(1, int(head_dim*math.log(head_dim))) if num_features is None else num_features
@@ -248,7 +246,7 @@ class TransNormer(Attention):
         o = linear_attention(q, k, v, lambda q,k: (1+F.elu(q), *self._keys(k, causal)), causal=causal, mask=mask)
         return F.rms_norm(o, o.shape[-1:])
     def weights(self, q, k, causal=True, mask=None):
-        "The weights before the norm, made to sum to 1."
+        "The weights before the norm, rescaled to sum to 1."
         self.check(q, k, k, causal, mask)
         return naive_linear_weights(1+F.elu(q), *self._keys(k, causal), causal, mask)
 

@@ -1,4 +1,4 @@
-"""Every linear attention the field has tried, behind one base class and one registry, and judged in one table
+"""The linear attentions of the literature behind one base class and one registry, compared in one table
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/feature_maps.html.md"""
 
