@@ -69,6 +69,7 @@ def attend(self:Attention,
     dt = torch.promote_types(torch.promote_types(q.dtype, v.dtype), torch.float32)
     return self._attend(q.to(dt), k.to(dt), v.to(dt), causal, mask).to(v.dtype)
 
+# %% ../../nbs/04_feature_maps.ipynb #ab4aa877
 @patch
 def weights(self:Attention,
     q:Tensor, # (B, H, T, D) queries
@@ -90,10 +91,10 @@ class FeatureMap(Attention):
     def phi(self, x): raise NotImplementedError(f"{type(self).__name__} defines neither phi nor map_q and map_k")
     def map_q(self, q): return self.phi(q) # (B, H, T, D) -> (B, H, T, F)
     def map_k(self, k): return self.phi(k), None # (B, Hkv, T, D) -> (B, Hkv, T, F), and (B, Hkv, T) log weights or None
-    def log_q(self, q): return None # (B, H, T) log of what was taken out of a query's features; it cancels, but beside a softmax window it counts
+    def log_q(self, q): return None # (B, H, T) log of the factor taken out of a query's features; counts only beside a softmax window
     def map_q_with_log(self, q): return self.map_q(q), self.log_q(q)
-    def kernel_params(self): return None # Tensors and settings for a kernel that applies the map itself, where there is such a kernel
-    has_score_weights = False # Is φ(q)·φ(k) a function of q·k that costs less than the features of a short sequence? A map then defines
+    def kernel_params(self): return None # Tensors and settings for a kernel that applies the map itself, if there is one
+    has_score_weights = False # Can φ(q)·φ(k) be computed from q·k, cheaper than from features where a sequence is short?
     def score_weights(self, q, k, ok): raise NotImplementedError(f"{type(self).__name__} has features alone") # (B, H, Tq, T) weights up to a factor per row
     def checked(self, q, k): # Queries and keys in at least fp32
         self._check(q, self.num_heads, 'queries'); self._check(k, self.num_kv_heads, 'keys')

@@ -33,6 +33,7 @@ class Elu(FeatureMap):
     "φ(x) = 1 + elu(x) (Katharopoulos et al. 2020, arXiv 2006.16236)."
     def phi(self, x): return 1+F.elu(x)
 
+# %% ../../nbs/04_feature_maps.ipynb #915ef791
 @register_attention('relu')
 class Relu(FeatureMap):
     "φ(x) = relu(x) (paper, Section 3)."
@@ -91,6 +92,7 @@ class Taylor(FeatureMap):
     def map_k(self, k): return self._expand(k)
     def log_q(self, q): return self._expand(q)[1]
 
+# %% ../../nbs/04_feature_maps.ipynb #7bc80912
 @register_attention('fast')
 class FASTMax(Taylor):
     "Taylor expansion on queries and keys standardised over their channels (Gerami et al. 2024, arXiv 2402.07901)."
@@ -135,6 +137,7 @@ class _RandomFeatures(FeatureMap):
         self.omega.copy_(torch.stack([_orthogonal_gaussian(self.num_features, self.head_dim, seed*self.num_kv_heads+h) for h in range(self.num_kv_heads)]))
     def _along(self, x, omega): return x @ repeat_kv(omega[None], x.shape[1]).to(x.dtype).mT # (B, h, T, num_features)
 
+# %% ../../nbs/04_feature_maps.ipynb #03f89702
 @register_attention('performer')
 class Performer(_RandomFeatures):
     "φ(x) = exp(ωx − ‖x‖²/2)/√m for x·√scale, ω random and orthogonal (Choromanski et al. 2021, arXiv 2009.14794); m = D ln D if not given."
