@@ -174,7 +174,7 @@ def _each_row(w, rows): # (N, n, C, 1) -> (N, n, G·C, 1)
 # %% ../../nbs/02_linear_attention.ipynb #81046ef7
 def _chunk_fwd(q, k, v, S, z, decays, kept):
     """A few chunks: numerators, a list of n (N, G·C, D); normalisers (N, n, G·C, 1); the state after.
-    q (N, n, G·C, F), k (N, n, C, F), v (N, n, C, D), S (N, F, D), overwritten, z (N, 1, F). What a backward pass needs is added to `kept`, if that is a list."""
+    q (N, n, G·C, F), k (N, n, C, F), v (N, n, C, D), S (N, F, D), in place, z (N, 1, F). What a backward pass needs is added to `kept`, if that is a list."""
     pair,past,into,fade,_ = decays
     A,past = _causal_mask_(q@k.mT, pair),_each_row(past, q.shape[2])
     ks,nums,zs = _mul_if(k, into).sum(2, keepdim=True),[],[]
