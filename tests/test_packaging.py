@@ -156,10 +156,14 @@ def test_sidebar_lists_every_page(root):
     assert cfg['project']['render'][0] == listed[0] == 'nbs/index.ipynb'
 
 def test_pages_are_numbered_in_the_order_of_the_sidebar(root):
-    "Chapters from 01, kernels from 01, reference from 90, each without a hole"
+    "Chapters from 01, kernels from 01, reference from 90, each without a hole; a second page of a chapter follows it with a letter"
     pages = hrefs(yaml.safe_load((root/'_quarto.yml').read_text())['website']['sidebar'])[1:]
     series = {}
-    for p in pages: series.setdefault((p.split('/')[0], p.split('/')[1] >= '90'), []).append(int(Path(p).name[:2]))
+    names = [p.split('/') for p in pages]
+    assert all(re.fullmatch(r'\d\d[b-z]?_\w+\.ipynb', n) for _,n in names)
+    for d in ('nbs','kernels'): assert [n for e,n in names if e==d] == sorted(n for e,n in names if e==d)
+    for d,n in names:
+        if n[2]=='_': series.setdefault((d, n >= '90'), []).append(int(n[:2]))
     assert {k: (v[0], v == [*range(v[0], v[0]+len(v))]) for k, v in series.items()} == {('nbs', False): (1, True),
         ('kernels', False): (1, True), ('nbs', True): (90, True)}
 
@@ -167,7 +171,7 @@ def test_home_page_and_sidebar_say_the_same(root):
     "The same pages in the same order, each under the title that it has itself"
     from fastcore.nbio import read_nb
     pages = hrefs(yaml.safe_load((root/'_quarto.yml').read_text())['website']['sidebar'])[1:]
-    table = next(c.source for c in read_nb(root/'nbs/index.ipynb').cells if '| Chapter' in c.source)
+    table = '\n'.join(c.source for c in read_nb(root/'nbs/index.ipynb').cells if '| Chapter' in c.source)
     rows = {os.path.normpath(f'nbs/{p}'): title for title, p in re.findall(r'^\| \[([^]]+)\]\(([^)]+)\)', table, re.M)}
     assert [*rows] == pages
     assert rows == {p: read_nb(root/p).cells[0].source.splitlines()[0].removeprefix('# ') for p in pages}
