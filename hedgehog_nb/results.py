@@ -77,7 +77,9 @@ def provenance(
         device=device_name(device), versions={n:v for n,v in vs.items() if v})
 
 # %% ../nbs/96_records.ipynb #f28c9724
-class _Line(str): __repr__ = str.__str__
+class _Line(str):
+    __repr__ = str.__str__
+    def _repr_markdown_(self): return f'*{self}*'
 
 def measured_on(
     commit:str=None, # `code_version()` when a long run began; that of now if None
