@@ -1,4 +1,4 @@
-"""`hedgehog`: convert a model, measure it, and let it write, in one line each
+"""`hedgehog`: convert a model, measure it and generate text, a line each
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/cli.html.md"""
 
@@ -11,12 +11,12 @@ __all__ = []
 import math, sys, time, typer
 from pathlib import Path
 from typing import Annotated, List, Optional
-from hedgehog_nb.cli.console import answers, AttentionSnapshots, generate_text, human_readable, perplexity_table, report_table, save_picture, tee, Terminal
-from hedgehog_nb.cli.inputs import block_start, check_output, describe_start, is_converted, model_name, open_blocks, open_model, pick_device
-from hedgehog_nb.cli.options import (
+from .console import answers, AttentionSnapshots, generate_text, human_readable, perplexity_table, report_table, save_picture, tee, Terminal
+from .inputs import block_start, check_output, describe_start, is_converted, model_name, open_blocks, open_model, pick_device
+from .options import (
     _command, _examples, _opt, app, BaseOpt, BatchOpt, BlockBosOpt, ColumnOpt, DataOpt, DebugOpt, DeviceOpt, DtypeOpt, EvalOpt,
     ImplOpt, JsonOpt, LenOpt, ModelArg, SeedOpt, Terminated)
-from hedgehog_nb.files import atomic_write
+from ..files import atomic_write
 
 # %% ../../nbs/94_cli.ipynb #8f758508
 @app.command('evaluate', epilog=_examples('hedgehog evaluate stories-hedgehog --data embedded --seq-len 256',
@@ -68,7 +68,7 @@ def generate_command(
     if chat: screen.say("[dim]The prompt goes into the chat template of its tokenizer; --no-chat continues it as it is.[/]")
     elif tok.chat_template and not asked: screen.say("[dim]Its tokenizer has a chat template, which is not used here; --chat asks as a user would.[/]")
     story = generate_text(m, tok, sys.stdin.read() if prompt=='-' else prompt, max_new_tokens, temperature, top_p, seed, screen.writer(), chat)
-    if not as_json: print()
+    if not as_json: print(flush=True)
     what,mem = ('recurrent state' if is_converted(model) else 'key-value cache'),story.pop('memory')
     screen.say(f"[dim]{story['tokens']} tokens, {story['tokens']/story['seconds']:.0f} tokens/s; "
         f"{what} {mem[0]:,} bytes after the first, {mem[-1]:,} after the last[/]")
@@ -169,6 +169,7 @@ def _bench_printer(screen):
             told.add((n, x))
     return show
 
+# %% ../../nbs/94_cli.ipynb #1a35f2db
 @app.command('bench', epilog=_examples('hedgehog bench', 'hedgehog bench --out results/bench-h200.json --minutes 9',
     'hedgehog bench --out results/bench-h200.json --resume', 'hedgehog bench --only hedgehog --only sdpa-flash'))
 @_command

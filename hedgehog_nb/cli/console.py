@@ -1,4 +1,4 @@
-"""`hedgehog`: convert a model, measure it, and let it write, in one line each
+"""`hedgehog`: convert a model, measure it and generate text, a line each
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/cli.html.md"""
 
@@ -6,7 +6,6 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/cli.html.md"""
 
 # %% auto #0
 __all__ = []
-
 
 # %% ../../nbs/94_cli.ipynb #aaaf85i3
 import json, math, re, sys, time
@@ -37,6 +36,7 @@ def save_picture(fig, path):
     with use_style(): save_figure(fig, path)
     close(fig)
 
+# %% ../../nbs/94_cli.ipynb #982b4b0d
 class AttentionSnapshots:
     "Listens to a conversion: keeps its rows, and its attention weights at each stage."
     def __init__(self,
@@ -92,6 +92,7 @@ def human_readable(n):
         n /= 1000
     return f'{n:.3g}G'
 
+# %% ../../nbs/94_cli.ipynb #4a09a0bf
 class Progress:
     "Listens to a conversion: a bar for each phase while it runs, a line when it is done."
     def __init__(self,
@@ -190,6 +191,7 @@ def answers(
     "Is this a model to talk with?"
     return bool(tok.chat_template) and any(INSTRUCT.search(str(n or '')) for n in names)
 
+# %% ../../nbs/94_cli.ipynb #75fc7b03
 def generate_text(
     model, # A causal language model, converted or not
     tok, # Its tokenizer

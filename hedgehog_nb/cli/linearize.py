@@ -1,4 +1,4 @@
-"""`hedgehog`: convert a model, measure it, and let it write, in one line each
+"""`hedgehog`: convert a model, measure it and generate text, a line each
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/cli.html.md"""
 
@@ -7,18 +7,18 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/cli.html.md"""
 # %% auto #0
 __all__ = []
 
-
 # %% ../../nbs/94_cli.ipynb #aaaf85i7
 import difflib, json, math, shlex, shutil, time, typer
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, List, Optional
-from hedgehog_nb.cli.console import AttentionSnapshots, perplexity_table, tee, Terminal
-from hedgehog_nb.cli.inputs import block_start, check_output, describe_start, is_converted, map_plan, model_name, open_blocks, open_model
-from hedgehog_nb.cli.options import (
+from .console import AttentionSnapshots, perplexity_table, tee, Terminal
+from .inputs import block_start, check_output, describe_start, is_converted, map_plan, model_name, open_blocks, open_model
+from .options import (
     _command, _examples, _expand_config, _opt, app, AutocastOpt, BlockBosOpt, ColumnOpt, ConfigOpt, DataOpt, DebugOpt, DeviceOpt, EvalOpt,
     ImplOpt, imported, JsonOpt, ModelArg, SeedOpt)
-from hedgehog_nb.files import atomic_write
+from ..files import atomic_write
 
 # %% ../../nbs/94_cli.ipynb #11c00002
 def open_run_dir(
@@ -84,6 +84,7 @@ def _prepare(model, data, eval_data, text_column, config, seq_len, batch_size, e
     test = open_blocks(eval_data or data, 'all' if eval_data else 'test', m, tok, seq_len, eval_tokens, None, text_column)
     return m, tok, train, test, which, extra, [steps_for(t, train, batch_size) if s is None else s for t,s in budgets]
 
+# %% ../../nbs/94_cli.ipynb #b92d32fd
 def _check(objective, record, save, all_weights, **lrs):
     "Settings that would be refused only later."
     from hedgehog_nb.training.losses import LOSSES
@@ -103,6 +104,7 @@ def _lora(model, rank, targets):
     if odd: raise ValueError(f"--lora-targets {odd[0]}: the model has no such module; the nearest is {difflib.get_close_matches(odd[0], names, 1, 0)[0]}")
     return dict(r=rank, lora_alpha=2*rank, target_modules=targets if targets=='all-linear' else targets.split(','))
 
+# %% ../../nbs/94_cli.ipynb #3e6fd2d4
 # Options that do not shape the result
 NON_RESULT_OPTIONS = {'out','save','overwrite','record','experiment','config','restart','save_every','grad_accum','as_json','debug'}
 
@@ -111,6 +113,7 @@ def _settings(ctx):
 
 def _same(a, b): return bool(a) and a.is_file() and b.is_file() and a.read_bytes()==b.read_bytes()
 
+# %% ../../nbs/94_cli.ipynb #55ee9d6c
 def _save(model, tok, out, work, trained, record, camera, rows, own_tok, **run):
     "Model, or what was `trained` of it, figures and results as one folder; the results once more in `work`, and as `record` if that is given."
     from hedgehog_nb.models.loading import save_linearized
@@ -127,6 +130,117 @@ def _save(model, tok, out, work, trained, record, camera, rows, own_tok, **run):
         for f in (work/'results.json', d/'results.json', record):
             if f: write_results(f, rows, **run)
 
+# %% ../../nbs/94_cli.ipynb #e6d49c82
+OutOpt = Annotated[Path, _opt('--out', '-o', metavar='DIR', help="Folder to write: the model, figures, results.")]
+SaveOpt = Annotated[str, _opt('--save', metavar='NAME',
+    help="The whole [cyan]model[/], or what was [cyan]trained[/], maps and adapters: a few MB, used beside the original.")]
+OverwriteOpt = Annotated[bool, _opt('--overwrite', help="Replace what --out and --record name, if it is there.")]
+RestartOpt = Annotated[bool, _opt('--restart', help="Throw away what an earlier run for --out has left unfinished, in place of going on with it.")]
+EvalDataOpt = Annotated[Optional[List[str]], _opt('--eval-data', metavar='DATA',
+    help="Text to measure on, all of it; the test split of --data if not given.")]
+BaselineOpt = Annotated[bool, _opt('--baseline', panel='Measuring', help="Finetune the softmax model too, with the same budget, to compare with.")]
+EvalsOpt = Annotated[int, _opt('--evals', panel='Measuring', metavar='N', min=1,
+    help="Evaluations during distillation, each at twice the tokens of the one before.")]
+RecordOpt = Annotated[Optional[Path], _opt('--record', panel='Measuring', metavar='FILE', help="Also write the results to this JSON file.")]
+ExperimentOpt = Annotated[str, _opt('--experiment', panel='Measuring', metavar='NAME', help="What the results call this run.")]
+DtypeOpt = Annotated[str, _opt('--dtype', panel='Machine', metavar='NAME',
+    help="Of the weights: [cyan]float32[/], [cyan]bfloat16[/] or [cyan]float16[/]; maps are trained in float32.")]
+
+# %% ../../nbs/94_cli.ipynb #62ae078c
+FeatureMapOpt = Annotated[str, _opt('--map', panel='Conversion', metavar='NAME',
+    help="The feature map. Learned: [cyan]hedgehog[/], [cyan]hedgehog-window[/] "
+         "(softmax for the last tokens, Hedgehog for older ones), [cyan]t2r[/], [cyan]rfa[/], [cyan]lognormal[/]. "
+         "As they are: [cyan]elu[/], [cyan]relu[/], [cyan]exp[/], [cyan]taylor[/], [cyan]fast[/], "
+         "[cyan]performer[/], [cyan]cosformer[/].")]
+FormOpt = Annotated[Optional[str], _opt('--form', panel='Conversion', metavar='NAME',
+    help="Hedgehog's form: [cyan]softmax_halves[/], [cyan]softmax_joint[/] or [cyan]exp[/].")]
+NumMapsOpt = Annotated[Optional[int], _opt('--num-maps', panel='Conversion', metavar='N', min=1,
+    help="Hedgehog's matrices per head: more features, a larger state.")]
+BiasOpt = Annotated[Optional[bool], _opt('--bias', panel='Conversion', help="Learn Hedgehog's vector b as well.")]
+WindowOpt = Annotated[Optional[int], _opt('--window', panel='Conversion', metavar='N', min=0,
+    help="Of [cyan]hedgehog-window[/]: tokens that keep softmax, each query's own included; 64 if not given.")]
+RelativeOpt = Annotated[Optional[bool], _opt('--relative', panel='Conversion',
+    help="Of [cyan]hedgehog-window[/]: linear weights relative to the largest in the window (LoLCATs).")]
+BranchOpt = Annotated[Optional[str], _opt('--branch', panel='Conversion', metavar='NAME',
+    help="Of [cyan]hedgehog-window[/]: [cyan]both[/], "
+         "or the [cyan]window[/] or the [cyan]linear[/] branch alone, to see what the other does.")]
+LayersOpt = Annotated[str, _opt('--layers', panel='Conversion', metavar='LIST',
+    help="Layers to convert, such as [cyan]0-5,8[/], or [cyan]1-29:2[/] for every other; the rest stays softmax.")]
+SoftmaxHeadsOpt = Annotated[Optional[str], _opt('--softmax-heads', panel='Conversion', metavar='LIST',
+    help="Heads of these layers that stay softmax too, such as [cyan]3:0,2;7:4-5[/] for two of layer 3 and two of layer 7, in quotes.")]
+ObjectiveOpt = Annotated[str, _opt('--objective', panel='Conversion', metavar='NAME',
+    help="What the maps imitate: attention [cyan]weights[/], [cyan]outputs[/], [cyan]both[/], "
+         "the [cyan]order[/] of all weights, or [cyan]weights+order[/].")]
+
+# %% ../../nbs/94_cli.ipynb #0567c4bc
+DistillTokensOpt = Annotated[int, _opt('--distill-tokens', panel='Training', metavar='N', min=0, help="Budget for the maps alone; 0: none.")]
+DistillStepsOpt = Annotated[Optional[int], _opt('--distill-steps', panel='Training', metavar='N', min=0, help="The same in steps; wins over tokens.")]
+FinetuneTokensOpt = Annotated[int, _opt('--finetune-tokens', panel='Training', metavar='N', min=0, help="Budget for the whole model; 0: none.")]
+FinetuneStepsOpt = Annotated[Optional[int], _opt('--finetune-steps', panel='Training', metavar='N', min=0, help="The same in steps; wins over tokens.")]
+SeqLenOpt = Annotated[int, _opt('--seq-len', panel='Training', metavar='N', min=2, help="Tokens in a block.")]
+BatchSizeOpt = Annotated[int, _opt('--batch-size', panel='Training', metavar='N', min=1, help="Blocks per step.")]
+LrOpt = Annotated[float, _opt('--lr', panel='Training', metavar='X', help="Learning rate of the maps.")]
+FinetuneLrOpt = Annotated[float, _opt('--finetune-lr', panel='Training', metavar='X', help="Learning rate of the whole model, or of its adapters.")]
+LoraRankOpt = Annotated[int, _opt('--lora-rank', panel='Training', metavar='N', min=0,
+    help="Finetune LoRA adapters of this rank, and the maps, in place of all weights; merged at the end. 0: none.")]
+LoraTargetsOpt = Annotated[str, _opt('--lora-targets', panel='Training', metavar='LIST',
+    help="Modules that get adapters, such as [cyan]q_proj,v_proj[/].")]
+GradAccumOpt = Annotated[int, _opt('--grad-accum', panel='Training', metavar='N', min=1,
+    help="Compute each batch in so many pieces: the same step in less memory.")]
+SaveEveryOpt = Annotated[int, _opt('--save-every', panel='Training', metavar='N', min=1,
+    help="Steps between two writings of the state that a stopped run goes on from.")]
+
+# %% ../../nbs/94_cli.ipynb #3cfd27ea
+def _outputs(o):
+    "(folder, record, working folder) of a run, checked; a run that was killed as it ended may write them again."
+    out = o.out.expanduser()
+    work = out.with_name(f'.{out.name}-run')
+    written = [not o.restart and _same(p, work/'results.json') for p in (out/'results.json', o.record)]
+    return check_output(out, o.overwrite or written[0]), check_output(o.record, o.overwrite or written[1], '--record', folder=False), work
+
+def _config_of(o):
+    "The `LinearizeConfig` that the options ask for."
+    from hedgehog_nb.models.config import LinearizeConfig
+    given = {n:getattr(o, n) for n in ('form','num_maps','bias','window','relative','branch')}
+    return LinearizeConfig(o.feature_map, o.layers, o.softmax_heads, {k:v for k,v in given.items() if v is not None}, o.implementation)
+
+# %% ../../nbs/94_cli.ipynb #f23b0ea8
+def _convert(o, out, record, work, screen, start, commit):
+    "Load, convert and save; the rows, or None in a process that is not the main one."
+    from hedgehog_nb.training.recipe import barrier, convert, is_main_process, read_eval_log
+    from hedgehog_nb.results import command_line
+    how,before = _config_of(o),read_eval_log(work/'measured.json')['wall_s']
+    trained = work/'trained' if o.save=='trained' else None
+    with screen.wait(f'loading {o.model}'):
+        m,tok,train,test,which,extra,steps = _prepare(o.model, o.data, o.eval_data, o.text_column, how, o.seq_len, o.batch_size, o.eval_tokens,
+            [(o.distill_tokens,o.distill_steps), (o.finetune_tokens,o.finetune_steps)], o.dtype, o.device, o.seed, o.block_bos, bool(o.lora_rank and trained))
+    lora = _lora(m, o.lora_rank, o.lora_targets)
+    begin = block_start(tok)
+    screen.say(_plan(m, o.model, o.feature_map, len(which), extra, train, test, steps, o.batch_size, lora, o.softmax_heads, describe_start(begin)))
+    if trained and is_main_process(): shutil.rmtree(trained, ignore_errors=True) # of a run that was killed as it ended
+    barrier()
+    camera = AttentionSnapshots(test[:1,:24], tok, which[len(which)//2], o.feature_map)
+    with screen.progress:
+        rows = convert(m, train, test, how, *steps, o.batch_size, o.lr, o.finetune_lr, o.objective, o.evals, baseline=o.baseline, autocast=o.autocast,
+            seed=o.seed, on_event=tee(screen.progress, camera), gradient_accumulation_steps=o.grad_accum, lora=lora, work=work,
+            save_steps=o.save_every, trained=trained, base=o.model)
+    rows = [dict(experiment=o.experiment, model=model_name(o.model), data='+'.join(map(model_name, o.data)), **r,
+        seq_len=o.seq_len, block_start=begin, eval_tokens=test.numel()) for r in rows]
+    if not is_main_process(): return
+    _save(m, tok, out, work, trained, record, camera, rows, o.block_bos is not None, command=command_line(_expand_config(o.ctx)),
+        seed=o.seed, wall_s=before+time.perf_counter()-start, device=m.device, commit=commit)
+    return rows
+
+# %% ../../nbs/94_cli.ipynb #6ce1129b
+def _report(ctx, screen, rows, out, work):
+    "Show the results of a run, what was written, and how to use it."
+    result = json.loads((out/'results.json').read_text())
+    shutil.rmtree(work)
+    screen.out.print(perplexity_table(rows))
+    screen.say(f"saved [bold]{out}[/], with {', '.join(p.name for p in sorted(out.glob('*.png')))} and results.json; let it write with\n"
+        f"  [cyan]{shlex.join(['hedgehog', *(w for m in imported(ctx) for w in ('--import', m)), 'generate', str(out)])} --prompt \"…\"[/]")
+    screen.object(**result, out=str(out))
+
 # %% ../../nbs/94_cli.ipynb #e870b766
 @app.command('linearize', epilog=_examples('hedgehog linearize embedded --data embedded --out stories-hedgehog --seq-len 256',
     'hedgehog linearize SmolLM2.gguf --data wikitext-2/ --out smol --baseline --evals 5 --record smol.json',
@@ -135,68 +249,15 @@ def _save(model, tok, out, work, trained, record, camera, rows, own_tok, **run):
     'hedgehog linearize --config run.toml --lr 0.02'))
 @_command
 def linearize_command(ctx:typer.Context,
-    model:ModelArg,
-    data:DataOpt,
-    out:Annotated[Path, _opt('--out', '-o', metavar='DIR', help="Folder to write: the model, figures, results.")],
-    config:ConfigOpt=None,
-    save:Annotated[str, _opt('--save', metavar='NAME',
-        help="The whole [cyan]model[/], or what was [cyan]trained[/], maps and adapters: a few MB, used beside the original.")]='model',
-    overwrite:Annotated[bool, _opt('--overwrite', help="Replace what --out and --record name, if it is there.")]=False,
-    restart:Annotated[bool, _opt('--restart', help="Throw away what an earlier run for --out has left unfinished, in place of going on with it.")]=False,
-    eval_data:Annotated[Optional[List[str]], _opt('--eval-data', metavar='DATA',
-        help="Text to measure on, all of it; the test split of --data if not given.")]=None,
-    text_column:ColumnOpt=None,
-    feature_map:Annotated[str, _opt('--map', panel='Conversion', metavar='NAME',
-        help="The feature map. Learned: [cyan]hedgehog[/], [cyan]hedgehog-window[/] "
-             "(softmax for the last tokens, Hedgehog for older ones), [cyan]t2r[/], [cyan]rfa[/], [cyan]lognormal[/]. "
-             "As they are: [cyan]elu[/], [cyan]relu[/], [cyan]exp[/], [cyan]taylor[/], [cyan]fast[/], "
-             "[cyan]performer[/], [cyan]cosformer[/].")]='hedgehog',
-    form:Annotated[Optional[str], _opt('--form', panel='Conversion', metavar='NAME',
-        help="Hedgehog's form: [cyan]softmax_halves[/], [cyan]softmax_joint[/] or [cyan]exp[/].")]=None,
-    num_maps:Annotated[Optional[int], _opt('--num-maps', panel='Conversion', metavar='N', min=1,
-        help="Hedgehog's matrices per head: more features, a larger state.")]=None,
-    bias:Annotated[Optional[bool], _opt('--bias', panel='Conversion', help="Learn Hedgehog's vector b as well.")]=None,
-    window:Annotated[Optional[int], _opt('--window', panel='Conversion', metavar='N', min=0,
-        help="Of [cyan]hedgehog-window[/]: tokens that keep softmax, each query's own included; 64 if not given.")]=None,
-    relative:Annotated[Optional[bool], _opt('--relative', panel='Conversion',
-        help="Of [cyan]hedgehog-window[/]: linear weights relative to the largest in the window (LoLCATs).")]=None,
-    branch:Annotated[Optional[str], _opt('--branch', panel='Conversion', metavar='NAME',
-        help="Of [cyan]hedgehog-window[/]: [cyan]both[/], "
-             "or the [cyan]window[/] or the [cyan]linear[/] branch alone, to see what the other does.")]=None,
-    layers:Annotated[str, _opt('--layers', panel='Conversion', metavar='LIST',
-        help="Layers to convert, such as [cyan]0-5,8[/], or [cyan]1-29:2[/] for every other; the rest stays softmax.")]='all',
-    softmax_heads:Annotated[Optional[str], _opt('--softmax-heads', panel='Conversion', metavar='LIST',
-        help="Heads of these layers that stay softmax too, such as [cyan]3:0,2;7:4-5[/] for two of layer 3 and two of layer 7, in quotes.")]=None,
-    objective:Annotated[str, _opt('--objective', panel='Conversion', metavar='NAME',
-        help="What the maps imitate: attention [cyan]weights[/], [cyan]outputs[/], [cyan]both[/], "
-             "the [cyan]order[/] of all weights, or [cyan]weights+order[/].")]='weights',
-    distill_tokens:Annotated[int, _opt('--distill-tokens', panel='Training', metavar='N', min=0, help="Budget for the maps alone; 0: none.")]=200_000,
-    distill_steps:Annotated[Optional[int], _opt('--distill-steps', panel='Training', metavar='N', min=0, help="The same in steps; wins over tokens.")]=None,
-    finetune_tokens:Annotated[int, _opt('--finetune-tokens', panel='Training', metavar='N', min=0, help="Budget for the whole model; 0: none.")]=200_000,
-    finetune_steps:Annotated[Optional[int], _opt('--finetune-steps', panel='Training', metavar='N', min=0, help="The same in steps; wins over tokens.")]=None,
-    seq_len:Annotated[int, _opt('--seq-len', panel='Training', metavar='N', min=2, help="Tokens in a block.")]=512,
-    block_bos:BlockBosOpt=None,
-    batch_size:Annotated[int, _opt('--batch-size', panel='Training', metavar='N', min=1, help="Blocks per step.")]=8,
-    lr:Annotated[float, _opt('--lr', panel='Training', metavar='X', help="Learning rate of the maps.")]=1e-2,
-    finetune_lr:Annotated[float, _opt('--finetune-lr', panel='Training', metavar='X', help="Learning rate of the whole model, or of its adapters.")]=6e-4,
-    lora_rank:Annotated[int, _opt('--lora-rank', panel='Training', metavar='N', min=0,
-        help="Finetune LoRA adapters of this rank, and the maps, in place of all weights; merged at the end. 0: none.")]=0,
-    lora_targets:Annotated[str, _opt('--lora-targets', panel='Training', metavar='LIST',
-        help="Modules that get adapters, such as [cyan]q_proj,v_proj[/].")]='all-linear',
-    grad_accum:Annotated[int, _opt('--grad-accum', panel='Training', metavar='N', min=1,
-        help="Compute each batch in so many pieces: the same step in less memory.")]=1,
-    save_every:Annotated[int, _opt('--save-every', panel='Training', metavar='N', min=1,
-        help="Steps between two writings of the state that a stopped run goes on from.")]=50,
-    baseline:Annotated[bool, _opt('--baseline', panel='Measuring', help="Finetune the softmax model too, with the same budget, to compare with.")]=False,
-    eval_tokens:EvalOpt=None,
-    evals:Annotated[int, _opt('--evals', panel='Measuring', metavar='N', min=1,
-        help="Evaluations during distillation, each at twice the tokens of the one before.")]=1,
-    record:Annotated[Optional[Path], _opt('--record', panel='Measuring', metavar='FILE', help="Also write the results to this JSON file.")]=None,
-    experiment:Annotated[str, _opt('--experiment', panel='Measuring', metavar='NAME', help="What the results call this run.")]='linearize',
-    dtype:Annotated[str, _opt('--dtype', panel='Machine', metavar='NAME',
-        help="Of the weights: [cyan]float32[/], [cyan]bfloat16[/] or [cyan]float16[/]; maps are trained in float32.")]='float32',
-    autocast:AutocastOpt=None, implementation:ImplOpt=None, device:DeviceOpt=None,
-    seed:SeedOpt=0, as_json:JsonOpt=False, debug:DebugOpt=False,
+    model:ModelArg, data:DataOpt, out:OutOpt, config:ConfigOpt=None, save:SaveOpt='model', overwrite:OverwriteOpt=False, restart:RestartOpt=False,
+    eval_data:EvalDataOpt=None, text_column:ColumnOpt=None, feature_map:FeatureMapOpt='hedgehog', form:FormOpt=None, num_maps:NumMapsOpt=None,
+    bias:BiasOpt=None, window:WindowOpt=None, relative:RelativeOpt=None, branch:BranchOpt=None, layers:LayersOpt='all',
+    softmax_heads:SoftmaxHeadsOpt=None, objective:ObjectiveOpt='weights', distill_tokens:DistillTokensOpt=200_000, distill_steps:DistillStepsOpt=None,
+    finetune_tokens:FinetuneTokensOpt=200_000, finetune_steps:FinetuneStepsOpt=None, seq_len:SeqLenOpt=512, block_bos:BlockBosOpt=None,
+    batch_size:BatchSizeOpt=8, lr:LrOpt=1e-2, finetune_lr:FinetuneLrOpt=6e-4, lora_rank:LoraRankOpt=0, lora_targets:LoraTargetsOpt='all-linear',
+    grad_accum:GradAccumOpt=1, save_every:SaveEveryOpt=50, baseline:BaselineOpt=False, eval_tokens:EvalOpt=None, evals:EvalsOpt=1,
+    record:RecordOpt=None, experiment:ExperimentOpt='linearize', dtype:DtypeOpt='float32', autocast:AutocastOpt=None, implementation:ImplOpt=None,
+    device:DeviceOpt=None, seed:SeedOpt=0, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
     ("[bold]Convert a model[/]: swap its attention, distil the maps, finetune, measure after each, save.\n\n"
      "    First each map learns alone to imitate the softmax it replaces ([cyan]--distill-tokens[/], [cyan]--lr[/]); this is cheap, "
@@ -207,43 +268,15 @@ def linearize_command(ctx:typer.Context,
      "    Without a GPU expect about a minute for the embedded model, and hours for a hundred million parameters; "
      "smaller budgets and [cyan]--eval-tokens[/] make it shorter. Out of memory: [cyan]--grad-accum[/]. "
      "Several processes or GPUs share each batch under [cyan]torchrun --nproc_per_node 2 --no-python hedgehog linearize …[/].")
-    from hedgehog_nb.training.recipe import barrier, convert, is_main_process, read_eval_log
-    from hedgehog_nb.results import code_version, command_line
-    from hedgehog_nb.models.config import LinearizeConfig
+    from hedgehog_nb.training.recipe import barrier, is_main_process
+    from hedgehog_nb.results import code_version
+    o = SimpleNamespace(**locals())
     start,commit,screen = time.perf_counter(),code_version(),Terminal(as_json)
-    given = dict(form=form, num_maps=num_maps, bias=bias, window=window, relative=relative, branch=branch)
-    how = LinearizeConfig(feature_map, layers, softmax_heads, {k:v for k,v in given.items() if v is not None}, implementation)
-    out,settings = out.expanduser(),_settings(ctx)
-    work = out.with_name(f'.{out.name}-run')
-    written = [not restart and _same(p, work/'results.json') for p in (out/'results.json', record)] # by a run that was killed as it ended
-    out,record = check_output(out, overwrite or written[0]),check_output(record, overwrite or written[1], '--record', folder=False)
+    _config_of(o) # refused before anything is written
+    out,record,work = _outputs(o)
     _check(objective, record, save, not lora_rank and (finetune_tokens if finetune_steps is None else finetune_steps), lr=lr, finetune_lr=finetune_lr)
-    trained = work/'trained' if save=='trained' else None
     with keep_run_dir(work, screen.progress.where):
-        if is_main_process() and open_run_dir(work, settings, restart): screen.say(f"going on with what is in [bold]{work}[/]")
+        if is_main_process() and open_run_dir(work, _settings(ctx), restart): screen.say(f"going on with what is in [bold]{work}[/]")
         barrier()
-        before = read_eval_log(work/'measured.json')['wall_s']
-        with screen.wait(f'loading {model}'):
-            m,tok,train,test,which,extra,steps = _prepare(model, data, eval_data, text_column, how, seq_len, batch_size, eval_tokens,
-                [(distill_tokens,distill_steps), (finetune_tokens,finetune_steps)], dtype, device, seed, block_bos, bool(lora_rank and trained))
-        lora = _lora(m, lora_rank, lora_targets)
-        begin = block_start(tok)
-        screen.say(_plan(m, model, feature_map, len(which), extra, train, test, steps, batch_size, lora, softmax_heads, describe_start(begin)))
-        if trained and is_main_process(): shutil.rmtree(trained, ignore_errors=True) # of a run that was killed as it ended
-        barrier()
-        camera = AttentionSnapshots(test[:1,:24], tok, which[len(which)//2], feature_map)
-        with screen.progress:
-            rows = convert(m, train, test, how, *steps, batch_size, lr, finetune_lr, objective, evals, baseline=baseline, autocast=autocast, seed=seed,
-                on_event=tee(screen.progress, camera), gradient_accumulation_steps=grad_accum, lora=lora, work=work,
-                save_steps=save_every, trained=trained, base=model)
-        rows = [dict(experiment=experiment, model=model_name(model), data='+'.join(map(model_name, data)), **r,
-            seq_len=seq_len, block_start=begin, eval_tokens=test.numel()) for r in rows]
-        if not is_main_process(): return
-        _save(m, tok, out, work, trained, record, camera, rows, block_bos is not None, command=command_line(_expand_config(ctx)),
-            seed=seed, wall_s=before+time.perf_counter()-start, device=m.device, commit=commit)
-    result = json.loads((out/'results.json').read_text())
-    shutil.rmtree(work)
-    screen.out.print(perplexity_table(rows))
-    screen.say(f"saved [bold]{out}[/], with {', '.join(p.name for p in sorted(out.glob('*.png')))} and results.json; let it write with\n"
-        f"  [cyan]{shlex.join(['hedgehog', *(w for m in imported(ctx) for w in ('--import', m)), 'generate', str(out)])} --prompt \"…\"[/]")
-    screen.object(**result, out=str(out))
+        rows = _convert(o, out, record, work, screen, start, commit)
+    if rows: _report(ctx, screen, rows, out, work)
