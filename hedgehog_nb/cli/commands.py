@@ -86,6 +86,15 @@ def _window_summary(model, ids):
     return dict(share=mean('share', rows), softmax=mean('softmax', rows),
         layers=[round(mean('share', [r for r in rows if r['layer']==i]), 3) for i in sorted({r['layer'] for r in rows})])
 
+# %% ../../nbs/94_cli.ipynb #d7784523
+def _draw_report(report, rows, path, screen):
+    "Draw a report against the layer; where softmax is alone, properties that need no comparison."
+    from hedgehog_nb.analysis.report import plot_report
+    from hedgehog_nb.plots import use_style
+    with use_style(): drawn = plot_report(report, ('share','spearman','kl') if len(rows.mean('variant'))>1 else ('share','sink','support'))
+    with atomic_write(path) as p: save_picture(drawn, p)
+    screen.say(f"against the layer: [bold]{path}[/]")
+
 # %% ../../nbs/94_cli.ipynb #4d19f2cc
 @app.command('properties', epilog=_examples('hedgehog properties embedded --data embedded --map elu --map taylor --map hedgehog',
     'hedgehog properties stories-hedgehog --data embedded --by layer --out layers.png'))
@@ -106,8 +115,7 @@ def properties_command(
     dtype:DtypeOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
     "[bold]Measure attention[/]: its entropy, whether it rises with q·k, and how far linear maps are from softmax."
-    from hedgehog_nb.analysis.report import attention_report, plot_report
-    from hedgehog_nb.plots import use_style
+    from hedgehog_nb.analysis.report import attention_report
     keys = dict(model=('variant',), layer=('variant','layer'), head=('variant','layer','head'))
     if by not in keys: raise ValueError(f"--by is one of {', '.join(keys)}; given {by!r}")
     if out and out.suffix not in ('.png','.svg','.pdf'): raise ValueError(f"--out draws a .png, .svg or .pdf; given {out.name!r}")
@@ -122,10 +130,7 @@ def properties_command(
     if shares:
         screen.out.print(f"keys older than the window: [bold]{shares['share']:.1%}[/] of the weight through the linear branch, "
             f"where softmax puts {shares['softmax']:.1%}; by layer", *shares['layers'], highlight=False)
-    if fig:
-        with use_style(): drawn = plot_report(report, ('share','spearman','kl') if len(rows.mean('variant'))>1 else ('share','sink','support'))
-        with atomic_write(fig) as p: save_picture(drawn, p)
-        screen.say(f"against the layer: [bold]{fig}[/]")
+    if fig: _draw_report(report, rows, fig, screen)
     screen.object(model=model_name(model), data='+'.join(map(model_name, data)), tokens=ids.numel(), seq_len=seq_len,
         block_start=block_start(tok, block_bos),
         rows=[{k:v for k,v in r.items() if not isinstance(v, float) or math.isfinite(v)} for r in rows],
@@ -169,7 +174,19 @@ def _bench_printer(screen):
             told.add((n, x))
     return show
 
-# %% ../../nbs/94_cli.ipynb #1a35f2db
+# %% ../../nbs/94_cli.ipynb #d6ca5def
+def _resumed(out, device, resume, overwrite):
+    "(what a run may go on from, whether it does). Raises `ValueError` on a file that must not be replaced."
+    from hedgehog_nb.experiments.bench import resumable
+    try: old = resumable(out, device) if resume else {}
+    except ValueError:
+        if not overwrite: raise
+        old,resume = {},False
+    if old.get('other') and not overwrite:
+        raise ValueError(f"{out} is of another device, commit or versions; choose another --out, or say --overwrite to measure anew")
+    return old, resume
+
+# %% ../../nbs/94_cli.ipynb #c204a4a8
 @app.command('bench', epilog=_examples('hedgehog bench', 'hedgehog bench --out results/bench-h200.json --minutes 9',
     'hedgehog bench --out results/bench-h200.json --resume', 'hedgehog bench --only hedgehog --only sdpa-flash'))
 @_command
@@ -191,19 +208,13 @@ def bench_command(ctx:typer.Context,
     from hedgehog_nb.results import command_line
     if out.suffix!='.json': raise ValueError(f"--out is a .json file; given {out.name!r}")
     screen,out,device = Terminal(as_json),check_output(out, overwrite or resume, folder=False),pick_device(device)
-    try: old = resumable(out, device) if resume else {}
-    except ValueError:
-        if not overwrite: raise
-        old,resume = {},False
+    old,resume = _resumed(out, device, resume, overwrite)
     cases,error,start = default_cases(device),None,time.perf_counter()
-    if old.get('other') and not overwrite:
-        raise ValueError(f"{out} is of another device, commit or versions; choose another --out, or say --overwrite to measure anew")
     if old.get('rows'): screen.say(f"going on from the {len(old['rows'])} numbers in {out}")
     gpu,left,show,missing = device.startswith('cuda'),{c:None for c in cases if c not in old.get('cases', ())},_bench_printer(screen),0
     if gpu: screen.say("the machine is measured and kernels are compiled first, two minutes at most; then a line for each measurement")
     def on_result(c, said, done, total):
-        nonlocal missing
-        missing = total-done
+        nonlocal missing; missing = total-done
         left.pop(c, None); show(c, said, done, total)
         if waiting: waiting.update(f"{done} of {total} after {time.perf_counter()-start:.0f} s; nothing is begun after {minutes:g} minutes")
     with screen.wait('measuring the machine') as waiting:
@@ -211,8 +222,7 @@ def bench_command(ctx:typer.Context,
         except WrongResult as e: error,rows = e,resumable(out, device)['rows']
         except Terminated as e: e.note = f"{out} holds what was measured; --resume goes on" if out.exists() else "nothing was written"; raise
     for c in left: screen.out.print(f"[dim]not run: {c}[/]", highlight=False)
-    if left: screen.say(f"{len(left)} cases were not begun within {minutes:g} minutes; --resume goes on")
-    elif missing: screen.say(f"{missing} measurements were not begun within {minutes:g} minutes; --resume goes on")
+    if n := len(left) or missing: screen.say(f"{n} {'cases' if left else 'measurements'} were not begun within {minutes:g} minutes; --resume goes on")
     if not gpu: screen.say(f"the {len(default_cases('cuda'))} cases for a GPU were not run: this was a run on {device}")
     screen.say(f"{len(rows)} numbers in [bold]{out}[/]")
     screen.object(out=str(out), cases=len(cases)-len(left), of=len(cases), rows=len(rows))

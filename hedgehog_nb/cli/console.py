@@ -36,7 +36,7 @@ def save_picture(fig, path):
     with use_style(): save_figure(fig, path)
     close(fig)
 
-# %% ../../nbs/94_cli.ipynb #982b4b0d
+# %% ../../nbs/94_cli.ipynb #44a25d68
 class AttentionSnapshots:
     "Listens to a conversion: keeps its rows, and its attention weights at each stage."
     def __init__(self,
@@ -92,7 +92,7 @@ def human_readable(n):
         n /= 1000
     return f'{n:.3g}G'
 
-# %% ../../nbs/94_cli.ipynb #4a09a0bf
+# %% ../../nbs/94_cli.ipynb #65d936e5
 class Progress:
     "Listens to a conversion: a bar for each phase while it runs, a line when it is done."
     def __init__(self,
@@ -191,7 +191,7 @@ def answers(
     "Is this a model to talk with?"
     return bool(tok.chat_template) and any(INSTRUCT.search(str(n or '')) for n in names)
 
-# %% ../../nbs/94_cli.ipynb #75fc7b03
+# %% ../../nbs/94_cli.ipynb #3830adce
 def generate_text(
     model, # A causal language model, converted or not
     tok, # Its tokenizer

@@ -63,7 +63,7 @@ def pick_device(
     except Exception as e: raise ValueError(f"device {device!r} cannot be used here ({str(e).splitlines()[0][:120]}); use cpu") from None
     return device
 
-# %% ../../nbs/94_cli.ipynb #9303f692
+# %% ../../nbs/94_cli.ipynb #f8de27c1
 def _open_trained(path, base, dtype, device, implementation):
     "(model, tokenizer) of a folder that `save_trained` wrote, and its original."
     from hedgehog_nb.data.models import load_model, ModelError
@@ -79,7 +79,7 @@ def _open_trained(path, base, dtype, device, implementation):
     if implementation: set_implementation(m, implementation)
     return m, tok
 
-# %% ../../nbs/94_cli.ipynb #855da2cf
+# %% ../../nbs/94_cli.ipynb #c4c6252c
 def open_model(
     spec, # Folder, converted or not; .gguf file; hub id; or "embedded"
     dtype:str=None, # As saved if None
@@ -126,7 +126,7 @@ def open_blocks(
     try: return token_blocks(texts, tok, seq_len, max_tokens, seed, block_bos)
     except DataError as e: raise DataError(f"{', '.join(spec)}: {str(e).replace('block_bos=False', '--no-block-bos')}") from None
 
-# %% ../../nbs/94_cli.ipynb #7fb96889
+# %% ../../nbs/94_cli.ipynb #d8a8a710
 def block_start(
     tok, # A tokenizer
     block_bos:bool=None, # As for `token_blocks`

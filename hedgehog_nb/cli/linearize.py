@@ -84,7 +84,7 @@ def _prepare(model, data, eval_data, text_column, config, seq_len, batch_size, e
     test = open_blocks(eval_data or data, 'all' if eval_data else 'test', m, tok, seq_len, eval_tokens, None, text_column)
     return m, tok, train, test, which, extra, [steps_for(t, train, batch_size) if s is None else s for t,s in budgets]
 
-# %% ../../nbs/94_cli.ipynb #b92d32fd
+# %% ../../nbs/94_cli.ipynb #d2c37501
 def _check(objective, record, save, all_weights, **lrs):
     "Settings that would be refused only later."
     from hedgehog_nb.training.losses import LOSSES
@@ -104,7 +104,7 @@ def _lora(model, rank, targets):
     if odd: raise ValueError(f"--lora-targets {odd[0]}: the model has no such module; the nearest is {difflib.get_close_matches(odd[0], names, 1, 0)[0]}")
     return dict(r=rank, lora_alpha=2*rank, target_modules=targets if targets=='all-linear' else targets.split(','))
 
-# %% ../../nbs/94_cli.ipynb #3e6fd2d4
+# %% ../../nbs/94_cli.ipynb #c40139d6
 # Options that do not shape the result
 NON_RESULT_OPTIONS = {'out','save','overwrite','record','experiment','config','restart','save_every','grad_accum','as_json','debug'}
 
@@ -113,7 +113,7 @@ def _settings(ctx):
 
 def _same(a, b): return bool(a) and a.is_file() and b.is_file() and a.read_bytes()==b.read_bytes()
 
-# %% ../../nbs/94_cli.ipynb #55ee9d6c
+# %% ../../nbs/94_cli.ipynb #a8f3a675
 def _save(model, tok, out, work, trained, record, camera, rows, own_tok, **run):
     "Model, or what was `trained` of it, figures and results as one folder; the results once more in `work`, and as `record` if that is given."
     from hedgehog_nb.models.loading import save_linearized
@@ -130,7 +130,7 @@ def _save(model, tok, out, work, trained, record, camera, rows, own_tok, **run):
         for f in (work/'results.json', d/'results.json', record):
             if f: write_results(f, rows, **run)
 
-# %% ../../nbs/94_cli.ipynb #e6d49c82
+# %% ../../nbs/94_cli.ipynb #0ed3a19a
 OutOpt = Annotated[Path, _opt('--out', '-o', metavar='DIR', help="Folder to write: the model, figures, results.")]
 SaveOpt = Annotated[str, _opt('--save', metavar='NAME',
     help="The whole [cyan]model[/], or what was [cyan]trained[/], maps and adapters: a few MB, used beside the original.")]
@@ -146,7 +146,7 @@ ExperimentOpt = Annotated[str, _opt('--experiment', panel='Measuring', metavar='
 DtypeOpt = Annotated[str, _opt('--dtype', panel='Machine', metavar='NAME',
     help="Of the weights: [cyan]float32[/], [cyan]bfloat16[/] or [cyan]float16[/]; maps are trained in float32.")]
 
-# %% ../../nbs/94_cli.ipynb #62ae078c
+# %% ../../nbs/94_cli.ipynb #bdf0c65d
 FeatureMapOpt = Annotated[str, _opt('--map', panel='Conversion', metavar='NAME',
     help="The feature map. Learned: [cyan]hedgehog[/], [cyan]hedgehog-window[/] "
          "(softmax for the last tokens, Hedgehog for older ones), [cyan]t2r[/], [cyan]rfa[/], [cyan]lognormal[/]. "
@@ -172,7 +172,7 @@ ObjectiveOpt = Annotated[str, _opt('--objective', panel='Conversion', metavar='N
     help="What the maps imitate: attention [cyan]weights[/], [cyan]outputs[/], [cyan]both[/], "
          "the [cyan]order[/] of all weights, or [cyan]weights+order[/].")]
 
-# %% ../../nbs/94_cli.ipynb #0567c4bc
+# %% ../../nbs/94_cli.ipynb #cd6cdf31
 DistillTokensOpt = Annotated[int, _opt('--distill-tokens', panel='Training', metavar='N', min=0, help="Budget for the maps alone; 0: none.")]
 DistillStepsOpt = Annotated[Optional[int], _opt('--distill-steps', panel='Training', metavar='N', min=0, help="The same in steps; wins over tokens.")]
 FinetuneTokensOpt = Annotated[int, _opt('--finetune-tokens', panel='Training', metavar='N', min=0, help="Budget for the whole model; 0: none.")]
@@ -190,7 +190,7 @@ GradAccumOpt = Annotated[int, _opt('--grad-accum', panel='Training', metavar='N'
 SaveEveryOpt = Annotated[int, _opt('--save-every', panel='Training', metavar='N', min=1,
     help="Steps between two writings of the state that a stopped run goes on from.")]
 
-# %% ../../nbs/94_cli.ipynb #3cfd27ea
+# %% ../../nbs/94_cli.ipynb #eff3893d
 def _outputs(o):
     "(folder, record, working folder) of a run, checked; a run that was killed as it ended may write them again."
     out = o.out.expanduser()
@@ -204,7 +204,7 @@ def _config_of(o):
     given = {n:getattr(o, n) for n in ('form','num_maps','bias','window','relative','branch')}
     return LinearizeConfig(o.feature_map, o.layers, o.softmax_heads, {k:v for k,v in given.items() if v is not None}, o.implementation)
 
-# %% ../../nbs/94_cli.ipynb #f23b0ea8
+# %% ../../nbs/94_cli.ipynb #804f6eed
 def _convert(o, out, record, work, screen, start, commit):
     "Load, convert and save; the rows, or None in a process that is not the main one."
     from hedgehog_nb.training.recipe import barrier, convert, is_main_process, read_eval_log
@@ -231,7 +231,7 @@ def _convert(o, out, record, work, screen, start, commit):
         seed=o.seed, wall_s=before+time.perf_counter()-start, device=m.device, commit=commit)
     return rows
 
-# %% ../../nbs/94_cli.ipynb #6ce1129b
+# %% ../../nbs/94_cli.ipynb #e4b27f1d
 def _report(ctx, screen, rows, out, work):
     "Show the results of a run, what was written, and how to use it."
     result = json.loads((out/'results.json').read_text())
