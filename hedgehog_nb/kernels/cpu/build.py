@@ -1,4 +1,4 @@
-"""The map, the attention, the loss and their gradients in a few hundred lines of C, compiled once for the processor that is there
+"""Feature map, attention, loss and their gradients in a thousand lines of C, compiled once for the processor at hand
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/cpu.html.md"""
 
@@ -114,6 +114,7 @@ def fields(
 
 CHUNK = int(re.search(r'enum {C=(\d+)}', SOURCE.read_text(encoding='utf-8'))[1]) # Tokens of a chunk
 
+# %% ../../../kernels/10_cpu.ipynb #e340556b
 @lru_cache
 def library(): # (the functions or None, why there are none)
     "The kernels, compiled at the first call."
@@ -131,6 +132,7 @@ def for_all_threads()->bool:
     "Are the kernels there, with as many threads as PyTorch has?"
     return library()[0] is not None and (torch.get_num_threads()==1 or _has_threads())
 
+# %% ../../../kernels/10_cpu.ipynb #51acba84
 @lru_cache
 def _record(struct):
     names = fields(struct)

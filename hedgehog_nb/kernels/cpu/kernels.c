@@ -1,6 +1,6 @@
 // Linear attention, its hybrid with a softmax window, the Hedgehog map and the loss that distils it, for CPUs.
-// Chapter kernels/10_cpu shows this file region by region, and tests each.
-// float throughout. Matrices have rows of a multiple of 16 numbers, filled up with zeros (`up`).
+// The page kernels/10_cpu shows this file region by region, and tests each.
+// float throughout. Matrices have rows of a multiple of 16 numbers, filled up with zeros (`round_up16`).
 
 // region: vectors
 #include <math.h>
@@ -19,7 +19,7 @@ typedef float vec __attribute__((vector_size(4*VL), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4*VL), aligned(4), may_alias));
 #define V(p) (*(vec*)(p))
 #define INLINE static inline __attribute__((always_inline))
-static long up(long n) { return (n+15)/16*16; }
+static long round_up16(long n) { return (n+15)/16*16; }
 static long tiles(long n) { return (n+MR-1)/MR*MR; } // rows of whole tiles
 static long least(long a, long b) { return a<b ? a : b; }
 INLINE vec pick(ivec m, vec a, vec b) { return (vec)((m & (ivec)a) | (~m & (ivec)b)); }
@@ -68,7 +68,7 @@ void product(long M, long N, long K, const float *a, long ai, long ak, const flo
 // region: transpose
 #if defined(__clang__) || __GNUC__>=12
 typedef float oct __attribute__((vector_size(32), aligned(4), may_alias));
-INLINE void turn(const float *a, long la, float *b, long lb) { // 8 × 8, in registers
+INLINE void transpose8x8(const float *a, long la, float *b, long lb) { // 8 × 8, in registers
   oct r[8], t[8];
   for (int i=0; i<8; i++) r[i] = *(oct*)(a+i*la);
   for (int i=0; i<8; i+=2) { t[i] = MIX(r[i],r[i+1],0,8,1,9,4,12,5,13); t[i+1] = MIX(r[i],r[i+1],2,10,3,11,6,14,7,15); }
@@ -80,11 +80,11 @@ INLINE void turn(const float *a, long la, float *b, long lb) { // 8 × 8, in reg
   }
 }
 #else
-INLINE void turn(const float *a, long la, float *b, long lb) { for (int i=0; i<8; i++) for (int j=0; j<8; j++) b[j*lb+i] = a[i*la+j]; }
+INLINE void transpose8x8(const float *a, long la, float *b, long lb) { for (int i=0; i<8; i++) for (int j=0; j<8; j++) b[j*lb+i] = a[i*la+j]; }
 #endif
 // b (N, M) = a (M, N) transposed
 void transpose(const float *a, long la, long M, long N, float *b, long lb) {
-  for (long j=0; j<N; j+=8) for (long i=0; i<M; i+=8) turn(a+i*la+j, la, b+j*lb+i, lb);
+  for (long j=0; j<N; j+=8) for (long i=0; i<M; i+=8) transpose8x8(a+i*la+j, la, b+j*lb+i, lb);
 }
 // endregion
 
@@ -207,28 +207,28 @@ typedef struct { // pointers, null where there is nothing
 #define WINDOW_BACKWARD_BUFFERS(X) X(vbT, V*reach) X(dP, C*band) X(drq, C*R) X(drk, reach*R) X(dvb, reach*V)
 
 #define FIELD(name, size) float *name;
-#define COUNT(name, size) total += up(size);
-#define PLACE(name, size) r.name = p; p += up(size);
+#define COUNT(name, size) total += round_up16(size);
+#define PLACE(name, size) r.name = p; p += round_up16(size);
 #define BUFFERS(X) \
   { FORWARD_BUFFERS(X) if (back) { BACKWARD_BUFFERS(X) } if (n->window) { WINDOW_BUFFERS(X) } if (n->window && back) { WINDOW_BACKWARD_BUFFERS(X) } }
 typedef struct {
   long D, V, E, F, chunks, R, reach, band; // sizes filled up; saved states of a head; R channels of the keys that a chunk's windows reach, and 16 queries'
   FORWARD_BUFFERS(FIELD) BACKWARD_BUFFERS(FIELD) WINDOW_BUFFERS(FIELD) WINDOW_BACKWARD_BUFFERS(FIELD)
-} Room;
+} Workspace;
 
 static _Thread_local float *space;
 static _Thread_local long have;
-static float *floats(long n) { // room for n numbers, which a thread keeps
+static float *floats(long n) { // memory for n numbers, which a thread keeps
   if (have<n) {
-    free(space); space = aligned_alloc(64, 4*up(n)); have = n;
+    free(space); space = aligned_alloc(64, 4*round_up16(n)); have = n;
     if (!space) { fprintf(stderr, "hedgehog_nb: no memory for %ld MiB\n", n>>18); abort(); }
   }
   return space;
 }
 
-static Room room(const Sizes *n, int back) {
-  long D = up(n->D), V = up(n->V), E = up(n->E), F = n->form ? 2*E : D, R = up(n->R), band = up(n->window+15), reach = C+band, total = 0;
-  Room r = {.D=D, .V=V, .E=E, .F=F, .chunks=(n->T-1)/C+n->state, .R=R, .reach=reach, .band=band};
+static Workspace workspace(const Sizes *n, int back) {
+  long D = round_up16(n->D), V = round_up16(n->V), E = round_up16(n->E), F = n->form ? 2*E : D, R = round_up16(n->R), band = round_up16(n->window+15), reach = C+band, total = 0;
+  Workspace r = {.D=D, .V=V, .E=E, .F=F, .chunks=(n->T-1)/C+n->state, .R=R, .reach=reach, .band=band};
   BUFFERS(COUNT)
   float *p = floats(total);
   BUFFERS(PLACE)
@@ -247,31 +247,31 @@ static void rows_add(const float *a, long W, long m, long w, float *b, long lb) 
 static void scale_row(float *a, long W, float by) { for (long j=0; j<W; j+=VL) V(a+j) *= by; }
 static float dot_row(const float *a, const float *b, long W) { vec s = {0}; for (long j=0; j<W; j+=VL) s += V(a+j)*V(b+j); return sum_v(s); }
 
-// A state has F rows, the plus half and the minus half one after the other; in the room each half is filled up
+// A state has F rows, the plus half and the minus half one after the other; in the workspace each half is padded
 static long width(const Sizes *n) { return n->form ? 2*n->E : n->D; }
-static long row(const Sizes *n, const Room *r, long i) { return n->form && i>=n->E ? i-n->E+r->E : i; }
-static void state_in(const Sizes *n, const Room *r, const float *S, const float *z, long head, float *to, float *tz) {
+static long row(const Sizes *n, const Workspace *r, long i) { return n->form && i>=n->E ? i-n->E+r->E : i; }
+static void state_in(const Sizes *n, const Workspace *r, const float *S, const float *z, long head, float *to, float *tz) {
   memset(to, 0, 4*r->F*r->V); memset(tz, 0, 4*r->F);
   if (S) for (long f=width(n), i=0; i<f; i++) { memcpy(to+row(n,r,i)*r->V, S+(head*f+i)*n->V, 4*n->V); tz[row(n,r,i)] = z[head*f+i]; }
 }
-static void state_out(const Sizes *n, const Room *r, const float *S, const float *z, float *to, float *tz, long head) {
+static void state_out(const Sizes *n, const Workspace *r, const float *S, const float *z, float *to, float *tz, long head) {
   for (long f=width(n), i=0; i<f; i++) { memcpy(to+(head*f+i)*n->V, S+row(n,r,i)*r->V, 4*n->V); tz[head*f+i] = z[row(n,r,i)]; }
 }
-static void save(const Room *r, const float *S, const float *z, float m, float *to) {
+static void save(const Workspace *r, const float *S, const float *z, float m, float *to) {
   long n = r->F*r->V;
   memcpy(to, S, 4*n); memcpy(to+n, z, 4*r->F); memset(to+n+r->F, 0, 4*16); to[n+r->F] = m;
 }
-static float load(const Room *r, const float *from, float *S, float *z) {
+static float load(const Workspace *r, const float *from, float *S, float *z) {
   memcpy(S, from, 4*r->F*r->V); memcpy(z, from+r->F*r->V, 4*r->F);
   return from[r->F*(r->V+1)];
 }
 #define SAVED (r->F*(r->V+1)+16) // numbers of a saved state: S, z and m
-static void scale_state(const Room *r, float *S, float *z, float by) { if (by!=1) { scale_row(S, r->F*r->V, by); scale_row(z, r->F, by); } }
+static void scale_state(const Workspace *r, float *S, float *z, float by) { if (by!=1) { scale_row(S, r->F*r->V, by); scale_row(z, r->F, by); } }
 static float no_keys(const Sizes *n) { return n->logs ? LOG_ZERO : 0; } // m of a state that has seen nothing
 // endregion
 
 // region: chunk
-static void weights_in(const Sizes *n, const Data *d, const Room *r, long h) { // W transposed, so that the map is a product
+static void weights_in(const Sizes *n, const Data *d, const Workspace *r, long h) { // W transposed, so that the map is a product
   long E = r->E, D = r->D, e = n->E, c = n->D;
   if (n->form) for (long g=0; g<=n->G; g++) {
     const float *w = g<n->G ? d->wq+(h*n->G+g)*e*c : d->wk+h*e*c;
@@ -283,7 +283,7 @@ static void weights_in(const Sizes *n, const Data *d, const Room *r, long h) { /
 }
 
 // Features phi (M, F) of the rows a (m, D), zeros below; log weights to l where the form has them
-static void map(const Sizes *n, const Room *r, const float *a, long la, long m, long M, const float *w, const float *b, float *phi, float *l) {
+static void map(const Sizes *n, const Workspace *r, const float *a, long la, long m, long M, const float *w, const float *b, float *phi, float *l) {
   if (!n->form) { rows_in(a, la, m, M, n->D, phi, r->D); return; }
   if (m%MR) { rows_in(a, la, m, tiles(m), n->D, r->x, r->D); a = r->x; la = r->D; }
   product(tiles(m), r->E, n->D, a, la, 1, w, r->E, r->y, r->E, 0);
@@ -296,8 +296,8 @@ static long first_key(const Sizes *n, long t) { return t+n->past-n->window; } //
 static long missing(const Sizes *n, long t, long m) { long s = first_key(n, t); return s>=0 ? 0 : -s<m ? -s : m; }
 
 // Keys and values that the queries t to t+m add to the state, one after another
-static void keys(const Sizes *n, const Data *d, const Room *r, long b, long h, long t, long m) {
-  long none = missing(n, t, m), s = first_key(n, t)+none, M = up(m);
+static void keys(const Sizes *n, const Data *d, const Workspace *r, long b, long h, long t, long m) {
+  long none = missing(n, t, m), s = first_key(n, t)+none, M = round_up16(m);
   float *l = r->l+none;
   memset(r->k, 0, 4*r->F*none); memset(r->v, 0, 4*r->V*none);
   map(n, r, AT(k,b,h,s), n->kt, m-none, M-none, r->wk, d->bk ? d->bk+h*n->E : 0, r->k+none*r->F, l);
@@ -312,7 +312,7 @@ static void keys(const Sizes *n, const Data *d, const Room *r, long b, long h, l
 }
 
 // With log weights, what is seen before query i is measured by the largest of them, c_i; e_i brings the state before the chunk, of m, to it
-static float largest(const Sizes *n, const Room *r, float m, long rows) { // returns that after the chunk
+static float largest(const Sizes *n, const Workspace *r, float m, long rows) { // returns that after the chunk
   for (long i=0; i<rows; i++) { r->c[i] = i ? r->c[i-1] : m; if (r->l[i]>r->c[i]) r->c[i] = r->l[i]; }
   if (!n->causal) for (long i=0; i<rows; i++) r->c[i] = r->c[rows-1];
   for (long i=0; i<rows; i++) r->e[i] = weight(m-r->c[i]);
@@ -320,10 +320,10 @@ static float largest(const Sizes *n, const Room *r, float m, long rows) { // ret
 }
 static int inside(const Sizes *n) { return n->causal || n->direct; } // do queries meet the keys of their own chunk one by one?
 static long met(const Sizes *n, long i, long m) { return n->causal ? least(i+16, m) : m; } // keys of a chunk of m that queries i to i+16 meet
-static void triangle(float *A, long M) { for (long i=0; i<M; i++) memset(A+i*C+i+1, 0, 4*(up(i+1)-i-1)); }
-static void weigh(const Sizes *n, const Room *r, float *A, float *A2, long m) { // row i times exp(l_j - c_i); of A2 too
+static void triangle(float *A, long M) { for (long i=0; i<M; i++) memset(A+i*C+i+1, 0, 4*(round_up16(i+1)-i-1)); }
+static void weigh(const Sizes *n, const Workspace *r, float *A, float *A2, long m) { // row i times exp(l_j - c_i); of A2 too
   for (long i=0, had=0; i<m; i++) { // `had`: keys whose weights are there
-    long end = n->causal ? up(i+1) : up(m), j = i && r->c[i]==r->c[i-1] ? had : 0;
+    long end = n->causal ? round_up16(i+1) : round_up16(m), j = i && r->c[i]==r->c[i-1] ? had : 0;
     for (; j<end; j+=VL) V(r->w+j) = weight_v(V(r->l+j)-r->c[i]);
     for (j=0; j<end; j+=VL) { V(A+i*C+j) *= V(r->w+j); if (A2) V(A2+i*C+j) *= V(r->w+j); }
     had = end;
@@ -333,7 +333,7 @@ static void weigh(const Sizes *n, const Room *r, float *A, float *A2, long m) { 
 
 // region: near
 // Raw keys and values that the window of some query t to t+m reaches; scaled, and with what is to be added to the score of one that is not there
-static void near_keys(const Sizes *n, const Data *d, const Room *r, long b, long h, long t, long m, int back) {
+static void near_keys(const Sizes *n, const Data *d, const Workspace *r, long b, long h, long t, long m, int back) {
   long s = first_key(n, t)+1, R = r->R, L = r->reach, V_ = r->V;
   for (long i=0; i<L; i++) {
     int there = s+i>=0 && i<m+n->window-1 && (!d->mask || ((uint8_t*)d->mask)[b*KEYS+s+i]);
@@ -349,8 +349,8 @@ static void near_keys(const Sizes *n, const Data *d, const Room *r, long b, long
 }
 
 // Weights P of the window, relative to the largest score or log weight of all that query i sees, which goes to near[i]
-static void near_weights(const Sizes *n, const Data *d, const Room *r, long b, long H, long t, long m, float *near) {
-  long M = up(m), W = r->band, w = n->window;
+static void near_weights(const Sizes *n, const Data *d, const Workspace *r, long b, long H, long t, long m, float *near) {
+  long M = round_up16(m), W = r->band, w = n->window;
   float gamma = d->gamma ? d->gamma[H] : 0;
   rows_in(AT(rq,b,H,t), n->rqt, m, M, n->R, r->rq, r->R);
   for (long i0=0; i0<M; i0+=16) {
@@ -370,15 +370,15 @@ static void near_weights(const Sizes *n, const Data *d, const Room *r, long b, l
     }
   }
 }
-static float far_weight(const Sizes *n, const Data *d, const Room *r, long b, long H, long t, long i, float near) { // of what is older than the window
+static float far_weight(const Sizes *n, const Data *d, const Workspace *r, long b, long H, long t, long i, float near) { // of what is older than the window
   return weight(r->c[i] + (d->logq ? d->logq[(b*n->N*n->G+H)*n->T+t+i] : 0) - near);
 }
 // endregion
 
 // region: forward
 // `past`: is there a state to be read?
-static void outputs(const Sizes *n, const Data *d, const Room *r, long b, long H, const float *w, long t, long m, int past) {
-  long M = up(m), rows = tiles(m), F = r->F, W = r->V;
+static void outputs(const Sizes *n, const Data *d, const Workspace *r, long b, long H, const float *w, long t, long m, int past) {
+  long M = round_up16(m), rows = tiles(m), F = r->F, W = r->V;
   float den[C], near[C];
   int weighed = n->logs && inside(n);
   map(n, r, AT(q,b,H,t), n->qt, m, M, w, d->bq ? d->bq+H*n->E : 0, r->q, 0);
@@ -386,7 +386,7 @@ static void outputs(const Sizes *n, const Data *d, const Room *r, long b, long H
   if (past && (weighed || !inside(n))) product(rows, W, F, r->q, F, 1, r->S, W, r->o, W, 0);
   if (past && weighed) for (long i=0; i<m; i++) { scale_row(r->o+i*W, W, r->e[i]); den[i] *= r->e[i]; }
   if (inside(n)) {
-    for (long i=0; i<m; i+=16) product(least(16, rows-i), up(met(n, i, m)), F, r->q+i*F, F, 1, r->kT, C, r->A+i*C, C, 0);
+    for (long i=0; i<m; i+=16) product(least(16, rows-i), round_up16(met(n, i, m)), F, r->q+i*F, F, 1, r->kT, C, r->A+i*C, C, 0);
     if (weighed) weigh(n, r, r->A, 0, m);
     if (n->causal) triangle(r->A, rows);
     for (long i=0; i<m; i+=16) product(least(16, rows-i), W, met(n, i, m), r->A+i*C, C, 1, r->v, W, r->o+i*W, W, past && weighed);
@@ -408,57 +408,57 @@ static void outputs(const Sizes *n, const Data *d, const Room *r, long b, long H
   }
 }
 
-static void add_keys(const Sizes *n, const Room *r, long m, float after) { // of log weights relative to `after`
+static void add_keys(const Sizes *n, const Workspace *r, long m, float after) { // of log weights relative to `after`
   if (n->logs) {
     scale_state(r, r->S, r->z, weight(*r->m-after));
-    for (long j=0; j<up(m); j+=VL) V(r->w+j) = weight_v(V(r->l+j)-after);
-    for (long f=0; f<r->F; f++) for (long j=0; j<up(m); j+=VL) V(r->kT+f*C+j) *= V(r->w+j);
+    for (long j=0; j<round_up16(m); j+=VL) V(r->w+j) = weight_v(V(r->l+j)-after);
+    for (long f=0; f<r->F; f++) for (long j=0; j<round_up16(m); j+=VL) V(r->kT+f*C+j) *= V(r->w+j);
     *r->m = after;
   }
-  product(r->F, r->V, up(m), r->kT, C, 1, r->v, r->V, r->S, r->V, 1);
-  for (long f=0; f<r->F; f++) { vec s = {0}; for (long j=0; j<up(m); j+=VL) s += V(r->kT+f*C+j); r->z[f] += sum_v(s); }
+  product(r->F, r->V, round_up16(m), r->kT, C, 1, r->v, r->V, r->S, r->V, 1);
+  for (long f=0; f<r->F; f++) { vec s = {0}; for (long j=0; j<round_up16(m); j+=VL) s += V(r->kT+f*C+j); r->z[f] += sum_v(s); }
 }
 
-static long edge(const Sizes *n, long p) { long x = (n->T+C-1)/C*p/n->parts*C; return x<n->T ? x : n->T; } // first token of a part
-static float *sums_of(const Sizes *n, const Data *d, const Room *r, long head, long p) { return d->sums+(head*n->parts+p)*SAVED; }
+static long split_start(const Sizes *n, long p) { long x = (n->T+C-1)/C*p/n->parts*C; return x<n->T ? x : n->T; } // first token of a part
+static float *sums_at(const Sizes *n, const Data *d, const Workspace *r, long head, long p) { return d->sums+(head*n->parts+p)*SAVED; }
 
-static void add_part(const Sizes *n, const Data *d, const Room *r, long b, long h, long p) {
-  for (long t=edge(n,p), end=edge(n,p+1); t<end; t+=C) {
+static void add_part(const Sizes *n, const Data *d, const Workspace *r, long b, long h, long p) {
+  for (long t=split_start(n,p), end=split_start(n,p+1); t<end; t+=C) {
     long m = end-t<C ? end-t : C;
     keys(n, d, r, b, h, t, m);
     add_keys(n, r, m, n->logs ? largest(n, r, *r->m, m) : 0);
   }
 }
-static void sum_part(const Sizes *n, const Data *d, const Room *r, long b, long h, long p) {
+static void sum_part(const Sizes *n, const Data *d, const Workspace *r, long b, long h, long p) {
   memset(r->S, 0, 4*r->F*r->V); memset(r->z, 0, 4*r->F); *r->m = no_keys(n);
   add_part(n, d, r, b, h, p);
-  save(r, r->S, r->z, *r->m, sums_of(n, d, r, b*n->N+h, p));
+  save(r, r->S, r->z, *r->m, sums_at(n, d, r, b*n->N+h, p));
 }
 
 // From what each part adds to the state before it, or behind it (`back`: of gradients, each relative to the m before its part, which only falls)
-static void chain(const Sizes *n, const Data *d, long head, const float *S0, const float *z0, float m, float *S, float *z, int back) {
-  Room all = room(n, 0), *r = &all;
+static void scan_splits(const Sizes *n, const Data *d, long head, const float *S0, const float *z0, float m, float *S, float *z, int back) {
+  Workspace all = workspace(n, 0), *r = &all;
   state_in(n, r, S0, z0, head, r->S, r->z);
   for (long i=0; i<n->parts; i++) {
-    float *x = sums_of(n, d, r, head, back ? n->parts-1-i : i), *y = x+r->F*r->V, own = x[SAVED-16], after = back || own>m ? own : m;
+    float *x = sums_at(n, d, r, head, back ? n->parts-1-i : i), *y = x+r->F*r->V, own = x[SAVED-16], after = back || own>m ? own : m;
     float keep = n->logs ? weight(back ? after-m : m-after) : 1, add = n->logs && !back ? weight(own-after) : 1;
     for (long j=0; j<r->F*r->V; j++) { float was = r->S[j]; r->S[j] = was*keep+x[j]*add; x[j] = was; }
     for (long j=0; j<r->F; j++) { float was = r->z[j]; r->z[j] = was*keep+y[j]*add; y[j] = was; }
     x[SAVED-16] = m; m = after;
   }
-  if (!n->causal) for (long p=0; p<n->parts; p++) save(r, r->S, r->z, m, sums_of(n, d, r, head, p));
+  if (!n->causal) for (long p=0; p<n->parts; p++) save(r, r->S, r->z, m, sums_at(n, d, r, head, p));
   if (back && !n->causal && n->logs && d->m0) scale_state(r, r->S, r->z, weight(d->m0[head]-m)); // what was before is part of a state of this m
   if (S) state_out(n, r, r->S, r->z, S, z, head);
   if (!back) d->m[head] = m;
 }
 
 // The saved state before the chunk at t; where none was given there is none before the first
-static float *saved(const Sizes *n, const Data *d, const Room *r, long head, long t) { return d->states+(head*r->chunks+t/C-!n->state)*SAVED; }
+static float *saved(const Sizes *n, const Data *d, const Workspace *r, long head, long t) { return d->states+(head*r->chunks+t/C-!n->state)*SAVED; }
 
-static void forward_part(const Sizes *n, const Data *d, const Room *r, long b, long h, long p) {
-  long head = b*n->N+h, begins = edge(n,p), ends = edge(n,p+1);
+static void forward_part(const Sizes *n, const Data *d, const Workspace *r, long b, long h, long p) {
+  long head = b*n->N+h, begins = split_start(n,p), ends = split_start(n,p+1);
   *r->m = d->m0 ? d->m0[head] : no_keys(n);
-  if (n->parts>1) *r->m = load(r, sums_of(n, d, r, head, p), r->S, r->z);
+  if (n->parts>1) *r->m = load(r, sums_at(n, d, r, head, p), r->S, r->z);
   else if (!n->direct) state_in(n, r, d->S0, d->z0, head, r->S, r->z);
   if (n->parts==1 && !inside(n)) add_part(n, d, r, b, h, p);
   for (long t=begins; t<ends; t+=C) {
@@ -482,12 +482,12 @@ static void forward_part(const Sizes *n, const Data *d, const Room *r, long b, l
 
 // One part of `each` sequences of a head is a task: a head's matrices are prepared once for all, and their gradients, of the query heads and of the keys
 // from number `first` to `last`, summed over them
-typedef void Part(const Sizes *n, const Data *d, const Room *r, long b, long h, long p);
-static void weights_out(const Sizes *n, const Data *d, const Room *r, long task, long g);
+typedef void Part(const Sizes *n, const Data *d, const Workspace *r, long b, long h, long p);
+static void weights_out(const Sizes *n, const Data *d, const Workspace *r, long task, long g);
 static void run(const Sizes *n, const Data *d, Part *part, int back, long first, long last) {
   #pragma omp parallel for schedule(dynamic,1) num_threads(n->threads)
   for (long i=0; i<(n->B+n->each-1)/n->each*n->N*n->parts; i++) {
-    Room all = room(n, back), *r = &all;
+    Workspace all = workspace(n, back), *r = &all;
     long p = i%n->parts, h = i/n->parts%n->N, b = i/n->parts/n->N*n->each, end = b+n->each<n->B ? b+n->each : n->B;
     weights_in(n, d, r, h);
     if (back) memset(r->dw, 0, 4*(n->G+1)*r->E*(r->D+1));
@@ -508,7 +508,7 @@ static float dot(const float *a, const float *b, long n) {
 }
 
 // Features of one row, without zeros between the halves
-static void map_one(const Sizes *n, const Room *r, const float *x, const float *w, const float *b, float *phi, float *l) {
+static void map_one(const Sizes *n, const Workspace *r, const float *x, const float *w, const float *b, float *phi, float *l) {
   if (!n->form) { memcpy(phi, x, 4*n->D); return; }
   for (long e=0; e<n->E; e++) r->y[e] = dot(w+e*n->D, x, n->D) + (b ? b[e] : 0);
   memset(r->y+n->E, 0, 4*(r->E-n->E));
@@ -526,7 +526,7 @@ static void state_step(long f, long W, const float *S0, const float *z0, float k
 }
 
 static void step_head(const Sizes *n, const Data *d, long b, long h) {
-  Room all = room(n, 0), *r = &all;
+  Workspace all = workspace(n, 0), *r = &all;
   long f = width(n), W = n->V, head = b*n->N+h;
   float *S = d->S ? d->S+head*f*W : r->S, *z = d->S ? d->z+head*f : r->z, m0 = d->m0 ? d->m0[head] : no_keys(n), m = m0, l = 0;
   map_one(n, r, AT(k,b,h,0), d->wk+h*n->E*n->D, d->bk ? d->bk+h*n->E : 0, r->k, &l);
@@ -557,7 +557,7 @@ void attention_forward(const Sizes *n, const Data *d) {
   if (n->parts>1) {
     run(n, d, sum_part, 0, 0, 0);
     #pragma omp parallel for schedule(dynamic,1) num_threads(n->threads)
-    EACH_HEAD chain(n, d, i, d->S0, d->z0, d->m0 ? d->m0[i] : no_keys(n), d->S, d->z, 0);
+    EACH_HEAD scan_splits(n, d, i, d->S0, d->z0, d->m0 ? d->m0[i] : no_keys(n), d->S, d->z, 0);
   }
   run(n, d, forward_part, 0, 0, 0);
 }
@@ -572,7 +572,7 @@ void window_max(const long *s, float **a) {
   Data d_ = {.rq=a[0], .rk=a[1], .mask=a[2], .scale=a[3], .v=a[1]}, *d = &d_; // of no values: their stride is 0
   #pragma omp parallel for schedule(dynamic,1) num_threads(s[0])
   for (long i=0; i<n->B*n->N; i++) {
-    Room all = room(n, 0), *r = &all;
+    Workspace all = workspace(n, 0), *r = &all;
     long b = i/n->N, h = i%n->N;
     float near[C];
     for (long j=0; j<C; j++) r->c[j] = LOG_ZERO;
@@ -653,7 +653,7 @@ void window_step(const long *n, float **a) {
 // endregion
 
 // region: backward
-static void map_back(const Sizes *n, const Room *r, const float *a, long la, const float *phi, const float *dphi, long m, const float *w, float *dw,
+static void map_back(const Sizes *n, const Workspace *r, const float *a, long la, const float *phi, const float *dphi, long m, const float *w, float *dw,
                      float *to, long ld) {
   if (!n->form) { rows_out(dphi, r->F, m, n->D, to, ld); return; }
   long D = r->D, E = r->E, there = m%MR==0 && n->D==D; // can the gradient go where it belongs at once?
@@ -670,20 +670,20 @@ static void map_back(const Sizes *n, const Room *r, const float *a, long la, con
   for (long i=0; i<m; i++) for (long e=0; e<E; e+=VL) V(db+e) += V(r->y+i*E+e);
 }
 
-static void gradients_in(const Sizes *n, const Data *d, const Room *r, long b, long H, long t, long m) {
-  rows_in(AT(g,b,H,t), n->gt, m, up(m), n->V, r->g, r->V);
-  memset(r->gd, 0, 4*up(m));
+static void gradients_in(const Sizes *n, const Data *d, const Workspace *r, long b, long H, long t, long m) {
+  rows_in(AT(g,b,H,t), n->gt, m, round_up16(m), n->V, r->g, r->V);
+  memset(r->gd, 0, 4*round_up16(m));
   for (long i=0; i<m; i++) {
     float den = d->den[(b*n->N*n->G+H)*n->T+t+i], by = fabsf(den)<=1e-30f ? 0 : 1/den, *g = r->g+i*r->V;
     r->gd[i] = by==0 ? 0 : -by*dot(g, AT(o,b,H,t+i), n->V);
     if (by==0) memset(g, 0, 4*r->V); else scale_row(g, r->V, by);
   }
 }
-static void scale_gradients(const Room *r, const float *by, long m) { for (long i=0; i<m; i++) { scale_row(r->g+i*r->V, r->V, by[i]); r->gd[i] *= by[i]; } }
+static void scale_gradients(const Workspace *r, const float *by, long m) { for (long i=0; i<m; i++) { scale_row(r->g+i*r->V, r->V, by[i]); r->gd[i] *= by[i]; } }
 
 // What goes through the window: to its queries, and to keys and values near the chunk. Leaves the gradients of what is older
-static void near_back(const Sizes *n, const Data *d, const Room *r, long b, long H, long t, long m) {
-  long M = up(m), W = r->band, R = r->R, L = r->reach, V_ = r->V;
+static void near_back(const Sizes *n, const Data *d, const Workspace *r, long b, long H, long t, long m) {
+  long M = round_up16(m), W = r->band, R = r->R, L = r->reach, V_ = r->V;
   float near[C], sum = 0;
   near_weights(n, d, r, b, H, t, m, near);
   for (long i=0; i<M; i+=16) {
@@ -704,16 +704,16 @@ static void near_back(const Sizes *n, const Data *d, const Room *r, long b, long
   scale_gradients(r, near, m);
 }
 
-static void queries_back(const Sizes *n, const Data *d, const Room *r, long b, long h, long g, long t, long m, int past) {
-  long M = up(m), rows = tiles(m), F = r->F, W = r->V, H = h*n->G+g;
+static void queries_back(const Sizes *n, const Data *d, const Workspace *r, long b, long h, long g, long t, long m, int past) {
+  long M = round_up16(m), rows = tiles(m), F = r->F, W = r->V, H = h*n->G+g;
   int weighed = n->logs && inside(n);
   map(n, r, AT(q,b,H,t), n->qt, m, M, r->wq+g*r->D*r->E, d->bq ? d->bq+H*n->E : 0, r->q, 0);
   gradients_in(n, d, r, b, H, t, m);
   if (n->window) near_back(n, d, r, b, H, t, m);
   if (inside(n)) {
     for (long i=0; i<m; i+=16) {
-      product(least(16, rows-i), up(met(n, i, m)), F, r->q+i*F, F, 1, r->kT, C, r->A+i*C, C, 0);
-      product(least(16, rows-i), up(met(n, i, m)), W, r->g+i*W, W, 1, r->vT, C, r->dA+i*C, C, 0);
+      product(least(16, rows-i), round_up16(met(n, i, m)), F, r->q+i*F, F, 1, r->kT, C, r->A+i*C, C, 0);
+      product(least(16, rows-i), round_up16(met(n, i, m)), W, r->g+i*W, W, 1, r->vT, C, r->dA+i*C, C, 0);
     }
     for (long i=0; i<m; i++) for (long j=0; j<met(n, i/16*16, m); j+=VL) V(r->dA+i*C+j) += r->gd[i];
     if (weighed) weigh(n, r, r->A, r->dA, m);
@@ -735,7 +735,7 @@ static void queries_back(const Sizes *n, const Data *d, const Room *r, long b, l
   map_back(n, r, AT(q,b,H,t), n->qt, r->q, r->dphi, m, d->wq+H*n->E*n->D, r->dw+g*r->E*(r->D+1), QUERY(dq, n->D), n->N*n->G*n->D);
 }
 
-static void keys_from_state(const Sizes *n, const Room *r, long m, float after) {
+static void keys_from_state(const Sizes *n, const Workspace *r, long m, float after) {
   transpose(r->dS, r->V, r->F, r->V, r->dST, r->F);
   product(tiles(m), r->F, n->V, r->v, r->V, 1, r->dST, r->F, r->dk, r->F, 0);
   for (long i=0; i<m; i++) for (long f=0; f<r->F; f+=VL) V(r->dk+i*r->F+f) += V(r->dz+f);
@@ -743,7 +743,7 @@ static void keys_from_state(const Sizes *n, const Room *r, long m, float after) 
   if (n->logs) for (long i=0; i<m; i++) { float w = weight(r->l[i]-after); scale_row(r->dk+i*r->F, r->F, w); scale_row(r->dv+i*r->V, r->V, w); }
 }
 
-static void keys_back(const Sizes *n, const Data *d, const Room *r, long b, long h, long t, long m) {
+static void keys_back(const Sizes *n, const Data *d, const Workspace *r, long b, long h, long t, long m) {
   long none = missing(n, t, m), s = first_key(n, t)+none, F = r->F, W = r->V;
   if (none==m) return;
   if (d->mask) for (long i=none; i<m; i++) if (!((uint8_t*)d->mask)[b*KEYS+s+i-none]) memset(r->dk+i*F, 0, 4*F);
@@ -753,7 +753,7 @@ static void keys_back(const Sizes *n, const Data *d, const Room *r, long b, long
   else rows_out(r->dv, W, m, n->V, KEY(dv, s, n->V), n->N*n->V);
 }
 
-static void near_keys_back(const Sizes *n, const Data *d, const Room *r, long b, long h, long t, long m) { // other chunks add to these keys too
+static void near_keys_back(const Sizes *n, const Data *d, const Workspace *r, long b, long h, long t, long m) { // other chunks add to these keys too
   long s = first_key(n, t)+1;
   for (long i=0; i<m+n->window-1; i++) if (s+i>=0 && r->hide[i]==0) {
     float *k = KEY(drk, s+i, n->R), *v = KEY(dv, s+i, n->V);
@@ -762,7 +762,7 @@ static void near_keys_back(const Sizes *n, const Data *d, const Room *r, long b,
   }
 }
 
-static void weights_out(const Sizes *n, const Data *d, const Room *r, long task, long g) { // of query head g, or of the keys if g is G
+static void weights_out(const Sizes *n, const Data *d, const Workspace *r, long task, long g) { // of query head g, or of the keys if g is G
   if (!n->form) return;
   long which = task/n->parts/n->N*n->parts+task%n->parts, h = task/n->parts%n->N, head = g<n->G ? (which*n->N+h)*n->G+g : which*n->N+h;
   const float *from = r->dw+g*r->E*(r->D+1);
@@ -771,7 +771,7 @@ static void weights_out(const Sizes *n, const Data *d, const Room *r, long task,
 }
 
 // The largest log weights of a chunk as the forward pass found them, and those of the state before it, of which it returns m
-static float before_chunk(const Sizes *n, const Data *d, const Room *r, long head, long t, long m) {
+static float before_chunk(const Sizes *n, const Data *d, const Workspace *r, long head, long t, long m) {
   float before = n->state || t ? saved(n, d, r, head, t)[SAVED-16] : no_keys(n);
   if (n->logs && !n->causal) largest(n, r, before, m);
   else if (n->logs) { memcpy(r->c, d->top+head*n->T+t, 4*m); for (long i=0; i<m; i++) r->e[i] = weight(before-r->c[i]); }
@@ -779,41 +779,41 @@ static float before_chunk(const Sizes *n, const Data *d, const Room *r, long hea
 }
 
 // What a part adds to dS and dz; without causality all of its queries' gradients. Returns the m that it is relative to
-static float add_queries(const Sizes *n, const Data *d, const Room *r, long b, long h, long p) {
+static float add_queries(const Sizes *n, const Data *d, const Workspace *r, long b, long h, long p) {
   long head = b*n->N+h;
   float m_part = n->causal ? 0 : d->m[head];
   if (!n->causal) {
     state_in(n, r, d->S, d->z, head, r->S, r->z);
     transpose(r->S, r->V, r->F, r->V, r->ST, r->F);
   }
-  for (long t=edge(n,p), end=edge(n,p+1); t<end; t+=C) {
+  for (long t=split_start(n,p), end=split_start(n,p+1); t<end; t+=C) {
     long m = end-t<C ? end-t : C;
     if (n->causal) {
       float before = before_chunk(n, d, r, head, t, m);
-      if (t==edge(n,p)) m_part = before;
+      if (t==split_start(n,p)) m_part = before;
       if (n->logs) for (long i=0; i<m; i++) r->e[i] = weight(m_part-r->c[i]);
     }
     for (long g=0; g<n->G; g++) {
       long H = h*n->G+g;
       if (!n->causal) { queries_back(n, d, r, b, h, g, t, m, 1); continue; }
-      map(n, r, AT(q,b,H,t), n->qt, m, up(m), r->wq+g*r->D*r->E, d->bq ? d->bq+H*n->E : 0, r->q, 0);
+      map(n, r, AT(q,b,H,t), n->qt, m, round_up16(m), r->wq+g*r->D*r->E, d->bq ? d->bq+H*n->E : 0, r->q, 0);
       gradients_in(n, d, r, b, H, t, m);
       if (n->logs) scale_gradients(r, r->e, m);
-      product(r->F, r->V, up(m), r->q, 1, r->F, r->g, r->V, r->dS, r->V, 1);
+      product(r->F, r->V, round_up16(m), r->q, 1, r->F, r->g, r->V, r->dS, r->V, 1);
       for (long i=0; i<m; i++) for (long f=0; f<r->F; f+=VL) V(r->dz+f) += V(r->q+i*r->F+f)*r->gd[i];
     }
   }
   return m_part;
 }
-static void queries_part(const Sizes *n, const Data *d, const Room *r, long b, long h, long p) {
+static void queries_part(const Sizes *n, const Data *d, const Workspace *r, long b, long h, long p) {
   memset(r->dS, 0, 4*r->F*r->V); memset(r->dz, 0, 4*r->F);
   float m = add_queries(n, d, r, b, h, p);
-  save(r, r->dS, r->dz, m, sums_of(n, d, r, b*n->N+h, p));
+  save(r, r->dS, r->dz, m, sums_at(n, d, r, b*n->N+h, p));
 }
 
-static void backward_part(const Sizes *n, const Data *d, const Room *r, long b, long h, long p) {
-  long head = b*n->N+h, F = r->F, W = r->V, begins = edge(n,p), ends = edge(n,p+1);
-  if (n->parts>1) load(r, sums_of(n, d, r, head, p), r->dS, r->dz);
+static void backward_part(const Sizes *n, const Data *d, const Workspace *r, long b, long h, long p) {
+  long head = b*n->N+h, F = r->F, W = r->V, begins = split_start(n,p), ends = split_start(n,p+1);
+  if (n->parts>1) load(r, sums_at(n, d, r, head, p), r->dS, r->dz);
   else if (!n->direct) state_in(n, r, d->dS, d->dz, head, r->dS, r->dz);
   if (n->parts==1 && !inside(n)) add_queries(n, d, r, b, h, p);
   for (long t=begins+(ends-begins-1)/C*C; t>=begins; t-=C) {
@@ -822,14 +822,14 @@ static void backward_part(const Sizes *n, const Data *d, const Room *r, long b, 
     if (inside(n)) {
       float before = before_chunk(n, d, r, head, t, m), after = n->logs ? r->c[m-1] : 0;
       if (d->dS || t+C<n->T) keys_from_state(n, r, m, after);
-      else { memset(r->dk, 0, 4*up(m)*F); memset(r->dv, 0, 4*up(m)*W); }
+      else { memset(r->dk, 0, 4*round_up16(m)*F); memset(r->dv, 0, 4*round_up16(m)*W); }
       if (past) {
         const float *state = saved(n, d, r, head, t);
         if (n->logs) scale_state(r, r->dS, r->dz, weight(before-after));
         memcpy(r->z, state+F*W, 4*F);
         transpose(state, W, F, W, r->ST, F);
       }
-      transpose(r->v, W, up(m), W, r->vT, C);
+      transpose(r->v, W, round_up16(m), W, r->vT, C);
       if (n->window) { near_keys(n, d, r, b, h, t, m, 1); memset(r->drk, 0, 4*r->reach*r->R); memset(r->dvb, 0, 4*r->reach*W); }
       for (long g=0; g<n->G; g++) queries_back(n, d, r, b, h, g, t, m, past);
       if (n->window) near_keys_back(n, d, r, b, h, t, m);
@@ -845,7 +845,7 @@ void attention_backward(const Sizes *n, const Data *d) {
   if (n->parts>1) {
     run(n, d, queries_part, 1, 0, n->causal ? 0 : n->G);
     #pragma omp parallel for schedule(dynamic,1) num_threads(n->threads)
-    EACH_HEAD chain(n, d, i, d->dS, d->dz, d->m[i], d->dS0, d->dz0, 1);
+    EACH_HEAD scan_splits(n, d, i, d->dS, d->dz, d->m[i], d->dS0, d->dz0, 1);
   }
   run(n, d, backward_part, 1, n->causal || n->parts==1 ? 0 : n->G, n->G+1);
 }
@@ -859,13 +859,13 @@ void map_forward(const long *s, float **a) {
   long chunks = (n->T+C-1)/C, e = n->E;
   #pragma omp parallel for schedule(static) num_threads(s[0]) if(n->B*n->N*n->T>16)
   for (long i=0; i<n->B*n->N; i++) {
-    Room all = room(n, 0), *r = &all;
+    Workspace all = workspace(n, 0), *r = &all;
     Data d = {.wq=a[1]+i%n->N*e*n->D, .wk=a[1]+i%n->N*e*n->D};
     weights_in(n, &d, r, 0);
     for (long c=0; c<chunks; c++) {
       long t = c*C, m = n->T-t<C ? n->T-t : C;
       float *to = a[3]+(i*n->T+t)*2*e;
-      map(n, r, a[0]+i/n->N*s[7]+i%n->N*s[8]+t*s[9], s[9], m, up(m), r->wk, a[2] ? a[2]+i%n->N*e : 0, e==r->E && m%16==0 ? to : r->q, a[4] ? a[4]+i*n->T+t : 0);
+      map(n, r, a[0]+i/n->N*s[7]+i%n->N*s[8]+t*s[9], s[9], m, round_up16(m), r->wk, a[2] ? a[2]+i%n->N*e : 0, e==r->E && m%16==0 ? to : r->q, a[4] ? a[4]+i*n->T+t : 0);
       if (e!=r->E || m%16) { rows_out(r->q, r->F, m, e, to, 2*e); rows_out(r->q+r->E, r->F, m, e, to+e, 2*e); }
     }
   }
@@ -876,13 +876,13 @@ void map_backward(const long *s, float **a) {
   long chunks = (n->T+C-1)/C, e = n->E, c = n->D;
   #pragma omp parallel for schedule(static) num_threads(s[0])
   for (long i=0; i<n->B*n->N; i++) {
-    Room all = room(n, 1), *r = &all;
+    Workspace all = workspace(n, 1), *r = &all;
     long D = r->D, E = r->E;
     float *db = r->dw+E*D;
     memset(r->dw, 0, 4*E*(D+1));
     rows_in(a[1]+i%n->N*e*c, c, e, E, c, r->W, D);
     for (long k=0; k<chunks; k++) {
-      long t = k*C, m = n->T-t<C ? n->T-t : C, M = up(m);
+      long t = k*C, m = n->T-t<C ? n->T-t : C, M = round_up16(m);
       const float *phi = a[2]+(i*n->T+t)*2*e, *g = a[3]+(i*n->T+t)*2*e;
       if (e!=E) { // zeros between the halves
         for (long h=0; h<2; h++) for (long j=0; j<m; j++) {
@@ -946,14 +946,14 @@ typedef struct { float *q, *k, *fq, *fk, *logq, *logk, *real, *loss, *dq, *dk, *
 
 // One head b*H+i: the gradient of its keys (T, F) and their log weights are its own, and summed over query heads afterwards
 static void loss_head(const LossSizes *n, const LossData *d, long head) {
-  long T = n->T, D = n->D, F = n->F, t = up(T), dd = up(D), f = up(F), wide = dd>f ? dd : f, total = 0;
+  long T = n->T, D = n->D, F = n->F, t = round_up16(T), dd = round_up16(D), f = round_up16(F), wide = dd>f ? dd : f, total = 0;
   long kv = head/n->H*n->N + head%n->H/(n->H/n->N);
   int logs = d->logk || d->logq || n->window;
   const uint8_t *real = d->real ? (uint8_t*)d->real+head/n->H*T : 0;
   const float *q = d->q+head*T*D, *fq = d->fq+head*T*F, *logq = d->logq ? d->logq+head*T : 0, *logk = d->logk ? d->logk+kv*T : 0;
   float *kT, *fkT, *keys, *dkeys, *s, *u, *x, *rows, *frows, *df, *dl;
 #define LOSS_BUFFERS(X) X(kT, dd*t) X(fkT, f*t) X(keys, t*wide) X(dkeys, t*f) X(s, C*t) X(u, C*t) X(x, t) X(rows, C*dd) X(frows, C*f) X(df, C*f) X(dl, t)
-#define LOSS_PLACE(name, size) name = p; p += up(size);
+#define LOSS_PLACE(name, size) name = p; p += round_up16(size);
   LOSS_BUFFERS(COUNT)
   float *p = floats(total);
   LOSS_BUFFERS(LOSS_PLACE)
@@ -962,11 +962,11 @@ static void loss_head(const LossSizes *n, const LossData *d, long head) {
   memset(dkeys, 0, 4*t*f); memset(dl, 0, 4*t);
   double sum = 0;
   for (long i=0; i<T; i+=C) {
-    long m = T-i<C ? T-i : C, e = n->causal ? up(i+m) : t;
-    rows_in(q+i*D, D, m, up(m), D, rows, dd); rows_in(fq+i*F, F, m, up(m), F, frows, f);
-    product(up(m), e, D, rows, dd, 1, kT, t, s, t, 0);
-    product(up(m), e, F, frows, f, 1, fkT, t, u, t, 0);
-    for (long r=0; r<up(m); r++) {
+    long m = T-i<C ? T-i : C, e = n->causal ? round_up16(i+m) : t;
+    rows_in(q+i*D, D, m, round_up16(m), D, rows, dd); rows_in(fq+i*F, F, m, round_up16(m), F, frows, f);
+    product(round_up16(m), e, D, rows, dd, 1, kT, t, s, t, 0);
+    product(round_up16(m), e, F, frows, f, 1, fkT, t, u, t, 0);
+    for (long r=0; r<round_up16(m); r++) {
       float *sr = s+r*t, *ur = u+r*t, lq = logq && r<m ? logq[i+r] : 0;
       long near = n->window && i+r+1>n->window ? i+r+1-n->window : 0; // the window's first key
       if (r<m && d->dlogq) d->dlogq[head*T+i+r] = 0;
@@ -985,9 +985,9 @@ static void loss_head(const LossSizes *n, const LossData *d, long head) {
       for (long j=0; j<e; j+=VL) { g += V(x+j); V(dl+j) += V(x+j); }
       if (d->dlogq) d->dlogq[head*T+i+r] = sum_v(g);
     }
-    product(up(m), f, e, u, t, 1, keys, f, df, f, 0);
+    product(round_up16(m), f, e, u, t, 1, keys, f, df, f, 0);
     rows_out(df, f, m, F, d->dq+(head*T+i)*F, F);
-    product(e, f, up(m), u, 1, t, frows, f, dkeys, f, 1);
+    product(e, f, round_up16(m), u, 1, t, frows, f, dkeys, f, 1);
   }
   rows_out(dkeys, f, T, F, d->dk+head*T*F, F);
   if (d->dlogk) memcpy(d->dlogk+head*T, dl, 4*T);

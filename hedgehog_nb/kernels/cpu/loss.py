@@ -1,4 +1,4 @@
-"""The map, the attention, the loss and their gradients in a few hundred lines of C, compiled once for the processor that is there
+"""Feature map, attention, loss and their gradients in a thousand lines of C, compiled once for the processor at hand
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/cpu.html.md"""
 

@@ -1,4 +1,4 @@
-"""The map, the attention, the loss and their gradients in a few hundred lines of C, compiled once for the processor that is there
+"""Feature map, attention, loss and their gradients in a thousand lines of C, compiled once for the processor at hand
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/cpu.html.md"""
 
@@ -51,6 +51,7 @@ def _map_gradient(ctx, dphi, dlog):
 
 _map_op.register_autograd(_map_gradient, setup_context=_map_save)
 
+# %% ../../../kernels/10_cpu.ipynb #4ae95ae3
 def suits_map(
     x:Tensor, # (B, H, T, D) queries or keys
     w:Tensor, # (H, E, D) matrices
@@ -59,6 +60,7 @@ def suits_map(
     return (x.device.type=='cpu' and x.dim()==4 and x.dtype==w.dtype==torch.float32 and x.stride(-1)==1 and 0<x.shape[-1]<=256 and x.numel()>0
         and holds_numbers(x, w) and for_all_threads())
 
+# %% ../../../kernels/10_cpu.ipynb #074d684b
 def c_map(
     x:Tensor, # (B, H, T, D) queries or keys, fp32, on a CPU
     w:Tensor, # (H, E, D) matrices
