@@ -114,7 +114,7 @@ def fields(
 
 CHUNK = int(re.search(r'enum {C=(\d+)}', SOURCE.read_text(encoding='utf-8'))[1]) # Tokens of a chunk
 
-# %% ../../../kernels/10_cpu.ipynb #e340556b
+# %% ../../../kernels/10_cpu.ipynb #3863bb3b
 @lru_cache
 def library(): # (the functions or None, why there are none)
     "The kernels, compiled at the first call."
@@ -132,7 +132,7 @@ def for_all_threads()->bool:
     "Are the kernels there, with as many threads as PyTorch has?"
     return library()[0] is not None and (torch.get_num_threads()==1 or _has_threads())
 
-# %% ../../../kernels/10_cpu.ipynb #51acba84
+# %% ../../../kernels/10_cpu.ipynb #1de4428e
 @lru_cache
 def _record(struct):
     names = fields(struct)

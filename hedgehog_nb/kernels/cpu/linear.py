@@ -47,7 +47,7 @@ def empty_outputs(v, s, keep, final=True, direct=False):
     den,top,states = [(B, N*G, T), (B, N, T), (B, N, chunks, _saved(s))] if keep and s['causal'] else [(B, N*G, T) if keep else (0,), (0,), (0,)]
     return new((B, T, N*G, V)).transpose(1,2), new(S), new(z), new((B, N)), new(den), v.new_zeros(top), new(states)
 
-# %% ../../../kernels/10_cpu.ipynb #1eb17f3a
+# %% ../../../kernels/10_cpu.ipynb #164fc755
 def some(x): return x if x is not None and x.numel() else None
 
 def _has_logs(form, log_k, m): # Are there log weights, of the map, given, or in the state?
@@ -81,7 +81,7 @@ def _gradients(q, k, v, w_q, w_k, b_q, b_k, log_k, m0):
     return *gradients_of(q, k, v), *(new(0) if x is None else new((tasks, *x.shape)) for x in (w_q, w_k, b_q, b_k)), \
         new(0) if log_k is None else torch.empty_like(log_k), *(new(0 if m0 is None else x) for x in ((B, N, F, v.shape[-1]), (B, N, F)))
 
-# %% ../../../kernels/10_cpu.ipynb #e86ed17f
+# %% ../../../kernels/10_cpu.ipynb #3362714b
 @custom_op('c_attention_backward')
 def _c_bwd_op(do:Tensor, dS:Optional[Tensor], dz:Optional[Tensor], q:Tensor, k:Tensor, v:Tensor, w_q:Optional[Tensor], w_k:Optional[Tensor],
               b_q:Optional[Tensor], b_k:Optional[Tensor], log_k:Optional[Tensor], m0:Optional[Tensor], mask:Optional[Tensor], o:Tensor, S:Tensor, z:Tensor,
@@ -100,7 +100,7 @@ def _(do, dS, dz, q, k, v, w_q, w_k, b_q, b_k, log_k, m0, mask, o, S, z, *_):
     g = _gradients(q, k, v, w_q, w_k, b_q, b_k, log_k, m0)
     return g[:3] + tuple(x[0] if x.dim()>1 else x for x in g[3:7]) + g[7:]
 
-# %% ../../../kernels/10_cpu.ipynb #acf69b70
+# %% ../../../kernels/10_cpu.ipynb #741792d3
 def _save(ctx, inputs, output):
     *ins,ctx.form,ctx.causal,_,_,ctx.direct = inputs
     ctx.set_materialize_grads(False)
@@ -138,7 +138,7 @@ def suits(
     if why_unavailable() or not (feature_map is None or _held(feature_map)) or max(q.shape[-1], v.shape[-1])>256: return False
     return for_all_threads() or q.shape[2]==1
 
-# %% ../../../kernels/10_cpu.ipynb #d0965447
+# %% ../../../kernels/10_cpu.ipynb #e4c3776c
 def float_rows(x): # fp32, channels side by side
     x = x.float()
     return x if x.stride(-1)==1 else x.contiguous()
@@ -152,7 +152,7 @@ def _fits(q, k, v, feature_map, form, state, ins):
     if any(x is not None and x.device.type!='cpu' for x in ins):
         raise ValueError(f"the kernel in C takes tensors, maps, masks and states on a CPU; given {sorted({str(x.device) for x in ins if x is not None})}")
 
-# %% ../../../kernels/10_cpu.ipynb #e4d593d7
+# %% ../../../kernels/10_cpu.ipynb #292ea65e
 def unsupported(
     q:Tensor, # (B, H, Tq, D) queries
     k:Tensor, # (B, Hkv, T, D) keys

@@ -51,7 +51,7 @@ def _map_gradient(ctx, dphi, dlog):
 
 _map_op.register_autograd(_map_gradient, setup_context=_map_save)
 
-# %% ../../../kernels/10_cpu.ipynb #4ae95ae3
+# %% ../../../kernels/10_cpu.ipynb #6c70a576
 def suits_map(
     x:Tensor, # (B, H, T, D) queries or keys
     w:Tensor, # (H, E, D) matrices
@@ -60,7 +60,7 @@ def suits_map(
     return (x.device.type=='cpu' and x.dim()==4 and x.dtype==w.dtype==torch.float32 and x.stride(-1)==1 and 0<x.shape[-1]<=256 and x.numel()>0
         and holds_numbers(x, w) and for_all_threads())
 
-# %% ../../../kernels/10_cpu.ipynb #074d684b
+# %% ../../../kernels/10_cpu.ipynb #59e5bd94
 def c_map(
     x:Tensor, # (B, H, T, D) queries or keys, fp32, on a CPU
     w:Tensor, # (H, E, D) matrices

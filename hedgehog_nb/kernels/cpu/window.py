@@ -37,7 +37,7 @@ _window_op = custom_op('c_window_attention')(_window)
 def _(q, k, v, phi_q, phi_k, log_q, log_k, log_gamma, S, z, m, mask, scale, window, keep):
     return empty_outputs(v, _window_sizes(q, phi_q, phi_k, v, window), keep)
 
-# %% ../../../kernels/10_cpu.ipynb #3c0fe478
+# %% ../../../kernels/10_cpu.ipynb #4ecc81cd
 def _window_gradients(q, k, v, phi_q, phi_k, log_q, log_k, log_gamma, S, z):
     zeros = lambda x: v.new_zeros(0) if x is None else x.new_zeros(x.shape)
     dq,dk,dv = (g.zero_() for g in gradients_of(q, k, v))
@@ -90,7 +90,7 @@ def _step(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, mask, s
         (*ins, o.new_tensor([scale]), None if mask is None else mask.bool().contiguous(), *before, o, *after))
     return o.to(v.dtype), WindowState(*after[:4], LinearState(*after[4:]))
 
-# %% ../../../kernels/10_cpu.ipynb #7e74b53f
+# %% ../../../kernels/10_cpu.ipynb #b0d1b0dd
 def attend_window(
     q:Tensor, k:Tensor, v:Tensor, phi_q:Tensor, phi_k:Tensor, window:int, log_q:Tensor=None, log_k:Tensor=None, log_gamma:Tensor=None, scale:float=None,
     mask:Tensor=None, initial_state:WindowState=None, output_final_state:bool=False, # All as for `window_attention`
@@ -157,7 +157,7 @@ def _max_gradient(ctx, g, _): return *_max_bwd_op(g.contiguous(), *ctx.saved_ten
 
 _max_op.register_autograd(_max_gradient, setup_context=_max_save)
 
-# %% ../../../kernels/10_cpu.ipynb #d944cbed
+# %% ../../../kernels/10_cpu.ipynb #69f74cd7
 def largest_in_window(
     q:Tensor, # (B, H, T, D) queries, on a CPU
     k:Tensor, # (B, Hkv, T, D) keys
