@@ -1,4 +1,4 @@
-"""One look for every figure in the book: small, colour-blind safe, and a method keeps its colour
+"""One style for all figures: small, safe for colour-blind readers, one colour per method
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/plots.html.md"""
 
