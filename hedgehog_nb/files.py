@@ -1,4 +1,4 @@
-"""A model that fits in a megabyte, the text to train and test it on, and one call for any other model and text
+"""Load any model and text, pack text into blocks of tokens, and use the small model and text that come with the package
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/data.html.md"""
 
