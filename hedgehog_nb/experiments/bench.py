@@ -1,4 +1,4 @@
-"""One command measures everything against everything: our kernels, flash-linear-attention, softmax's own kernels, and the floor that bytes set
+"""One command times attention: our implementations, flash-linear-attention, softmax's kernels, and the lower bound that memory bandwidth sets
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/benchmarks.html.md"""
 
@@ -275,6 +275,7 @@ def medians(
 
 def median_ms(f, device, budget_s=2.): return medians({0:f}, device, budget_s)[0] # of one
 
+# %% ../../kernels/07_benchmarks.ipynb #14dcb815
 def peak_bytes(
     f, # What to call
     device, # Where it runs
@@ -328,6 +329,7 @@ def _want(c, x):
         res.append(torch.autograd.grad(o, leaves, y['g']) if c.kind=='train' else (o.detach(),))
     return res
 
+# %% ../../kernels/07_benchmarks.ipynb #ce27b1c8
 def _error(c, got, want):
     "The largest error of any eighth of the tokens, relative to the norm of its reference."
     worst = 0.
@@ -339,6 +341,7 @@ def _error(c, got, want):
 @functools.lru_cache(1)
 def _given(c, device): return (x := make_inputs(c, device)), functools.lru_cache(lambda: _want(c, x)) # of the case at hand
 
+# %% ../../kernels/07_benchmarks.ipynb #63e72e0e
 def prepare(
     c:Case, # What to compute
     name:str, # A contender
@@ -373,7 +376,7 @@ def default_cases(
             Case('forward',8,16,16,8192,64,torch.float16)]
     return list(dict.fromkeys(head + rest + large + small + [Case('decode',b,16,16,T,64,bf) for b in (1,64) for T in (2048,32768)]))
 
-
+# %% ../../kernels/07_benchmarks.ipynb #c7373448
 TURNS = ('hedgehog','sdpa','sdpa-flash','sdpa-cudnn','hedgehog-kernels'), ('fla-chunk','fla-fused'), (), ('hedgehog-compiled','flex') # others: the third
 
 def measurements(
@@ -387,6 +390,7 @@ def measurements(
     todo = [(c, n) for c in cases for n in sorted(BENCHMARKS[c.kind], key=place) if not names or n in names]
     return sorted(todo, key=lambda x: place(x[1])[0])
 
+# %% ../../kernels/07_benchmarks.ipynb #3e975e27
 def _case(row): # what a row was measured on
     return Case(row['experiment'].partition('-')[2], *(row[n] for n in ('B','H','Hkv','T','D')), getattr(torch, row['dtype']), row['causal'])
 
@@ -424,6 +428,7 @@ def attempt(f, *args):
     except torch.OutOfMemoryError: return 'failed', 'out of memory'
     except Exception as e: return 'failed', ' '.join(f"{type(e).__name__}: {e}".split())[:200]
 
+# %% ../../kernels/07_benchmarks.ipynb #bf62aef6
 def _healthy(): # after an illegal access a process can use its GPU no more
     try: torch.cuda.is_initialized() and (torch.cuda.synchronize(), torch.cuda.empty_cache())
     except Exception: return False
@@ -439,6 +444,7 @@ def _serve(pipe):
         except EOFError: os._exit(0)
         pipe.send((*attempt(f, *args), _healthy()))
 
+# %% ../../kernels/07_benchmarks.ipynb #e95e02ff
 class Worker:
     "A process that calls functions of this module, is killed where it takes too long, and is started anew where it broke."
     def __init__(self): self.process = None
@@ -493,6 +499,7 @@ def compile_share(
         x = make_inputs(c, device)
         attempt(lambda: _step(c, x, BENCHMARKS[c.kind][name](c, x))())
 
+# %% ../../kernels/07_benchmarks.ipynb #ed4e4f82
 def compile_ahead(
     todo:list, # Of (case, name)
     device, # Where
@@ -534,6 +541,7 @@ def resumable(
     if any(run.get(k)!=head[k] for k in ('commit','device','versions')): return nothing
     return dict(rows=run['rows'], wall_s=wall_s, cases=cases, other=False)
 
+# %% ../../kernels/07_benchmarks.ipynb #64267357
 def _rates(device, dtype):
     _current(device)
     return dict(device=device.type, copy=copy_rate(device), matmul=matmul_rate(device, dtype))
@@ -543,6 +551,7 @@ def _machine_rows(rates, dtype):
     return [dict(row, variant='copy', metric='bytes_per_s', value=rates['copy'], unit='B/s'),
             dict(row, variant='matmul', metric='tflops', value=rates['matmul']/1e12, dtype=str(dtype)[6:])]
 
+# %% ../../kernels/07_benchmarks.ipynb #537025e3
 def _by_turns(todo, device, end):
     "Case by case, its contenders by turns with a matrix product: (case, {name: (state, value, seconds)})."
     for i,c in enumerate(dict.fromkeys(c for c,_ in todo)):
@@ -573,6 +582,31 @@ def _one_by_one(todo, device, end, timeout, lost, worker):
         if state!='ok': lost[name] = lost.get(name, 0)+t
         yield c, {name: (state, value, t)}
 
+# %% ../../kernels/07_benchmarks.ipynb #9a56811d
+def _machine(rows, device, dtype, worker=None):
+    "Rates of the machine: those in `rows`, or measured now, in `worker` if there is one, and added to `rows`."
+    old = {r['variant']:r['value'] for r in rows if r['model']=='machine' and r['variant'] in ('copy','matmul')}
+    if len(old)==2: return dict(device=device.type, copy=old['copy'], matmul=old['matmul']*1e12)
+    state,rates = worker(180., _rates, device, dtype) if worker else ('ok', _rates(device, dtype))
+    if state!='ok': raise RuntimeError(f"the machine itself could not be measured: {rates}")
+    rows += _machine_rows(rates, dtype)
+    return rates
+
+def _rows_of(c, got, rates):
+    "Rows of all that was measured of a case, and of what failed."
+    rows = []
+    for n,(state,value,seconds) in got.items():
+        if state=='ok': rows += _rows(c, n, value['ms'], value['bytes'], rates | {k:x for k,x in value.items() if k=='matmul'})
+        elif state!='absent': rows.append(_row(c, n, 'failed', seconds, rates, unit='s', reason=value))
+    return rows
+
+def _checked(rows):
+    "`rows`. Raises `WrongResult` naming those of ours that are wrong."
+    wrong = [f"{r['variant']} on {_case(r)} ({r['reason'][7:]})" for r in rows if r['metric']=='failed' and r['reason'].startswith('WRONG')]
+    if wrong: raise WrongResult(f"wrong, and not timed: {'; '.join(wrong)}")
+    return rows
+
+# %% ../../kernels/07_benchmarks.ipynb #b41f4891
 def run_benchmark(
     out, # File to write, results/bench-DEVICE.json
     device=None, # Where; the GPU if there is one, if None
@@ -597,25 +631,16 @@ def run_benchmark(
     todo,dtype = [x for x in every if x not in have],cases[0].dtype
     write = lambda: write_results(out, rows, command, wall_s=kept['wall_s']+time.time()-start, device=device, commit=commit)
     with Worker() as worker:
-        old = {r['variant']:r['value'] for r in rows if r['model']=='machine' and r['variant'] in ('copy','matmul')}
-        if len(old)==2: rates = dict(device=device.type, copy=old['copy'], matmul=old['matmul']*1e12)
-        elif isolate:
-            state,rates = worker(180., _rates, device, dtype)
-            if state!='ok': raise RuntimeError(f"the machine itself could not be measured: {rates}")
-        else: rates = _rates(device, dtype)
-        if len(old)<2: rows += _machine_rows(rates, dtype); write()
+        n,rates = len(rows),_machine(rows, device, dtype, worker if isolate else None)
+        if len(rows)>n: write()
         if device.type=='cuda' and isolate: compile_ahead(todo, device)
         lost = {n: sum(r['value'] for r in rows if r['metric']=='failed' and r['variant']==n) for n in known}
         done = len(every)-len(todo)
         for c,got in _one_by_one(todo, device, end, timeout, lost, worker) if isolate else _by_turns(todo, device, end):
-            for n,(state,value,seconds) in got.items():
-                if state=='ok': rows += _rows(c, n, value['ms'], value['bytes'], rates | {k:x for k,x in value.items() if k=='matmul'})
-                elif state!='absent': rows.append(_row(c, n, 'failed', seconds, rates, unit='s', reason=value))
+            rows += _rows_of(c, got, rates)
             write(); done += len(got)
             if on_result: on_result(c, {n: value['ms'] if state=='ok' else value for n,(state,value,_) in got.items()}, done, len(every))
-    wrong = [f"{r['variant']} on {_case(r)} ({r['reason'][7:]})" for r in rows if r['metric']=='failed' and r['reason'].startswith('WRONG')]
-    if wrong: raise WrongResult(f"wrong, and not timed: {'; '.join(wrong)}")
-    return rows
+    return _checked(rows)
 
 # %% ../../kernels/07_benchmarks.ipynb #d24d5d41
 def _measured(rows, experiment, metric, device=None):
@@ -658,6 +683,7 @@ def bench_curves(
     curve = lambda n: sorted((r['T'], value(r)) for r in rows if r['variant']==n)
     return {n: tuple(zip(*curve(n))) for n in dict.fromkeys(r['variant'] for r in rows)}, str(family).partition(' ')[2].replace(' T=0', ''), rows[0]['device']
 
+# %% ../../kernels/07_benchmarks.ipynb #3898c103
 def plot_bench(
     rows:list, # From `read_results`
     experiment:str, # "bench-forward", "bench-train", or the same with "cpu-"
