@@ -1,4 +1,4 @@
-"""One registry of backends for linear attention and for window attention: which one serves a call, and why
+"""Which implementation computes a call of linear or window attention, and how to register your own
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/dispatch.html.md"""
 

@@ -1,4 +1,4 @@
-"""A few candidates for each kernel, timed once on the GPU that is there, the choice kept for next time
+"""A few candidate configurations for each kernel, timed once on your GPU, and the fastest kept for next time
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/autotune.html.md"""
 
@@ -105,6 +105,7 @@ def _kind(name, x): # what a choice depends on: constants and distances between 
     if dtype := getattr(x, 'dtype', None): return dtype
     return x if name.isupper() and name!='H' or name.startswith('stride_') or not isinstance(x, int) else f'2^{_octave(x)}'
 
+# %% ../../kernels/09_autotune.ipynb #c7dafc26
 def tuned_changes(
     kernel, # A `triton.jit` function that gives the same when it runs again
     programs:int, # How many, the same for all candidates
