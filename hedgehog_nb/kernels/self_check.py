@@ -1,4 +1,4 @@
-"""Before a kernel serves a GPU on which it has not run, it is compared with PyTorch there, and the verdict is kept
+"""Before a Triton kernel is used on a GPU, it is compared with PyTorch there, and the verdict is kept
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/self_check.html.md"""
 
@@ -310,6 +310,7 @@ def _verdict(c, device):
             except torch.OutOfMemoryError: return None
         return VERDICTS[device,c]
 
+# %% ../../kernels/11_self_check.ipynb #4ffc90f4
 def _describe(c):
     "A case in words."
     odd = {n:x for n,x in c._asdict().items() if x!=Case._field_defaults.get(n) and n not in ('family','dtype','weights') and not n.startswith('stride')}
