@@ -1,4 +1,4 @@
-"""`hedgehog`: convert a model, measure it and generate text, a line each
+"""Convert a model, measure it and generate text with the hedgehog command, a line each
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/cli.html.md"""
 
