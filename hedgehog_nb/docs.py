@@ -37,14 +37,16 @@ class colab_badge(Processor):
 # %% ../nbs/91_docs.ipynb #d1fe1f53
 def _fold(src, folded):
     "`src` with the options by which Quarto shows its code folded or open, and without nbdev's"
-    body = [l for l in src.splitlines() if not re.match(r'#\|\s*(code-fold|exports|exporti)\b', l)]
+    lines = src.splitlines()
+    n = next((i for i,l in enumerate(lines) if l.strip() and not l.startswith(('#','%%'))), len(lines)) # a string further down may hold such lines too
+    body = [l for l in lines[:n] if not re.match(r'#\|\s*(code-fold|exports|exporti)\b', l)]+lines[n:]
     summary = 'Code of a helper' if folded else 'Exported source'
     return '\n'.join([f"#| code-fold: {'true' if folded else 'show'}", f'#| code-summary: "{summary}"', *body])
 
 def _anchors(tree, private):
     "Anchors for names of a cell that get no heading from `show_doc`: private functions (`private`: all), and the methods of classes"
-    defs = [o for o in tree or [] if isinstance(o, (ast.FunctionDef,ast.ClassDef))]
-    names = [o.name for o in defs if private or o.name.startswith('_')]
+    defs = [o for o in tree or [] if isinstance(o, (ast.FunctionDef,ast.AsyncFunctionDef,ast.ClassDef))]
+    names = [o.name for o in defs if o.name!='_' and (private or o.name.startswith('_'))]
     names += [f'{o.name}.{m.name}' for o in defs if isinstance(o, ast.ClassDef) for m in o.body if isinstance(m, ast.FunctionDef)]
     return [mk_cell(' '.join(f'<span id="{n.lower()}"></span>' for n in names), 'markdown')] if names else []
 
@@ -57,33 +59,36 @@ def _only_heading(cell):
 class show_code(Processor):
     "Show exported code on its page, below its `show_doc`: open, or folded where the cell says `#| code-fold: true` or `#| exporti`."
     def begin(self):
-        cells = []
+        cells,at = [],0 # `at`: the place of the last exported cell, where its headings go; nbdev hands them over last first
         for c in self.nb.cells:
             d = c.directives_ if c.cell_type=='code' else {}
             if d.keys() & {'hide','default_exp','export'}: continue
             if d.keys() & {'exports','exporti'}:
                 hidden = 'exporti' in d
                 cells += _anchors(c.parsed_(), hidden)
-                c.source = _fold(c.source, hidden or '#| code-fold: true' in c.source)
+                c.source = _fold(c.source, hidden or d.get('code-fold')=='true')
             if getattr(c, 'has_sd', False) and cells and 'exports' in getattr(cells[-1], 'directives_', {}):
                 if 'code-fold: show' in cells[-1].source: _only_heading(c)
-                cells.insert(-1, c)
-            else: cells.append(c)
+                cells.insert(at, c)
+            else:
+                at = len(cells)
+                cells.append(c)
         self.nb.cells = cells
 
 # %% ../nbs/91_docs.ipynb #4dfda6f5
 def _widths(md):
     "`md` with the dashes of each table as wide as its columns"
-    lines,fence = md.split('\n'),False
-    cells = lambda l: [c.strip() for c in re.split(r'(?<!\\)\|', l.strip().strip('|'))]
+    lines,fence = md.split('\n'),None
+    cells = lambda l: [c.strip() for c in re.split(r'(?<!\\)\|', re.sub(r'^\||(?<!\\)\|$', '', l.strip()))]
     seen = lambda c: len(re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', c))
     for i,l in enumerate(lines):
-        if l.startswith('```'): fence = not fence
-        if fence or not i or not re.fullmatch(r'\s*\|?(\s*:?-+:?\s*\|)+(\s*:?-+:?\s*)?', l) or '|' not in lines[i-1]: continue
+        if fence: fence = None if re.fullmatch(rf'\s*{fence}{fence[0]}*\s*', l) else fence; continue
+        if m := re.match(r'\s*(?:[-*+] +|>\s*)?(`{3,}(?!.*`)|~{3,})', l): fence = m[1]; continue
+        if not i or re.match(r' {4}|\t', l) or not re.fullmatch(r'\s*\|?(\s*:?-+:?\s*\|)+(\s*:?-+:?\s*)?', l) or '|' not in lines[i-1]: continue
         end = next((j for j in range(i+1, len(lines)) if '|' not in lines[j]), len(lines))
         rows,marks = [cells(x) for x in (lines[i-1], *lines[i+1:end])],cells(l)
-        n = [min(max(3, *(seen(r[c]) for r in rows if c<len(r))), 60) for c in range(len(marks))]
-        lines[i] = '| '+' | '.join(':'*m.startswith(':')+'-'*k+':'*m.endswith(':') for m,k in zip(marks, n))+' |'
+        n = [min(max([3, *(seen(r[c]) for r in rows if c<len(r))]), 60) for c in range(len(marks))]
+        lines[i] = re.match(r'\s*', l)[0]+'| '+' | '.join(':'*m.startswith(':')+'-'*k+':'*m.endswith(':') for m,k in zip(marks, n))+' |'
     return '\n'.join(lines)
 
 def fit_tables(cell):

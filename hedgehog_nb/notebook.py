@@ -8,14 +8,15 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/docs.html.md"""
 __all__ = ['start']
 
 # %% ../nbs/91_docs.ipynb #92d93cae
-import os, re
+import importlib, itertools, os, re
 from importlib.util import find_spec
 
 # %% ../nbs/91_docs.ipynb #96a74678
 def _why_not(lines, missing, kernels):
     "Why a cell does not run here, in a sentence; '' if it runs"
-    marks = {m[1] for l in lines if (m := re.match(r'#\|\s*(slow|cuda|triton)\b', l))}
-    if missing: return f"this page needs {missing}: pip install {missing}"
+    head = itertools.takewhile(lambda l: not l.strip() or l.startswith(('#','%%')), lines) # a string further down may hold such lines too
+    marks = {m[1] for l in head if (m := re.match(r'#\|\s*(slow|cuda|triton)\b', l))}
+    if missing and not re.search(r'^[%!] *(uv )?pip |hedgehog_nb\.notebook', ''.join(lines), flags=re.M): return f"this page needs {missing}: pip install {missing}"
     if 'cuda' in marks and not _has_gpu(): return "it needs an NVIDIA GPU"
     if marks & {'triton','cuda'} and not (kernels and find_spec('triton')): return "it needs Triton, which exists for Linux: pip install triton"
     if 'slow' in marks and os.environ.get('HEDGEHOG_SLOW')!='1':
@@ -33,10 +34,12 @@ def start(
 ):
     "Let *Run all* reach the end of a notebook: a cell that this machine cannot run, or that takes long, says so instead of running."
     if kernels and not _has_gpu(): os.environ.setdefault('TRITON_INTERPRET', '1')
-    missing = ' '.join(p for p in needs.split() if not find_spec(p))
     def skip(lines):
-        if any('nbdev_export' in l for l in lines): return lines if find_spec('nbdev') and os.path.exists('../pyproject.toml') else []
+        if any(re.search(r'\bnbdev_export\(\)', l) for l in lines): return lines if find_spec('nbdev') and os.path.exists('../pyproject.toml') else []
+        importlib.invalidate_caches() # it may have been installed since
+        missing = ' '.join(p for p in needs.split() if not find_spec(p))
         why = _why_not(lines, missing, kernels)
         return [f'print({f"Not run here: {why}."!r})\n'] if why else lines
     from IPython import get_ipython
-    get_ipython().input_transformers_cleanup.append(skip)
+    todo = get_ipython().input_transformers_cleanup
+    todo[:] = [*(f for f in todo if getattr(f, '__module__', '')!=__name__), skip] # a second call takes the place of the first
