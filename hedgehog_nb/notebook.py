@@ -14,9 +14,10 @@ from importlib.util import find_spec
 # %% ../nbs/91_docs.ipynb #96a74678
 def _why_not(lines, missing, kernels):
     "Why a cell does not run here, in a sentence; '' if it runs"
-    head = itertools.takewhile(lambda l: not l.strip() or l.startswith(('#','%%')), lines) # a string further down may hold such lines too
+    head = itertools.takewhile(lambda l: not l.strip() or l.startswith(('#','%%')), lines) # not those in a string further down
     marks = {m[1] for l in head if (m := re.match(r'#\|\s*(slow|cuda|triton)\b', l))}
-    if missing and not re.search(r'^[%!] *(uv )?pip |hedgehog_nb\.notebook', ''.join(lines), flags=re.M): return f"this page needs {missing}: pip install {missing}"
+    ours = re.search(r'^[%!] *(uv )?pip |hedgehog_nb\.notebook', ''.join(lines), flags=re.M) # it installs what is missing, or calls `start` again
+    if missing and not ours: return f"this page needs {missing}: pip install {missing}"
     if 'cuda' in marks and not _has_gpu(): return "it needs an NVIDIA GPU"
     if marks & {'triton','cuda'} and not (kernels and find_spec('triton')): return "it needs Triton, which exists for Linux: pip install triton"
     if 'slow' in marks and os.environ.get('HEDGEHOG_SLOW')!='1':

@@ -43,7 +43,8 @@ def test_a_missing_package_can_be_installed(shell, monkeypatch):
     monkeypatch.setattr(notebook, 'find_spec', lambda p: p in there or importlib.util.find_spec(p))
     notebook.start(needs='no_such_package')
     assert left_out(shell, 'x')
-    for src in ('%pip install no_such_package', '!pip install no_such_package', 'from hedgehog_nb.notebook import start; start()'): assert not left_out(shell, src)
+    for src in ('%pip install no_such_package', '!pip install no_such_package', 'from hedgehog_nb.notebook import start; start()'):
+        assert not left_out(shell, src)
     there.append('no_such_package')
     assert not left_out(shell, 'x')
 

@@ -48,13 +48,24 @@ OUTPUTS = [(text('hello', 'stderr'), 'went to stderr'),
     (data(text_plain='<function f at 0x7f00aa11bb22>'), "an object's address"), (data(text_plain='<foo.Bar object>'), "an object's address"),
     (data(text_plain="{'a': 1,\n 'b': 2,\n 'c': 3,\n 'd': 4}"), 'a dictionary'),
     (dict(output_type='error', ename='KeyError', evalue='', traceback=[]), 'ends in KeyError'),
-    (data(image_png='aaaa', text_plain='<Figure size 1x1 with 1 Axes>'), 'a figure without')]
+    (data(image_png='aaaa', text_plain='<Figure size 1x1 with 1 Axes>'), 'a figure without'),
+    ({'output_type':'display_data', 'data':{'image/svg+xml':'<svg></svg>'}}, 'a figure without'), (data(image_jpeg='aaaa'), 'a figure without'),
+    (text('Generating: 12 examples [00:00, 120.1 examples/s]'), 'a progress bar'), (text('0/10 [00:00<?, ?it/s]'), 'a progress bar'),
+    (data(text_html='<pre>Working \u2501\u2501\u2501\u2501</pre>', text_plain=''), 'a progress bar'), (text('\x1b]8;;http://x\x1b\\'), 'terminal colours'),
+    (text('[bold red]hi'), 'Rich markup'), (text('WARNING:root:low'), 'a warning'), (data(text_markdown='FutureWarning: soon'), 'a warning'),
+    (data(text_plain='<__main__.Foo at 0x12ab>'), "an object's address"),
+    (text('{"a": 1,\n "b": 2,\n "c": 3}'), 'a dictionary'), (text("result\n{1: 2,\n 3: 4,\n 5: 6}"), 'a dictionary')]
 
-@pytest.mark.parametrize('output,what', OUTPUTS, ids=[w for _,w in OUTPUTS])
+@pytest.mark.parametrize('output,what', OUTPUTS, ids=[f'{i} {w}' for i,(_,w) in enumerate(OUTPUTS)])
 def test_outputs(copy, output, what):
     write,good = copy
     found = write(with_cells(good, cell('code', '1+1') | dict(outputs=[output])))
     assert len(found) == 1 and what in found[0] and found[0].startswith('nbs/01_first.ipynb'), found
+
+def test_alt_text_is_a_text(copy):
+    write,good = copy
+    for src in ('#| fig-alt: ""\nx', 'f("fig-alt:")', '# fig-alt: x'):
+        assert ['a figure without' in f for f in write(with_cells(good, cell('code', src) | dict(outputs=[data(image_png='aaaa')])))] == [True], src
 
 PLAIN = [text('loss 2.5, 100% of 3 runs'), data(text_plain='tensor([[1., 0.]])'), data(text_plain="{'a': 1}"),
     text('[/work] is no folder [1]'), text('hot [dim=-1]'),
@@ -68,6 +79,10 @@ def test_good_outputs(copy, output):
 LINKS = [('[gone](99_gone.ipynb)', 'which is no page'), ('[gone](first.html#no-part)', 'no such anchor'), ('[gone](#no-part)', 'no such anchor'),
     ('[gone](https://site.org/nbs/gone.html)', 'no page'), ('[gone](https://site.org/nbs/first.html#_gone)', 'no such anchor'),
     ('[the [`x`](first.html) of](first.html)', "inside a link's text"),
+    ('[gone](99_gone.ipynb "title")', 'no page'), ('[gone](<99 gone.ipynb>)', 'no page'), ('[gone][x]\n\n[x]: 99_gone.ipynb', 'no page'),
+    ("<a href='99_gone.ipynb'>", 'no page'), ('<https://site.org/nbs/gone.html>', 'no page'), ('<img alt="x" src="gone.png">', 'no page'),
+    ('[gone](b(c).ipynb)', 'b(c).ipynb, which'), ('```\n~~~\n```\n[gone](99.ipynb)', 'no page'), ('[gone](#own)\n## Other {#another}', 'no such anchor'),
+    ('[gone](#of)\n\n`{#of}`', 'no such anchor'), ('![][x]\n\n[x]: ../_quarto.yml', 'without alt text'), ('<IMG src="../_quarto.yml">', 'without alt text'),
     ('![](picture.png)', 'without alt text'), ('<img src="a.png">', 'without alt text'), ('<a href="99_gone.ipynb">', 'no page')]
 
 @pytest.mark.parametrize('md,what', LINKS, ids=[m for m,_ in LINKS])
@@ -77,7 +92,13 @@ def test_links(copy, md, what):
         found = write(with_cells(good, c))
         assert any(what in f for f in found), found
 
-GOOD_LINKS = ['```\n[gone](99.ipynb)\n```', '`[gone](99.ipynb)`', '[mail](mailto:a@b.c)', '![alt](https://x.org/a.png)', '[down](../_quarto.yml)']
+GOOD_LINKS = ['```\n[gone](99.ipynb)\n```', '`[gone](99.ipynb)`', '[mail](mailto:a@b.c)', '~~~\n[gone](99.ipynb)\n~~~',
+    '````\n```\n[gone](99.ipynb)\n```\n````',
+    '- x\n  ```\n  [gone](99.ipynb)\n  ```', '```\r\n[gone](99.ipynb)\r\n```\r\n', '`` `a` [gone](99.ipynb)``',
+    '`a\n[gone](99.ipynb)`', '<!-- [gone](99.ipynb) -->',
+    'maths $f[0](x)$', '$$ f[0](x) $$', '\\[a\\](b)', '[a](https://site.org/)', '[a](https://site.organic/x)', '[a](HTTPS://x.org)', 'note[^1]\n\n[^1]: text',
+    "<img src='../_quarto.yml' alt='x'>", '## Été <b>x</b> ##\n\n[a](#été-x)', "<span id='x1'></span>[a](#x1)",
+    '![alt](https://x.org/a.png)', '[down](../_quarto.yml)']
 
 @pytest.mark.parametrize('md', GOOD_LINKS)
 def test_good_links(copy, md):
@@ -93,6 +114,34 @@ def test_opening(copy):
     raw = cell('raw', first[0]['source'].replace('description: what it is about\n', ''))
     assert ['promise' in f for f in write([raw, *first[1:]])] == [True]
 
+@pytest.mark.parametrize('md', ['\n\n## A heading', '- a list', '1. a list', '| a | b |\n|---|---|', '![a figure](../_quarto.yml)',
+    '```\ncode\n```', '$$ x $$', '<!-- x -->\n## A heading'])
+def test_no_paragraph(copy, md):
+    write,good = copy
+    more = ' of ten words and more that is no paragraph at all'
+    long = md.replace('a list', 'a list'+more).replace('A heading', 'A heading'+more)
+    assert ['paragraph' in f for f in write([good['first'][0], cell('markdown', long), *good['first'][3:]])] == [True]
+
+def test_badge_and_paragraph_in_one_cell(copy):
+    write,good = copy
+    first = good['first']
+    assert write([first[0], cell('markdown', first[1]['source']+'\n\n'+first[2]['source']), *first[3:]]) == []
+    assert write([first[0], cell('markdown', ''), *first[1:]]) == []
+
+def test_odd_notebooks(copy):
+    write,good = copy
+    odd = [cell('raw', '<hr>'), {k:v for k,v in cell('code', 'x').items() if k!='outputs'}, cell('code', ['x\n','y']) | dict(outputs=None),
+        cell('markdown', '')]
+    assert write(with_cells(good, *odd)) == []
+    for cells in ([cell('raw', 'no front matter')], [cell('raw', '---\n---\n')], [cell('raw', '')]): assert any('has no `# Title`' in f for f in write(cells))
+
+def test_code_shown_once_of_two(copy):
+    write,good = copy
+    source = [cell('code', f'#| export{s}\ndef {f}(): pass') for s,f in (('s','_helper'), ('','_helper'), ('s','folded'), ('','later'))]
+    source[3]['source'] = source[3]['source'].replace('def', 'async def')
+    found = write(with_cells(good, cell('code', '#| echo: false\ndef folded(): pass')), source=source)
+    assert [n for n in ('_helper','folded','later') if any(f'the code of {n}:' in f for f in found)] == ['_helper','folded','later'], found
+
 def test_code_that_is_missing(copy):
     write,good = copy
     hidden = [cell('code', '#| exports\ndef _helper(): pass'), cell('code', '#| export\nimport os\nclass Gone:\n    def method(self): pass')]
@@ -101,9 +150,12 @@ def test_code_that_is_missing(copy):
 def test_imports_beside_work(copy):
     write,good = copy
     exported = cell('code', '#| exports\ndef _helper(): pass')
-    for src in ('import os\nos.getcwd()', '#| hide\nimport os; os.getcwd()', 'def f():\n    import os'):
+    for src in ('import os\nos.getcwd()', '#| hide\nimport os; os.getcwd()', 'def f():\n    import os',
+        '%%time\nimport os\nos.getcwd()', '!ls\nimport os\nos.getcwd()'):
         assert ['mixes imports' in f for f in write(source=[exported, cell('code', src)])] == [True], src
-    for src in ('import os\nfrom a import b', 'os.getcwd()', '#| eval: false\nimport os; os.getcwd()', '#| hide\nimport nbdev; nbdev.nbdev_export()'):
+    for src in ('import os\nfrom a import b', 'os.getcwd()', '#| eval: false\nimport os; os.getcwd()', '#| hide\nimport nbdev; nbdev.nbdev_export()',
+        '#| eval: False\nimport os; os.getcwd()',
+        'import os\n%matplotlib inline'):
         assert write(source=[exported, cell('code', src)]) == [], src
 
 def test_titles(copy):
@@ -112,6 +164,20 @@ def test_titles(copy):
     assert ["calls nbs/01_first.ipynb 'Page one'" in f for f in write(index=other)] == [True]
     assert ['calls nbs/01_first.ipynb None' in f for f in write(index=good['index'][:2])] == [True]
 
+def test_titles_of_all_kinds(copy):
+    write,good = copy
+    for title,row in (('The `x` page', '| [The `x` page](01_first.ipynb) | e |'), ('A: "b"', '|[A: "b"](01_first.ipynb)|e|'),
+        ('A [b]', '|  [A [b]](01_first.ipynb)   | e |'),
+        ('A | b', '| [A \\| b](01_first.ipynb) | e |')):
+        first = [cell('raw', f"---\ndescription: what\noutput-file: first.html\ntitle: '{title}'\n---\n"), *good['first'][1:]]
+        assert write(first, [*good['index'][:2], cell('markdown', '| Chapter | What |\n|---|---|\n'+row)]) == [], title
+
+@pytest.mark.parametrize('title,name,what', [('Home','first','have one title'), ('First page','index','have one address')])
+def test_two_pages_of_one_name(copy, title, name, what):
+    write,good = copy
+    first = page(title, name, *good['first'][1:])
+    assert any(what in f for f in write(first, [*good['index'][:2], cell('markdown', HOME.replace('First page', title))]))
+
 def test_sidebar(copy, tmp_path):
     write,good = copy
     yml = (tmp_path/'_quarto.yml').read_text()
@@ -119,6 +185,22 @@ def test_sidebar(copy, tmp_path):
     assert [('Page one' in f, 'no page' in f) for f in write()] == [(True, False), (False, True)]
     (tmp_path/'_quarto.yml').write_text(yml.replace('[nbs/01_first.ipynb]', '[]'))
     assert ['not in the sidebar' in f for f in write()] == [True]
+
+@pytest.mark.processes
+def test_no_checkout(tmp_path):
+    with pytest.raises(RuntimeError, match='is no git checkout'): site.process_pages(tmp_path, tmp_path/'copy')
+
+@pytest.mark.skipif(not shutil.which('pandoc'), reason='needs Pandoc')
+def test_preview_keeps_what_is_there(tmp_path, monkeypatch):
+    "It does not empty a folder of notebooks, and writes nothing where no page has the name"
+    (tmp_path/'nbs').mkdir(); (tmp_path/'nbs/a.ipynb').write_text('{}')
+    for into in ('.', 'nbs'):
+        with pytest.raises(ValueError, match='more than a preview'): site.preview_site(tmp_path, tmp_path/into)
+    monkeypatch.setattr(site, 'process_pages', lambda root, d, n: d)
+    monkeypatch.setattr(site, 'pages_of', lambda proc: [])
+    (tmp_path/'old').mkdir(); (tmp_path/'old/x.html').write_text('x')
+    with pytest.raises(ValueError, match='No page has'): site.preview_site(tmp_path, tmp_path/'old', only='nothing')
+    assert (tmp_path/'old/x.html').exists()
 
 @pytest.mark.processes
 def test_whole_run(root, tmp_path):
