@@ -66,7 +66,7 @@ class show_code(Processor):
             if d.keys() & {'exports','exporti'}:
                 hidden = 'exporti' in d
                 cells += _anchors(c.parsed_(), hidden)
-                c.source = _fold(c.source, hidden or d.get('code-fold')=='true')
+                c.source = _fold(c.source, hidden or d.get('code-fold') in ('','true'))
             if getattr(c, 'has_sd', False) and cells and 'exports' in getattr(cells[-1], 'directives_', {}):
                 if 'code-fold: show' in cells[-1].source: _only_heading(c)
                 cells.insert(at, c)

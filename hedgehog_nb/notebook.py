@@ -14,8 +14,8 @@ from importlib.util import find_spec
 # %% ../nbs/91_docs.ipynb #96a74678
 def _why_not(lines, missing, kernels):
     "Why a cell does not run here, in a sentence; '' if it runs"
-    head = itertools.takewhile(lambda l: not l.strip() or l.startswith(('#','%%')), lines) # not those in a string further down
-    marks = {m[1] for l in head if (m := re.match(r'#\|\s*(slow|cuda|triton)\b', l))}
+    head = itertools.takewhile(lambda l: not l.strip() or re.match(r'\s*(#\s*\||%%)', l), lines) # the lines where nbdev looks
+    marks = {m[1] for l in head if (m := re.match(r'\s*#\s*\|\s*(slow|cuda|triton)(?![\w-])', l))}
     ours = re.search(r'^[%!] *(uv )?pip |hedgehog_nb\.notebook', ''.join(lines), flags=re.M) # it installs what is missing, or calls `start` again
     if missing and not ours: return f"this page needs {missing}: pip install {missing}"
     if 'cuda' in marks and not _has_gpu(): return "it needs an NVIDIA GPU"

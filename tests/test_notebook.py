@@ -16,12 +16,13 @@ def shell(monkeypatch):
 
 def left_out(shell, src): return 'Not run here' in shell.transform_cell(src)
 
-@pytest.mark.parametrize('src', ['#| slow\nx', '#|slow\nx', '\n\n#| hide\n#| slow\nx', '%%time\n#| slow\nx', '#| slow\n#| cuda\nx', '# why\n#| slow\nx'])
+@pytest.mark.parametrize('src', ['#| slow\nx', '#|slow\nx', '\n\n#| hide\n#| slow\nx',
+    '%%time\n#| slow\nx', '#| slow\n#| cuda\nx', '# | slow\nx', ' #| slow\nx'])
 def test_marked_cells_are_left_out(shell, src):
     notebook.start()
     assert left_out(shell, src)
 
-@pytest.mark.parametrize('src', ['x', '#| slower\nx', 's = """\n#| slow\n"""', 'print("#| slow")', '"""\n#| slow\n"""'])
+@pytest.mark.parametrize('src', ['x', '#| slower\nx', '#| slow-ish\nx', '# why\n#| slow\nx', 's = """\n#| slow\n"""', 'print("#| slow")', '"""\n#| slow\n"""'])
 def test_other_cells_run(shell, src):
     notebook.start()
     assert shell.transform_cell(src) == src+'\n'
