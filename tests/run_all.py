@@ -8,7 +8,7 @@ from pathlib import Path
 from subprocess import DEVNULL
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,7 +28,7 @@ def main(parts):
     for p in pages:
         start = time.time()
         try: how = f'ran, {n} cells left out' if (n := run(p)) else 'ran'
-        except CellExecutionError as e: how,failed = f'FAILED\n{e}',[*failed, p.name]
+        except (CellExecutionError, CellTimeoutError, DeadKernelError) as e: how,failed = f'FAILED\n{e}',[*failed, p.name]
         print(f'{p.relative_to(ROOT)}: {how}, {time.time()-start:.0f} s', flush=True)
     print(f'{len(pages)-len(failed)} of {len(pages)} pages run from the first cell to the last' + (f'; these do not: {", ".join(failed)}' if failed else ''))
     return bool(failed)
