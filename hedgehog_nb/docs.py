@@ -35,12 +35,12 @@ class colab_badge(Processor):
         self.nb.cells.insert(1, mk_cell(f'[![Open in Colab]({img})]({_colab_url(self.nb.path_)})', 'markdown'))
 
 # %% ../nbs/91_docs.ipynb #d1fe1f53
-def _fold(src, folded):
-    "`src` with the options by which Quarto shows its code folded or open, and without nbdev's"
+def _fold(src, folded, names=()):
+    "`src` with the options by which Quarto shows its code folded, under its names, or open, and without nbdev's"
     lines = src.splitlines()
     n = next((i for i,l in enumerate(lines) if l.strip() and not l.startswith(('#','%%'))), len(lines)) # a string further down may hold such lines too
     body = [l for l in lines[:n] if not re.match(r'#\|\s*(code-fold|exports|exporti)\b', l)]+lines[n:]
-    summary = 'Code of a helper' if folded else 'Exported source'
+    summary = f"Code{': '*bool(names)}{', '.join(names)}" if folded else 'Exported source'
     return '\n'.join([f"#| code-fold: {'true' if folded else 'show'}", f'#| code-summary: "{summary}"', *body])
 
 def _anchors(tree, private):
@@ -66,7 +66,8 @@ class show_code(Processor):
             if d.keys() & {'exports','exporti'}:
                 hidden = 'exporti' in d
                 cells += _anchors(c.parsed_(), hidden)
-                c.source = _fold(c.source, hidden or d.get('code-fold') in ('','true'))
+                names = [o.name for o in c.parsed_() or [] if isinstance(o, (ast.FunctionDef,ast.AsyncFunctionDef,ast.ClassDef)) and o.name!='_']
+                c.source = _fold(c.source, hidden or d.get('code-fold') in ('','true'), names)
             if getattr(c, 'has_sd', False) and cells and 'exports' in getattr(cells[-1], 'directives_', {}):
                 if 'code-fold: show' in cells[-1].source: _only_heading(c)
                 cells.insert(at, c)

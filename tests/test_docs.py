@@ -12,7 +12,7 @@ def shown(*cells):
     proc.begin()
     return [c.source for c in proc.nb.cells]
 
-OPEN,FOLDED = '#| code-fold: show\n#| code-summary: "Exported source"\n','#| code-fold: true\n#| code-summary: "Code of a helper"\n'
+OPEN,FOLDED = '#| code-fold: show\n#| code-summary: "Exported source"\n','#| code-fold: true\n#| code-summary: "Code: f"\n'
 
 def test_open_and_folded():
     f = 'def f(): pass'
@@ -20,6 +20,8 @@ def test_open_and_folded():
     for mark in ('#| exports\n#| code-fold: true', '#| code-fold: true\n#| exports', '#|exports\n#|code-fold: true', '#| exporti'):
         assert shown(f'{mark}\n{f}')[-1] == FOLDED+f, mark
     assert shown('#| export\nimport os', '#| exports\n#| hide\n'+f, f) == [f]
+
+    assert shown('#| exports\n#| code-fold: true\nN = 3') == ['#| code-fold: true\n#| code-summary: "Code"\nN = 3']
 
 def test_headings_stand_above_the_code_in_its_order():
     "nbdev puts the heading of the last definition first"

@@ -135,7 +135,8 @@ def report_table(rows):
     "An `AttentionReport` for the terminal."
     from rich import box
     from rich.table import Table
-    heads = dict(share='entropy\n/ log n', sink='sink\nweight', spearman='rank\ncorr.', inverted='inverted\npairs', kl='KL to\nsoftmax', support='effective\ntokens')
+    heads = dict(share='entropy\n/ log n', sink='sink\nweight', spearman='rank\ncorr.', inverted='inverted\npairs',
+        kl='KL to\nsoftmax', support='effective\ntokens')
     names = [k for k in ('variant','layer','head') if k in rows[0]]
     t = Table(box=box.SIMPLE_HEAD)
     for n in names: t.add_column(n, no_wrap=True)
