@@ -55,6 +55,12 @@ def _weights(w):
     if w.ndim not in (2,3) or w.shape[-1]!=w.shape[-2]: raise ValueError(f"attention weights are (T, T) or (H, T, T), got {w.shape}")
     return w.reshape(-1, *w.shape[-2:])
 
+# %% ../nbs/93_plots.ipynb #34cbad67
+def _text_color(name):
+    "The colour of a method, darker where it is too light for letters on white"
+    rgb = np.array(mpl.colors.to_rgb(color(name)))
+    return tuple(rgb*min(1, .5/max(rgb@(.3,.6,.1), 1e-3)))
+
 # %% ../nbs/93_plots.ipynb #4bfe8386
 def plot_attention_maps(
     maps:dict, # Name -> weights (T, T) or (H, T, T), rows are queries; one column of the figure each
@@ -72,10 +78,10 @@ def plot_attention_maps(
     fig,axs = plt.subplots(H, len(maps), figsize=(size*len(maps)+.6, size*H+.3), squeeze=False)
     for j,(n,w) in enumerate(maps.items()):
         for i in range(H): im = _attention_map(axs[i,j], w[i], causal, norm, tokens, i==H-1, j==0)
-        axs[0,j].set_title(n, color=color(n))
+        axs[0,j].set_title(n, color=_text_color(n))
     for i in range(H) if H>1 or heads else (): axs[i,0].set_ylabel(heads[i] if heads else f'head {i}')
     if H==1 and not heads and tokens is None: axs[0,0].set_ylabel('query')
-    fig.colorbar(im, ax=axs, label='weight', aspect=25*H, pad=.02)
+    fig.colorbar(im, ax=axs, label='weight (square-root scale)', aspect=25*H, pad=.02)
     return fig
 
 # %% ../nbs/93_plots.ipynb #2166bf9b

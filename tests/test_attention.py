@@ -1,5 +1,5 @@
 "Softmax attention, the teacher: against PyTorch's own, against loops, and as seen inside a model."
-import math
+import importlib.util, math, sys
 import pytest, torch, transformers
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
@@ -162,3 +162,11 @@ def test_full_precision_compiles_into_one_graph(enabled):
 def test_autocast_dtype_is_none_where_a_device_has_no_autocast():
     x = torch.zeros(2, 2, device='meta')
     with torch.autocast('cpu', torch.bfloat16): assert autocast_dtype(x) is None and no_autocast(lambda x: x+1)(x).is_meta
+
+def test_second_copy_of_the_module():
+    "A notebook that exports the module has its functions twice in one process: both see what a model is given, in turn."
+    spec = importlib.util.spec_from_file_location('interface_again', sys.modules[capture_attention.__module__].__file__)
+    again = importlib.util.module_from_spec(spec); spec.loader.exec_module(again)
+    model = llama()
+    n = [len(f(model, **inputs(model))) for f in (capture_attention, again.capture_attention, capture_attention, again.capture_attention)]
+    assert n[0] and n == n[:1]*4

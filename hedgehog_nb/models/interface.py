@@ -98,10 +98,9 @@ def _lend(model):
     was = {i:own_attention(c) for i,c in configs.items()}
     for i,c in configs.items(): _lent.setdefault(i, [c, 0])[1] += 1
     for own in dict.fromkeys(was.values()):
-        if own in _kinds: continue
-        _kinds.append(own)
-        for interface,fn in ((AttentionInterface, _lent_attention), (AttentionMaskInterface, _lent_mask)):
-            interface.register(f'{_LENT_PREFIX}{len(_kinds)-1}', fn)
+        if own not in _kinds: _kinds.append(own)
+        for interface,fn in ((AttentionInterface, _lent_attention), (AttentionMaskInterface, _lent_mask)): # each time: a second copy of this code may be there
+            interface.register(f'{_LENT_PREFIX}{_kinds.index(own)}', fn)
     return configs,was
 
 def _give_back(configs, was):
