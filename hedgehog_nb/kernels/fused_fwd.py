@@ -149,6 +149,7 @@ def _forward_unfused(q, k, v, maps, state, mask, form, causal, output_final_stat
     o,den,*after = chunk_fwd(phi_q, phi_k, v, log_k, state, mask, causal, output_final_state, schedule, precision, borders)
     return o, torch.stack([1/den, torch.zeros_like(den)], 2) if save_stats else None, None, None, *after
 
+# %% ../../kernels/04_fused_hedgehog.ipynb #3bbb0351
 def fused_fwd(
     q, k, v, # (B, H, Tq, D), (B, Hkv, T, D), (B, Hkv, T, DV)
     maps:dict, # w_q, w_k, b_q and b_k
