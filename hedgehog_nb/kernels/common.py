@@ -1,4 +1,4 @@
-"""Every Triton kernel of this book is launched by one checked function, registered as a PyTorch operation, and inspected without a GPU: registers, shared memory, cycles
+"""Every Triton kernel is launched by one checked function, registered as a PyTorch operation, and inspected without a GPU: registers, shared memory, cycles
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/launching_kernels.html.md"""
 
