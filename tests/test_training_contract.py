@@ -92,13 +92,18 @@ def test_evaluations(train, kind):
     data = dict(blocks=lambda: held, rows=lambda: rows(held), batches=lambda: list(held.split(3)), stream=lambda: iter(rows(held)))[kind]()
     model = made()
     history = train(model, BLOCKS, 7, batch_size=4, eval_data=data, eval_steps=3)
-    assert isinstance(history, TrainingHistory) and [e['step'] for e in history.evaluations]==[3,6,7] and len(history.losses)==len(history.seconds)==7
+    assert isinstance(history, TrainingHistory) and [e['step'] for e in history.evaluations]==[0,3,6,7] and len(history.losses)==len(history.seconds)==7
     assert [*history.evaluations[0]]==['step','loss'] and all(math.isfinite(e['loss']) for e in history.evaluations)
-    assert [e['step'] for e in train(made(), BLOCKS, 7, batch_size=4, eval_data=held).evaluations]==[7]
-    if train is finetune: assert history.evaluations[-1]['loss']==pytest.approx(mean_over_labels(model, held), rel=1e-5)
+    assert history.best_value==min(e['loss'] for e in history.evaluations)
+    if train is finetune: assert history.best_value==pytest.approx(mean_over_labels(model, held), rel=1e-5)
     else: # one more step at a learning rate of nothing has the loss of the evaluation
-        assert history.evaluations[-1]['loss']==pytest.approx(distill(model, [held], 1, lr=0.).losses[0], rel=1e-6)
+        assert history.best_value==pytest.approx(distill(model, [held], 1, lr=0.).losses[0], rel=1e-6)
     assert history.losses==train(made(), BLOCKS, 7, batch_size=4).losses # evaluating changes nothing
+
+@pytest.mark.parametrize('train', PHASES)
+def test_ten_evaluations_if_none_are_asked_for(train):
+    steps = lambda n: [e['step'] for e in train(made(), BLOCKS, n, batch_size=4, eval_data=BLOCKS[:2]).evaluations]
+    assert steps(7)==[*range(8)] and steps(23)==[0,3,6,9,12,15,18,21,23]
 
 @pytest.mark.parametrize('train', PHASES)
 @pytest.mark.parametrize('at', [2,4,6,7])
@@ -112,7 +117,7 @@ def test_evaluations_are_taken_up_too(tmp_path, train, at):
     want = train(made(), BLOCKS, 7, **{**kw, 'checkpoint':None})
     assert history.losses==want.losses and history.evaluations==want.evaluations
     done = {2:2, 4:4, 6:4, 7:6}[at] # at step 6 the state is written after the evaluation, which it did not live to see
-    assert [l['step'] for l in seen if 'loss' in l]==list(range(1, done+1)) and [l['step'] for l in seen if 'eval_loss' in l]==[s for s in (3,6) if s<=done]
+    assert [l['step'] for l in seen if 'loss' in l]==list(range(1, done+1)) and [l['step'] for l in seen if 'eval_loss' in l]==[s for s in (0,3,6) if s<=done]
     again = train(made(), BLOCKS, 7, **kw)
     assert again==history==TrainingHistory.load(tmp_path/'a') # and nothing is done twice
 
@@ -121,10 +126,11 @@ def test_metrics_beside_the_loss():
     g = torch.Generator().manual_seed(0)
     data = [dict(pixel_values=torch.randn(3,16,16, generator=g)+i%2, labels=i%2) for i in range(10)]
     accuracy = lambda p: dict(accuracy=float((p.predictions.argmax(-1)==p.label_ids).mean()))
-    history = finetune(model, data, 4, batch_size=4, eval_data=data, compute_metrics=accuracy)
+    history = finetune(model, data, 4, batch_size=4, eval_data=data, eval_steps=4, keep_best=False, compute_metrics=accuracy)
     with torch.no_grad(): out = model(torch.stack([r['pixel_values'] for r in data])).logits
     y = torch.tensor([r['labels'] for r in data])
-    assert history.evaluations==[dict(step=4, accuracy=pytest.approx((out.argmax(-1)==y).double().mean().item()),
+    assert [e['step'] for e in history.evaluations]==[0,4]
+    assert history.evaluations[1:]==[dict(step=4, accuracy=pytest.approx((out.argmax(-1)==y).double().mean().item()),
         loss=pytest.approx(torch.nn.functional.cross_entropy(out, y).item(), rel=1e-5))]
 
 # --- what is in a batch
@@ -284,7 +290,7 @@ def test_another_setting_is_another_run(tmp_path, train):
 def test_settings_without_effect_are_refused(train, name, said):
     with pytest.raises(ValueError, match=f'{name}.*{said}'): train(made(), BLOCKS, 3, **{name:1})
     with pytest.raises(TypeError, match='finetune alone has it'): distill(made(), BLOCKS, 3, warmup_ratio=.1)
-    with pytest.raises(TypeError, match='distill alone has it'): finetune(made(), BLOCKS, 3, objective='both')
+    with pytest.raises(TypeError, match='finetune alone has it'): distill(made(), BLOCKS, 3, map_lr=.1)
 
 def test_frozen_parameters():
     model = made().requires_grad_(False); before = {k:v.clone() for k,v in model.state_dict().items()}
@@ -333,8 +339,8 @@ def test_the_schedule_reaches_the_weights():
     runs = [distill(m, BLOCKS, 6, batch_size=4, lr=.1, **kw) and m for kw in ({}, dict(lr_scheduler_type='constant')) for m in [made()]]
     assert any(not torch.equal(p, q) for p,q in zip(runs[0].parameters(), runs[1].parameters()))
 
-@pytest.mark.parametrize('train,want', [(distill, dict(lr=1e-2, batch_size=8, objective='weights', seed=0, gradient_accumulation_steps=1)),
-    (finetune, dict(lr=6e-4, batch_size=8, warmup_ratio=.05, seed=0, gradient_accumulation_steps=1, lora=None))])
+@pytest.mark.parametrize('train,want', [(distill, dict(lr=None, batch_size=8, objective='weights', seed=0, gradient_accumulation_steps=1)),
+    (finetune, dict(lr=None, batch_size=8, warmup_ratio=.05, seed=0, gradient_accumulation_steps=1, lora=None))])
 def test_default_settings_are_the_papers(train, want):
     "Its appendix: AdamW, 1e-2 for the maps, 6e-4 for the whole, batches of 8, no weight decay."
     have = {n:p.default for n,p in inspect.signature(train).parameters.items()}
@@ -344,13 +350,15 @@ def test_default_settings_are_the_papers(train, want):
         def on_train_begin(self, args, state, control, optimizer=None, **kw): seen.update(args=args, opt=optimizer.optimizer)
     train(made(), BLOCKS, 2, callbacks=[Note()])
     g = seen['opt'].param_groups
+    assert seen['args'].learning_rate==(1e-2 if train is distill else 6e-4)
     assert type(seen['opt']) is torch.optim.AdamW and all(x['weight_decay']==0 and x['betas']==(.9,.999) and x['eps']==1e-8 for x in g)
     assert seen['args'].max_grad_norm==(0 if train is distill else 1.) and seen['args'].lr_scheduler_type==('linear' if train is distill else 'cosine')
 
 def test_both_take_the_same_settings_with_the_same_defaults():
     a,b = (inspect.signature(f).parameters for f in PHASES)
-    assert a.keys()-b.keys()=={'objective'} and b.keys()-a.keys()=={'warmup_ratio','lora','compute_metrics'}
-    assert {k for k in a.keys() & b.keys() if a[k].default!=b[k].default}=={'lr'} and [*a][:4]==[*b][:4]==['model','data','steps','batch_size']
+    assert not a.keys()-b.keys()
+    assert b.keys()-a.keys()=={'warmup_ratio','lora','compute_metrics','teacher','temperature','teacher_weight','map_lr'}
+    assert {k for k in a.keys() & b.keys() if a[k].default!=b[k].default}=={'objective'} and [*a][:4]==[*b][:4]==['model','data','steps','batch_size']
 
 # --- adapters
 

@@ -9,12 +9,13 @@ __all__ = ['save_state', 'load_state', 'TrainingHistory', 'TrainingCheckpoint']
 
 # %% ../../nbs/09b_resumable_training.ipynb #11a000i2
 import json, math, os, shutil, time, torch, transformers
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from .lr_finder import LRSearch
 
 # %% ../../nbs/09b_resumable_training.ipynb #11b00015
 def _pack(o, tensors, name=''):
@@ -71,14 +72,27 @@ class TrainingHistory:
     losses:list = field(default_factory=list) # After each optimiser step
     seconds:list = field(default_factory=list) # That each step took
     evaluations:list = field(default_factory=list) # A dict for each evaluation: step, loss on `eval_data`, and what `compute_metrics` gave
+    lr:float = None # Peak learning rate, given or found
+    search:LRSearch = None # How it was found, with lr='auto'
+    best_step:int = None # Steps done at the best evaluation; 0 is the start, None where nothing was evaluated
+    best_value:float = None # The best evaluation
+    metric:str = 'loss' # What it is the best of
+    restored:bool = False # Is the model as it was at `best_step`, and not as after the last step?
 
     @classmethod
     def load(cls,
         path, # The `checkpoint` of a run, done or not
     )->'TrainingHistory':
         "What a run has noted down so far. Raises `ValueError` where the file is none of a run."
-        state = load_state(path)
-        return cls(*state['history'].T.tolist(), state['evaluations'])
+        return cls.of_state(load_state(path))
+
+    @classmethod
+    def of_state(cls, state):
+        more = dict(state.get('summary', {})) # files of earlier versions have none
+        if more.get('search'): more['search'] = LRSearch(**more['search'])
+        return cls(*state['history'].T.tolist(), state['evaluations'], **more)
+
+    def summary(self): return {k:v for k,v in asdict(self).items() if k not in ('losses','seconds','evaluations')}
 
 # %% ../../nbs/09b_resumable_training.ipynb #50f2ee16
 _TIMES = 'runtime','samples_per_second','steps_per_second','model_preparation_time'
@@ -97,7 +111,7 @@ class TrainingCheckpoint(transformers.TrainerCallback):
         if save_steps<1: raise ValueError(f"a state is written every 1 or more steps; given save_steps={save_steps}")
         self.steps,self.path,self.save_steps,self.writes = steps,path and Path(path).expanduser(),save_steps,writes
         self.settings,self.history,self.saved,self.state,self.model,self.per_epoch = dict(settings, steps=steps),TrainingHistory(),0,None,None,steps
-        self.started,self.over,self.trainer = time.perf_counter(),False,dict
+        self.started,self.over,self.trainer,self.best = time.perf_counter(),False,dict,None
         if self.path and self.path.exists(): self._open()
 
     @property
@@ -108,7 +122,7 @@ class TrainingCheckpoint(transformers.TrainerCallback):
         theirs = self.state['settings']
         odd = [f"{k} is {theirs.get(k)} there, {self.settings.get(k)} here" for k in {**self.settings, **theirs} if theirs.get(k)!=self.settings.get(k)]
         if odd: raise ValueError(f"{self.path} keeps another run: {', '.join(odd)}; name another file, or delete it to start anew")
-        self.history = TrainingHistory(*self.state['history'].T.tolist(), self.state['evaluations'])
+        self.history = TrainingHistory.of_state(self.state)
         self.saved,self.over = self.done,self.state['over'] or self.done==self.steps
 
 # %% ../../nbs/09b_resumable_training.ipynb #70c9be5f
@@ -117,7 +131,8 @@ def log_history(self:TrainingCheckpoint):
     "What the Trainer would have logged so far, in its words."
     of = {}
     for e in self.history.evaluations: of.setdefault(e['step'], []).append({f'eval_{k}' if k!='step' else k:v for k,v in e.items()})
-    return [r for i,(l,s) in enumerate(zip(self.history.losses, self.history.seconds), 1) for r in (dict(step=i, loss=l, seconds=s), *of.get(i, ()))]
+    steps = enumerate(zip(self.history.losses, self.history.seconds), 1)
+    return [*of.get(0, ()), *(r for i,(l,s) in steps for r in (dict(step=i, loss=l, seconds=s), *of.get(i, ())))]
 
 @patch
 def restore(self:TrainingCheckpoint, model=None, optimizer=None, scheduler=None):
@@ -167,18 +182,35 @@ def save_if_due(self:TrainingCheckpoint, optimizer, scheduler):
 
 # %% ../../nbs/09b_resumable_training.ipynb #359025d9
 @patch
+def trained(self:TrainingCheckpoint, optimizer)->dict: # {name: tensor}
+    "What training changes of the model: parameters that the optimiser has, and buffers."
+    ids,kept = {id(p) for g in optimizer.param_groups for p in g['params']},self.model.state_dict().keys()
+    return {n:p for n,p in [*self.model.named_parameters(), *self.model.named_buffers()]
+        if id(p) in ids or not isinstance(p, torch.nn.Parameter) and n in kept}
+
+@patch
 def save(self:TrainingCheckpoint, optimizer, scheduler):
     "Write the state. Raises `FloatingPointError` where a weight is not finite, `OSError` where the disk is full: the last good state stays."
-    trained,kept = {id(p) for g in optimizer.param_groups for p in g['params']},self.model.state_dict().keys()
-    own = {n:p for n,p in [*self.model.named_parameters(), *self.model.named_buffers()]
-        if id(p) in trained or not isinstance(p, torch.nn.Parameter) and n in kept}
+    own = self.trained(optimizer)
     bad = [n for n,t in own.items() if not t.isfinite().all()]
     if bad: raise FloatingPointError(f"step {self.done}: {bad[0]} is no longer finite; lower the learning rate")
-    try: save_state(self.path, model=own, optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(), settings=self.settings,
+    self.write(self.path, model=own, optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(), settings=self.settings,
         history=torch.tensor([self.history.losses, self.history.seconds], dtype=torch.float64).T, evaluations=self.history.evaluations,
-        over=self.over, trainer=self.trainer())
-    except OSError as e: raise OSError(e.errno, f"{e.strerror}; {self.resume_hint()}", str(self.path)) from None
+        over=self.over, trainer=self.trainer(), summary=self.history.summary())
     self.saved = self.done
+    if self.best: self.best.commit()
+
+@patch
+def write(self:TrainingCheckpoint, path, **state):
+    "`save_state`, whose error says what is kept."
+    try: save_state(path, **state)
+    except OSError as e: raise OSError(e.errno, f"{e.strerror}; {self.resume_hint()}", str(path)) from None
+
+@patch
+def rewrite(self:TrainingCheckpoint):
+    "Put the model as it is now, and the summary, into a file that is complete."
+    state,own = load_state(self.path),dict([*self.model.named_parameters(), *self.model.named_buffers()])
+    self.write(self.path, **{**state, 'model': {n:own[n] for n in state['model']}, 'summary': self.history.summary()})
 
 # %% ../../nbs/09b_resumable_training.ipynb #bc5070bc
 @patch

@@ -19,7 +19,8 @@ from ..ops.softmax import fused_softmax_attention
 from .batches import distributed_info, forward_parameters, Placeholder, training_source, training_steps
 from .checkpoint import nonfinite_hint, TrainingCheckpoint, TrainingHistory
 from .losses import layer_loss, LOSSES
-from .trainer import kept_settings, ResumableTrainer, training_arguments
+from .lr_finder import default_lr, find_lr
+from .trainer import found_lr, kept_settings, ResumableTrainer, training_arguments
 
 # %% ../../nbs/09_training.ipynb #09b00013
 def base_forward(model):
@@ -137,18 +138,21 @@ def distill(
     data, # Training data: (N, T) token blocks; rows, dicts of one example each; or batches of either, such as a `DataLoader` (see `TrainingData`)
     steps:int=None, # Optimiser steps
     batch_size:int=8, # Rows per step, where `data` is no batches
-    lr:float=1e-2, # AdamW's learning rate, decaying linearly to 0
+    lr:float=None, # AdamW's learning rate, decaying linearly to 0; `default_lr` if None (1e-2), by `find_lr` if "auto"
     objective:str='weights', # One of `LOSSES`: "weights" (the paper), "outputs" (LoLCATs), "both", "order", "weights+order"
     epochs:float=None, # Passes over the data, if not `steps`; one if neither is given
     seed:int=0, # Order of the rows, and all random numbers
     collator=None, # Makes a batch of rows, such as `transformers.DataCollatorWithPadding`; stacks them if None
     eval_data=None, # What to evaluate on, of any kind that `data` may be
-    eval_steps:int=None, # Steps between two evaluations; if None one at the end
+    eval_steps:int=None, # Steps between two evaluations; if None a tenth of all. There is one more before the first step
     callbacks=(), # `transformers.TrainerCallback`s
     gradient_accumulation_steps:int=1, # Pieces a batch of `batch_size` is computed in, one after another: less memory
     checkpoint=None, # File that keeps the state; the same call goes on from it (see `TrainingCheckpoint`)
     save_steps:int=100, # Steps between two writings
     progress:bool=None, # Show a bar? If None, in a terminal or a notebook
+    keep_best:bool=True, # End with the state of the best evaluation?
+    patience:int=None, # Stop after so many evaluations without improvement
+    min_delta:float=0., # What counts as improvement, in the loss
     **training_args # More of `transformers.TrainingArguments`: lr_scheduler_type='cosine', bf16=True, dataloader_num_workers=2 …
 )->TrainingHistory: # Losses are means over layers
     ("Train every layer's map to imitate the softmax attention it replaced (paper, Section 4.2). "
@@ -159,10 +163,13 @@ def distill(
     for k in _NOT_IN_DISTILLATION & training_args.keys(): raise ValueError(f"{k}: there is nothing in distillation that it would change; finetune takes it")
     source = training_source(model, collator, batch_size, seed, training_args)
     data,eval_data = source(data),None if eval_data is None else source(eval_data, once=False)
-    steps = training_steps(data, steps, epochs)
+    steps,lr = training_steps(data, steps, epochs),default_lr(model, 'distill') if lr is None else lr
     args = training_arguments(model, steps, batch_size, lr, seed, gradient_accumulation_steps, eval_data is not None, eval_steps,
         **{**dict(lr_scheduler_type='linear', max_grad_norm=0., optim='adamw_torch'), **training_args})
     run = TrainingCheckpoint(steps, checkpoint, save_steps, distributed_info()[0]==0, phase='distill', lr=lr, objective=objective,
         batch_size=batch_size, seed=seed, rows=len(data.data) if data.indexed else None, **kept_settings(training_args))
+    args.learning_rate = found_lr(lr, run, lambda: find_lr(distill, model, data.data, None if eval_data is None else eval_data.data, batch_size=batch_size,
+        objective=objective, seed=seed, collator=collator, gradient_accumulation_steps=gradient_accumulation_steps, **training_args))
     with _train_maps(model, maps), tempfile.TemporaryDirectory() as args.output_dir:
-        return _DistillTrainer(model, data, run, args, eval_data, callbacks, progress, objective=objective).fit()
+        return _DistillTrainer(model, data, run, args, eval_data, callbacks, progress, objective=objective,
+            keep_best=keep_best, patience=patience, min_delta=min_delta).fit()

@@ -9,7 +9,8 @@ __all__ = ['add_lora', 'merge_lora', 'finetune']
 
 # %% ../../nbs/09_training.ipynb #11a00003
 import tempfile, torch, transformers
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from fastcore.basics import patch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -18,35 +19,71 @@ from ..models.attention import linear_layers
 from .batches import distributed_info, Placeholder, training_source, training_steps
 from .checkpoint import TrainingCheckpoint, TrainingHistory
 from .distill import float_maps
-from .trainer import kept_settings, ResumableTrainer, training_arguments
+from .lr_finder import default_lr, find_lr
+from .teacher import check_objective, is_causal_lm, is_tokenwise, TeacherLoss
+from .trainer import found_lr, kept_settings, ResumableTrainer, training_arguments
 
 # %% ../../nbs/09_training.ipynb #cd2f1daf
 class _FinetuneTrainer(ResumableTrainer):
-    def __init__(self, model, *args, **kw):
+    def __init__(self, model, *args, teacher=None, map_lr=None, **kw):
+        self.teacher,self.map_lr = teacher,map_lr
         super().__init__(model, model, *args, **kw)
-        self.shifts = is_causal_lm(model)
+        self.shifts,self.tokenwise = is_causal_lm(model),teacher is not None and is_tokenwise(model)
 
     def weight(self, batch):
-        "How many labels count; how many rows, where there are none by that name."
+        "How many labels count; how many rows, or tokens with a teacher, where there are none by that name."
         if isinstance(batch, Placeholder): return 0
         y = batch.get('labels')
-        if not isinstance(y, Tensor): return len(next(v for v in batch.values() if isinstance(v, Tensor) and v.dim()))
-        return (y[:,1:] if self.shifts else y).ne(-100).sum().item()
+        if isinstance(y, Tensor): return (y[:,1:] if self.shifts else y).ne(-100).sum().item()
+        x = next(v for v in batch.values() if isinstance(v, Tensor) and v.dim())
+        return batch.get('attention_mask', torch.ones_like(x)).sum().item() if y is None and self.tokenwise else len(x)
 
     def compute_loss(self, model, inputs, return_outputs=False, **kw):
         share = self.share(inputs) if model.training else None # before the labels are taken out, to be smoothed
-        loss,outputs = super().compute_loss(model, inputs, return_outputs=True)
+        loss,outputs = (super().compute_loss if self.teacher is None else self.loss_with_teacher)(model, inputs, return_outputs=True)
         if share==0: loss = loss.nan_to_num()*0. # a mean over no labels
         elif share: loss = loss*(share*self.args.gradient_accumulation_steps*self.args.world_size) # the Trainer takes a plain mean
         return (loss,outputs) if return_outputs else loss
 
-# %% ../../nbs/09_training.ipynb #3412c916
-def is_causal_lm(model)->bool: # As its class's name says
-    "Does `model`, or the model inside it, predict the next token?"
-    return bool({type(m).__name__ for m in model.modules()} & {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()})
+    def loss_with_teacher(self, model, inputs, return_outputs=True):
+        "The loss of the objective, the model's outputs; parts of it for an evaluation. The teacher goes first: it leaves its logits alone in memory."
+        n,batch = self.weight(inputs),{**inputs}
+        with self.precision(): target = self.teacher.target(batch)
+        labels,outputs = None,None
+        if self.teacher.needs_labels or not model.training and isinstance(batch.get('labels'), Tensor):
+            labels,outputs = super().compute_loss(model, inputs, return_outputs=True)
+        else: outputs = model(**self.teacher.unlabelled(batch))
+        kl = self.teacher.loss(outputs, target, batch, n)
+        if not model.training: self.parts = {k:v for k,v in (('label_loss', labels), ('teacher_loss', kl)) if v is not None}
+        return self.teacher.combined(labels, kl),outputs
 
-def _with_labels(model):
-    "A function that gives a batch its labels, where it has none and they are its tokens. Raises `ValueError` where they are not."
+    def predict_loss(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if self.teacher is None or isinstance(inputs.get('labels'), Tensor):
+            return super().predict_loss(model, inputs, prediction_loss_only, ignore_keys)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss,outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+        return loss, None if prediction_loss_only else outputs.logits, None
+
+    def precision(self):
+        a = self.args
+        half = torch.autocast(a.device.type, torch.bfloat16 if a.bf16 else torch.float16, cache_enabled=False)
+        return half if a.bf16 or a.fp16 else nullcontext()
+
+# %% ../../nbs/09_training.ipynb #40961eb3
+@patch
+def create_optimizer(self:_FinetuneTrainer, *args):
+    "With `map_lr`, maps are in parameter groups of their own, which differ from the others in the rate alone."
+    new,opt = self.optimizer is None,self._orig_create_optimizer(*args)
+    maps = {id(p) for m in linear_layers(self.whole).values() for p in m.feature_map.parameters()}
+    for g in [*opt.param_groups] if new and self.map_lr is not None else ():
+        own = [p for p in g['params'] if id(p) in maps]
+        g['params'] = [p for p in g['params'] if id(p) not in maps]
+        if own: opt.add_param_group({**g, 'params':own, 'lr':self.map_lr})
+    return opt
+
+# %% ../../nbs/09_training.ipynb #3412c916
+def _with_labels(model, needed=True):
+    "A function that gives a batch its labels, where it has none and they are its tokens. Raises `ValueError` where they are not, and are `needed`."
     inner = model.get_base_model() if hasattr(model, 'get_base_model') else model
     names,causal = find_labels(type(inner)),is_causal_lm(model)
     def prepare(batch):
@@ -54,6 +91,7 @@ def _with_labels(model):
             raise ValueError(f"a language model learns from a label for each token; given labels {tuple(batch['labels'].shape)}: leave the column out")
         if not names or any(k in batch for k in names): return batch
         if not causal or 'input_ids' not in batch:
+            if not needed: return batch
             raise ValueError(f"{type(inner).__name__} learns from {' and '.join(names)}; given {', '.join(batch)}: "
                 "put them into the rows, or let a collator make them")
         y = batch['input_ids'].clone()
@@ -133,35 +171,54 @@ def finetune(
     data, # Training data, as for `distill`; a language model's labels are its tokens if there are none
     steps:int=None, # Optimiser steps
     batch_size:int=8, # Rows per step, where `data` is no batches
-    lr:float=6e-4, # AdamW's peak learning rate; warms up, then decays by a cosine
+    lr:float=None, # AdamW's peak learning rate; warms up, then decays by a cosine; `default_lr` if None, by `find_lr` if "auto"
     warmup_ratio:float=0.05, # Share of the steps spent warming up
     lora:dict=None, # Train adapters and maps only, merged at the end; settings of `peft.LoraConfig`, such as dict(r=8, target_modules='all-linear')
     epochs:float=None, # Passes over the data, if not `steps`; one if neither is given
     seed:int=0, # Order of the rows, and all random numbers: dropout, adapters
     collator=None, # Makes a batch of rows, such as `transformers.DataCollatorWithPadding`; stacks them if None
     eval_data=None, # What to evaluate on, of any kind that `data` may be
-    eval_steps:int=None, # Steps between two evaluations; if None one at the end
+    eval_steps:int=None, # Steps between two evaluations; if None a tenth of all. There is one more before the first step
     compute_metrics=None, # What else to evaluate: called with a `transformers.EvalPrediction`, gives a dict
     callbacks=(), # `transformers.TrainerCallback`s
     gradient_accumulation_steps:int=1, # Pieces a batch of `batch_size` is computed in, one after another: less memory
     checkpoint=None, # File that keeps the state; the same call goes on from it (see `TrainingCheckpoint`)
     save_steps:int=100, # Steps between two writings
     progress:bool=None, # Show a bar? If None, in a terminal or a notebook
+    keep_best:bool=True, # End with the state of the best evaluation?
+    patience:int=None, # Stop after so many evaluations without improvement
+    min_delta:float=0., # What counts as improvement, in `metric_for_best_model`, the loss if not given
+    objective:str='labels', # What to learn from: "labels", "teacher" (its logits), or "both", the sum of the two losses
+    teacher=None, # A model, or `load_logits(…)`; if None, this model as it is given, with softmax in place of linear attention
+    temperature:float=1., # Softmax temperature of teacher and model; the loss is multiplied by its square
+    teacher_weight:float=1., # Factor on the teacher's loss, with objective="both"
+    map_lr:float=None, # Peak learning rate of the feature maps, if another
     **training_args # More of `transformers.TrainingArguments`: bf16=True, gradient_checkpointing=True …
 )->TrainingHistory: # `model` itself is trained, and left in evaluation mode
-    "Train a model on labels (paper, Section 5.3). Raises `ValueError` on bad settings or data, `FloatingPointError` where the loss is not finite."
+    ("Train a model on labels (paper, Section 5.3), or on a teacher's logits. Raises `ValueError` on bad settings or data, "
+     "`FloatingPointError` where the loss is not finite.")
     _check_trainable(model, lora)
-    source = training_source(model, collator, batch_size, seed, training_args, _with_labels(model))
+    check_objective(objective, teacher, temperature, teacher_weight, training_args)
+    if map_lr is not None and not linear_layers(model): raise ValueError(f"map_lr={map_lr} is the rate of feature maps; this model has none")
+    source = training_source(model, collator, batch_size, seed, training_args, _with_labels(model, objective!='teacher'))
     data,eval_data = source(data),None if eval_data is None else source(eval_data, once=False)
-    steps = training_steps(data, steps, epochs)
+    steps,lr = training_steps(data, steps, epochs),default_lr(model, 'finetune', bool(lora)) if lr is None else lr
     args = training_arguments(model, steps, batch_size, lr, seed, gradient_accumulation_steps, eval_data is not None, eval_steps,
         **{**dict(lr_scheduler_type='cosine', warmup_steps=int(warmup_ratio*steps)), **training_args})
-    run = TrainingCheckpoint(steps, checkpoint, save_steps, distributed_info()[0]==0, phase='finetune', lr=lr, batch_size=batch_size, seed=seed, lora=lora,
-        warmup_ratio=warmup_ratio, rows=len(data.data) if data.indexed else None, **kept_settings(training_args))
     transformers.set_seed(seed)
     with tempfile.TemporaryDirectory() as args.output_dir, _as_it_was(model):
         tuned = add_lora(model, **lora) if lora else model
-        try: history = _FinetuneTrainer(tuned, data, run, args, eval_data, callbacks, progress, compute_metrics=compute_metrics).fit()
+        try:
+            if objective!='labels': teacher = TeacherLoss.of(tuned, teacher, objective, temperature, teacher_weight) # before a checkpoint is restored
+            learns = {} if teacher is None else teacher.settings()
+            run = TrainingCheckpoint(steps, checkpoint, save_steps, distributed_info()[0]==0, phase='finetune', lr=lr, batch_size=batch_size, seed=seed,
+                lora=lora, warmup_ratio=warmup_ratio, rows=len(data.data) if data.indexed else None,
+                **({} if map_lr is None else dict(map_lr=map_lr)), **learns, **kept_settings(training_args))
+            same = dict(batch_size=batch_size, seed=seed, warmup_ratio=warmup_ratio, collator=collator, map_lr=map_lr, objective=objective, teacher=teacher,
+                gradient_accumulation_steps=gradient_accumulation_steps, **{k:v for k,v in training_args.items() if k!='warmup_steps'})
+            args.learning_rate = found_lr(lr, run, lambda: find_lr(finetune, tuned, data.data, None if eval_data is None else eval_data.data, **same))
+            history = _FinetuneTrainer(tuned, data, run, args, eval_data, callbacks, progress, compute_metrics=compute_metrics, teacher=teacher,
+                map_lr=map_lr, keep_best=keep_best, patience=patience, min_delta=min_delta).fit()
         except BaseException:
             if lora: _strip_peft(tuned.unload())
             raise

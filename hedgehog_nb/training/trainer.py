@@ -11,10 +11,12 @@ __all__ = ['WeightedTrainer', 'ResumableTrainer']
 import difflib, math, sys, time, torch, transformers, warnings
 from dataclasses import fields
 from pathlib import Path
+from accelerate.utils import broadcast_object_list
 from fastcore.basics import patch
 from fastcore.imports import in_notebook
 from transformers.trainer_callback import ExportableState
 from .batches import distributed_info, set_step_seed, StepBatches, TrainingData
+from .best import BestState, Patience
 from .checkpoint import TrainingCheckpoint, TrainingHistory
 
 # %% ../../nbs/09b_resumable_training.ipynb #4aab897f
@@ -31,11 +33,13 @@ def kept_settings(training_args):
     return {k: v if isinstance(v, (int,float,str,bool,type(None))) else str(v) for k,v in training_args.items() if not k.startswith(same)}
 
 # %% ../../nbs/09b_resumable_training.ipynb #975227bf
-_NAMES = 'steps','epochs','batch_size','lr','objective','warmup_ratio','lora','collator','eval_data','compute_metrics','callbacks','checkpoint','save_steps'
+_FINETUNE = 'warmup_ratio','lora','compute_metrics','map_lr','teacher','temperature','teacher_weight'
+_NAMES = 'steps','epochs','batch_size','lr','objective','collator','eval_data','callbacks','checkpoint','save_steps','keep_best','patience',*_FINETUNE
 _OURS = dict(max_steps='steps', num_train_epochs='epochs', per_device_train_batch_size='batch_size, the rows of an optimiser step',
     per_device_eval_batch_size='batch_size', learning_rate='lr', data_seed='seed', output_dir='checkpoint, a file', save_strategy='checkpoint, a file',
     resume_from_checkpoint='checkpoint, a file', eval_strategy='eval_data and eval_steps')
-_WITHOUT = {k:why for ks,why in ((('load_best_model_at_end','save_total_limit','save_only_model','push_to_hub'), "what is kept is one state, in `checkpoint`"),
+_WITHOUT = {k:why for ks,why in ((('save_total_limit','save_only_model','push_to_hub'), "what is kept is one state, in `checkpoint`"),
+    (('load_best_model_at_end',), "say keep_best"),
     (('logging_steps','logging_strategy','ignore_data_skip','auto_find_batch_size'), "each step is logged, and can be resumed from"),
     (('train_sampling_strategy','group_by_length','dataloader_drop_last'), "rows are read in the order of `seed`, all of them; give batches for another order"))
     for k in ks}
@@ -45,8 +49,7 @@ def _check_arguments(more, pieces, evaluate, eval_steps):
     for k in _OURS.keys() & more.keys(): raise ValueError(f"{k}: say {_OURS[k]}")
     known = {f.name for f in fields(transformers.TrainingArguments)}
     for k in _WITHOUT.keys() & more.keys(): raise ValueError(f"{k} has no effect here: {_WITHOUT[k]}")
-    for k in more.keys() & {'objective','warmup_ratio','lora','compute_metrics'}:
-        raise TypeError(f"{k}: {'distill' if k=='objective' else 'finetune'} alone has it")
+    for k in more.keys() & {*_FINETUNE}: raise TypeError(f"{k}: finetune alone has it")
     for k in more.keys()-known: raise TypeError(f"{k}={more[k]!r:.60}: neither this function nor TrainingArguments has it; "
         f"the nearest is {difflib.get_close_matches(k, [*known-_OURS.keys()-_WITHOUT.keys(), *_NAMES], 1, 0)[0]}")
     if pieces<1: raise ValueError(f"a batch is computed in 1 or more pieces; given gradient_accumulation_steps={pieces}")
@@ -62,18 +65,29 @@ def training_arguments(
     seed:int, # Order and random numbers
     pieces:int, # Pieces that a process computes a batch in
     evaluate:bool, # Is there something to evaluate on?
-    eval_steps:int=None, # Steps between two evaluations; None: one at the end
+    eval_steps:int=None, # Steps between two evaluations; None: a tenth of all
     **more # More of `transformers.TrainingArguments`; they win
 )->transformers.TrainingArguments:
     "Settings of the Trainer for one phase. Raises `ValueError` on those that have another name here."
     _check_arguments(more, pieces, evaluate, eval_steps)
-    args = transformers.TrainingArguments(**{**dict(output_dir='.', max_steps=steps, learning_rate=lr, weight_decay=0., seed=seed,
+    args = transformers.TrainingArguments(**{**dict(output_dir='.', max_steps=steps, weight_decay=0., seed=seed,
+        learning_rate=lr if isinstance(lr, (int,float)) else 0., # it is found later
         per_device_train_batch_size=max(1, batch_size//(pieces*distributed_info()[1])), per_device_eval_batch_size=batch_size,
-        gradient_accumulation_steps=pieces, eval_strategy='steps' if evaluate else 'no', eval_steps=eval_steps or steps, save_strategy='no',
+        gradient_accumulation_steps=pieces, eval_strategy='steps' if evaluate else 'no', eval_steps=eval_steps or math.ceil(steps/10),
+        eval_on_start=evaluate, metric_for_best_model='loss' if evaluate else None, save_strategy='no',
         logging_steps=1, logging_nan_inf_filter=False, report_to='none', disable_tqdm=True, use_cpu=model.device.type=='cpu',
         dataloader_pin_memory=False, ignore_data_skip=True), **more})
     if args.n_gpu>1: args._n_gpu = 1 # one process, one GPU: more of them are torchrun's, not DataParallel's
     return args
+
+# %% ../../nbs/09b_resumable_training.ipynb #16161d4a
+def found_lr(lr, run, find)->float:
+    "The rate of a run: `lr`, or what was found with lr='auto', now by `find()` or in an earlier process."
+    if isinstance(lr, str) and lr!='auto' or not isinstance(lr, (int,float,str)): raise ValueError(f"lr is a number, None, or 'auto'; given {lr!r}")
+    h = run.history
+    if lr=='auto': h.search = h.search or find()
+    h.lr = h.search.chosen if lr=='auto' else lr
+    return h.lr
 
 # %% ../../nbs/09b_resumable_training.ipynb #e6ba98a6
 class WeightedTrainer(transformers.Trainer):
@@ -95,18 +109,22 @@ class WeightedTrainer(transformers.Trainer):
     def share(self, batch): return self.weight(batch)/self.total if self.total else 0.
 
     def evaluation_loop(self, *args, metric_key_prefix='eval', **kw):
-        self.evaluated,self.gather_function = [0., 0],lambda x: x # all processes have all of it
+        self.evaluated,self.gather_function = {'loss':[0., 0]},lambda x: x # all processes have all of it
         self.eval_dataset.passes = 0
         set_step_seed(self.args.seed, 0) # a collator that masks at random masks the same each time
         out = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kw)
-        loss,n = self.evaluated
-        out.metrics[f'{metric_key_prefix}_loss'] = loss/n if n else math.nan # the Trainer's own is a mean over batches, whatever is in them
+        for k,(loss,n) in self.evaluated.items(): # the Trainer's own is a mean over batches, whatever is in them
+            out.metrics[f'{metric_key_prefix}_{k}'] = loss/n if n else math.nan
+        if self.args.world_size>1: out.metrics.update(broadcast_object_list([out.metrics])[0]) # what follows from it is decided alike
         return out
 
     def prediction_step(self, model, inputs, *args, **kw):
+        self.parts = {}
         loss,*rest = self.predict_loss(model, inputs, *args, **kw)
         n = self.weight(inputs)
-        if n: self.evaluated = [self.evaluated[0]+loss.item()*n, self.evaluated[1]+n]
+        for k,x in {'loss':loss, **self.parts}.items() if n else ():
+            total = self.evaluated.setdefault(k, [0., 0])
+            total[0] += x.item()*n; total[1] += n
         return loss,*rest
 
     def predict_loss(self, *args, **kw): return super().prediction_step(*args, **kw)
@@ -125,15 +143,37 @@ class ResumableTrainer(WeightedTrainer):
         eval_data:TrainingData=None, # What it is evaluated on
         callbacks=(), # `transformers.TrainerCallback`s
         progress:bool=None, # Show a bar? If None, in a terminal or a notebook
+        keep_best:bool=True, # End with the state of the best evaluation?
+        patience:int=None, # Evaluations without improvement before the run stops; None: it does not
+        min_delta:float=0., # What counts as improvement, in the metric
         **kw # More of `transformers.Trainer`
     ):
+        if patience is not None and eval_data is None: raise ValueError(f"patience={patience} counts evaluations: give eval_data too")
+        if patience is not None and patience<1: raise ValueError(f"a run stops after 1 or more evaluations without improvement; given patience={patience}")
         if isinstance(callbacks, transformers.TrainerCallback): callbacks = [callbacks]
         if run.done: args.eval_on_start = False
+        stop = [] if patience is None else [Patience(patience, min_delta)]
         bar = [ProgressBar()] if (_shows_progress() if progress is None else progress) else []
-        super().__init__(model, args, train_dataset=data, eval_dataset=eval_data, data_collator=data.collate, callbacks=[run, *bar, *callbacks], **kw)
+        super().__init__(model, args, train_dataset=data, eval_dataset=eval_data, data_collator=data.collate, callbacks=[run, *stop, *bar, *callbacks], **kw)
         self.remove_callback(transformers.PrinterCallback)
         self.whole,self.data,self.run,self.model_accepts_loss_kwargs,run.model = whole,data,run,False,whole
-        self.evaluated,run.trainer = [0., 0],self.kept_state
+        self.evaluated,self.parts,run.trainer,self.keep_best = {},{},self.kept_state,keep_best and eval_data is not None
+        run.history.metric = (args.metric_for_best_model or 'loss').removeprefix('eval_')
+        ended = run.over and (run.history.restored or run.history.best_step==run.done) # with the best state in the checkpoint itself
+        if self.keep_best: run.best = BestState(run.path, run.writes, None if ended else run.history.best_step)
+
+    def _evaluate(self, *args, **kw):
+        metrics = super()._evaluate(*args, **kw)
+        if not self.state.global_step: self._determine_best_metric(metrics, None) # which the Trainer does after steps only
+        return metrics
+
+    def _determine_best_metric(self, metrics, trial):
+        better,h = super()._determine_best_metric(metrics, trial),self.run.history
+        if better:
+            self.state.best_global_step = h.best_step = self.state.global_step
+            h.best_value = float(self.state.best_metric)
+            if self.run.best: self.run.best.keep(h.best_step, self.run.trained(self.optimizer), self.run.write)
+        return better
 
     def _maybe_log_save_evaluate(self, *args, **kw):
         before = len(self.run.history.evaluations)
@@ -162,6 +202,20 @@ def kept_state(self:ResumableTrainer):
 
 # %% ../../nbs/09b_resumable_training.ipynb #a5bdfc1c
 @patch
+def end_with_best(self:ResumableTrainer):
+    "The history; the model is in the best state, where that is not the last one."
+    run,h = self.run,self.run.history
+    if not run.best: return h
+    if h.best_step not in (None, run.done) and not h.restored:
+        run.best.restore(self.whole)
+        h.restored = True
+        if run.path and run.writes: run.rewrite()
+    self.accelerator.wait_for_everyone() # others may still be reading
+    run.best.clear()
+    return h
+
+# %% ../../nbs/09b_resumable_training.ipynb #a6da63f5
+@patch
 def fit(self:ResumableTrainer)->TrainingHistory:
     "Train from where the run stands."
     run,handler,kept = self.run,self.callback_handler,(self.run.state or {}).get('trainer', {})
@@ -175,9 +229,15 @@ def fit(self:ResumableTrainer)->TrainingHistory:
             run.restore(self.whole)
             self.state = state
             handler.on_train_begin(self.args, state, self.control); handler.on_train_end(self.args, state, self.control)
-            return run.history
+            return self.end_with_best()
         state.save_to_json(Path(self.args.output_dir)/'trainer_state.json')
         try: self.train(resume_from_checkpoint=self.args.output_dir if run.done else None)
+        except FloatingPointError as e:
+            if not run.best or run.best.step is None: raise
+            run.best.restore(self.whole)
+            raise FloatingPointError(f"{e}; the model is as it was at step {run.best.step}, its best evaluation") from None
         finally: self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False) # it runs in its own precision again
     if run.done<run.steps and not self.control.should_training_stop: warnings.warn(f"the data ended after {run.done} of {run.steps} steps")
-    return run.history
+    history = self.end_with_best()
+    if history.best_step==0 and run.writes: warnings.warn(f"hedgehog_nb: {history.verdict}")
+    return history
