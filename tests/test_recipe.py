@@ -9,7 +9,7 @@ from helpers.tiny_models import corpus, llama
 
 TRAIN,TEST = corpus(12),corpus(3)
 T = TRAIN.shape[1]
-SHORT = dict(distill_steps=4, finetune_steps=2, batch_size=4)
+SHORT = dict(distill_steps=4, finetune_steps=2, batch_size=4, recipe='paper')
 
 def go(**kw): return convert(llama(), TRAIN, TEST, **{**SHORT, **kw})
 
@@ -29,8 +29,8 @@ def test_rows_of_a_conversion():
     model = llama(); before = perplexity(model, TEST, 4)
     rows = convert(model, TRAIN, TEST, LinearizeConfig('hedgehog', '0,2'), evals=2, **SHORT)
     ppl = [r for r in rows if r['metric']=='ppl']
-    assert [r['stage'] for r in ppl]==['teacher','swapped','distill','distilled','finetuned']
-    assert [r['tokens'] for r in ppl]==[0, 0, 2*4*T, 4*4*T, 6*4*T]
+    assert [r['stage'] for r in ppl]==['teacher','swapped','distill','distilled','finetune','finetuned']
+    assert [r['tokens'] for r in ppl]==[0, 0, 2*4*T, 4*4*T, 5*4*T, 6*4*T]
     assert ppl[0]['value']==before and ppl[-1]['value']==perplexity(model, TEST, 4) and model.config.hedgehog['layers']==[0,2]
     assert {r['metric'] for r in rows}-{'ppl'}=={'kl','loss'} and all(r['map']=='hedgehog' and r['seed']==0 for r in rows)
 
@@ -42,12 +42,13 @@ def test_a_folder_may_be_a_string_and_nothing_is_done_twice(tmp_path):
     assert drop(again)==drop(rows)==drop(go()) and ('progress','evaluate') not in seen
     assert len(read_eval_log(tmp_path/'run'/'measured.json')['rows'])==len(rows)
 
-LOOK = dict(evals=(0, '2', True), distill_steps=(-1, 2.5), batch_size=(0,), save_steps=(0,), seed=(-1,), gradient_accumulation_steps=(0,))
+LOOK = dict(evals=(0, '2', True), distill_steps=(-1, 2.5), adapt_steps=(-1,), batch_size=(0,), finetune_batch_size=(0,), save_steps=(0,), seed=(-1,), gradient_accumulation_steps=(0,))
 
 @pytest.mark.parametrize('bad,says', [
     *((dict([(n, x)]), f'{n} is a whole number') for n,xs in LOOK.items() for x in xs),
     *((dict([(n, x)]), f'^{n} is above 0') for n in ('lr','finetune_lr') for x in (0, -1, float('inf'))),
-    (dict(config='hedghog'), "called 'hedghog'"), (dict(config=None), 'config is a LinearizeConfig'), (dict(config={}), 'config is a LinearizeConfig'),
+    (dict(config='hedghog'), "called 'hedghog'"), (dict(recipe='beste'), 'recipe is one of paper, lolcats, best'), (dict(finetune_on='logits'), 'finetune_on is one of labels, teacher, both'),
+    (dict(patience=2), 'give valid too'), (dict(valid=TEST[0]), 'valid is'), (dict(config={}), 'config is a LinearizeConfig'),
     (dict(config=LinearizeConfig(layers='0-9')), 'has layers 0 to 2'), (dict(config='elu'), "'elu' has no parameters to distil"),
     (dict(objective='w'), "objective is one of weights.*given 'w'"), (dict(objective=['weights']), 'objective is one of'), (dict(autocast='float8'), 'float8'),
     (dict(lora=dict(foo=2)), "settings of peft.LoraConfig.*foo"), (dict(trained='new', base='x'), 'would train all weights')], ids=str)

@@ -82,7 +82,8 @@ class AttentionSnapshots:
 def label(row):
     "A row's variant and stage in words."
     m = {'hedgehog':'Hedgehog', 'elu':'1+ELU'}.get(row['map'], row['map'])
-    if row['variant'].startswith('softmax'): return 'softmax, the teacher' if row['stage']=='teacher' else 'softmax, finetuned'
+    if row['variant'].startswith('softmax'):
+        return {'teacher':'softmax, the teacher', 'adapted':'softmax, finetuned first'}.get(row['stage'], 'softmax, finetuned')
     return f"{m}, {dict(swapped='swapped in, untrained').get(row['stage'], row['stage'])}"
 
 def human_readable(n):
@@ -108,6 +109,7 @@ class Progress:
 
     def __call__(self, event, row=None, **kw):
         if event=='progress': self.bar(event, **kw)
+        elif event=='verdict': self.line('', kw['text'])
         elif row['metric']=='ppl': self.row(row)
 
     def bar(self, event, phase=None, done=0, total=0, seconds=0., loss=None, metric=None, **_):
@@ -126,7 +128,7 @@ class Progress:
         return next((t['at'] for t in self.tasks.values()), '')
 
     def row(self, row):
-        during = row['stage'] in ('distill','finetune')
+        during = row['stage'] in ('adapt','distill','finetune')
         self.line('' if during else 'measure', f"after {row['tokens']:,} tokens" if during else label(row), f"perplexity [bold]{row['value']:.4g}[/]")
     def line(self, what, *parts): self.console.print(f"[green]{'✓' if what else ' '}[/] {what:<9}", ' [dim]·[/] '.join(parts), highlight=False, soft_wrap=True)
 
@@ -155,7 +157,7 @@ def perplexity_table(
     "The perplexity after each stage, beside the teacher's."
     from rich import box
     from rich.table import Table
-    rows = [r for r in rows if r['metric']=='ppl' and r['stage'] not in ('distill','finetune')]
+    rows = [r for r in rows if r['metric']=='ppl' and r['stage'] not in ('adapt','distill','finetune')]
     t,base = Table(title=title, box=box.SIMPLE_HEAD, title_justify='left', title_style='bold'),rows[0]['value']
     t.add_column('model')
     for c in ('perplexity','× teacher','tokens','time'): t.add_column(c, justify='right')

@@ -54,47 +54,68 @@ def keep_run_dir(
         raise
 
 # %% ../../nbs/94_cli.ipynb #d9af9d2a
-def _plan(model, spec, feature_map, layers, extra, train, test, steps, batch_size, lora, heads=None, start=''):
+def _plan(model, spec, how, layers, extra, train, test, steps, batches, recipe, lora, start=''):
     "What is about to happen, a line each."
     from hedgehog_nb.training.recipe import tokens_after
     n,(_,T) = model.num_parameters(),test.shape
     lines = [('convert', f"[bold]{model_name(spec)}[/], {type(model).__name__}, {n:,} parameters, {str(model.dtype)[6:]} on {model.device.type}"),
-        ('to', f"[bold]{feature_map}[/] attention in {layers} layers{f' but for heads {heads}' if heads else ''}, "
-            f"{extra:,} parameters of maps ({extra/n:.2%})")]
-    lines += [(w, f"{tokens_after(s, train, batch_size):,} tokens, {s} steps of {min(batch_size, len(train))} × {T}")
-        for w,s in zip(('distill','finetune'), steps) if s]
-    if lora and steps[1]: lines[-1] = (lines[-1][0], f"{lines[-1][1]}; adapters of rank {lora['r']} and the maps")
+        ('to', f"[bold]{how.attention}[/] attention in {layers} layers{f' but for heads {how.softmax_heads}' if how.softmax_heads else ''}, "
+            f"{extra:,} parameters of maps ({extra/n:.2%}), by the recipe {recipe}")]
+    lines += [(w, f"{tokens_after(s, train, b):,} tokens, {s} steps of {min(b, len(train))} × {T}")
+        for w,s,b in zip(('adapt','distill','finetune'), steps, batches) if s]
+    if lora and steps[-1]: lines[-1] = (lines[-1][0], f"{lines[-1][1]}; adapters of rank {lora['r']} and the maps")
     return '\n'.join(f'  [dim]{w:<9}[/] {l}' for w,l in [*lines, ('measure', f'{test.numel():,} tokens in blocks of {T}{start}')])+'\n'
 
 # %% ../../nbs/94_cli.ipynb #2a80a9b0
-def _prepare(model, data, eval_data, text_column, config, seq_len, batch_size, eval_tokens, budgets, dtype, device, seed, block_bos, adapted):
-    "Everything that can fail before the first step: (model, tokenizer, train, test, numbers of the layers, parameters of their maps, steps of each phase)."
+def _validation(data, train, model, tok, seq_len, text_column, most=16):
+    "(blocks to train on, held-out blocks to choose the best state by): the validation split of the data, or else the last of the blocks."
+    from hedgehog_nb.data.text import DataError
+    try: valid = open_blocks(data, 'validation', model, tok, seq_len, most*seq_len, None, text_column)
+    except DataError: valid = train[:0]
+    if len(valid): return train,valid
+    n = min(most, len(train)//20)
+    return (train[:len(train)-n],train[-n:]) if n else (train,None)
+
+def _prepare(o, how, recipe):
+    "Everything that can fail before the first step: (model, tokenizer, texts, numbers of the layers, parameters of their maps, steps and batches of each phase)."
     from hedgehog_nb.training.recipe import steps_for
-    if is_converted(model): raise ValueError(f"{model} is converted already; name the model it came from")
-    m,tok = open_model(model, dtype, device)
-    tunes = budgets[1][0] if budgets[1][1] is None else budgets[1][1]
-    if getattr(m, 'is_quantized', False) and tunes and not adapted:
-        raise ValueError(f"{model} is quantised, and such weights are not trained: say --lora-rank 8 --save trained, which trains adapters beside them, "
+    if is_converted(o.model): raise ValueError(f"{o.model} is converted already; name the model it came from")
+    m,tok = open_model(o.model, o.dtype, o.device)
+    budgets = [(o.adapt_tokens,None), (o.distill_tokens,o.distill_steps), (o.finetune_tokens,o.finetune_steps)]
+    tunes = any(t if s is None else s for t,s in (budgets[0], budgets[2]))
+    if getattr(m, 'is_quantized', False) and tunes and not (o.save=='trained' and o.lora_rank):
+        raise ValueError(f"{o.model} is quantised, and such weights are not trained: say --lora-rank 8 --save trained, which trains adapters beside them, "
             "or --finetune-tokens 0, which trains the maps alone")
-    if block_bos is not None: tok.init_kwargs['block_bos'] = block_bos   # saved with the converted model, which is measured as it was trained
-    which,extra = map_plan(m, config)
-    if not extra: budgets = [(0,0), budgets[1]]   # a map without parameters has nothing to distil
-    tokens = max(seq_len, *(t if s is None else s*batch_size*seq_len for t,s in budgets))
-    train = open_blocks(data, 'train', m, tok, seq_len, math.ceil(tokens/seq_len)*seq_len, seed, text_column)
-    test = open_blocks(eval_data or data, 'all' if eval_data else 'test', m, tok, seq_len, eval_tokens, None, text_column)
-    return m, tok, train, test, which, extra, [steps_for(t, train, batch_size) if s is None else s for t,s in budgets]
+    if o.block_bos is not None: tok.init_kwargs['block_bos'] = o.block_bos   # saved with the converted model, which is measured as it was trained
+    which,extra = map_plan(m, how)
+    if not extra: budgets[1] = 0,0   # a map without parameters has nothing to distil
+    sizes = [o.batch_size or recipe.batch_for(t, o.seq_len) if s is None else o.batch_size or recipe.batch_size for t,s in budgets]
+    tokens = max(o.seq_len, *(t if s is None else s*b*o.seq_len for (t,s),b in zip(budgets, sizes)))
+    train = open_blocks(o.data, 'train', m, tok, o.seq_len, math.ceil(tokens/o.seq_len)*o.seq_len, o.seed, o.text_column)
+    test = open_blocks(o.eval_data or o.data, 'all' if o.eval_data else 'test', m, tok, o.seq_len, o.eval_tokens, None, o.text_column)
+    train,valid = (train,None) if o.last_state else _validation(o.data, train, m, tok, o.seq_len, o.text_column)
+    steps = [steps_for(t, train, b) if s is None else s for (t,s),b in zip(budgets, sizes)]
+    return m, tok, (train, valid, test), which, extra, steps, sizes
 
 # %% ../../nbs/94_cli.ipynb #d2c37501
-def _check(objective, record, save, all_weights, **lrs):
+def _rate(option, x):
+    "A learning rate as it was typed: a number, \"auto\", or None."
+    if x is None or x=='auto': return x
+    try: rate = float(x)
+    except ValueError: rate = 0
+    if not 0<rate<math.inf: raise ValueError(f"{option} is above 0, or auto; given {x}")
+    return rate
+
+def _check(o):
     "Settings that would be refused only later."
     from hedgehog_nb.training.losses import LOSSES
-    if objective not in LOSSES: raise ValueError(f"--objective is one of {', '.join(LOSSES)}; given {objective!r}")
-    if record and record.suffix!='.json': raise ValueError(f"--record writes JSON; give it a name that ends in .json, not {record.name!r}")
-    if save not in ('model','trained'): raise ValueError(f"--save is model or trained; given {save!r}")
-    if save=='trained' and all_weights:
+    for option,x,fits in (('--objective', o.objective, LOSSES), ('--finetune-on', o.finetune_on, ('labels','teacher','both'))):
+        if x is not None and x not in fits: raise ValueError(f"{option} is one of {', '.join(fits)}; given {x!r}")
+    if o.record and o.record.suffix!='.json': raise ValueError(f"--record writes JSON; give it a name that ends in .json, not {o.record.name!r}")
+    if o.save not in ('model','trained'): raise ValueError(f"--save is model or trained; given {o.save!r}")
+    if o.save=='trained' and not o.lora_rank and (o.adapt_tokens or (o.finetune_tokens if o.finetune_steps is None else o.finetune_steps)):
         raise ValueError("--save trained keeps maps and adapters, and this run would train all weights: say --lora-rank 8, or --finetune-tokens 0")
-    for n,x in lrs.items():
-        if not 0<x<math.inf: raise ValueError(f"--{n.replace('_','-')} must be above 0; given {x:g}")
+    if o.last_state and o.patience: raise ValueError("--patience counts evaluations on held-out text, and --last-state makes none: leave one of them out")
 
 def _lora(model, rank, targets):
     "Settings of the adapters, or None. Raises `ValueError` on modules that the model does not have."
@@ -147,8 +168,8 @@ DtypeOpt = Annotated[str, _opt('--dtype', panel='Machine', metavar='NAME',
     help="Of the weights: [cyan]float32[/], [cyan]bfloat16[/] or [cyan]float16[/]; maps are trained in float32.")]
 
 # %% ../../nbs/94_cli.ipynb #bdf0c65d
-FeatureMapOpt = Annotated[str, _opt('--map', panel='Conversion', metavar='NAME',
-    help="The feature map. Learned: [cyan]hedgehog[/], [cyan]hedgehog-window[/] "
+FeatureMapOpt = Annotated[Optional[str], _opt('--map', panel='Conversion', metavar='NAME',
+    help="The feature map; the recipe's if not given. Learned: [cyan]hedgehog[/], [cyan]hedgehog-window[/] "
          "(softmax for the last tokens, Hedgehog for older ones), [cyan]t2r[/], [cyan]rfa[/], [cyan]lognormal[/]. "
          "As they are: [cyan]elu[/], [cyan]relu[/], [cyan]exp[/], [cyan]taylor[/], [cyan]fast[/], "
          "[cyan]performer[/], [cyan]cosformer[/].")]
@@ -168,7 +189,9 @@ LayersOpt = Annotated[str, _opt('--layers', panel='Conversion', metavar='LIST',
     help="Layers to convert, such as [cyan]0-5,8[/], or [cyan]1-29:2[/] for every other; the rest stays softmax.")]
 SoftmaxHeadsOpt = Annotated[Optional[str], _opt('--softmax-heads', panel='Conversion', metavar='LIST',
     help="Heads of these layers that stay softmax too, such as [cyan]3:0,2;7:4-5[/] for two of layer 3 and two of layer 7, in quotes.")]
-ObjectiveOpt = Annotated[str, _opt('--objective', panel='Conversion', metavar='NAME',
+RecipeOpt = Annotated[str, _opt('--recipe', panel='Conversion', metavar='NAME',
+    help="Settings that belong together: the [cyan]paper[/]'s, [cyan]lolcats[/]', or the [cyan]best[/] we know. What is given beside it wins.")]
+ObjectiveOpt = Annotated[Optional[str], _opt('--objective', panel='Conversion', metavar='NAME',
     help="What the maps imitate: attention [cyan]weights[/], [cyan]outputs[/], [cyan]both[/], "
          "the [cyan]order[/] of all weights, or [cyan]weights+order[/].")]
 
@@ -178,12 +201,23 @@ DistillStepsOpt = Annotated[Optional[int], _opt('--distill-steps', panel='Traini
 FinetuneTokensOpt = Annotated[int, _opt('--finetune-tokens', panel='Training', metavar='N', min=0, help="Budget for the whole model; 0: none.")]
 FinetuneStepsOpt = Annotated[Optional[int], _opt('--finetune-steps', panel='Training', metavar='N', min=0, help="The same in steps; wins over tokens.")]
 SeqLenOpt = Annotated[int, _opt('--seq-len', panel='Training', metavar='N', min=2, help="Tokens in a block.")]
-BatchSizeOpt = Annotated[int, _opt('--batch-size', panel='Training', metavar='N', min=1, help="Blocks per step.")]
-LrOpt = Annotated[float, _opt('--lr', panel='Training', metavar='X', help="Learning rate of the maps.")]
-FinetuneLrOpt = Annotated[float, _opt('--finetune-lr', panel='Training', metavar='X', help="Learning rate of the whole model, or of its adapters.")]
-LoraRankOpt = Annotated[int, _opt('--lora-rank', panel='Training', metavar='N', min=0,
-    help="Finetune LoRA adapters of this rank, and the maps, in place of all weights; merged at the end. 0: none.")]
-LoraTargetsOpt = Annotated[str, _opt('--lora-targets', panel='Training', metavar='LIST',
+BatchSizeOpt = Annotated[Optional[int], _opt('--batch-size', panel='Training', metavar='N', min=1,
+    help="Blocks per step. If not given: the recipe's, 8 at most, and fewer where the budget is small.")]
+LrOpt = Annotated[Optional[str], _opt('--lr', panel='Training', metavar='X',
+    help="Learning rate of the maps, or [cyan]auto[/] to try some; the recipe's if not given.")]
+FinetuneLrOpt = Annotated[Optional[str], _opt('--finetune-lr', panel='Training', metavar='X',
+    help="Learning rate of the whole model, or of its adapters; or [cyan]auto[/].")]
+FinetuneOnOpt = Annotated[Optional[str], _opt('--finetune-on', panel='Training', metavar='NAME',
+    help="What finetuning learns from: [cyan]labels[/], the [cyan]teacher[/]'s logits, or [cyan]both[/].")]
+AdaptTokensOpt = Annotated[int, _opt('--adapt-tokens', panel='Training', metavar='N', min=0,
+    help="Budget to finetune the softmax model before it is converted; 0: none.")]
+PatienceOpt = Annotated[Optional[int], _opt('--patience', panel='Training', metavar='N', min=1,
+    help="Stop a phase after so many evaluations on held-out text, ten in a phase, without improvement.")]
+LastStateOpt = Annotated[bool, _opt('--last-state', panel='Training',
+    help="End each phase with its last state; if not given, with the one that is best on the validation split, or on the last of the text.")]
+LoraRankOpt = Annotated[Optional[int], _opt('--lora-rank', panel='Training', metavar='N', min=0,
+    help="Finetune LoRA adapters of this rank, and the maps, in place of all weights; merged at the end. 0: none, even where the recipe has some.")]
+LoraTargetsOpt = Annotated[Optional[str], _opt('--lora-targets', panel='Training', metavar='LIST',
     help="Modules that get adapters, such as [cyan]q_proj,v_proj[/].")]
 GradAccumOpt = Annotated[int, _opt('--grad-accum', panel='Training', metavar='N', min=1,
     help="Compute each batch in so many pieces: the same step in less memory.")]
@@ -198,34 +232,39 @@ def _outputs(o):
     written = [not o.restart and _same(p, work/'results.json') for p in (out/'results.json', o.record)]
     return check_output(out, o.overwrite or written[0]), check_output(o.record, o.overwrite or written[1], '--record', folder=False), work
 
+def _adapters(o):
+    "Rank and modules of the adapters: the recipe's, where none are given."
+    from hedgehog_nb.training.recipe import get_recipe
+    theirs = get_recipe(o.recipe).lora or {}
+    if o.lora_rank is None: o.lora_rank = theirs.get('r', 0)
+    if o.lora_targets is None: o.lora_targets = ','.join(theirs['target_modules']) if theirs else 'all-linear'
+
 def _config_of(o):
     "The `LinearizeConfig` that the options ask for."
-    from hedgehog_nb.models.config import LinearizeConfig
+    from hedgehog_nb.training.recipe import get_recipe
     given = {n:getattr(o, n) for n in ('form','num_maps','bias','window','relative','branch')}
-    return LinearizeConfig(o.feature_map, o.layers, o.softmax_heads, {k:v for k,v in given.items() if v is not None}, o.implementation)
+    return get_recipe(o.recipe).config(o.feature_map, o.layers, o.softmax_heads, o.implementation, **{k:v for k,v in given.items() if v is not None})
 
 # %% ../../nbs/94_cli.ipynb #804f6eed
 def _convert(o, out, record, work, screen, start, commit):
     "Load, convert and save; the rows, or None in a process that is not the main one."
-    from hedgehog_nb.training.recipe import barrier, convert, is_main_process, read_eval_log
+    from hedgehog_nb.training.recipe import barrier, convert, get_recipe, is_main_process, read_eval_log
     from hedgehog_nb.results import command_line
-    how,before = _config_of(o),read_eval_log(work/'measured.json')['wall_s']
+    recipe,how,before = get_recipe(o.recipe),_config_of(o),read_eval_log(work/'measured.json')['wall_s']
     trained = work/'trained' if o.save=='trained' else None
-    with screen.wait(f'loading {o.model}'):
-        m,tok,train,test,which,extra,steps = _prepare(o.model, o.data, o.eval_data, o.text_column, how, o.seq_len, o.batch_size, o.eval_tokens,
-            [(o.distill_tokens,o.distill_steps), (o.finetune_tokens,o.finetune_steps)], o.dtype, o.device, o.seed, o.block_bos, bool(o.lora_rank and trained))
+    with screen.wait(f'loading {o.model}'): m,tok,(train,valid,test),which,extra,steps,batches = _prepare(o, how, recipe)
     lora = _lora(m, o.lora_rank, o.lora_targets)
     begin = block_start(tok)
-    screen.say(_plan(m, o.model, o.feature_map, len(which), extra, train, test, steps, o.batch_size, lora, o.softmax_heads, describe_start(begin)))
+    screen.say(_plan(m, o.model, how, len(which), extra, train, test, steps, batches, o.recipe, lora, describe_start(begin)))
     if trained and is_main_process(): shutil.rmtree(trained, ignore_errors=True) # of a run that was killed as it ended
     barrier()
-    camera = AttentionSnapshots(test[:1,:24], tok, which[len(which)//2], o.feature_map)
+    camera = AttentionSnapshots(test[:1,:24], tok, which[len(which)//2], how.attention)
     with screen.progress:
-        rows = convert(m, train, test, how, *steps, o.batch_size, o.lr, o.finetune_lr, o.objective, o.evals, baseline=o.baseline, autocast=o.autocast,
-            seed=o.seed, on_event=tee(screen.progress, camera), gradient_accumulation_steps=o.grad_accum, lora=lora, work=work,
-            save_steps=o.save_every, trained=trained, base=o.model)
+        rows = convert(m, train, test, how, steps[1], steps[2], steps[0], recipe, valid, o.patience, batches[1], batches[2], o.lr, o.finetune_lr,
+            o.objective, o.finetune_on, lora or {}, o.evals, baseline=o.baseline, autocast=o.autocast, seed=o.seed,
+            on_event=tee(screen.progress, camera), gradient_accumulation_steps=o.grad_accum, work=work, save_steps=o.save_every, trained=trained, base=o.model)
     rows = [dict(experiment=o.experiment, model=model_name(o.model), data='+'.join(map(model_name, o.data)), **r,
-        seq_len=o.seq_len, block_start=begin, eval_tokens=test.numel()) for r in rows]
+        recipe=o.recipe, seq_len=o.seq_len, block_start=begin, eval_tokens=test.numel()) for r in rows]
     if not is_main_process(): return
     _save(m, tok, out, work, trained, record, camera, rows, o.block_bos is not None, command=command_line(_expand_config(o.ctx)),
         seed=o.seed, wall_s=before+time.perf_counter()-start, device=m.device, commit=commit)
@@ -250,11 +289,12 @@ def _report(ctx, screen, rows, out, work):
 @_command
 def linearize_command(ctx:typer.Context,
     model:ModelArg, data:DataOpt, out:OutOpt, config:ConfigOpt=None, save:SaveOpt='model', overwrite:OverwriteOpt=False, restart:RestartOpt=False,
-    eval_data:EvalDataOpt=None, text_column:ColumnOpt=None, feature_map:FeatureMapOpt='hedgehog', form:FormOpt=None, num_maps:NumMapsOpt=None,
+    eval_data:EvalDataOpt=None, text_column:ColumnOpt=None, recipe:RecipeOpt='best', feature_map:FeatureMapOpt=None, form:FormOpt=None, num_maps:NumMapsOpt=None,
     bias:BiasOpt=None, window:WindowOpt=None, relative:RelativeOpt=None, branch:BranchOpt=None, layers:LayersOpt='all',
-    softmax_heads:SoftmaxHeadsOpt=None, objective:ObjectiveOpt='weights', distill_tokens:DistillTokensOpt=200_000, distill_steps:DistillStepsOpt=None,
+    softmax_heads:SoftmaxHeadsOpt=None, objective:ObjectiveOpt=None, adapt_tokens:AdaptTokensOpt=0, distill_tokens:DistillTokensOpt=200_000, distill_steps:DistillStepsOpt=None,
     finetune_tokens:FinetuneTokensOpt=200_000, finetune_steps:FinetuneStepsOpt=None, seq_len:SeqLenOpt=512, block_bos:BlockBosOpt=None,
-    batch_size:BatchSizeOpt=8, lr:LrOpt=1e-2, finetune_lr:FinetuneLrOpt=6e-4, lora_rank:LoraRankOpt=0, lora_targets:LoraTargetsOpt='all-linear',
+    finetune_on:FinetuneOnOpt=None, patience:PatienceOpt=None, last_state:LastStateOpt=False, batch_size:BatchSizeOpt=None, lr:LrOpt=None,
+    finetune_lr:FinetuneLrOpt=None, lora_rank:LoraRankOpt=None, lora_targets:LoraTargetsOpt=None,
     grad_accum:GradAccumOpt=1, save_every:SaveEveryOpt=50, baseline:BaselineOpt=False, eval_tokens:EvalOpt=None, evals:EvalsOpt=1,
     record:RecordOpt=None, experiment:ExperimentOpt='linearize', dtype:DtypeOpt='float32', autocast:AutocastOpt=None, implementation:ImplOpt=None,
     device:DeviceOpt=None, seed:SeedOpt=0, as_json:JsonOpt=False, debug:DebugOpt=False,
@@ -273,8 +313,10 @@ def linearize_command(ctx:typer.Context,
     o = SimpleNamespace(**locals())
     start,commit,screen = time.perf_counter(),code_version(),Terminal(as_json)
     _config_of(o) # refused before anything is written
+    o.lr,o.finetune_lr = _rate('--lr', lr),_rate('--finetune-lr', finetune_lr)
+    _adapters(o)
     out,record,work = _outputs(o)
-    _check(objective, record, save, not lora_rank and (finetune_tokens if finetune_steps is None else finetune_steps), lr=lr, finetune_lr=finetune_lr)
+    _check(o)
     with keep_run_dir(work, screen.progress.where):
         if is_main_process() and open_run_dir(work, _settings(ctx), restart): screen.say(f"going on with what is in [bold]{work}[/]")
         barrier()
