@@ -229,33 +229,37 @@ def bench_command(ctx:typer.Context,
     if error: raise error
 
 # %% ../../nbs/94_cli.ipynb #69b86360
-DEMO = dict(seq_len=256, batch_size=8, distill_steps=100, finetune_steps=120, lr=0.1, finetune_lr=2e-3, map=dict(num_maps=8, bias=True), quick=10,
-    prompt='Once upon a time', max_new_tokens=300, temperature=.8, layer=2)
+DEMO = dict(seq_len=256, quick=10, lr=5e-2, prompt='Once upon a time', max_new_tokens=300, temperature=.8, layer=2, shown=96,
+    runs=dict( # steps and blocks of distillation, steps and blocks of finetuning, its rate, the attention and its settings
+        hedgehog=(400, 2, 240, 4, 2e-3, 'hedgehog', dict(num_maps=8)),
+        elu=(0, 2, 220, 8, 2e-3, 'elu', {}),
+        hybrid=(200, 1, 60, 4, 5e-4, 'hedgehog-window', {}),
+        window=(0, 1, 110, 4, 5e-4, 'hedgehog-window', dict(branch='window'))))
 
 # %% ../../nbs/94_cli.ipynb #f96e7292
-def _demo_rows(train, test, quick, listeners, seed):
-    "(converted model, rows): Hedgehog, then 1+ELU with as many steps in all."
-    from hedgehog_nb.training.recipe import convert
-    from hedgehog_nb.data.models import load_embedded
-    from hedgehog_nb.models.config import LinearizeConfig
-    m,n = load_embedded()[0],DEMO['quick'] if quick else 1
-    a,b = DEMO['distill_steps']//n,DEMO['finetune_steps']//n
-    kw = dict(batch_size=DEMO['batch_size'], lr=DEMO['lr'], finetune_lr=DEMO['finetune_lr'], seed=seed)
-    rows = convert(m, train, test, LinearizeConfig(attention_kwargs=DEMO['map']), distill_steps=a, finetune_steps=b, on_event=tee(*listeners), **kw)
-    return m, rows+convert(load_embedded()[0], train, test, 'elu', finetune_steps=a+b, teacher=False, on_event=listeners[0], **kw)
+def _state_bytes(model, ids):
+    "Bytes that `model` keeps after these tokens."
+    from transformers import DynamicCache
+    from hedgehog_nb.models.cache import cache_bytes
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    return cache_bytes(cache)
 
-def _memory_table(model, memory):
-    "Bytes remembered after some numbers of tokens written, beside the cache that softmax would need for them."
-    from rich import box
-    from rich.table import Table
-    c,at = model.config,[i for i in (1,16,64,256) if i<len(memory)]+[len(memory)]
-    per_token = 2*c.num_hidden_layers*c.num_key_value_heads*c.head_dim*4
-    t = Table(box=box.SIMPLE_HEAD)
-    t.add_column('bytes remembered')
-    for i in at: t.add_column(f'{i} tokens' if i==at[-1] else str(i), justify='right')
-    t.add_row('Hedgehog state', *(f'{memory[i-1]:,}' for i in at), style='bold')
-    t.add_row('softmax cache', *(f'{per_token*i:,}' for i in at))
-    return t
+def _demo_rows(train, valid, test, quick, screen, camera, seed):
+    "({name: converted model}, rows): all runs of the demo, each row with the bytes of the model's state."
+    import torch
+    from hedgehog_nb.training.recipe import convert, get_recipe
+    from hedgehog_nb.data.models import load_embedded
+    models,rows,n = {},[],DEMO['quick'] if quick else 1
+    @torch.no_grad()
+    def measured(event, row=None, model=None, **_):
+        if event=='row' and row['metric']=='ppl': row['state_bytes'] = _state_bytes(model, test[:1])
+    for name,(a,ba,b,bb,lr,attention,more) in DEMO['runs'].items():
+        m = models[name] = load_embedded()[0]
+        rows += convert(m, train, test, get_recipe('best').config(attention, **more), distill_steps=-(-a//n), finetune_steps=-(-b//n), valid=valid,
+            batch_size=ba, finetune_batch_size=bb, lr=DEMO['lr'], finetune_lr=lr, finetune_on='teacher', measure_teacher=not rows, seed=seed,
+            on_event=tee(screen.progress, measured, camera))
+    return models, rows
 
 # %% ../../nbs/94_cli.ipynb #b1e78973
 @app.command('demo', epilog=_examples('hedgehog demo', 'hedgehog demo --quick --out pictures'))
@@ -265,21 +269,24 @@ def demo_command(
     quick:Annotated[bool, _opt('--quick', help="A tenth of the training: the same things in seconds, with worse numbers.")]=False,
     seed:SeedOpt=0, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
-    "[bold]See it work[/] in about a minute, with no network: convert the embedded story teller, compare, let it write."
+    "[bold]See it work[/] in about a minute, with no network: convert the embedded story teller in four ways, compare, let two of them write."
     from hedgehog_nb.data.models import load_embedded
     from hedgehog_nb.data.text import load_texts, token_blocks
     screen,fig = Terminal(as_json),check_output(out/'hedgehog_demo.png', True, folder=False)
     teacher,tok = load_embedded()
-    train = token_blocks(load_texts('embedded'), tok, DEMO['seq_len'], seed=seed)
-    test = token_blocks(load_texts('embedded', 'test'), tok, DEMO['seq_len'])
+    blocks = lambda split, **kw: token_blocks(load_texts('embedded', split), tok, DEMO['seq_len'], **kw)
+    train,valid,test = blocks('train', seed=seed),blocks('validation', max_tokens=8*DEMO['seq_len']),blocks('test')
     screen.say(f"[bold]stories260K[/], a Llama of {teacher.num_parameters():,} parameters that writes stories, has softmax attention.\n"
         f"Now we give it linear attention, and measure on {test.numel():,} tokens it has not seen.\n")
-    camera = AttentionSnapshots(test[:1,:24], tok, DEMO['layer'])
-    with screen.progress: model,rows = _demo_rows(train, test, quick, (screen.progress, camera), seed)
+    camera = AttentionSnapshots(test[:1,:DEMO['shown']], None, DEMO['layer'])
+    with screen.progress: models,rows = _demo_rows(train, valid, test, quick, screen, camera, seed)
     screen.out.print('\n', perplexity_table(rows))
-    screen.out.print("[bold]The converted model writes[/]\n")
-    story = generate_text(model, tok, DEMO['prompt'], DEMO['max_new_tokens'], DEMO['temperature'], seed=seed, on_text=screen.writer())
-    screen.out.print('\n', _memory_table(model, story['memory']))
+    stories = {}
+    for name,what in (('hedgehog','linear model'), ('hybrid','hybrid')):
+        screen.out.print(f"[bold]The {what} writes[/]\n")
+        stories[name] = generate_text(models[name], tok, DEMO['prompt'], DEMO['max_new_tokens'], DEMO['temperature'], seed=seed, on_text=screen.writer())
+        screen.out.print('\n')
     with atomic_write(fig) as p: camera.attention(p)
-    screen.say(f"Attention of teacher and student, side by side: [bold]{fig}[/]")
-    screen.object(rows=rows, story=story['text'], state_bytes=sorted(set(story['memory'])), figure=str(fig))
+    screen.say(f"Attention of the teacher and of each student: [bold]{fig}[/]")
+    screen.object(rows=rows, stories={n:s['text'] for n,s in stories.items()}, state_bytes={n:sorted({*s['memory']}) for n,s in stories.items()},
+        figure=str(fig))

@@ -38,37 +38,36 @@ def save_picture(fig, path):
 
 # %% ../../nbs/94_cli.ipynb #44a25d68
 class AttentionSnapshots:
-    "Listens to a conversion: keeps its rows, and its attention weights at each stage."
+    "Listens to a conversion, or to several of one model: keeps its rows, and its attention weights at each stage."
     def __init__(self,
         input_ids, # (1, T) the text to look at
-        tok, # Its tokenizer
+        tok, # Its tokenizer; None: no text at the axes
         layer:int, # The layer to look at
-        name:str='hedgehog', # The map's name
     ):
         self.ids,self.layer,self.maps,self.rows = input_ids,layer,{},[]
-        self.tokens = [tok.decode([i]).strip().replace('$', r'\$') or '␣' for i in input_ids[0].tolist()]
-        self.names = dict(teacher='softmax', swapped='swapped', distilled=name, finetuned=name)
+        self.tokens = None if tok is None else [tok.decode([i]).strip().replace('$', r'\$') or '␣' for i in input_ids[0].tolist()]
 
     def __call__(self, event, row=None, model=None, **_):
         if event!='row' or row['metric']!='ppl' or row['variant']=='softmax': return
         self.rows.append(row)
-        if row['stage'] not in self.names: return
+        name = {'teacher':'softmax', 'swapped':'swapped', 'distilled':row['map'], 'finetuned':'window' if row['variant']=='window' else row['map']}.get(row['stage'])
+        if name is None or name=='swapped' and name in self.maps: return
         from hedgehog_nb.models.attention import attention_weights
         w = attention_weights(model, input_ids=self.ids.to(model.device), use_cache=False)[self.layer]
-        self.maps[self.names[row['stage']]] = w[0].float().cpu()
+        self.maps[name] = w[0].float().cpu()
 
     def attention(self, path):
         "Save teacher, swapped and converted attention, side by side."
         from hedgehog_nb.plots import plot_attention_maps, use_style
         heads = spiky_heads(self.maps['softmax'])
         maps = {n:w[heads] for n,w in self.maps.items()}
-        with use_style(): fig = plot_attention_maps(maps, self.tokens, [f'layer {self.layer}, head {h}' for h in heads], size=3)
+        with use_style(): fig = plot_attention_maps(maps, self.tokens, [f'layer {self.layer}, head {h}' for h in heads], size=3 if self.tokens else 2)
         save_picture(fig, path)
 
     def curve(self, path):
         "Save perplexity over tokens; nothing where there are fewer than two points."
         from hedgehog_nb.plots import color, plot_curves, use_style
-        name,pts = self.names['finetuned'],[(r['tokens'], r['value']) for r in self.rows if r['tokens']]
+        name,pts = self.rows[0]['map'],[(r['tokens'], r['value']) for r in self.rows if r['tokens']]
         if len(pts)<2: return
         with use_style():
             ax = plot_curves({name: tuple(zip(*pts))}, logx=True, xlabel='tokens of training', ylabel='perplexity')
@@ -81,10 +80,11 @@ class AttentionSnapshots:
 # %% ../../nbs/94_cli.ipynb #85f1f755
 def label(row):
     "A row's variant and stage in words."
-    m = {'hedgehog':'Hedgehog', 'elu':'1+ELU'}.get(row['map'], row['map'])
+    m = {'hedgehog':'Hedgehog', 'elu':'1+ELU', 'hedgehog-window':'hybrid'}.get(row['map'], row['map'])
     if row['variant'].startswith('softmax'):
         return {'teacher':'softmax, the teacher', 'adapted':'softmax, finetuned first'}.get(row['stage'], 'softmax, finetuned')
-    return f"{m}, {dict(swapped='swapped in, untrained').get(row['stage'], row['stage'])}"
+    if row['variant']=='window': m = 'window alone'
+    return f"{m}, {dict(swapped='untrained').get(row['stage'], row['stage'])}"
 
 def human_readable(n):
     "A number of tokens, parameters or bytes a second, short."
@@ -158,13 +158,13 @@ def perplexity_table(
     from rich import box
     from rich.table import Table
     rows = [r for r in rows if r['metric']=='ppl' and r['stage'] not in ('adapt','distill','finetune')]
-    t,base = Table(title=title, box=box.SIMPLE_HEAD, title_justify='left', title_style='bold'),rows[0]['value']
+    t,base,states = Table(title=title, box=box.SIMPLE_HEAD, title_justify='left', title_style='bold'),rows[0]['value'],any('state_bytes' in r for r in rows)
     t.add_column('model')
-    for c in ('perplexity','× teacher','tokens','time'): t.add_column(c, justify='right')
+    for c in ('perplexity','× teacher',*['state, bytes']*states,'tokens','time'): t.add_column(c, justify='right')
     for r in rows:
-        t.add_row(label(r), f"{r['value']:.4g}", f"{r['value']/base:.3f}",
+        t.add_row(label(r), f"{r['value']:.4g}", f"{r['value']/base:.3f}", *[f"{r.get('state_bytes', 0):,}"]*states,
             f"{r['tokens']:,}" if r['tokens'] else '–', f"{r['seconds']:.0f} s" if r['tokens'] else '–',
-            style='bold' if r['variant']=='hedgehog' else '')
+            style='bold' if r['stage']=='finetuned' and r['variant'] in ('hedgehog','hedgehog-window') else '')
     return t
 
 class Terminal:

@@ -161,7 +161,7 @@ EvalDataOpt = Annotated[Optional[List[str]], _opt('--eval-data', metavar='DATA',
     help="Text to measure on, all of it; the test split of --data if not given.")]
 BaselineOpt = Annotated[bool, _opt('--baseline', panel='Measuring', help="Finetune the softmax model too, with the same budget, to compare with.")]
 EvalsOpt = Annotated[int, _opt('--evals', panel='Measuring', metavar='N', min=1,
-    help="Evaluations during distillation, each at twice the tokens of the one before.")]
+    help="Evaluations on the test split in each phase, each at twice the tokens of the one before.")]
 RecordOpt = Annotated[Optional[Path], _opt('--record', panel='Measuring', metavar='FILE', help="Also write the results to this JSON file.")]
 ExperimentOpt = Annotated[str, _opt('--experiment', panel='Measuring', metavar='NAME', help="What the results call this run.")]
 DtypeOpt = Annotated[str, _opt('--dtype', panel='Machine', metavar='NAME',
@@ -258,7 +258,7 @@ def _convert(o, out, record, work, screen, start, commit):
     screen.say(_plan(m, o.model, how, len(which), extra, train, test, steps, batches, o.recipe, lora, describe_start(begin)))
     if trained and is_main_process(): shutil.rmtree(trained, ignore_errors=True) # of a run that was killed as it ended
     barrier()
-    camera = AttentionSnapshots(test[:1,:24], tok, which[len(which)//2], how.attention)
+    camera = AttentionSnapshots(test[:1,:24], tok, which[len(which)//2])
     with screen.progress:
         rows = convert(m, train, test, how, steps[1], steps[2], steps[0], recipe, valid, o.patience, batches[1], batches[2], o.lr, o.finetune_lr,
             o.objective, o.finetune_on, lora or {}, o.evals, baseline=o.baseline, autocast=o.autocast, seed=o.seed,
