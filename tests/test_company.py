@@ -264,7 +264,7 @@ def test_fake_tensors_have_shapes_and_no_numbers():
         q = torch.randn(1, 2, 20, 8)
         fm = make_feature_map('hedgehog', 8, 2)
         with torch.no_grad(): assert linear_attention(q, q, q, fm).shape==q.shape
-        with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException): weight_loss(q, q, fm)
+        assert weight_loss(q, q, fm).shape==()
 
 def test_the_kernel_in_c_takes_no_tensor_without_numbers():
     from hedgehog_nb.kernels.cpu.build import c_args, library
