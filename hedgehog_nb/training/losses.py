@@ -229,19 +229,19 @@ def _order_loss_rows(by_row, by_key, hide, keep, window):
     "Loss of some rows and its gradients, from and to what `_weight_loss_rows` takes and gives."
     if window: raise ValueError(f"the order loss is for a feature map alone; given one with a window of {window}")
     (pq,_,q),(pk,lk,k) = by_row,by_key
-    split,n = pq.shape[1:3],hide.shape[1]
-    u = (pq.flatten(1,2) @ pk.mT).unflatten(1, split).clamp_min_(_EPS_WEIGHT)
-    e = u.log().sub_((q.flatten(1,2) @ k.mT).unflatten(1, split))
-    if lk is not None: e += lk[:,None,None]
-    m = (e.shape[-1]-hide.sum(-1, keepdim=True)).clamp_min(1).to(e.dtype)  # (C, 1) keys that a row sees
+    split,n,kept = pq.shape[2:4],hide.shape[-1],(lambda x: x) if keep is None else keep.mul
+    u = (pq.flatten(2,3) @ pk.mT).unflatten(2, split).clamp_min_(_EPS_WEIGHT)
+    e = u.log().sub_((q.flatten(2,3) @ k.mT).unflatten(2, split))
+    if lk is not None: e += lk[:,:,None,None]
+    m = (e.shape[-1]-hide.sum(-1, keepdim=True)).clamp_min(1).to(e.dtype)  # (C, 1), keys that a row sees
     e[...,-n:].masked_fill_(hide, 0)
     e -= e.sum(-1, keepdim=True)/m
     e[...,-n:].masked_fill_(hide, 0)
-    loss = (e.square().sum(-1, keepdim=True)*keep/m).sum()/2
-    g = e.mul_(keep/m)                                                     # dL/d log u
-    dl = None if lk is None else g.sum((1,2))
-    g = torch.where(u<=_EPS_WEIGHT, 0, g.div_(u)).flatten(1,2)
-    return loss, ((g@pk).unflatten(1, split), None), (g.mT@pq.flatten(1,2), dl)
+    loss = kept(e.square().sum(-1, keepdim=True)/m).sum()/2
+    g = e.mul_(kept(1/m))                                                  # dL/d log u
+    dl = None if lk is None else g.sum((2,3))
+    g = torch.where(u<=_EPS_WEIGHT, 0, g.div_(u)).flatten(2,3)
+    return loss, ((g@pk).unflatten(2, split), None), (g.mT@pq.flatten(2,3), dl)
 
 @no_autocast
 def order_loss(
