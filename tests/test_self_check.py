@@ -267,8 +267,8 @@ def test_where_the_list_runs(monkeypatch):
     monkeypatch.setattr(sc.triton.knobs.runtime, 'interpret', True)
     r = runs(monkeypatch)
     rows = sc.self_check(device='cpu')
-    assert (len(rows)==len(r)==len(set(r))==24 and {x['kernel'] for x in rows}==set(sc.FAMILIES)
-            and all(x['verdict']=='good' for x in rows) and len(json.loads(verdict_file().read_text()))==24)
+    assert (len(rows)==len(r)==len(set(r))==28 and {x['kernel'] for x in rows}==set(sc.FAMILIES)
+            and all(x['verdict']=='good' for x in rows) and len(json.loads(verdict_file().read_text()))==28)
     r.found = WRONG; assert {x['verdict'] for x in sc.self_check(device='cpu')}=={WRONG[0]} # whatever was found before
 
 def test_the_error_looks_at_blocks_of_rows():
@@ -289,7 +289,9 @@ CASES = [Case('feature_map', form='exp', bias=True, weights=torch.float32, **KIN
          Case('decode', form='exp', weights=torch.float32, state=True, final=True, mask=True, **KIND),
          Case('decode', logs=True, state=True, final=True, single=True, **KIND),
          Case('window', window=4, logs=True, log_q=True, mask=True, single=True, **KIND),
-         Case('window', window=3, state=True, final=True, single=True, **KIND)]
+         Case('window', window=3, state=True, final=True, single=True, **KIND),
+         Case('weight_loss', weights=torch.float32, logs=True, mask=True, group=2, single=True, **KIND),
+         Case('weight_loss', weights=torch.float32, window=4, log_q=True, stride_q=32, **KIND)]
 
 @kernel
 @pytest.mark.parametrize('c', CASES, ids=lambda c: f'{c.family} {sc._describe(c)}')
@@ -364,6 +366,40 @@ def test_a_wrong_decode_step_and_a_wrong_window(monkeypatch):
     a = make_attention('hedgehog-window', 8, window=5)
     with pytest.warns(RuntimeWarning, match='window kernel'): o = a.attend(q, k, v)
     assert (o-a.attend(q, k, v, implementation='chunked')).abs().max()<1e-5 # in C, where there is a compiler
+
+@kernel
+@pytest.mark.parametrize('fault', [off, nan, raises])
+def test_a_wrong_distillation_loss(monkeypatch, fault):
+    from hedgehog_nb.kernels import weight_loss as kernels
+    from hedgehog_nb.training import losses
+    calls = spoil(monkeypatch, kernels, 'triton_weight_loss', fault)
+    monkeypatch.setattr(losses, '_on_gpu', lambda x: True)
+    (q,k,_),fm = qkv(H=1, Hkv=1),make_feature_map('hedgehog', 8)
+    with pytest.warns(RuntimeWarning, match='weight_loss kernel failed its self-check'): loss = losses.weight_loss(q, k, fm)
+    used = len(calls)
+    assert (loss-losses.weight_loss(q, k, fm, implementation='torch')).abs()<1e-6 and len(calls)==used
+    assert losses.weight_loss(q, k, fm).isfinite() and len(calls)==used
+
+@kernel
+def test_the_distillation_loss_asks_for_its_case(monkeypatch):
+    from hedgehog_nb.kernels import weight_loss as kernels
+    from hedgehog_nb.training import losses
+    seen = []
+    monkeypatch.setattr(sc, 'trusts', lambda device, family, **kind: seen.append(Case(family, **kind)) or True)
+    monkeypatch.setattr(kernels, 'triton_weight_loss', lambda q, *a: torch.ones(q.shape[:3]))
+    q,k,_ = qkv()
+    losses.weight_loss(q, k, make_feature_map('hedgehog', 8, 4, 2)); assert not seen # on a CPU
+    monkeypatch.setattr(losses, '_on_gpu', lambda x: True)
+    kind = KIND | dict(weights=torch.float32, group=2, stride_q=32, stride_k=16)
+    assert losses.weight_loss(q, k, make_feature_map('hedgehog', 8, 4, 2, form='exp'), mask=torch.ones(1, 12))==1
+    assert seen.pop()==Case('weight_loss', logs=True, mask=True, **kind)
+    losses.weight_loss(q.bfloat16(), k.bfloat16(), make_attention('hedgehog-window', 8, 4, 2, window=5))
+    assert seen.pop()==Case('weight_loss', window=5, log_q=True, **kind | dict(dtype=torch.bfloat16))
+    losses.weight_loss(q, k, make_feature_map('hedgehog', 8, 4, 2), False); assert seen.pop()==Case('weight_loss', causal=False, **kind)
+    with torch.autocast('cpu', torch.bfloat16): losses.weight_loss(q, k, make_feature_map('hedgehog', 8, 4, 2))
+    assert seen.pop()==Case('weight_loss', **kind | dict(dtype=torch.bfloat16))
+    for other in (dict(implementation='c'), dict(implementation='torch')): losses.weight_loss(q, k, make_feature_map('hedgehog', 8, 4, 2), **other)
+    losses.weight_loss(q.double(), k.double(), make_feature_map('hedgehog', 8, 4, 2).double()); assert not seen
 
 @kernel
 def test_no_kernel_of_one_family_speaks_for_another(monkeypatch):

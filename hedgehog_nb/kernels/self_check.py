@@ -6,8 +6,8 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/kernels/self_check.html.md"""
 
 # %% auto #0
 __all__ = ['FAMILIES', 'TOKENS', 'RUNS', 'ALLOWED', 'VERDICTS', 'WARNED', 'LOCK', 'ISSUES', 'SIZES', 'Case', 'Verdict',
-           'check_case', 'surroundings', 'verdict_file', 'trusts', 'trusts_attention', 'trusts_window', 'default_cases',
-           'self_check']
+           'check_case', 'surroundings', 'verdict_file', 'trusts', 'trusts_attention', 'trusts_window',
+           'trusts_weight_loss', 'default_cases', 'self_check']
 
 # %% ../../kernels/11_self_check.ipynb #self0005
 import json, os, re, threading, time, torch, triton, warnings
@@ -25,12 +25,12 @@ from ..ops.hedgehog import hedgehog_features
 from ..ops.linear import linear_attention_in_torch, LinearState
 from ..results import source_hash
 from ..ops.window import chunk_window_attention, WindowState
-from . import chunk_bwd, decode, dispatch, feature_map as maps, fused, window as windows
+from . import chunk_bwd, decode, dispatch, feature_map as maps, fused, weight_loss as losses, window as windows
 from .cpu.build import cache_folder
 from .autotune import _read, _write, assemblers
 
 # %% ../../kernels/11_self_check.ipynb #self0012
-FAMILIES = 'feature_map','chunked','fused','decode','window'
+FAMILIES = 'feature_map','chunked','fused','decode','window','weight_loss'
 TOKENS = 293 # Of a check: odd, and several blocks long
 
 class Case(NamedTuple):
@@ -42,7 +42,7 @@ class Case(NamedTuple):
     feature_dim:int # F
     form:str=None # Of a Hedgehog map inside the kernel; features are given if None
     bias:bool=False # Has the map biases?
-    weights:torch.dtype=None # Of the map's matrices
+    weights:torch.dtype=None # Of the map's matrices; of the features in the distillation loss
     logs:bool=False # Do keys come with log weights?
     log_q:bool=False # Do queries come with log weights (window only)?
     group:int=1 # Query heads per key-value head
@@ -163,7 +163,17 @@ def _window(c, place, schedule=None):
     res = chunk_window_attention(*args) if place.exact else windows.triton_window_attention(*args, schedule=schedule)
     return leaves, dict(output=res[0], **_whole(res[1].linear)) if c.final else dict(output=res)
 
-RUNS = dict(feature_map=_feature_map, chunked=_attention, fused=_attention, decode=_attention, window=_window)
+def _weight_loss(c, place, schedule=None):
+    "Leaves and results by name, of one way to compute the distillation loss of each row."
+    (B,H,Hkv,T),n = _sizes(c),c.feature_dim
+    q,k = (place.put(_rand(B, h, T, c.head_dim, seed=i), c.dtype, s) for i,h,s in ((0, H, c.stride_q), (1, Hkv, c.stride_k)))
+    leaves = {f'phi_{x}': place.put((2*_rand(B, h, T, n, seed=3+i)).softmax(-1), c.weights) for i,(x,h) in enumerate((('q', H), ('k', Hkv)))}
+    if c.logs: leaves['log_k'] = place.put(_rand(B, Hkv, T, seed=5), torch.float32)
+    if c.log_q: leaves['log_q'] = place.put(_rand(B, H, T, seed=6), torch.float32)
+    args = *list(leaves.values())[:2],leaves.get('log_k'),leaves.get('log_q'),min(c.window, 96),c.causal,None,place.on(_mask(c, B, T))
+    return leaves, dict(output=(losses.naive_weight_loss_rows if place.exact else losses.triton_weight_loss)(q, k, *args)[...,None])
+
+RUNS = dict(feature_map=_feature_map, chunked=_attention, fused=_attention, decode=_attention, window=_window, weight_loss=_weight_loss)
 
 # %% ../../kernels/11_self_check.ipynb #self0020
 def _results(c, place, schedule=None):
@@ -198,7 +208,7 @@ def _compare(a, again, want, c):
 
 # %% ../../kernels/11_self_check.ipynb #self0035
 def _schedules(c, device):
-    if c.family=='feature_map': return [None]
+    if c.family in ('feature_map','weight_loss'): return [None]
     if c.family!='decode': return ['scan', 2]
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type=='cuda' else 8
     return [1, max(2, sms//(1 if c.single else 2))]
@@ -383,6 +393,15 @@ def trusts_window(
     return trusts(v.device, 'window', **_common(q, k, v), feature_dim=_int(phi_k.shape[-1]), window=window, log_q=log_q is not None,
                   logs=log_k is not None, mask=mask is not None, state=initial_state is not None, final=output_final_state, **strides)
 
+# %% ../../kernels/11_self_check.ipynb #self0w56
+def trusts_weight_loss(
+    q:Tensor, k:Tensor, phi_q:Tensor, phi_k:Tensor, log_k, log_q, window:int, causal:bool, scale, mask # As for `triton_weight_loss`
+)->bool:
+    "May the kernels serve this call of the distillation loss?"
+    dtype,weights = (torch.promote_types(a.dtype, b.dtype) for a,b in ((q, k), (phi_q, phi_k)))
+    return trusts(q.device, 'weight_loss', **_common(q, k, k) | dict(dtype=dtype), weights=weights, feature_dim=_int(phi_k.shape[-1]), window=window,
+                  logs=log_k is not None, log_q=log_q is not None, causal=causal, mask=mask is not None, stride_q=_int(q.stride(2)), stride_k=_int(k.stride(2)))
+
 # %% ../../kernels/11_self_check.ipynb #self0068
 SIZES = (torch.bfloat16,64),(torch.bfloat16,128),(torch.float16,64),(torch.float32,64)
 
@@ -396,6 +415,7 @@ def default_cases()->list: # `Case`s
         for form in ('softmax_halves','exp'): case('fused', form=form, weights=dtype, final=form=='exp', mask=form=='exp')
         case('decode', form='softmax_halves', weights=dtype, state=True, final=True)
         case('window', window=64, logs=True, log_q=True)
+        case('weight_loss', weights=torch.float32, logs=True, mask=True)
     return res
 
 def self_check(

@@ -53,8 +53,8 @@ def naive_weight_loss(
 def _weight_loss_rows(by_row, by_key, hide, keep, window):
     ("Loss of some rows of some sequences and its gradients with respect to (pq, lq) and (pk, lk). "
      "by_row is pq (b, Hkv, G, C, F), lq (b, Hkv, G, C) or None, q (b, Hkv, G, C, D) scaled;\n"
-     "    by_key pk (b, Hkv, T, F), lk (b, Hkv, T) or None, k (b, Hkv, T, D); hide (C, n), or (b, 1, 1, C, n), True where a row may not see one of the last n keys; "
-     "keep (b, 1, 1, C, 1) 0 at rows that do not count, or None.\n"
+     "    by_key pk (b, Hkv, T, F), lk (b, Hkv, T) or None, k (b, Hkv, T, D); hide (C, n) or (b, 1, 1, C, n), True where a row may not see one of\n"
+     "    the last n keys; keep (b, 1, 1, C, 1) 0 at rows that do not count, or None.\n"
      "    The last `window` keys of a row have softmax's own weight, for attention that combines a window with a linear part.")
     (pq,lq,q),(pk,lk,k) = by_row,by_key
     split,n,w,kept = pq.shape[2:4],hide.shape[-1],None,(lambda x: x) if keep is None else keep.mul
@@ -92,12 +92,15 @@ def _hidden_keys(real, i, C, e, causal, masked):
     if not masked: hide = hide[:,i:] if causal else hide[:,:1]
     return hide
 
+def _batches(real): # (B, T): which sequences are done at a time
+    return [slice(b, b+1) for b in range(len(real))] if real.device.type=='cpu' else [slice(None)]
+
 def _loss_in_blocks(of_rows, by_row, by_key, real, masked, window, causal, rows):
     ("Sum of the loss over all rows, and the gradients of the first two of by_row and by_key. "
      "These are as `_weight_loss_rows` takes them, of all sequences and rows.")
     (B,T),loss = real.shape,by_row[0].new_zeros(())
     d_row,d_key = [[None if x is None else torch.zeros_like(x) for x in xs[:2]] for xs in (by_row, by_key)]
-    for s in [slice(b, b+1) for b in range(B)] if real.device.type=='cpu' else [slice(None)]:
+    for s in _batches(real):
         for i in range(0, T, rows):
             r,C,e = slice(i,i+rows),min(rows,T-i),min(i+rows,T) if causal else T
             hide,keep = _hidden_keys(real[s], i, C, e, causal, masked),real[s,None,None,r,None].to(loss.dtype) if masked else None
@@ -168,15 +171,17 @@ def _no_kernel(q, k, phi_q, phi_k):
     F,D = phi_q.shape[-1],q.shape[-1]
     return f"the kernel takes up to 512 features and 256 channels; given {F} and {D}" if F>512 or D>256 else ''
 
+def _on_gpu(x): return x.is_cuda
 def _side_by_side(x): return x if x is None or x.stride(-1)==1 else x.contiguous()
 
-def _weight_loss_in_triton(implementation, precision):
+def _weight_loss_in_triton(implementation, dtype):
     "A function from queries, keys and the student's features to the loss, or to None where Triton does not take it."
     def _f(q, k, phi_q, phi_k, log_k, log_q, window, causal, scale, mask):
-        if implementation in ('c','torch') or implementation is None and not q.is_cuda: return None
+        if implementation in ('c','torch') or implementation is None and not _on_gpu(q): return None
         if why := _no_kernel(q, k, phi_q, phi_k):
             if implementation is None: return None
             raise ValueError(why)
+        if dtype: q,k = q.to(dtype),k.to(dtype)
         q,k,phi_q,phi_k = map(_side_by_side, (q, k, phi_q, phi_k))
         args = q,k,phi_q,phi_k,log_k,log_q,window,causal,scale,mask
         if implementation is None:
@@ -184,14 +189,14 @@ def _weight_loss_in_triton(implementation, precision):
             except ImportError: return None # a Triton that does not import; it says why where it is named
             if not trusts_weight_loss(*args): return None
         from hedgehog_nb.kernels.weight_loss import triton_weight_loss
-        kl = triton_weight_loss(*args, precision)
+        kl = triton_weight_loss(*args)
         return kl.mean() if mask is None else kl.sum()/(mask.bool().sum()*q.shape[1]).clamp_min(1)
     return _f
 
 # %% ../../nbs/06_distillation.ipynb #335c51b4
 @no_autocast
-def _weight_loss(q, k, feature_map, causal, scale, mask, rows, implementation, precision):
-    return _streamed(_weight_loss_rows, q, k, feature_map, causal, scale, mask, rows, implementation, _weight_loss_in_triton(implementation, precision))
+def _weight_loss(q, k, feature_map, causal, scale, mask, rows, implementation, dtype):
+    return _streamed(_weight_loss_rows, q, k, feature_map, causal, scale, mask, rows, implementation, _weight_loss_in_triton(implementation, dtype))
 
 def weight_loss(
     q:Tensor, # (B, H, T, D) teacher's queries
@@ -204,8 +209,9 @@ def weight_loss(
     implementation:str=None, # One of `IMPLEMENTATIONS`; if None, the first of them that the device and the inputs have
 )->Tensor: # () KL from softmax to linear weights in nats, mean over rows and heads
     "`naive_weight_loss`, mean over heads, in memory linear in T. Raises `ValueError` on an implementation that cannot take the inputs."
-    if implementation not in (None, *IMPLEMENTATIONS): raise ValueError(f"implementation is one of {', '.join(IMPLEMENTATIONS)}, or None; given {implementation!r}")
-    return _weight_loss(q, k, feature_map, causal, scale, mask, rows, implementation, autocast_dtype(q) and 'tf32')
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation is one of {', '.join(IMPLEMENTATIONS)}, or None; given {implementation!r}")
+    return _weight_loss(q, k, feature_map, causal, scale, mask, rows, implementation, autocast_dtype(q))
 
 # %% ../../nbs/06_distillation.ipynb #ordn0001
 @no_autocast
