@@ -58,10 +58,10 @@ def _load_real(mask_ptr, b, first, t, T):
     return real
 
 @triton.jit
-def _load_logs(ptr, first, t, T):
-    "Logs (base 2) of the weights of the tokens `first` + t; 0 where there are none."
+def _load_logs(ptr, first, t, rows):
+    "Logs (base 2) of the weights of the tokens `first` + t in `rows`; 0 where there are none."
     x = tl.zeros(t.shape, tl.float32)
-    if ptr is not None: x = tl.load(ptr + first + t, mask=t < T - first, other=0.)*_LOG2E
+    if ptr is not None: x = tl.load(ptr + first + t, mask=rows, other=0.)*_LOG2E
     return x
 
 # %% ../../kernels/06c_weight_loss.ipynb #wl060024
@@ -83,23 +83,25 @@ def _weight_loss_fwd_kernel(
     head, start = (tl.program_id(0)//blocks).to(tl.int64), (blocks - 1 - tl.program_id(0) % blocks)*BLOCK_T
     t, n, c, f = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_F)
     b, h, rows = head//(Hkv*GROUP), head % (Hkv*GROUP), t < T - start
-    q = _load_tile(q_ptr + b*stride_qb + h*stride_qh + _to_int64(start)*stride_qt, t, c, stride_qt, rows, C)
-    phi_q = _load_tile(phi_q_ptr + b*stride_phi_qb + h*stride_phi_qh + _to_int64(start)*stride_phi_qt, t, f, stride_phi_qt, rows, F)
+    real = _load_real(mask_ptr, b, start, t, T) # nothing of the others is loaded: they may hold NaN
+    q = _load_tile(q_ptr + b*stride_qb + h*stride_qh + _to_int64(start)*stride_qt, t, c, stride_qt, real, C)
+    phi_q = _load_tile(phi_q_ptr + b*stride_phi_qb + h*stride_phi_qh + _to_int64(start)*stride_phi_qt, t, f, stride_phi_qt, real, F)
     k_ptr += b*stride_kb + (h//GROUP)*stride_kh
     phi_k_ptr += b*stride_phi_kb + (h//GROUP)*stride_phi_kh
     if log_q_ptr is not None: log_q_ptr += head*T
     if log_k_ptr is not None: log_k_ptr += (head//GROUP)*T
-    log_q = _load_logs(log_q_ptr, start, t, T)
+    log_q = _load_logs(log_q_ptr, start, t, real)
     m, Z, E = tl.full((BLOCK_T,), _LOG_ZERO, tl.float32), tl.zeros((BLOCK_T,), tl.float32), tl.zeros((BLOCK_T,), tl.float32)
     M, A = m, Z
 
     stop = tl.minimum(start + BLOCK_T, T) if CAUSAL else T
     for at in range(0, stop, BLOCK_N):
         # 2. Scores and similarities of a block of keys
-        k = _load_tile(k_ptr + _to_int64(at)*stride_kt, n, c, stride_kt, n < T - at, C)
-        phi_k = _load_tile(phi_k_ptr + _to_int64(at)*stride_phi_kt, n, f, stride_phi_kt, n < T - at, F)
+        keys = _load_real(mask_ptr, b, at, n, T)
+        k = _load_tile(k_ptr + _to_int64(at)*stride_kt, n, c, stride_kt, keys, C)
+        phi_k = _load_tile(phi_k_ptr + _to_int64(at)*stride_phi_kt, n, f, stride_phi_kt, keys, F)
         ahead = (start - at) + t[:, None] - n[None, :] # from the key to the query
-        seen = _load_real(mask_ptr, b, at, n, T)[None, :]
+        seen = keys[None, :]
         if CAUSAL: seen &= ahead >= 0
         s = _dot(q, tl.trans(k), tl.zeros((BLOCK_T, BLOCK_N), tl.float32), DTYPE, PRECISION)*(scale*_LOG2E)
         u = tl.maximum(_dot(phi_q, tl.trans(phi_k), tl.zeros((BLOCK_T, BLOCK_N), tl.float32), PHI_DTYPE, PHI_PRECISION), _EPS_WEIGHT)
@@ -108,7 +110,7 @@ def _weight_loss_fwd_kernel(
         # 3. The student's log weight y, and the sum A of its weights, relative to exp2(M)
         y, M_old = tl.log2(u), M
         if HAS_WINDOW or log_k_ptr is not None:
-            y += log_q[:, None] + _load_logs(log_k_ptr, at, n, T)[None, :]
+            y += log_q[:, None] + _load_logs(log_k_ptr, at, n, keys)[None, :]
             if HAS_WINDOW: y = tl.where(ahead < window, s, y)
             w, decay, M = _online_softmax(tl.where(seen, y, _LOG_ZERO), M)
             A = A*decay + tl.sum(w, 1)
@@ -124,7 +126,7 @@ def _weight_loss_fwd_kernel(
 
     # 5. The loss in nats, and both denominators for the backward
     if not HAS_WINDOW and log_k_ptr is None: M = Z*0
-    real = _load_real(mask_ptr, b, start, t, T) & (Z > 0)
+    real &= Z > 0
     Z, A = tl.where(real, Z, 1.), tl.where(real, A, 1.)
     row = head*T + start + t
     tl.store(kl_ptr + row, tl.where(real, (E/Z - tl.log2(Z) + tl.log2(A))*_LN2, 0.), mask=rows)
@@ -158,30 +160,32 @@ def _weight_loss_bwd_q_kernel(
     head, start = (tl.program_id(0)//blocks).to(tl.int64), (blocks - 1 - tl.program_id(0) % blocks)*BLOCK_T
     t, n, c, f = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_F)
     b, h, rows = head//(Hkv*GROUP), head % (Hkv*GROUP), t < T - start
-    q = _load_tile(q_ptr + b*stride_qb + h*stride_qh + _to_int64(start)*stride_qt, t, c, stride_qt, rows, C)
-    phi_q = _load_tile(phi_q_ptr + b*stride_phi_qb + h*stride_phi_qh + _to_int64(start)*stride_phi_qt, t, f, stride_phi_qt, rows, F)
+    real = _load_real(mask_ptr, b, start, t, T)
+    q = _load_tile(q_ptr + b*stride_qb + h*stride_qh + _to_int64(start)*stride_qt, t, c, stride_qt, real, C)
+    phi_q = _load_tile(phi_q_ptr + b*stride_phi_qb + h*stride_phi_qh + _to_int64(start)*stride_phi_qt, t, f, stride_phi_qt, real, F)
     k_ptr += b*stride_kb + (h//GROUP)*stride_kh
     phi_k_ptr += b*stride_phi_kb + (h//GROUP)*stride_phi_kh
     if log_q_ptr is not None: log_q_ptr += head*T
     if log_k_ptr is not None: log_k_ptr += (head//GROUP)*T
     row = head*T + start + t
     lse = tl.load(lse_ptr + row, mask=rows, other=-_LOG_ZERO)[:, None]
-    log_a = tl.load(log_a_ptr + row, mask=rows, other=-_LOG_ZERO)[:, None] - _load_logs(log_q_ptr, start, t, T)[:, None]
+    log_a = tl.load(log_a_ptr + row, mask=rows, other=-_LOG_ZERO)[:, None] - _load_logs(log_q_ptr, start, t, real)[:, None]
     dkl = tl.load(dkl_ptr + row, mask=rows, other=0.)[:, None]
     dphi, dlog = tl.zeros((BLOCK_T, BLOCK_F), tl.float32), tl.zeros((BLOCK_T,), tl.float32)
 
     stop = tl.minimum(start + BLOCK_T - (window if HAS_WINDOW else 0), T) if CAUSAL else T # keys in the window have no parameters
     for at in range(0, stop, BLOCK_N):
         # 2. Scores and similarities of a block of keys, once more
-        k = _load_tile(k_ptr + _to_int64(at)*stride_kt, n, c, stride_kt, n < T - at, C)
-        phi_k = _load_tile(phi_k_ptr + _to_int64(at)*stride_phi_kt, n, f, stride_phi_kt, n < T - at, F)
-        seen = _load_real(mask_ptr, b, at, n, T)[None, :]
+        keys = _load_real(mask_ptr, b, at, n, T)
+        k = _load_tile(k_ptr + _to_int64(at)*stride_kt, n, c, stride_kt, keys, C)
+        phi_k = _load_tile(phi_k_ptr + _to_int64(at)*stride_phi_kt, n, f, stride_phi_kt, keys, F)
+        seen = keys[None, :]
         if CAUSAL: seen &= (start - at) + t[:, None] - n[None, :] >= (window if HAS_WINDOW else 0)
         s = _dot(q, tl.trans(k), tl.zeros((BLOCK_T, BLOCK_N), tl.float32), DTYPE, PRECISION)*(scale*_LOG2E)
         u = _dot(phi_q, tl.trans(phi_k), tl.zeros((BLOCK_T, BLOCK_N), tl.float32), PHI_DTYPE, PHI_PRECISION)
 
         # 3. What they give the queries
-        g, g_log = _tile_gradients(s, u, _load_logs(log_k_ptr, at, n, T)[None, :], seen, lse, log_a, dkl)
+        g, g_log = _tile_gradients(s, u, _load_logs(log_k_ptr, at, n, keys)[None, :], seen, lse, log_a, dkl)
         dphi = _dot(g, phi_k, dphi, ACC_DTYPE, PHI_PRECISION)
         if dlog_q_ptr is not None: dlog += tl.sum(g_log, 1)
 
@@ -207,11 +211,11 @@ def _weight_loss_bwd_k_kernel(
     head, at = (tl.program_id(0)//blocks).to(tl.int64), (tl.program_id(0) % blocks)*BLOCK_N
     t, n, c, f = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_F)
     b, hk, keys = head//Hkv, head % Hkv, n < T - at
-    k = _load_tile(k_ptr + b*stride_kb + hk*stride_kh + _to_int64(at)*stride_kt, n, c, stride_kt, keys, C)
-    phi_k = _load_tile(phi_k_ptr + b*stride_phi_kb + hk*stride_phi_kh + _to_int64(at)*stride_phi_kt, n, f, stride_phi_kt, keys, F)
-    real = _load_real(mask_ptr, b, at, n, T)[:, None]
+    real = _load_real(mask_ptr, b, at, n, T)
+    k = _load_tile(k_ptr + b*stride_kb + hk*stride_kh + _to_int64(at)*stride_kt, n, c, stride_kt, real, C)
+    phi_k = _load_tile(phi_k_ptr + b*stride_phi_kb + hk*stride_phi_kh + _to_int64(at)*stride_phi_kt, n, f, stride_phi_kt, real, F)
     if log_k_ptr is not None: log_k_ptr += head*T
-    log_k = _load_logs(log_k_ptr, at, n, T)[:, None]
+    log_k = _load_logs(log_k_ptr, at, n, real)[:, None]
     dphi, dlog = tl.zeros((BLOCK_N, BLOCK_F), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
 
     first = at + (window if HAS_WINDOW else 0) if CAUSAL else 0
@@ -219,15 +223,15 @@ def _weight_loss_bwd_k_kernel(
         h, q_head = hk*GROUP + g, head*GROUP + g
         for start in range(first, T, BLOCK_T):
             # 2. Scores and similarities of a block of queries
-            rows = t < T - start
+            rows = _load_real(mask_ptr, b, start, t, T)
             q = _load_tile(q_ptr + b*stride_qb + h*stride_qh + _to_int64(start)*stride_qt, t, c, stride_qt, rows, C)
             phi_q = _load_tile(phi_q_ptr + b*stride_phi_qb + h*stride_phi_qh + _to_int64(start)*stride_phi_qt, t, f, stride_phi_qt, rows, F)
             row = q_head*T + start + t
             lse = tl.load(lse_ptr + row, mask=rows, other=-_LOG_ZERO)[None, :]
             log_a = tl.load(log_a_ptr + row, mask=rows, other=-_LOG_ZERO)[None, :]
-            if log_q_ptr is not None: log_a -= _load_logs(log_q_ptr + q_head*T, start, t, T)[None, :]
+            if log_q_ptr is not None: log_a -= _load_logs(log_q_ptr + q_head*T, start, t, rows)[None, :]
             dkl = tl.load(dkl_ptr + row, mask=rows, other=0.)[None, :]
-            seen = real & rows[None, :]
+            seen = real[:, None] & rows[None, :]
             if CAUSAL: seen &= (start - at) + t[None, :] - n[:, None] >= (window if HAS_WINDOW else 0)
             s = _dot(k, tl.trans(q), tl.zeros((BLOCK_N, BLOCK_T), tl.float32), DTYPE, PRECISION)*(scale*_LOG2E)
             u = _dot(phi_k, tl.trans(phi_q), tl.zeros((BLOCK_N, BLOCK_T), tl.float32), PHI_DTYPE, PHI_PRECISION)
