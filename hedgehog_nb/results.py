@@ -188,6 +188,7 @@ EXPERIMENTS = {'recall':'associative recall', 'recall-converted':'associative re
     'lra-listops':'Long Range Arena, ListOps', 'lra-text':'Long Range Arena, Text',
     'lra-image':'Long Range Arena, Image', 'lra-pathfinder':'Long Range Arena, Pathfinder', 'kl-transfer':'maps evaluated on other text and lengths',
     'bench-forward':'speed of the forward pass', 'bench-train':'speed of forward and backward', 'bench-decode':'speed of decoding',
+    'bench-distill':'speed of the distillation loss',
     'prefill-model':'speed of a whole model, prefill', 'decode-model':'speed of a whole model, decoding',
     'gpu-smoke':'the kernels against fp64 on a GPU',
     'gpu-linearize':'models converted on a GPU', 'gpu-models':'what that cost',

@@ -33,6 +33,7 @@ def cases(small):
         res[f'{f} D=64 exp segments'] = dict(kind=f, D=64, heads=(4,4), form='exp', schedule=4)
         res[f'{f} D=64 softmax_halves bidirectional'] = dict(kind=f, D=64, heads=(4,4), form='softmax_halves', causal=False)
     for form in FORMS: res[f'window D=64 {form}'] = dict(kind='window', D=64, heads=(4,2), form=form, masked=form=='exp')
+    for form in FORMS: res[f'loss D=64 {form}'] = dict(kind='loss', D=64, heads=(4,2), form=form, masked=form=='exp')
     for form in FORMS: res[f'decode D=64 {form}'] = dict(kind='decode', D=64, heads=(4,2), form=form)
     return {n: dict(B=2, T=1000, masked=False, causal=True, schedule=None) | c for n,c in res.items()}
 
@@ -57,6 +58,19 @@ def window(x, c, mask):
 
 def window_reference(x, c, mask): return naive_window_attention(*x[:5], min(64, c['T']//4), log_k=x[5] if len(x)>5 else None, mask=mask)
 
+def _student(x, c): # features in fp32 at least, as training has them
+    wide = lambda y: y.to(torch.promote_types(y.dtype, torch.float32))
+    (phi_q,_),(phi_k,log_k) = (hedgehog_features(per_head(wide(y), wide(w)), c['form']) for y,w in ((x[0], x[2]), (x[1], x[3])))
+    return x[0].detach(), x[1].detach(), phi_q, phi_k, log_k
+
+def loss(x, c, mask):
+    from hedgehog_nb.kernels.weight_loss import triton_weight_loss
+    return triton_weight_loss(*_student(x, c), mask=mask)
+
+def loss_reference(x, c, mask):
+    from hedgehog_nb.kernels.weight_loss import naive_weight_loss_rows
+    return naive_weight_loss_rows(*_student(x, c), mask=mask)
+
 def _decoder(x, c):
     m = make_feature_map('hedgehog', c['D'], *c['heads'], form=c['form']).to(DEVICE, x[5].dtype).requires_grad_(False)
     m.w_q.data,m.w_k.data = x[3].detach().to(x[5].dtype),x[4].detach().to(x[5].dtype)
@@ -74,8 +88,10 @@ def decode_reference(x, c, mask):
     qkv,state,m = _decoder(x, c)
     return _joined(*linear_attention(*qkv, m, initial_state=state, output_final_state=True, implementation='chunked'))
 
-RUN = dict(fused=(fused, attention_reference), apart=(apart, attention_reference), window=(window, window_reference), decode=(decode, decode_reference))
-NAMES = dict(fused='o dq dk dv dw_q dw_k', apart='o dq dk dv dw_q dw_k', window='o dq dk dv dphi_q dphi_k dlog_k', decode='o,S,z')
+RUN = dict(fused=(fused, attention_reference), apart=(apart, attention_reference), window=(window, window_reference), loss=(loss, loss_reference),
+           decode=(decode, decode_reference))
+NAMES = dict(fused='o dq dk dv dw_q dw_k', apart='o dq dk dv dw_q dw_k', window='o dq dk dv dphi_q dphi_k dlog_k',
+             loss='kl dq dk dw_q dw_k', decode='o,S,z')
 
 def inputs(c):
     "Leaves and a mask."
@@ -84,6 +100,7 @@ def inputs(c):
     B,T,D = c['B'],c['T'],c['D']
     x = [r(B,T,h,D).transpose(1,2) for h in (H, Hkv, Hkv)] + [r(h,D,D)/D**.5 for h in (H, Hkv)]
     if c['kind']=='decode': x += [y.float() for y in (r(B,Hkv,2*D,D), r(B,Hkv,2*D).abs()+1, r(B,Hkv))]
+    if c['kind']=='loss': x = x[:2]+x[3:]
     if c['kind']=='window':
         (phi_q,_),(phi_k,log_k) = (hedgehog_features(per_head(y.float(), w.float()), c['form']) for y,w in ((x[0], x[3]), (x[1], x[4])))
         x = [*x[:3], phi_q.bfloat16(), phi_k.bfloat16()] + ([] if log_k is None else [log_k])

@@ -43,11 +43,11 @@ def test_tables(made_up):
     assert 'GPU A' in t.caption and '99' in str(bench_table(made_up, 'bench-forward', 'GPU B')) and '99' not in str(t)
     assert bench_table(made_up, 'bench-decode').rows==[['B=1 H=8 T=512 D=64 bfloat16', '0.25 (0.5×)']]
 
-@pytest.mark.parametrize('experiment', ['bench-forward','bench-train','bench-decode','cpu-forward','cpu-train','cpu-decode'])
+@pytest.mark.parametrize('experiment', ['bench-forward','bench-train','bench-decode','bench-distill','cpu-forward','cpu-train','cpu-decode'])
 def test_what_was_not_run_says_so(experiment):
     t = bench_table([], experiment)
     assert t.header==['case','state'] and t.rows and all(r[1]=='not run yet' and 'T=' in r[0] for r in t.rows)
-    if experiment.endswith('decode'): return
+    if experiment.endswith(('decode','distill')): return
     for what in CURVES:
         t = plot_bench([], experiment, what)
         assert isinstance(t, Table) and t.rows[0][1]=='not run yet'
@@ -92,7 +92,22 @@ def test_a_run_on_a_cpu_measures_and_says_what_it_did_not(tmp_path):
 def test_the_cases_of_both_places():
     for place in ('cpu','cuda'):
         cases = default_cases(place)
-        assert len(set(cases))==len(cases) and {c.kind for c in cases}=={'forward','train','decode'}
+        assert len(set(cases))==len(cases) and {c.kind for c in cases}=={'forward','train','decode',*(['distill'] if place=='cuda' else [])}
+
+@pytest.mark.parametrize('dtype,causal', [(torch.float32, True), (torch.bfloat16, False)])
+def test_the_distillation_loss(dtype, causal):
+    "Ours and PyTorch's are checked against fp64; softmax's forward and backward is the yardstick."
+    c = Case('distill',2,4,2,70,16,dtype,causal)
+    for name in BENCHMARKS['distill']:
+        if name in ('sdpa-flash','hedgehog-half'): continue # on a GPU
+        if name=='hedgehog' and not bench_library(): continue
+        err = prepare(c, name, 'cpu')[1]
+        assert err is None if name=='sdpa' else err<1e-5
+    assert {n for _,n in measurements([c])}=={'hedgehog','hedgehog-half','hedgehog-torch','sdpa','sdpa-flash'}
+
+def bench_library():
+    from hedgehog_nb.kernels.cpu.build import library
+    return library()[0] is not None
 
 # What a run does with contenders that fail, on a CPU
 

@@ -173,7 +173,7 @@ def test_the_smoke_test(tmp_path):
             and all(l.startswith('ok ') and 'times the same bits' in l for l in lines)), res.stdout + res.stderr
     rows = json.loads((tmp_path/'s.json').read_text())['rows']
     assert (len(rows)==len(lines) and all(r['metric']=='error' and 0<r['value']<.04 and r['runs_that_differ']==0 for r in rows)
-            and {r['variant'].split()[0] for r in rows}=={'fused','apart','window','decode'})
+            and {r['variant'].split()[0] for r in rows}=={'fused','apart','window','loss','decode'})
 
 BROKEN = '''
 import sys; sys.argv[1:] = ['--small']; sys.path.insert(0, 'tests')

@@ -19,11 +19,12 @@ from torch.nn import functional as F
 from ..attentions.base import make_feature_map
 from ..functional import linear_attention
 from ..results import check_row, code_version, provenance, Table, write_results
+from ..training.losses import weight_loss
 
 # %% ../../kernels/07_benchmarks.ipynb #fcdf47bb
 class Case(NamedTuple):
     "One shape to measure."
-    kind:str # "forward", "train" (forward and backward) or "decode" (one token on a state or cache of T tokens)
+    kind:str # "forward", "train" (forward and backward), "decode" (one token on a state or cache of T tokens) or "distill" (loss and gradients)
     B:int # Batch
     H:int # Query heads
     Hkv:int # Key-value heads
@@ -46,6 +47,7 @@ def floor_bytes(
 )->int: # Bytes
     "The least memory traffic of linear attention on `c`: each input read once, each output written once."
     if c.kind=='decode': return 2*4*c.B*c.Hkv*2*c.D*(c.D+1)
+    if c.kind=='distill': return c.unit + c.kv_unit + 2*4*c.B*(c.H+c.Hkv)*c.T*2*c.D
     forward = 2*c.unit + 2*c.kv_unit
     return forward if c.kind=='forward' else forward + 3*c.unit + 4*c.kv_unit
 
@@ -53,7 +55,8 @@ def flops(
     c:Case, # What is computed
     chunk:int=64, # Tokens per chunk of the causal form
 )->int: # Multiplications and additions of its matrix products
-    "Operations of Hedgehog attention on `c`, map included; a backward pass counts twice a forward one."
+    "Operations of Hedgehog attention on `c`, map included; a backward pass counts twice a forward one. Of the distillation loss: four products of pairs."
+    if c.kind=='distill': return 2*c.B*c.H*(c.T*(c.T+1)//2 if c.causal else c.T**2)*(c.D + 3*2*c.D)
     F_,per = 2*c.D, 2*c.D*c.D*(c.H+c.Hkv)/c.H + 4*2*c.D*c.D
     if c.causal and c.kind!='decode': per += chunk*(F_+c.D)
     return int(c.B*c.H*(1 if c.kind=='decode' else c.T)*per*(3 if c.kind=='train' else 1))
@@ -83,15 +86,18 @@ def make_inputs(
     seed:int=0, # Of the numbers
 )->dict: # q (B, H, T, D), k, v (B, Hkv, T, D), w_q (H, D, D), w_k (Hkv, D, D), g like q
     """Random inputs in the layout that a layer hands out, and maps near the identity; leaves that need gradients for "train",
-    also past_k and past_v (B, Hkv, 64, D) for "decode"."""
+    also past_k and past_v (B, Hkv, 64, D) for "decode", and features phi_q, phi_k in fp32 for "distill"."""
     g = torch.Generator(device).manual_seed(seed)
     rand = lambda h,T: torch.randn(c.B, T, h, c.D, generator=g, device=device, dtype=torch.float32).to(c.dtype).transpose(1,2)
     T = 1 if c.kind=='decode' else c.T
     w = lambda h: (torch.eye(c.D, device=device)+.1*torch.randn(h, c.D, c.D, generator=g, device=device)).to(c.dtype)
     x = dict(q=rand(c.H, T), k=rand(c.Hkv, T), v=rand(c.Hkv, T), w_q=w(c.H), w_k=w(c.Hkv), g=rand(c.H, T))
     if c.kind=='decode': x |= dict(past_k=rand(c.Hkv, 64), past_v=rand(c.Hkv, 64))
-    if c.kind=='train':
+    if c.kind in ('train','distill'):
         for n in ('q','k','v','w_q','w_k'): x[n].requires_grad_()
+    if c.kind=='distill':
+        with torch.no_grad(): x |= zip(('phi_q','phi_k'), _map(c, x)(x['q'].float(), x['k'].float()))
+        x |= {n: x[n].requires_grad_() for n in ('phi_q','phi_k')}
     return x
 
 # %% ../../kernels/07_benchmarks.ipynb #76f246cd
@@ -240,9 +246,43 @@ def _(c, x):
         return F.scaled_dot_product_attention(x['q'], *cache, enable_gqa=c.Hkv!=c.H)
     return run
 
+# %% ../../kernels/07_benchmarks.ipynb #d1st0003
+def _distill(c, x, f):
+    "Gradients of the loss `f` of two features, summed over rows."
+    phi = x['phi_q'],x['phi_k']
+    return lambda: torch.autograd.grad(f(*phi), phi)
+
+def _in_form(c, x, implementation):
+    rows = c.B*c.H*c.T
+    return lambda *phi: weight_loss(x['q'], x['k'], lambda *_: (*phi, None), c.causal, implementation=implementation)*rows
+
+@register_benchmark('hedgehog', 'distill')
+def _(c, x):
+    if not x['q'].is_cuda: _in_c(x); return _distill(c, x, _in_form(c, x, 'c'))
+    _triton(x)
+    from hedgehog_nb.kernels.weight_loss import triton_weight_loss
+    return _distill(c, x, lambda *phi: triton_weight_loss(x['q'], x['k'], *phi, causal=c.causal).sum())
+
+@register_benchmark('hedgehog-half', 'distill')
+def _(c, x):
+    _triton(x); require(c.dtype!=torch.float32, "q is in fp32")
+    half = x | {n: x[n].detach().to(c.dtype).requires_grad_() for n in ('phi_q','phi_k')}
+    return BENCHMARKS['distill']['hedgehog'](c, half)
+
+@register_benchmark('hedgehog-torch', 'distill')
+def _(c, x): return _distill(c, x, _in_form(c, x, 'torch'))
+
+def _sdpa_step(c, x, backend):
+    f = _sdpa(c._replace(kind='train'), x, backend)
+    return lambda: torch.autograd.grad(f(), [x[n] for n in 'qkv'], x['g'])
+
+register_benchmark('sdpa', 'distill')(functools.partial(_sdpa_step, backend=None))
+register_benchmark('sdpa-flash', 'distill')(functools.partial(_sdpa_step, backend='FLASH_ATTENTION'));
+
 # %% ../../kernels/07_benchmarks.ipynb #a23e0e6a
 def _step(c, x, f):
-    "The call that is timed: `f`, and for training its gradients."
+    "The call that is timed: `f`, and for training its gradients; for the distillation loss `f` takes its own."
+    if c.kind=='distill': return f
     if c.kind!='train':
         def run():
             with torch.no_grad(): return f()
@@ -316,12 +356,15 @@ def _heads(c): # of the first and the last: what to take of tensors with H, and 
     return [tuple((slice(b, b+1), slice(h*g, (h+1)*g)) for g in (G, 1)) for b,h in dict.fromkeys([(0, 0), (c.B-1, c.Hkv-1)])]
 
 def _want(c, x):
-    "What the first and the last head give in fp64: the output, or the gradients of q, k and v."
+    "What the first and the last head give in fp64: the output, or the gradients of q, k and v, or of the features."
     res = []
     for hq,hk in _heads(c):
-        y = {n: t.detach()[hk if n in ('k','v','past_k','past_v') else hq].double() for n,t in x.items() if n[:2]!='w_'}
+        y = {n: t.detach()[hk if n in ('k','v','phi_k','past_k','past_v') else hq].double() for n,t in x.items() if n[:2]!='w_'}
         y |= dict(w_q=x['w_q'][hq[1]], w_k=x['w_k'][hk[1]])
         small = c._replace(B=1, H=y['q'].shape[1], Hkv=1)
+        if c.kind=='distill':
+            phi = [y[n].requires_grad_() for n in ('phi_q','phi_k')]
+            res.append(torch.autograd.grad(_in_form(small, y, 'torch')(*phi), phi)); continue
         m = _map(small, y).double()
         if c.kind=='train': leaves = [y[n].requires_grad_() for n in 'qkv']
         past = _past(y, m) if c.kind=='decode' else None
@@ -369,11 +412,11 @@ def default_cases(
         return ([Case('forward',1,8,8,T,64,f32) for T in n] + [Case('train',1,8,8,T,64,f32) for T in n[:4]]
                 + [Case('decode',1,9,3,T,64,f32) for T in (512,2048,8192)] + [Case(kind,1,8,8,4096,64,f32,False) for kind in ('forward','train')])
     bf,lengths = torch.bfloat16,[2**i for i in range(9, 18)]
-    head = [Case(kind,8,16,16,8192,64,bf) for kind in ('forward','train')] + [Case('decode',64,16,16,8192,64,bf)]
+    head = [Case(kind,8,16,16,8192,64,bf) for kind in ('forward','train')] + [Case('decode',64,16,16,8192,64,bf), Case('distill',32,9,3,1024,64,bf)]
     small = [Case(kind,1,8,8,T,64,bf) for T in lengths for kind in ('forward','train')]
     large = [Case(kind,max(1,2**16//T),16,16,T,64,bf) for T in lengths for kind in ('forward','train')]
     rest = [Case('forward',8,16,16,8192,64,bf,False), Case('forward',8,16,4,8192,64,bf), Case('forward',4,16,16,8192,128,bf), Case('train',4,16,16,8192,128,bf),
-            Case('forward',8,16,16,8192,64,torch.float16)]
+            Case('forward',8,16,16,8192,64,torch.float16), Case('distill',8,16,16,4096,64,bf), Case('distill',1,9,3,16384,64,bf)]
     return list(dict.fromkeys(head + rest + large + small + [Case('decode',b,16,16,T,64,bf) for b in (1,64) for T in (2048,32768)]))
 
 # %% ../../kernels/07_benchmarks.ipynb #c7373448
@@ -651,7 +694,7 @@ def _measured(rows, experiment, metric, device=None):
 
 def bench_table(
     rows:list, # From `read_results`
-    experiment:str, # "bench-forward", "bench-train", "bench-decode", or the same with "cpu-"
+    experiment:str, # "bench-forward", "bench-train", "bench-decode", "bench-distill", or the same with "cpu-"
     device:str=None, # Whose rows; those of the device measured last if None
 )->Table: # A row per case; of cases that await their GPU the most important
     "Median milliseconds by contender and case; in brackets times the byte floor."
