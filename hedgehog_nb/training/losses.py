@@ -319,13 +319,14 @@ def distill_map(
     steps:int=100, # Optimiser steps; the sequences are taken in a new order each time they run out
     batch_size:int=8, # Sequences per step
     lr:float=1e-2, # AdamW's learning rate, decaying to 0
+    betas:tuple=(.9,.999), # AdamW's decay rates
     seed:int=0, # Order of the sequences
     objective:str='weights', # One of `LOSSES`
     loss=None, # Callable (q, k, map, **kwargs) -> scalar, in place of the objective
     **kwargs # `causal`, `scale` of the loss
 )->list: # Loss after each step, mean over heads
     "Distil one layer's map from queries, keys and values held in memory (paper, Section 4.2)."
-    opt = torch.optim.AdamW(feature_map.parameters(), lr=lr, weight_decay=0)
+    opt = torch.optim.AdamW(feature_map.parameters(), lr=lr, betas=betas, weight_decay=0)
     sched = torch.optim.lr_scheduler.LinearLR(opt, 1, 0, total_iters=steps)
     g,losses,order = torch.Generator().manual_seed(seed),[],[]
     for _ in range(steps):
