@@ -233,8 +233,8 @@ DEMO = dict(seq_len=256, quick=10, lr=5e-2, prompt='Once upon a time', max_new_t
     runs=dict( # steps and blocks of distillation, steps and blocks of finetuning, its rate, the attention and its settings
         hedgehog=(400, 2, 240, 4, 2e-3, 'hedgehog', dict(num_maps=8)),
         elu=(0, 2, 220, 8, 2e-3, 'elu', {}),
-        hybrid=(200, 1, 60, 4, 5e-4, 'hedgehog-window', {}),
-        window=(0, 1, 110, 4, 5e-4, 'hedgehog-window', dict(branch='window'))))
+        hybrid=(600, 1, 100, 4, 1e-4, 'hedgehog-window', dict(window=32, num_maps=4)),
+        window=(0, 1, 250, 4, 5e-4, 'hedgehog-window', dict(window=32, branch='window'))))
 
 # %% ../../nbs/94_cli.ipynb #f96e7292
 def _state_bytes(model, ids):
