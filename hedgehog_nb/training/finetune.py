@@ -69,7 +69,7 @@ class _FinetuneTrainer(ResumableTrainer):
         half = torch.autocast(a.device.type, torch.bfloat16 if a.bf16 else torch.float16, cache_enabled=False)
         return half if a.bf16 or a.fp16 else nullcontext()
 
-# %% ../../nbs/09_training.ipynb #40961eb3
+# %% ../../nbs/09_training.ipynb #c46c6c9f
 @patch
 def create_optimizer(self:_FinetuneTrainer, *args):
     "With `map_lr`, maps are in parameter groups of their own, which differ from the others in the rate alone."
@@ -219,8 +219,8 @@ def finetune(
             args.learning_rate = found_lr(lr, run, lambda: find_lr(finetune, tuned, data.data, None if eval_data is None else eval_data.data, **same))
             history = _FinetuneTrainer(tuned, data, run, args, eval_data, callbacks, progress, compute_metrics=compute_metrics, teacher=teacher,
                 map_lr=map_lr, keep_best=keep_best, patience=patience, min_delta=min_delta).fit()
-        except BaseException:
-            if lora: _strip_peft(tuned.unload())
+        except BaseException as e:
+            if lora: merge_lora(tuned) if getattr(e, 'at_best', False) else _strip_peft(tuned.unload())
             raise
         if lora: merge_lora(tuned)
     model.eval()

@@ -80,7 +80,7 @@ def training_arguments(
     if args.n_gpu>1: args._n_gpu = 1 # one process, one GPU: more of them are torchrun's, not DataParallel's
     return args
 
-# %% ../../nbs/09b_resumable_training.ipynb #16161d4a
+# %% ../../nbs/09b_resumable_training.ipynb #1c5b967c
 def found_lr(lr, run, find)->float:
     "The rate of a run: `lr`, or what was found with lr='auto', now by `find()` or in an earlier process."
     if isinstance(lr, str) and lr!='auto' or not isinstance(lr, (int,float,str)): raise ValueError(f"lr is a number, None, or 'auto'; given {lr!r}")
@@ -214,7 +214,7 @@ def end_with_best(self:ResumableTrainer):
     run.best.clear()
     return h
 
-# %% ../../nbs/09b_resumable_training.ipynb #a6da63f5
+# %% ../../nbs/09b_resumable_training.ipynb #2d841347
 @patch
 def fit(self:ResumableTrainer)->TrainingHistory:
     "Train from where the run stands."
@@ -235,7 +235,9 @@ def fit(self:ResumableTrainer)->TrainingHistory:
         except FloatingPointError as e:
             if not run.best or run.best.step is None: raise
             run.best.restore(self.whole)
-            raise FloatingPointError(f"{e}; the model is as it was at step {run.best.step}, its best evaluation") from None
+            at_best = FloatingPointError(f"{e}; the model is as it was at step {run.best.step}, its best evaluation")
+            at_best.at_best = True
+            raise at_best from None
         finally: self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False) # it runs in its own precision again
     if run.done<run.steps and not self.control.should_training_stop: warnings.warn(f"the data ended after {run.done} of {run.steps} steps")
     history = self.end_with_best()

@@ -24,7 +24,7 @@ def train(folder, steps=4, stop=False):
     a = distill(model, data.split(3), steps, lr=.1, checkpoint=folder/'distill', save_steps=2).losses
     maps = {f'map.{n}':p.detach().clone() for n,p in model.named_parameters() if 'feature_map' in n}
     h = finetune(model, data, steps, 4, lr=1e-3, warmup_ratio=0, gradient_accumulation_steps=2, checkpoint=folder/'finetune', save_steps=2,
-        callbacks=[OnStep(on_step)], eval_data=data[:5], eval_steps=2, compute_metrics=lambda p: dict(rows=len(p.predictions)))
+        callbacks=[OnStep(on_step)], objective='both', eval_data=data[:5], eval_steps=2, compute_metrics=lambda p: dict(rows=len(p.predictions)))
     if rank==0: save_file({**maps, **{n:p.detach() for n,p in model.named_parameters()}, 'losses':torch.tensor(a+h.losses),
         'evaluations':torch.tensor([[e['step'], e['loss'], e['rows']] for e in h.evaluations])}, folder/'done')
 
