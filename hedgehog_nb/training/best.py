@@ -61,6 +61,13 @@ def clear(self:BestState):
     self._forget()
 
 # %% ../../nbs/09d_learning_rates.ipynb #09d00035
+def stop_after(patience, min_delta, evaluates):
+    "Callbacks that stop a run. Raises `ValueError` where there is nothing to stop after."
+    if patience is None: return []
+    if not evaluates: raise ValueError(f"patience={patience} counts evaluations: give eval_data too")
+    if patience<1: raise ValueError(f"a run stops after 1 or more evaluations without improvement; given patience={patience}")
+    return [Patience(patience, min_delta)]
+
 class Patience(transformers.EarlyStoppingCallback):
     "Stops after some evaluations without improvement; the best state is kept by `BestState`, so there is nothing to warn of at the start."
     def on_train_begin(self, *args, **kw): pass

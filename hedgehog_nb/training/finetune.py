@@ -10,6 +10,7 @@ __all__ = ['add_lora', 'merge_lora', 'finetune']
 # %% ../../nbs/09_training.ipynb #11a00003
 import tempfile, torch, transformers
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from fastcore.basics import patch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -64,12 +65,14 @@ class _FinetuneTrainer(ResumableTrainer):
             loss,outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
         return loss, None if prediction_loss_only else outputs.logits, None
 
-    def precision(self):
-        a = self.args
-        half = torch.autocast(a.device.type, torch.bfloat16 if a.bf16 else torch.float16, cache_enabled=False)
-        return half if a.bf16 or a.fp16 else nullcontext()
+# %% ../../nbs/09_training.ipynb #4c3ee83a
+@patch
+def precision(self:_FinetuneTrainer):
+    "What a teacher runs in, as the model does."
+    a = self.args
+    half = torch.autocast(a.device.type, torch.bfloat16 if a.bf16 else torch.float16, cache_enabled=False)
+    return half if a.bf16 or a.fp16 else nullcontext()
 
-# %% ../../nbs/09_training.ipynb #c46c6c9f
 @patch
 def create_optimizer(self:_FinetuneTrainer, *args):
     "With `map_lr`, maps are in parameter groups of their own, which differ from the others in the rate alone."
@@ -165,6 +168,32 @@ def _check_merge(model):
         raise ValueError("adapters are not merged into quantised weights, which would be rounded again, away from what was trained: keep them beside "
             "the model (add_lora, finetune, save_trained), or merge them into the original as it was before it was quantised")
 
+# %% ../../nbs/09_training.ipynb #09d00051
+def _prepare(o):
+    "Check the settings `o` of a call of `finetune`, and add what follows from them."
+    _check_trainable(o.model, o.lora)
+    check_objective(o.objective, o.teacher, o.temperature, o.teacher_weight, o.training_args)
+    if o.map_lr is not None and not linear_layers(o.model): raise ValueError(f"map_lr={o.map_lr} is the rate of feature maps; this model has none")
+    source = training_source(o.model, o.collator, o.batch_size, o.seed, o.training_args, _with_labels(o.model, o.objective!='teacher'))
+    o.data,o.eval_data = source(o.data),None if o.eval_data is None else source(o.eval_data, once=False)
+    o.steps = training_steps(o.data, o.steps, o.epochs)
+    if o.lr is None: o.lr = default_lr(o.model, 'finetune', bool(o.lora))
+    o.args = training_arguments(o.model, o.steps, o.batch_size, o.lr, o.seed, o.gradient_accumulation_steps, o.eval_data is not None, o.eval_steps,
+        **{**dict(lr_scheduler_type='cosine', warmup_steps=int(o.warmup_ratio*o.steps)), **o.training_args})
+    transformers.set_seed(o.seed)
+
+def _run(o, tuned)->TrainingHistory:
+    "Train `tuned`, a model or the adapters around it."
+    if o.objective!='labels': o.teacher = TeacherLoss.of(tuned, o.teacher, o.objective, o.temperature, o.teacher_weight) # before a checkpoint is restored
+    learns = {**({} if o.map_lr is None else dict(map_lr=o.map_lr)), **({} if o.teacher is None else o.teacher.settings())}
+    run = TrainingCheckpoint(o.steps, o.checkpoint, o.save_steps, distributed_info()[0]==0, phase='finetune', lr=o.lr, batch_size=o.batch_size, seed=o.seed,
+        lora=o.lora, warmup_ratio=o.warmup_ratio, rows=len(o.data.data) if o.data.indexed else None, **learns, **kept_settings(o.training_args))
+    same = {k:getattr(o, k) for k in ('batch_size','seed','warmup_ratio','collator','map_lr','objective','teacher','gradient_accumulation_steps')}
+    held = None if o.eval_data is None else o.eval_data.data
+    o.args.learning_rate = found_lr(o.lr, run, lambda: find_lr(finetune, tuned, o.data.data, held, **same, **o.training_args))
+    return _FinetuneTrainer(tuned, o.data, run, o.args, o.eval_data, o.callbacks, o.progress, compute_metrics=o.compute_metrics, teacher=o.teacher,
+        map_lr=o.map_lr, keep_best=o.keep_best, patience=o.patience, min_delta=o.min_delta).fit()
+
 # %% ../../nbs/09_training.ipynb #11b00028
 def finetune(
     model:PreTrainedModel, # Any model of transformers with a loss, converted or not; or a `PeftModel` from `add_lora`
@@ -197,28 +226,11 @@ def finetune(
 )->TrainingHistory: # `model` itself is trained, and left in evaluation mode
     ("Train a model on labels (paper, Section 5.3), or on a teacher's logits. Raises `ValueError` on bad settings or data, "
      "`FloatingPointError` where the loss is not finite.")
-    _check_trainable(model, lora)
-    check_objective(objective, teacher, temperature, teacher_weight, training_args)
-    if map_lr is not None and not linear_layers(model): raise ValueError(f"map_lr={map_lr} is the rate of feature maps; this model has none")
-    source = training_source(model, collator, batch_size, seed, training_args, _with_labels(model, objective!='teacher'))
-    data,eval_data = source(data),None if eval_data is None else source(eval_data, once=False)
-    steps,lr = training_steps(data, steps, epochs),default_lr(model, 'finetune', bool(lora)) if lr is None else lr
-    args = training_arguments(model, steps, batch_size, lr, seed, gradient_accumulation_steps, eval_data is not None, eval_steps,
-        **{**dict(lr_scheduler_type='cosine', warmup_steps=int(warmup_ratio*steps)), **training_args})
-    transformers.set_seed(seed)
-    with tempfile.TemporaryDirectory() as args.output_dir, _as_it_was(model):
+    o = SimpleNamespace(**locals())
+    _prepare(o)
+    with tempfile.TemporaryDirectory() as o.args.output_dir, _as_it_was(model):
         tuned = add_lora(model, **lora) if lora else model
-        try:
-            if objective!='labels': teacher = TeacherLoss.of(tuned, teacher, objective, temperature, teacher_weight) # before a checkpoint is restored
-            learns = {} if teacher is None else teacher.settings()
-            run = TrainingCheckpoint(steps, checkpoint, save_steps, distributed_info()[0]==0, phase='finetune', lr=lr, batch_size=batch_size, seed=seed,
-                lora=lora, warmup_ratio=warmup_ratio, rows=len(data.data) if data.indexed else None,
-                **({} if map_lr is None else dict(map_lr=map_lr)), **learns, **kept_settings(training_args))
-            same = dict(batch_size=batch_size, seed=seed, warmup_ratio=warmup_ratio, collator=collator, map_lr=map_lr, objective=objective, teacher=teacher,
-                gradient_accumulation_steps=gradient_accumulation_steps, **{k:v for k,v in training_args.items() if k!='warmup_steps'})
-            args.learning_rate = found_lr(lr, run, lambda: find_lr(finetune, tuned, data.data, None if eval_data is None else eval_data.data, **same))
-            history = _FinetuneTrainer(tuned, data, run, args, eval_data, callbacks, progress, compute_metrics=compute_metrics, teacher=teacher,
-                map_lr=map_lr, keep_best=keep_best, patience=patience, min_delta=min_delta).fit()
+        try: history = _run(o, tuned)
         except BaseException as e:
             if lora: merge_lora(tuned) if getattr(e, 'at_best', False) else _strip_peft(tuned.unload())
             raise

@@ -85,7 +85,7 @@ def find_lr(
     eval_data=None, # What the rates are compared on; None: the training loss
     rates=None, # Learning rates to try; None: 7 from a hundredth of `default_lr` to ten times it
     steps:int=8, # Optimiser steps of each trial
-    **settings # More of what `train` takes: batch_size, objective, seed …
+    **settings # More of what `train` takes: batch_size, objective, seed …; warmup_steps are left out, a trial is too short for them
 )->LRSearch: # Its `chosen` is the rate
     ("The best learning rate by short trials, each from the same state. Raises `ValueError` on bad rates or data that cannot be read twice, "
      "`FloatingPointError` where no trial has a finite loss.")
@@ -93,6 +93,7 @@ def find_lr(
         raise ValueError(f"{k}: a trial has none of its own{'; give the model from add_lora' if k=='lora' else ''}")
     once = [type(x).__name__ for x in (data, eval_data) if hasattr(x, '__next__')]
     if once: raise ValueError(f"each trial reads the data again; given {once[0]}, which can be read once: give rows or batches, or a number as lr")
+    settings.pop('warmup_steps', None)
     rates = [default_lr(model, train.__name__)*10**(i/2) for i in range(-4, 3)] if rates is None else sorted(rates)
     if not rates or not all(0<r<math.inf for r in rates): raise ValueError(f"rates are numbers above 0, 1 or more; given {rates}")
     was,state,losses = model.training,_Snapshot(),[]

@@ -15,6 +15,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from fastcore.basics import patch
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
@@ -346,27 +347,30 @@ class TeacherLogits:
         ids,log_p = (self.files[0].get_slice(n) for n in ('ids','log_p'))
         return ids.get_shape()[1]*sum(dict(U16=2, F16=2, BF16=2, I32=4, F32=4)[t.get_dtype()] for t in (ids, log_p))+4
 
-    def target(self, batch)->TopK:
-        "What is stored for the rows of a batch. Raises `ValueError` on a row that is not."
-        main = next(k for k in ('input_ids','pixel_values','input_features','inputs_embeds',*batch) if k in batch)
-        device,V,decodes = batch[main].device,self.vocabulary,self.info['decodes']
-        rows = [self._row(d, i) for i,d in enumerate(_digests(batch, main, decodes))]
-        ids,log_p,rest = (torch.cat(x).to(device) for x in zip(*rows))
-        if self.axes==2: return TopK(ids.long(), log_p, rest, (len(rows), V))
-        real = _real(batch, main, decodes) # what is at padding does not count: some probabilities
-        out = TopK(torch.arange(ids.shape[1], device=device).expand(real.numel(), -1).clone(), log_p.new_zeros(real.numel(), ids.shape[1]),
-            rest.new_full((real.numel(),), -1e-7), (*real.shape, V))
-        at = real.flatten()
-        out.ids[at],out.log_p[at],out.log_rest[at] = ids.long(),log_p,rest
-        return out
+# %% ../../nbs/09c_teacher_logits.ipynb #09c0004e
+@patch
+def target(self:TeacherLogits, batch)->TopK:
+    "What is stored for the rows of a batch. Raises `ValueError` on a row that is not."
+    main = next(k for k in ('input_ids','pixel_values','input_features','inputs_embeds',*batch) if k in batch)
+    device,V,decodes = batch[main].device,self.vocabulary,self.info['decodes']
+    rows = [self._row(d, i) for i,d in enumerate(_digests(batch, main, decodes))]
+    ids,log_p,rest = (torch.cat(x).to(device) for x in zip(*rows))
+    if self.axes==2: return TopK(ids.long(), log_p, rest, (len(rows), V))
+    real = _real(batch, main, decodes) # what is at padding does not count: some probabilities
+    out = TopK(torch.arange(ids.shape[1], device=device).expand(real.numel(), -1).clone(), log_p.new_zeros(real.numel(), ids.shape[1]),
+        rest.new_full((real.numel(),), -1e-7), (*real.shape, V))
+    at = real.flatten()
+    out.ids[at],out.log_p[at],out.log_rest[at] = ids.long(),log_p,rest
+    return out
 
-    def _row(self, digest, i):
-        if digest not in self.where: raise ValueError(f"row {i} of this batch is none of the {len(self)} rows in {self.path}: "
-            "logits are stored for the same tokens, cut in the same way")
-        n,j = self.where[digest]
-        a,b = self.starts[n][j:j+2]
-        return [self.files[n].get_slice(name)[a:b] if name=='log_rest' else self.files[n].get_slice(name)[a:b].to(torch.int32 if name=='ids' else torch.float32)
-            for name in ('ids','log_p','log_rest')]
+@patch
+def _row(self:TeacherLogits, digest, i):
+    if digest not in self.where: raise ValueError(f"row {i} of this batch is none of the {len(self)} rows in {self.path}: "
+        "logits are stored for the same tokens, cut in the same way")
+    n,j = self.where[digest]
+    a,b = self.starts[n][j:j+2]
+    return [self.files[n].get_slice(name)[a:b] if name=='log_rest' else self.files[n].get_slice(name)[a:b].to(torch.int32 if name=='ids' else torch.float32)
+        for name in ('ids','log_p','log_rest')]
 
 def load_logits(
     path, # Folder written by `store_logits`

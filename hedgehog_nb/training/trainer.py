@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from fastcore.imports import in_notebook
 from transformers.trainer_callback import ExportableState
 from .batches import distributed_info, set_step_seed, StepBatches, TrainingData
-from .best import BestState, Patience
+from .best import BestState, stop_after
 from .checkpoint import TrainingCheckpoint, TrainingHistory
 
 # %% ../../nbs/09b_resumable_training.ipynb #4aab897f
@@ -80,7 +80,7 @@ def training_arguments(
     if args.n_gpu>1: args._n_gpu = 1 # one process, one GPU: more of them are torchrun's, not DataParallel's
     return args
 
-# %% ../../nbs/09b_resumable_training.ipynb #1c5b967c
+# %% ../../nbs/09b_resumable_training.ipynb #2949cff7
 def found_lr(lr, run, find)->float:
     "The rate of a run: `lr`, or what was found with lr='auto', now by `find()` or in an earlier process."
     if isinstance(lr, str) and lr!='auto' or not isinstance(lr, (int,float,str)): raise ValueError(f"lr is a number, None, or 'auto'; given {lr!r}")
@@ -131,8 +131,24 @@ class WeightedTrainer(transformers.Trainer):
 
     def get_eval_dataloader(self, eval_dataset=None): return self.eval_dataset # each process evaluates on all of it
 
+# %% ../../nbs/09b_resumable_training.ipynb #09d00052
+class BestTrainer(WeightedTrainer):
+    "A Trainer that notes which evaluation was the best, the one before the first step included, and has its state kept."
+    def _evaluate(self, *args, **kw):
+        metrics = super()._evaluate(*args, **kw)
+        if not self.state.global_step: self._determine_best_metric(metrics, None) # which the Trainer does after steps only
+        return metrics
+
+    def _determine_best_metric(self, metrics, trial):
+        better,h = super()._determine_best_metric(metrics, trial),self.run.history
+        if better:
+            self.state.best_global_step = h.best_step = self.state.global_step
+            h.best_value = float(self.state.best_metric)
+            if self.run.best: self.run.best.keep(h.best_step, self.run.trained(self.optimizer), self.run.write)
+        return better
+
 # %% ../../nbs/09b_resumable_training.ipynb #7a1c8787
-class ResumableTrainer(WeightedTrainer):
+class ResumableTrainer(BestTrainer):
     "A Trainer whose order and random numbers are functions of seed and step, and whose state is kept by a `TrainingCheckpoint`."
     def __init__(self,
         model, # What the optimiser trains
@@ -148,11 +164,9 @@ class ResumableTrainer(WeightedTrainer):
         min_delta:float=0., # What counts as improvement, in the metric
         **kw # More of `transformers.Trainer`
     ):
-        if patience is not None and eval_data is None: raise ValueError(f"patience={patience} counts evaluations: give eval_data too")
-        if patience is not None and patience<1: raise ValueError(f"a run stops after 1 or more evaluations without improvement; given patience={patience}")
         if isinstance(callbacks, transformers.TrainerCallback): callbacks = [callbacks]
         if run.done: args.eval_on_start = False
-        stop = [] if patience is None else [Patience(patience, min_delta)]
+        stop = stop_after(patience, min_delta, eval_data is not None)
         bar = [ProgressBar()] if (_shows_progress() if progress is None else progress) else []
         super().__init__(model, args, train_dataset=data, eval_dataset=eval_data, data_collator=data.collate, callbacks=[run, *stop, *bar, *callbacks], **kw)
         self.remove_callback(transformers.PrinterCallback)
@@ -161,19 +175,6 @@ class ResumableTrainer(WeightedTrainer):
         run.history.metric = (args.metric_for_best_model or 'loss').removeprefix('eval_')
         ended = run.over and (run.history.restored or run.history.best_step==run.done) # with the best state in the checkpoint itself
         if self.keep_best: run.best = BestState(run.path, run.writes, None if ended else run.history.best_step)
-
-    def _evaluate(self, *args, **kw):
-        metrics = super()._evaluate(*args, **kw)
-        if not self.state.global_step: self._determine_best_metric(metrics, None) # which the Trainer does after steps only
-        return metrics
-
-    def _determine_best_metric(self, metrics, trial):
-        better,h = super()._determine_best_metric(metrics, trial),self.run.history
-        if better:
-            self.state.best_global_step = h.best_step = self.state.global_step
-            h.best_value = float(self.state.best_metric)
-            if self.run.best: self.run.best.keep(h.best_step, self.run.trained(self.optimizer), self.run.write)
-        return better
 
     def _maybe_log_save_evaluate(self, *args, **kw):
         before = len(self.run.history.evaluations)
@@ -214,7 +215,7 @@ def end_with_best(self:ResumableTrainer):
     run.best.clear()
     return h
 
-# %% ../../nbs/09b_resumable_training.ipynb #2d841347
+# %% ../../nbs/09b_resumable_training.ipynb #6da83c1f
 @patch
 def fit(self:ResumableTrainer)->TrainingHistory:
     "Train from where the run stands."
