@@ -65,7 +65,7 @@ class _FinetuneTrainer(ResumableTrainer):
             loss,outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
         return loss, None if prediction_loss_only else outputs.logits, None
 
-# %% ../../nbs/09_training.ipynb #4c3ee83a
+# %% ../../nbs/09_training.ipynb #68552696
 @patch
 def precision(self:_FinetuneTrainer):
     "What a teacher runs in, as the model does."

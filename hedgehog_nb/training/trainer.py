@@ -80,7 +80,7 @@ def training_arguments(
     if args.n_gpu>1: args._n_gpu = 1 # one process, one GPU: more of them are torchrun's, not DataParallel's
     return args
 
-# %% ../../nbs/09b_resumable_training.ipynb #2949cff7
+# %% ../../nbs/09b_resumable_training.ipynb #2c8000e2
 def found_lr(lr, run, find)->float:
     "The rate of a run: `lr`, or what was found with lr='auto', now by `find()` or in an earlier process."
     if isinstance(lr, str) and lr!='auto' or not isinstance(lr, (int,float,str)): raise ValueError(f"lr is a number, None, or 'auto'; given {lr!r}")
@@ -215,7 +215,7 @@ def end_with_best(self:ResumableTrainer):
     run.best.clear()
     return h
 
-# %% ../../nbs/09b_resumable_training.ipynb #6da83c1f
+# %% ../../nbs/09b_resumable_training.ipynb #b9680790
 @patch
 def fit(self:ResumableTrainer)->TrainingHistory:
     "Train from where the run stands."
