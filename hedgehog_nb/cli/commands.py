@@ -229,12 +229,12 @@ def bench_command(ctx:typer.Context,
     if error: raise error
 
 # %% ../../nbs/94_cli.ipynb #69b86360
-DEMO = dict(seq_len=256, quick=10, lr=5e-2, prompt='Once upon a time', max_new_tokens=300, temperature=.8, layer=2, shown=96,
+DEMO = dict(seq_len=256, quick=10, lr=5e-2, prompt='Once upon a time', max_new_tokens=200, temperature=.8, layer=2, shown=96,
     runs=dict( # steps and blocks of distillation, steps and blocks of finetuning, its rate, the attention and its settings
-        hedgehog=(400, 2, 240, 4, 2e-3, 'hedgehog', dict(num_maps=8)),
-        elu=(0, 2, 220, 8, 2e-3, 'elu', {}),
+        hedgehog=(640, 1, 320, 4, 1.2e-3, 'hedgehog', dict(num_maps=8)),
+        elu=(0, 1, 160, 8, 2e-3, 'elu', {}),
         hybrid=(600, 1, 100, 4, 1e-4, 'hedgehog-window', dict(window=32, num_maps=4)),
-        window=(0, 1, 250, 4, 5e-4, 'hedgehog-window', dict(window=32, branch='window'))))
+        window=(0, 1, 100, 4, 5e-4, 'hedgehog-window', dict(window=32, branch='window'))))
 
 # %% ../../nbs/94_cli.ipynb #f96e7292
 def _state_bytes(model, ids):
@@ -275,7 +275,7 @@ def demo_command(
     screen,fig = Terminal(as_json),check_output(out/'hedgehog_demo.png', True, folder=False)
     teacher,tok = load_embedded()
     blocks = lambda split, **kw: token_blocks(load_texts('embedded', split), tok, DEMO['seq_len'], **kw)
-    train,valid,test = blocks('train', seed=seed),blocks('validation', max_tokens=8*DEMO['seq_len']),blocks('test')
+    train,valid,test = blocks('train', seed=seed),blocks('validation', max_tokens=4*DEMO['seq_len']),blocks('test')
     screen.say(f"[bold]stories260K[/], a Llama of {teacher.num_parameters():,} parameters that writes stories, has softmax attention.\n"
         f"Now we give it linear attention, and measure on {test.numel():,} tokens it has not seen.\n")
     camera = AttentionSnapshots(test[:1,:DEMO['shown']], None, DEMO['layer'])
