@@ -25,8 +25,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = {'embedded':90, 'smollm2-135m':270, 'decode':540} # seconds at most
-TRAIN = {'embedded': '--seq-len 256 --batch-size 16 --num-maps 8 --bias --lr 0.1 --finetune-lr 5e-3 --distill-tokens 409600 --finetune-tokens 409600',
-         'smollm2-135m': '--seq-len 512 --batch-size 8 --lr 1e-2 --finetune-lr 1e-3 --distill-tokens 1024000 --finetune-tokens 1024000 --eval-tokens 32768'}
+TRAIN = {'embedded': '--map hedgehog --last-state --seq-len 256 --batch-size 16 --num-maps 8 --lr 0.1 --finetune-lr 5e-3 '
+                     '--distill-tokens 409600 --finetune-tokens 409600',
+         'smollm2-135m': '--map hedgehog --last-state --seq-len 512 --batch-size 8 --lr 1e-2 --finetune-lr 1e-3 '
+                         '--distill-tokens 1024000 --finetune-tokens 1024000 --eval-tokens 32768'}
 LITTLE = '--seq-len 64 --batch-size 2 --lr 1e-2 --finetune-lr 1e-3 --eval-tokens 256'
 
 def options(argv=None):

@@ -50,7 +50,7 @@ class AttentionSnapshots:
     def __call__(self, event, row=None, model=None, **_):
         if event!='row' or row['metric']!='ppl' or row['variant']=='softmax': return
         self.rows.append(row)
-        name = {'teacher':'softmax', 'swapped':'swapped', 'distilled':row['map'], 'finetuned':'window' if row['variant']=='window' else row['map']}.get(row['stage'])
+        name = {'teacher':'softmax', 'swapped':'swapped', 'distilled':row['map'], 'finetuned':row['map']}.get(row['stage'])
         if name is None or name=='swapped' and name in self.maps: return
         from hedgehog_nb.models.attention import attention_weights
         w = attention_weights(model, input_ids=self.ids.to(model.device), use_cache=False)[self.layer]
@@ -80,10 +80,9 @@ class AttentionSnapshots:
 # %% ../../nbs/94_cli.ipynb #85f1f755
 def label(row):
     "A row's variant and stage in words."
-    m = {'hedgehog':'Hedgehog', 'elu':'1+ELU', 'hedgehog-window':'hybrid'}.get(row['map'], row['map'])
+    m = {'hedgehog':'Hedgehog', 'elu':'1+ELU', 'hedgehog-window':'hybrid', 'window':'window alone'}.get(row['map'], row['map'])
     if row['variant'].startswith('softmax'):
         return {'teacher':'softmax, the teacher', 'adapted':'softmax, finetuned first'}.get(row['stage'], 'softmax, finetuned')
-    if row['variant']=='window': m = 'window alone'
     return f"{m}, {dict(swapped='untrained').get(row['stage'], row['stage'])}"
 
 def human_readable(n):

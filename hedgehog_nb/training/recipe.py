@@ -240,6 +240,8 @@ def _check_settings(model, config, o):
     if o['distill_steps'] and not any(True for m in maps for _ in m.parameters()):
         raise ValueError(f"{config.attention!r} has no parameters to distil: say distill_steps=0; given {o['distill_steps']}")
 
+def variant_name(config): return 'window' if config.attention_kwargs.get('branch')=='window' else config.attention
+
 def _config_for(recipe, config):
     "The `LinearizeConfig` of a conversion. Raises `ValueError` where it is none."
     if config is None or isinstance(config, str): return recipe.config(config)
@@ -296,7 +298,7 @@ class _Run:
 def phases(self:_Run, model, config, base):
     "Evaluate the teacher → finetune it → swap → evaluate → distil → evaluate → finetune → evaluate."
     o,log = self.o,self.log
-    name = 'window' if config.attention_kwargs.get('branch')=='window' else config.attention
+    name = variant_name(config)
     if o.measure_teacher: log.evaluate(model, 'softmax-zero-shot', 'teacher')
     if o.baseline and o.finetune_steps+o.adapt_steps:
         self.finetune(deepcopy(model), 'softmax', steps=o.finetune_steps+o.adapt_steps, file='baseline')
@@ -354,7 +356,7 @@ def convert(
     texts = {k:None if o[k] is None else _digest(o[k]) for k in ('train','test','valid')}
     drop = 'trained','save_steps','gradient_accumulation_steps'
     if work: work = _open_work(work, {'config':config.to_dict(), **{k:v for k,v in o.items() if k not in drop}, **texts})
-    log = EvalLog(test, max(o['batch_size'], o['finetune_batch_size']), on_event, work and work/'measured.json', map=config.attention, seed=seed)
+    log = EvalLog(test, max(o['batch_size'], o['finetune_batch_size']), on_event, work and work/'measured.json', map=variant_name(config), seed=seed)
     with mixed_precision(model.device, autocast), warnings.catch_warnings():
         if on_event: warnings.filterwarnings('ignore', 'hedgehog_nb: no step was better') # the listener is told
         _Run(log, train, o, work).phases(model, config, base)
