@@ -42,12 +42,14 @@ def test_a_folder_may_be_a_string_and_nothing_is_done_twice(tmp_path):
     assert drop(again)==drop(rows)==drop(go()) and ('progress','evaluate') not in seen
     assert len(read_eval_log(tmp_path/'run'/'measured.json')['rows'])==len(rows)
 
-LOOK = dict(evals=(0, '2', True), distill_steps=(-1, 2.5), adapt_steps=(-1,), batch_size=(0,), finetune_batch_size=(0,), save_steps=(0,), seed=(-1,), gradient_accumulation_steps=(0,))
+LOOK = dict(evals=(0, '2', True), distill_steps=(-1, 2.5), adapt_steps=(-1,), batch_size=(0,), finetune_batch_size=(0,),
+    save_steps=(0,), seed=(-1,), gradient_accumulation_steps=(0,))
 
 @pytest.mark.parametrize('bad,says', [
     *((dict([(n, x)]), f'{n} is a whole number') for n,xs in LOOK.items() for x in xs),
     *((dict([(n, x)]), f'^{n} is above 0') for n in ('lr','finetune_lr') for x in (0, -1, float('inf'))),
-    (dict(config='hedghog'), "called 'hedghog'"), (dict(recipe='beste'), 'recipe is one of paper, lolcats, best'), (dict(finetune_on='logits'), 'finetune_on is one of labels, teacher, both'),
+    (dict(config='hedghog'), "called 'hedghog'"), (dict(recipe='beste'), 'recipe is one of paper, lolcats, best'),
+    (dict(finetune_on='logits'), 'finetune_on is one of labels, teacher, both'),
     (dict(patience=2), 'give valid too'), (dict(valid=TEST[0]), 'valid is'), (dict(config={}), 'config is a LinearizeConfig'),
     (dict(config=LinearizeConfig(layers='0-9')), 'has layers 0 to 2'), (dict(config='elu'), "'elu' has no parameters to distil"),
     (dict(objective='w'), "objective is one of weights.*given 'w'"), (dict(objective=['weights']), 'objective is one of'), (dict(autocast='float8'), 'float8'),

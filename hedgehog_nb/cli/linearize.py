@@ -77,7 +77,7 @@ def _validation(data, train, model, tok, seq_len, text_column, most=16):
     return (train[:len(train)-n],train[-n:]) if n else (train,None)
 
 def _prepare(o, how, recipe):
-    "Everything that can fail before the first step: (model, tokenizer, texts, numbers of the layers, parameters of their maps, steps and batches of each phase)."
+    "What can fail before the first step: (model, tokenizer, texts, numbers of the layers, parameters of their maps, steps and batches of each phase)."
     from hedgehog_nb.training.recipe import steps_for
     if is_converted(o.model): raise ValueError(f"{o.model} is converted already; name the model it came from")
     m,tok = open_model(o.model, o.dtype, o.device)
@@ -289,11 +289,11 @@ def _report(ctx, screen, rows, out, work):
 @_command
 def linearize_command(ctx:typer.Context,
     model:ModelArg, data:DataOpt, out:OutOpt, config:ConfigOpt=None, save:SaveOpt='model', overwrite:OverwriteOpt=False, restart:RestartOpt=False,
-    eval_data:EvalDataOpt=None, text_column:ColumnOpt=None, recipe:RecipeOpt='best', feature_map:FeatureMapOpt=None, form:FormOpt=None, num_maps:NumMapsOpt=None,
-    bias:BiasOpt=None, window:WindowOpt=None, relative:RelativeOpt=None, branch:BranchOpt=None, layers:LayersOpt='all',
-    softmax_heads:SoftmaxHeadsOpt=None, objective:ObjectiveOpt=None, adapt_tokens:AdaptTokensOpt=0, distill_tokens:DistillTokensOpt=200_000, distill_steps:DistillStepsOpt=None,
-    finetune_tokens:FinetuneTokensOpt=200_000, finetune_steps:FinetuneStepsOpt=None, seq_len:SeqLenOpt=512, block_bos:BlockBosOpt=None,
-    finetune_on:FinetuneOnOpt=None, patience:PatienceOpt=None, last_state:LastStateOpt=False, batch_size:BatchSizeOpt=None, lr:LrOpt=None,
+    eval_data:EvalDataOpt=None, text_column:ColumnOpt=None, recipe:RecipeOpt='best', feature_map:FeatureMapOpt=None, form:FormOpt=None,
+    num_maps:NumMapsOpt=None, bias:BiasOpt=None, window:WindowOpt=None, relative:RelativeOpt=None, branch:BranchOpt=None, layers:LayersOpt='all',
+    softmax_heads:SoftmaxHeadsOpt=None, objective:ObjectiveOpt=None, adapt_tokens:AdaptTokensOpt=0, distill_tokens:DistillTokensOpt=200_000,
+    distill_steps:DistillStepsOpt=None, finetune_tokens:FinetuneTokensOpt=200_000, finetune_steps:FinetuneStepsOpt=None, seq_len:SeqLenOpt=512,
+    block_bos:BlockBosOpt=None, finetune_on:FinetuneOnOpt=None, patience:PatienceOpt=None, last_state:LastStateOpt=False, batch_size:BatchSizeOpt=None, lr:LrOpt=None,
     finetune_lr:FinetuneLrOpt=None, lora_rank:LoraRankOpt=None, lora_targets:LoraTargetsOpt=None,
     grad_accum:GradAccumOpt=1, save_every:SaveEveryOpt=50, baseline:BaselineOpt=False, eval_tokens:EvalOpt=None, evals:EvalsOpt=1,
     record:RecordOpt=None, experiment:ExperimentOpt='linearize', dtype:DtypeOpt='float32', autocast:AutocastOpt=None, implementation:ImplOpt=None,

@@ -217,7 +217,8 @@ def _check_numbers(o):
         if x is None and name=='patience': continue
         if isinstance(x, bool) or not isinstance(x, int) or x<least: raise ValueError(f"{name} is a whole number, {least} or more; given {x!r}")
     for name in ('lr','finetune_lr'):
-        if o[name]!='auto' and (not isinstance(o[name], (int,float)) or not 0<o[name]<math.inf): raise ValueError(f"{name} is above 0, or 'auto'; given {o[name]!r}")
+        x = o[name]
+        if x!='auto' and (not isinstance(x, (int,float)) or not 0<x<math.inf): raise ValueError(f"{name} is above 0, or 'auto'; given {x!r}")
     for name,given,fits in (('objective', o['objective'], LOSSES), ('finetune_on', o['finetune_on'], ('labels','teacher','both'))):
         if given not in [*fits]: raise ValueError(f"{name} is one of {', '.join(fits)}; given {given!r}")
 
