@@ -94,7 +94,8 @@ def test_record_schema(converted):
 
 def test_record_rows(converted):
     rows = [r for r in json.loads(converted[1].read_text())['rows'] if r['metric']=='ppl']
-    assert [(r['variant'],r['stage'],r['tokens']) for r in rows] == [('softmax-zero-shot','teacher',0), *(('softmax','finetune',256*i) for i in (1,2)), ('softmax','finetuned',768),
+    assert [(r['variant'],r['stage'],r['tokens']) for r in rows] == [('softmax-zero-shot','teacher',0),
+        *(('softmax','finetune',256*i) for i in (1,2)), ('softmax','finetuned',768),
         ('swapped','swapped',0), ('hedgehog-distilled','distill',512), ('hedgehog-distilled','distill',1024), ('hedgehog-distilled','distilled',2048),
         *(('hedgehog','finetune',2048+256*i) for i in (1,2)), ('hedgehog','finetuned',2816)]
     assert all(r['seed']==1 and r['seq_len']==64 and r['eval_tokens']==256 for r in rows)
