@@ -175,6 +175,24 @@ def test_own_text_and_eval_data(here):
     assert r['rows'][0]['data']=='book.txt' and r['rows'][-1]['variant']=='hedgehog-distilled'
     assert json.loads(hedgehog('evaluate', 'm', '--data', 'other.txt', '--split', 'all', '--json', *SHORT).stdout)['eval_tokens']==256
 
+def test_recipes_are_options(here):
+    "What a recipe says is used where nothing is typed; a phase is judged on held-out text."
+    r = hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', 'l', '--recipe', 'lolcats', '--distill-steps', 2, '--finetune-steps', 2,
+        '--finetune-on', 'both', '--patience', 3, *SHORT)
+    assert 'by the recipe lolcats' in r.stderr and 'adapters of rank 8' in r.stderr and r.stderr.count('it began at')+r.stderr.count('no step was better')==2
+    assert json.loads(Path('l/config.json').read_text())['hedgehog']['attention_kwargs']==dict(window=64, relative=True)
+    r = hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', 'a', '--recipe', 'best', '--adapt-tokens', 512,
+        '--distill-steps', 1, '--finetune-steps', 0, '--last-state', *SHORT)
+    assert 'softmax, finetuned first' in r.stdout and 'it began at' not in r.stderr and 'hybrid, distilled' in r.stdout
+
+@pytest.mark.parametrize('bad,says', [(('--recipe', 'beste'), 'recipe is one of paper, lolcats, best'),
+    (('--lr', 'fast'), '--lr is above 0, or auto; given fast'),
+    (('--finetune-lr', '-1'), '--finetune-lr is above 0'), (('--finetune-on', 'logits'), '--finetune-on is one of labels, teacher, both'),
+    (('--last-state', '--patience', '2'), '--patience counts evaluations')], ids=lambda x: x[-1] if isinstance(x, tuple) else '')
+def test_settings_of_training_are_checked_first(bad, says, here):
+    r = hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', 'm', *bad, *SHORT, code=1)
+    assert says in ' '.join(r.stderr.split()) and not [*here.iterdir()]
+
 # The demo
 
 @pytest.fixture(scope='module')

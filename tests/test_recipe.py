@@ -4,7 +4,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from hedgehog_nb.models.config import LinearizeConfig
 from hedgehog_nb.training.evaluate import perplexity
-from hedgehog_nb.training.recipe import convert, log_spaced, read_eval_log, steps_for, tokens_after
+from hedgehog_nb.training.recipe import convert, get_recipe, log_spaced, read_eval_log, RECIPES, steps_for, tokens_after
 from helpers.tiny_models import corpus, llama
 
 TRAIN,TEST = corpus(12),corpus(3)
@@ -87,3 +87,48 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path):
 def test_a_damaged_record_names_its_file(tmp_path):
     go(work=tmp_path/'run'); (tmp_path/'run'/'measured.json').write_text('{"wall')
     with pytest.raises(ValueError, match='measured.json is no record of a conversion'): go(work=tmp_path/'run')
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_each_recipe_converts(name):
+    "With the attention, objective and adapters that it names, from the first row to the last."
+    model,r = llama(),RECIPES[name]
+    rows = convert(model, TRAIN, TEST, distill_steps=2, finetune_steps=2, recipe=name, batch_size=2)
+    assert model.config.hedgehog['attention']==r.attention and model.config.hedgehog['attention_kwargs']==r.maps[r.attention]
+    assert [x['stage'] for x in rows if x['metric']=='ppl']==['teacher','swapped','distilled','finetuned'] and all(math.isfinite(x['value']) for x in rows)
+    assert {'weights':'kl', 'outputs':'output-error'}[r.objective] in {x['metric'] for x in rows}
+
+def test_what_is_given_wins_over_the_recipe():
+    r = get_recipe('best')
+    assert r.config('hedgehog', num_maps=3).attention_kwargs==dict(num_maps=3, bias=True)
+    assert r.config('elu').attention_kwargs=={} and r.config(window=16, layers='0').attention_kwargs['window']==16
+    assert [r.batch_for(t, 512) for t in (1, 512*512, 2*512*512, 10**9)]==[1, 1, 2, 8] and get_recipe('paper').batch_for(1, 512)==1
+
+def told(**kw):
+    said = []
+    model = llama()
+    rows = convert(model, TRAIN, TEST, **{**SHORT, **kw}, on_event=lambda event, text=None, **_: said.append(text) if event=='verdict' else None)
+    return model, rows, said
+
+def test_a_phase_never_ends_worse_than_it_began():
+    "At an absurd rate the best state is the first one, and the run says so."
+    _,rows,said = told(valid=TEST, finetune_lr=1e2)
+    ppl = {r['stage']:r['value'] for r in rows if r['metric']=='ppl'}
+    assert ppl['finetuned']==ppl['distilled'] and 'no step was better than the start' in said[-1]
+
+def test_a_rate_that_is_searched_is_told():
+    _,_,said = told(valid=TEST, lr='auto', distill_steps=8)
+    assert said[0].startswith('lr ') and 'the best of' in said[0]
+
+def test_the_softmax_model_can_be_finetuned_first():
+    _,rows,_ = told(adapt_steps=3, baseline=True)
+    ppl = [(r['variant'],r['stage'],r['tokens']) for r in rows if r['metric']=='ppl']
+    assert ppl==[('softmax-zero-shot','teacher',0), ('softmax','finetuned',5*4*T), ('softmax','adapted',3*4*T), ('swapped','swapped',3*4*T),
+        ('hedgehog-distilled','distilled',7*4*T), ('hedgehog','finetuned',9*4*T)]
+
+def test_finetuning_on_the_teacher_keeps_nearer_to_it():
+    "With the same steps, the student's predictions end nearer to the softmax model's than with labels."
+    def apart(on):
+        model,_,_ = told(finetune_on=on, finetune_steps=40, finetune_lr=3e-3)
+        with torch.no_grad(): p,q = (m(input_ids=TEST).logits.log_softmax(-1) for m in (llama(), model))
+        return (p.exp()*(p-q)).sum(-1).mean()
+    assert apart('teacher')<apart('labels')
