@@ -186,7 +186,7 @@ def test_recipes_are_options(here):
     assert 'softmax, finetuned first' in r.stdout and 'it began at' not in r.stderr and 'hybrid, distilled' in r.stdout
 
 @pytest.mark.parametrize('bad,says', [(('--recipe', 'beste'), 'recipe is one of paper, lolcats, best'),
-    (('--lr', 'fast'), '--lr is above 0, or auto; given fast'),
+    (('--lr', '0'), '--lr is above 0, or auto; given 0'),
     (('--finetune-lr', '-1'), '--finetune-lr is above 0'), (('--finetune-on', 'logits'), '--finetune-on is one of labels, teacher, both'),
     (('--last-state', '--patience', '2'), '--patience counts evaluations')], ids=lambda x: x[-1] if isinstance(x, tuple) else '')
 def test_settings_of_training_are_checked_first(bad, says, here):

@@ -198,7 +198,7 @@ def left(): return sorted(p.name for p in Path('.').iterdir())
 
 def test_diverged(here):
     "Found in the middle of a run: what was done so far has been said and is kept, the last line says why it ended"
-    r = CliRunner().invoke(app, ['linearize','embedded','--data','embedded','--out','out',*TINY,'--lr','1e37','--distill-steps','3'])
+    r = CliRunner().invoke(app, ['linearize','embedded','--data','embedded','--out','out',*TINY,'--recipe','paper','--lr','1e37','--distill-steps','3'])
     assert r.exit_code==1 and 'Traceback' not in r.stderr and left()==['.out-run']
     says(r.stderr.splitlines()[-1], 'hedgehog: the loss of', 'lower the learning rate', 'kept in .out-run')
 

@@ -98,17 +98,11 @@ def _prepare(o, how, recipe):
     return m, tok, (train, valid, test), which, extra, steps, sizes
 
 # %% ../../nbs/94_cli.ipynb #d2c37501
-def _rate(option, x):
-    "A learning rate as it was typed: a number, \"auto\", or None."
-    if x is None or x=='auto': return x
-    try: rate = float(x)
-    except ValueError: rate = 0
-    if not 0<rate<math.inf: raise ValueError(f"{option} is above 0, or auto; given {x}")
-    return rate
-
 def _check(o):
     "Settings that would be refused only later."
     from hedgehog_nb.training.losses import LOSSES
+    for option,x in (('--lr', o.lr), ('--finetune-lr', o.finetune_lr)):
+        if x not in (None, 'auto') and not 0<x<math.inf: raise ValueError(f"{option} is above 0, or auto; given {x:g}")
     for option,x,fits in (('--objective', o.objective, LOSSES), ('--finetune-on', o.finetune_on, ('labels','teacher','both'))):
         if x is not None and x not in fits: raise ValueError(f"{option} is one of {', '.join(fits)}; given {x!r}")
     if o.record and o.record.suffix!='.json': raise ValueError(f"--record writes JSON; give it a name that ends in .json, not {o.record.name!r}")
@@ -203,9 +197,11 @@ FinetuneStepsOpt = Annotated[Optional[int], _opt('--finetune-steps', panel='Trai
 SeqLenOpt = Annotated[int, _opt('--seq-len', panel='Training', metavar='N', min=2, help="Tokens in a block.")]
 BatchSizeOpt = Annotated[Optional[int], _opt('--batch-size', panel='Training', metavar='N', min=1,
     help="Blocks per step. If not given: the recipe's, 8 at most, and fewer where the budget is small.")]
-LrOpt = Annotated[Optional[str], _opt('--lr', panel='Training', metavar='X',
+def _rate(x): return x if x=='auto' else float(x) # a ValueError here is a wrong use of the option
+
+LrOpt = Annotated[Optional[str], _opt('--lr', panel='Training', metavar='X', parser=_rate,
     help="Learning rate of the maps, or [cyan]auto[/] to try some; the recipe's if not given.")]
-FinetuneLrOpt = Annotated[Optional[str], _opt('--finetune-lr', panel='Training', metavar='X',
+FinetuneLrOpt = Annotated[Optional[str], _opt('--finetune-lr', panel='Training', metavar='X', parser=_rate,
     help="Learning rate of the whole model, or of its adapters; or [cyan]auto[/].")]
 FinetuneOnOpt = Annotated[Optional[str], _opt('--finetune-on', panel='Training', metavar='NAME',
     help="What finetuning learns from: [cyan]labels[/], the [cyan]teacher[/]'s logits, or [cyan]both[/].")]
@@ -313,7 +309,6 @@ def linearize_command(ctx:typer.Context,
     o = SimpleNamespace(**locals())
     start,commit,screen = time.perf_counter(),code_version(),Terminal(as_json)
     _config_of(o) # refused before anything is written
-    o.lr,o.finetune_lr = _rate('--lr', lr),_rate('--finetune-lr', finetune_lr)
     _adapters(o)
     out,record,work = _outputs(o)
     _check(o)
