@@ -262,7 +262,7 @@ def test_disk_full_in_training(monkeypatch):
     monkeypatch.setattr(checkpoint, 'save_file', full)
     r = CliRunner().invoke(app, ['linearize','embedded','--data','embedded','--out','out',*TINY])
     assert r.exit_code==1 and sorted(p.name for p in Path('.out-run').iterdir())==['command.json','measured.json','settings.json']
-    says(r.stderr.splitlines()[-1], '.out-run/distill.safetensors: No space left on device', 'nothing was kept yet')
+    says(r.stderr.splitlines()[-1], '.out-run/distill.safetensors', ': No space left on device', 'nothing was kept yet')
 
 # Files of settings
 
@@ -309,7 +309,7 @@ def until(p, what, seconds):
 def test_stopped_run_says_where_it_is(here, root, sig, phase):
     other = dict(distill='finetune', finetune='distill')[phase]
     p = start(root, '--out', 'out', '--record', 'r.json', f'--{phase}-steps', '100000', f'--{other}-steps', '1')
-    until(p, 'swapped in' if phase=='distill' else 'distilled', .5)
+    until(p, 'untrained' if phase=='distill' else 'distilled', .5)
     p.send_signal(sig)
     out,err = p.communicate(timeout=60)
     last = err.splitlines()[-1]

@@ -203,7 +203,7 @@ def test_the_command_in_two_processes(root, tmp_path):
     one,two,said = json.loads(r.stdout),json.loads(p.stdout),p.stderr
     names = lambda r: [(x['variant'], x['stage'], x['metric'], x['tokens']) for x in r['rows']]
     assert names(one)==names(two) and [x['value'] for x in two['rows']]==pytest.approx([x['value'] for x in one['rows']], rel=1e-4)
-    assert said.count('swapped in')==2 and sorted(p.name for p in tmp_path.iterdir())==['a','b','hedgehog.py']  # a line, and a row of the table
+    assert said.count('untrained')==2 and sorted(p.name for p in tmp_path.iterdir())==['a','b','hedgehog.py']  # a line, and a row of the table
     a,b = (load_file(tmp_path/n/'model.safetensors') for n in 'ab')
     assert a.keys()==b.keys()
     for k in a: torch.testing.assert_close(a[k], b[k], rtol=0, atol=5e-4)
