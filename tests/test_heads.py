@@ -503,7 +503,8 @@ def test_the_command_line(tmp_path, monkeypatch):
         r = CliRunner().invoke(app, [str(a) for a in args], prog_name='hedgehog'); assert r.exit_code==code, (r.stdout, r.stderr, r.exception)
         return r
     monkeypatch.chdir(tmp_path)
-    (tmp_path/'run.yaml').write_text('map: hedgehog\nsoftmax-heads: "2:2-3"\nseq_len: 64\nbatch-size: 4\neval-tokens: 256\ndistill-steps: 2\nfinetune-steps: 1\n')
+    (tmp_path/'run.yaml').write_text('map: hedgehog\nsoftmax-heads: "2:2-3"\nseq_len: 64\n'
+        'batch-size: 4\neval-tokens: 256\ndistill-steps: 2\nfinetune-steps: 1\n')
     args = 'linearize','embedded','--data','embedded','--out','tales','--config','run.yaml'
     r = hedgehog(*args, '--record', 'run.json')
     assert 'in 5 layers but for heads 2:2-3' in r.stderr and '--softmax-heads 2:2-3' in json.loads((tmp_path/'run.json').read_text())['command']
