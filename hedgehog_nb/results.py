@@ -182,7 +182,7 @@ EXPERIMENTS = {'recall':'associative recall', 'recall-converted':'associative re
     'comparison':'every attention on the same queries and keys',
     'cola':'BERT converted, CoLA', 'sst2':'BERT converted, SST-2', 'mrpc':'BERT converted, MRPC', 'stsb':'BERT converted, STS-B',
     'demo':'the embedded model, converted', 'recovery':'a pretrained model converted, by recipe', 
-    'recovery-layers':'one setting of distillation at a time, on two layers',
+    'recovery-layers':'one setting of distillation at a time, on two layers', 'recovery-distance':'on which keys the divergence lies',
     'scratch-wikitext2':'trained from scratch on WikiText-2',
     'pretrained-wikitext2':'a pretrained model converted on WikiText-2',
     'window-wikitext2':'a pretrained model with a window, without, and with the window alone',
@@ -217,7 +217,7 @@ class Table:
 
 # %% ../nbs/96_records.ipynb #4958f67f
 # What a row may add that makes it a measurement of its own
-_SETTING = 'state','B','H','T','D','dtype','causal','seq_len','context','layers','form','num_maps','objective','floor','train_data','train_len','phase'
+_SETTING = 'state','B','H','T','D','dtype','causal','seq_len','context','layers','form','num_maps','objective','floor','train_data','train_len','phase','recipe'
 
 def _final(rows, key):
     "{key: values, one per seed}: the newest of the rows with the most tokens."

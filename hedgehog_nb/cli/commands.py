@@ -269,7 +269,7 @@ def demo_command(
     quick:Annotated[bool, _opt('--quick', help="A tenth of the training: the same things in seconds, with worse numbers.")]=False,
     seed:SeedOpt=0, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
-    "[bold]See it work[/] in about a minute, with no network: convert the embedded story teller in four ways, compare, let two of them write."
+    "[bold]See it work[/] in a minute and a half, with no network: convert the embedded story teller in four ways, compare, let two of them write."
     from hedgehog_nb.data.models import load_embedded
     from hedgehog_nb.data.text import load_texts, token_blocks
     screen,fig = Terminal(as_json),check_output(out/'hedgehog_demo.png', True, folder=False)

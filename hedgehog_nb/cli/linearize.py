@@ -301,7 +301,7 @@ def linearize_command(ctx:typer.Context,
      "([cyan]--finetune-tokens[/], [cyan]--finetune-lr[/], [cyan]--lora-rank[/]).\n\n"
      "    A run that was stopped, killed, or ran out of disk goes on when the same command is given again, and ends as it would have. "
      "What it has done so far is in a hidden folder beside --out.\n\n"
-     "    Without a GPU expect about a minute for the embedded model, and hours for a hundred million parameters; "
+     "    Without a GPU expect a minute or two for the embedded model, and hours for a hundred million parameters; "
      "smaller budgets and [cyan]--eval-tokens[/] make it shorter. Out of memory: [cyan]--grad-accum[/]. "
      "Several processes or GPUs share each batch under [cyan]torchrun --nproc_per_node 2 --no-python hedgehog linearize …[/].")
     from hedgehog_nb.training.recipe import barrier, is_main_process

@@ -19,7 +19,7 @@ from .common import check_qkv, no_autocast, repeat_kv, make_attention_mask
 
 # %% ../../nbs/02_linear_attention.ipynb #d5f6944f
 LOG_ZERO = -1e30  # The log weight of a padded key, and of an empty state: finite, so that differences stay finite
-EPS = 1e-30      # Least size of a normaliser: rows that see no key give 0, not NaN
+EPS = 1e-30      # Least size of a normaliser: rows that see no key give 0, not NaN; least similarity in a loss: a key unseen costs 69 nats
 
 def clamp_abs(z): return z.masked_fill(z.abs()<=EPS, EPS) # a negative sum (of a map with negative weights) stays negative
 

@@ -16,16 +16,14 @@ from ..functional import can_run, HALVES, linear_attention
 from ..kernels.cpu.build import for_all_threads, holds_numbers
 from ..kernels.cpu.loss import loss_sums
 from ..ops.common import autocast_dtype, check_qkv, no_autocast, repeat_kv, make_attention_mask
-from ..ops.linear import LOG_ZERO, prepare_keys
+from ..ops.linear import EPS, LOG_ZERO, prepare_keys
 from ..ops.softmax import softmax_attention, softmax_weights
 
 # %% ../../nbs/06_distillation.ipynb #cf7636ea
-_EPS_WEIGHT = 1e-30 # Similarities below this count as this: a key that the student cannot see costs 69 nats, not infinity
-
 def _log_similarity(q, k, feature_map):
     "log w_j φ(q_i)·φ(k_j), (B, H, T, T)."
     phi_q,phi_k,_,log_k = prepare_keys(*(x:=feature_map(q, k))[:2], k, x[2])
-    log_u = (phi_q @ repeat_kv(phi_k, q.shape[1]).mT).clamp_min(_EPS_WEIGHT).log()
+    log_u = (phi_q @ repeat_kv(phi_k, q.shape[1]).mT).clamp_min(EPS).log()
     return log_u if log_k is None else log_u + repeat_kv(log_k, q.shape[1])[:,:,None]
 
 def _row_mean(x, mask):
@@ -60,7 +58,7 @@ def _weight_loss_rows(by_row, by_key, hide, keep, window):
     split,n,w,kept = pq.shape[2:4],hide.shape[-1],None,(lambda x: x) if keep is None else keep.mul
     p = (q.flatten(2,3) @ k.mT).unflatten(2, split)
     p[...,-n:].masked_fill_(hide, LOG_ZERO)
-    u = (pq.flatten(2,3) @ pk.mT).unflatten(2, split).clamp_min_(_EPS_WEIGHT)
+    u = (pq.flatten(2,3) @ pk.mT).unflatten(2, split).clamp_min_(EPS)
     if window:
         C,e = p.shape[3:]
         near = p.new_ones(C, e, dtype=torch.bool).tril(e-C).triu(e-C-window+1)
@@ -70,13 +68,13 @@ def _weight_loss_rows(by_row, by_key, hide, keep, window):
     if w is not None:
         w[...,-n:].masked_fill_(hide, LOG_ZERO)
         w = (w-w.amax(-1, keepdim=True)).exp_()
-        u = (u*w).clamp_min_(_EPS_WEIGHT)
+        u = (u*w).clamp_min_(EPS)
     u[...,-n:].masked_fill_(hide, 0)
-    A = u.sum(-1, keepdim=True).clamp_min_(_EPS_WEIGHT)
-    u[...,-n:].masked_fill_(hide, _EPS_WEIGHT)
+    A = u.sum(-1, keepdim=True).clamp_min_(EPS)
+    u[...,-n:].masked_fill_(hide, EPS)
     r = p/u
-    loss = kept((p*r.clamp_min_(_EPS_WEIGHT).log()).sum(-1, keepdim=True)+A.log()).sum()
-    g = torch.sub(kept(1/A), r if keep is None else r.mul_(keep), out=r).masked_fill_(u<=_EPS_WEIGHT, 0)  # dL/d(u w)
+    loss = kept((p*r.clamp_min_(EPS).log()).sum(-1, keepdim=True)+A.log()).sum()
+    g = torch.sub(kept(1/A), r if keep is None else r.mul_(keep), out=r).masked_fill_(u<=EPS, 0)  # dL/d(u w)
     if window: g.masked_fill_(near, 0)
     gu = None if w is None else g*u
     if w is not None: g *= w
@@ -236,7 +234,7 @@ def _order_loss_rows(by_row, by_key, hide, keep, window):
     if window: raise ValueError(f"the order loss is for a feature map alone; given one with a window of {window}")
     (pq,_,q),(pk,lk,k) = by_row,by_key
     split,n,kept = pq.shape[2:4],hide.shape[-1],(lambda x: x) if keep is None else keep.mul
-    u = (pq.flatten(2,3) @ pk.mT).unflatten(2, split).clamp_min_(_EPS_WEIGHT)
+    u = (pq.flatten(2,3) @ pk.mT).unflatten(2, split).clamp_min_(EPS)
     e = u.log().sub_((q.flatten(2,3) @ k.mT).unflatten(2, split))
     if lk is not None: e += lk[:,:,None,None]
     m = (e.shape[-1]-hide.sum(-1, keepdim=True)).clamp_min(1).to(e.dtype)  # (C, 1), keys that a row sees
@@ -246,7 +244,7 @@ def _order_loss_rows(by_row, by_key, hide, keep, window):
     loss = kept(e.square().sum(-1, keepdim=True)/m).sum()/2
     g = e.mul_(kept(1/m))                                                  # dL/d log u
     dl = None if lk is None else g.sum((2,3))
-    g = torch.where(u<=_EPS_WEIGHT, 0, g.div_(u)).flatten(2,3)
+    g = torch.where(u<=EPS, 0, g.div_(u)).flatten(2,3)
     return loss, ((g@pk).unflatten(2, split), None), (g.mT@pq.flatten(2,3), dl)
 
 @no_autocast

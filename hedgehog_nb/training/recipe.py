@@ -190,7 +190,7 @@ class EvalCallback(transformers.TrainerCallback):
     def end(self, history):
         "What the phase came to."
         self.evaluate(self.phase.rstrip('e')+'ed')
-        for said in ([history.search] if history.search else []) + [history]*bool(history.evaluations): self.log.tell('verdict', text=said.verdict)
+        if history.evaluations or history.search: self.log.tell('verdict', text=history.verdict)
 
     def on_train_begin(self, args, state, control, **kw):
         for logs in state.log_history: # those before the run was resumed

@@ -19,7 +19,7 @@ from ..models.attention import linear_layers
 from ..models.config import LinearizeConfig
 from ..models.linearize import build_attentions, linearize
 from ..files import new_folder
-from .checkpoint import load_state, save_state
+from .checkpoint import load_state, save_state, weight_sample
 from .finetune import _check_merge, merge_lora
 
 # %% ../../nbs/09_training.ipynb #11e00003
@@ -94,7 +94,7 @@ def _sample(model, rewritten=False):
         if p.is_meta: raise ValueError(f"{n} is on the meta device: load the model without offloading, this reads its weights")
         # a new head is at random in each load
         known = p.numel() and not (adapted and (p.requires_grad or '.original_module.' in n or rewritten and '.base_layer.' in n))
-        return p.detach().flatten()[torch.linspace(0, p.numel()-1, 16, dtype=torch.float64).long()].float().cpu() if known else torch.full((16,), math.nan)
+        return weight_sample(p) if known else torch.full((16,), math.nan)
     return {f"{peft.sub('', n)} {tuple(p.shape)}": some(n, p) for n,p in named}
 
 def _check_original(model, kept, path):
