@@ -188,7 +188,8 @@ def test_recipes_are_options(here):
 @pytest.mark.parametrize('bad,says', [(('--recipe', 'beste'), 'recipe is one of paper, lolcats, best'),
     (('--lr', '0'), '--lr is above 0, or auto; given 0'),
     (('--finetune-lr', '-1'), '--finetune-lr is above 0'), (('--finetune-on', 'logits'), '--finetune-on is one of labels, teacher, both'),
-    (('--last-state', '--patience', '2'), '--patience counts evaluations')], ids=lambda x: x[-1] if isinstance(x, tuple) else '')
+    (('--last-state', '--patience', '2'), '--patience counts evaluations'),
+    (('--save', 'trained', '--lora-rank', '2', '--adapt-tokens', '512'), '--adapt-tokens changes that')], ids=lambda x: x[-1] if isinstance(x, tuple) else '')
 def test_settings_of_training_are_checked_first(bad, says, here):
     r = hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', 'm', *bad, *SHORT, code=1)
     assert says in ' '.join(r.stderr.split()) and not [*here.iterdir()]

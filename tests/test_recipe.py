@@ -53,7 +53,8 @@ LOOK = dict(evals=(0, '2', True), distill_steps=(-1, 2.5), adapt_steps=(-1,), ba
     (dict(patience=2), 'give valid too'), (dict(valid=TEST[0]), 'valid is'), (dict(config={}), 'config is a LinearizeConfig'),
     (dict(config=LinearizeConfig(layers='0-9')), 'has layers 0 to 2'), (dict(config='elu'), "'elu' has no parameters to distil"),
     (dict(objective='w'), "objective is one of weights.*given 'w'"), (dict(objective=['weights']), 'objective is one of'), (dict(autocast='float8'), 'float8'),
-    (dict(lora=dict(foo=2)), "settings of peft.LoraConfig.*foo"), (dict(trained='new', base='x'), 'would train all weights')], ids=str)
+    (dict(lora=dict(foo=2)), "settings of peft.LoraConfig.*foo"), (dict(trained='new', base='x'), 'would train all weights'),
+    (dict(trained='new', base='x', lora=dict(r=2), adapt_steps=1), 'adapt_steps changes that')], ids=str)
 def test_what_cannot_work_is_refused_before_anything_is_measured(bad, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model,events = llama(),[]

@@ -107,7 +107,9 @@ def _check(o):
         if x is not None and x not in fits: raise ValueError(f"{option} is one of {', '.join(fits)}; given {x!r}")
     if o.record and o.record.suffix!='.json': raise ValueError(f"--record writes JSON; give it a name that ends in .json, not {o.record.name!r}")
     if o.save not in ('model','trained'): raise ValueError(f"--save is model or trained; given {o.save!r}")
-    if o.save=='trained' and not o.lora_rank and (o.adapt_tokens or (o.finetune_tokens if o.finetune_steps is None else o.finetune_steps)):
+    if o.save=='trained' and o.adapt_tokens:
+        raise ValueError("--save trained keeps maps and adapters for the model as it was, and --adapt-tokens changes that: say --save model")
+    if o.save=='trained' and not o.lora_rank and (o.finetune_tokens if o.finetune_steps is None else o.finetune_steps):
         raise ValueError("--save trained keeps maps and adapters, and this run would train all weights: say --lora-rank 8, or --finetune-tokens 0")
     if o.last_state and o.patience: raise ValueError("--patience counts evaluations on held-out text, and --last-state makes none: leave one of them out")
 

@@ -231,7 +231,9 @@ def _check_settings(model, config, o):
             raise ValueError(f"{name} is (N, T) token ids of 1 or more blocks; given {tuple(getattr(x, 'shape', ())) or type(x).__name__}")
     if o['autocast']: parse_dtype(o['autocast'])
     if o['patience'] and o['valid'] is None: raise ValueError(f"patience={o['patience']} counts evaluations on held-out blocks: give valid too")
-    if o['trained'] and (o['finetune_steps'] or o['adapt_steps']) and not o['lora']:
+    if o['trained'] and o['adapt_steps']:
+        raise ValueError("maps and adapters go to `trained`, for the model as it was, and adapt_steps changes that: save the whole model, or say adapt_steps=0")
+    if o['trained'] and o['finetune_steps'] and not o['lora']:
         raise ValueError("maps and adapters go to `trained`, and this run would train all weights: give lora=dict(r=8, …), or finetune_steps=0")
     if o['lora']:
         from peft import LoraConfig
