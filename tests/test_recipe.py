@@ -1,10 +1,11 @@
 "A whole conversion: what is counted, what is written down, and that a run goes on where it stopped."
 import math
 import pytest, torch
+from itertools import islice
 from hypothesis import given, settings, strategies as st
 from hedgehog_nb.models.config import LinearizeConfig
 from hedgehog_nb.training.evaluate import perplexity
-from hedgehog_nb.training.recipe import convert, get_recipe, log_spaced, read_eval_log, RECIPES, steps_for, tokens_after
+from hedgehog_nb.training.recipe import convert, get_recipe, log_spaced, mixed_batches, read_eval_log, RECIPES, steps_for, tokens_after
 from helpers.tiny_models import corpus, llama
 
 TRAIN,TEST = corpus(12),corpus(3)
@@ -21,6 +22,41 @@ def test_steps_and_tokens_are_turned_into_each_other(n, length, batch_size, step
     for s in range(steps): seen += min(batch_size, n-s%math.ceil(n/batch_size)*batch_size)*length
     assert tokens_after(steps, blocks, batch_size)==seen
     assert steps_for(seen, blocks, batch_size)==steps and steps_for(seen+1, blocks, batch_size)==steps+1
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(2, 6), st.integers(0, 9))
+@settings(max_examples=200, deadline=None)
+def test_an_epoch_of_two_lengths_reads_everything_once(n, batch_size, long_blocks, seed):
+    text,batches = torch.arange(n*3).view(n, 3),mixed_batches(torch.arange(n*3).view(n, 3), batch_size, long_blocks, seed)
+    for epoch in range(2):
+        xs,seen = [],0
+        while seen<text.numel(): xs.append(next(batches)); seen += xs[-1].numel()
+        assert torch.equal(torch.cat([x.flatten() for x in xs]).sort()[0], text.flatten())
+        assert all((x[:,1:]==x[:,:-1]+1).all() and x.shape[1] in (3, 3*long_blocks) and len(x)<=batch_size for x in xs)
+        long = sum(x.numel() for x in xs if x.shape[1]>3)//(3*long_blocks)
+        assert long==(n//long_blocks+1-epoch%2)//2 # half of the groups
+    for t in (1, 3*n, 3*n+1):
+        s = steps_for(t, text, batch_size, long_blocks)
+        seen = [x.numel() for x in islice(mixed_batches(text, batch_size, long_blocks), s)]
+        assert sum(seen)>=t>sum(seen[:-1])
+
+def test_blocks_of_two_lengths(tmp_path):
+    "What is counted, in both phases; killed in the second, a run ends as it would have."
+    def run(**kw): return go(long_blocks=2, batch_size=2, evals=2, save_steps=1, **kw)
+    rows = run()
+    longs = [x.numel() for x in islice(mixed_batches(TRAIN, 2, 2), 4)]
+    assert [r['tokens'] for r in rows if r['stage']=='distilled']==[sum(longs)]*2
+    class Stop(Exception): pass
+    def stop(event, phase=None, done=0, **kw):
+        if event=='progress' and phase=='finetune' and done: raise Stop
+    with pytest.raises(Stop): run(work=tmp_path/'run', on_event=stop)
+    drop = lambda rows: [{k:v for k,v in r.items() if k!='seconds'} for r in rows]
+    assert drop(run(work=tmp_path/'run'))==drop(rows)
+    with pytest.raises(ValueError, match='keeps another run .long_blocks was 2, is 3'): go(long_blocks=3, batch_size=2, evals=2, work=tmp_path/'run')
+
+def test_long_blocks_fit_text_and_model():
+    r,model = get_recipe('best'),llama()
+    model.config.max_position_embeddings = 3*T
+    assert [r.long_for(model, n, T) for n in (1, 2, 99)]==[1, 2, 3] and get_recipe('paper').long_for(model, 99, T)==1
 
 @pytest.mark.parametrize('steps,n,want', [(100, 1, [100]), (100, 4, [12,25,50,100]), (3, 9, [1,2,3]), (1, 3, [1])])
 def test_evaluations_are_spaced_by_doublings(steps, n, want): assert log_spaced(steps, n)==want
@@ -42,7 +78,7 @@ def test_a_folder_may_be_a_string_and_nothing_is_done_twice(tmp_path):
     assert drop(again)==drop(rows)==drop(go()) and ('progress','evaluate') not in seen
     assert len(read_eval_log(tmp_path/'run'/'measured.json')['rows'])==len(rows)
 
-LOOK = dict(evals=(0, '2', True), distill_steps=(-1, 2.5), adapt_steps=(-1,), batch_size=(0,), finetune_batch_size=(0,),
+LOOK = dict(evals=(0, '2', True), distill_steps=(-1, 2.5), adapt_steps=(-1,), batch_size=(0,), finetune_batch_size=(0,), long_blocks=(0, 1.5),
     save_steps=(0,), seed=(-1,), gradient_accumulation_steps=(0,))
 
 @pytest.mark.parametrize('bad,says', [
@@ -50,7 +86,7 @@ LOOK = dict(evals=(0, '2', True), distill_steps=(-1, 2.5), adapt_steps=(-1,), ba
     *((dict([(n, x)]), f'^{n} is above 0') for n in ('lr','finetune_lr') for x in (0, -1, float('inf'))),
     (dict(config='hedghog'), "called 'hedghog'"), (dict(recipe='beste'), 'recipe is one of paper, lolcats, best'),
     (dict(finetune_on='logits'), 'finetune_on is one of labels, teacher, both'),
-    (dict(patience=2), 'give valid too'), (dict(valid=TEST[0]), 'valid is'), (dict(config={}), 'config is a LinearizeConfig'),
+    (dict(patience=2), 'give valid too'), (dict(long_blocks=13), 'long_blocks=13 joins so many blocks.*given 12 blocks'), (dict(valid=TEST[0]), 'valid is'), (dict(config={}), 'config is a LinearizeConfig'),
     (dict(config=LinearizeConfig(layers='0-9')), 'has layers 0 to 2'), (dict(config='elu'), "'elu' has no parameters to distil"),
     (dict(objective='w'), "objective is one of weights.*given 'w'"), (dict(objective=['weights']), 'objective is one of'), (dict(autocast='float8'), 'float8'),
     (dict(lora=dict(foo=2)), "settings of peft.LoraConfig.*foo"), (dict(trained='new', base='x'), 'would train all weights'),
@@ -67,7 +103,7 @@ def test_texts_are_blocks(texts):
 
 OTHER = dict(attention=dict(config='t2r'), form=dict(config=LinearizeConfig(attention_kwargs=dict(form='exp'))),
     layers=dict(config=LinearizeConfig(layers='0')),
-    evals=dict(evals=3), steps=dict(distill_steps=5), lr=dict(lr=.1), seed=dict(seed=1), autocast=dict(autocast='bfloat16'))
+    evals=dict(evals=3), steps=dict(distill_steps=5), lr=dict(lr=.1), lengths=dict(long_blocks=2), seed=dict(seed=1), autocast=dict(autocast='bfloat16'))
 
 @pytest.mark.parametrize('change', OTHER.values(), ids=OTHER)
 def test_a_folder_keeps_one_run(change, tmp_path):

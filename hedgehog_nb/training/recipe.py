@@ -9,6 +9,9 @@ __all__ = ['RECIPES', 'Recipe', 'get_recipe', 'EvalLog', 'read_eval_log', 'EvalC
 
 # %% ../../nbs/10_recipe.ipynb #aaaf85i1
 import hashlib, json, math, os, time, torch, transformers, warnings
+from itertools import accumulate, count, islice, takewhile
+from functools import partial
+from torch import Tensor
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -27,6 +30,11 @@ from .losses import LOSSES
 from .lr_finder import default_lr
 from .saving import save_trained
 
+# %% ../../nbs/10_recipe.ipynb #e401241c
+def most_tokens(model)->int: # Tokens
+    "How many tokens the model has positions for."
+    return getattr(model.config.get_text_config(), 'max_position_embeddings', None) or 2**30
+
 # %% ../../nbs/10_recipe.ipynb #815b830c
 @dataclass(frozen=True)
 class Recipe:
@@ -41,6 +49,7 @@ class Recipe:
     lora:dict=None # Finetune adapters and maps only; settings of `peft.LoraConfig`
     batch_size:int=8 # Blocks per step, at most
     min_steps:int=1 # Steps of a phase, at least: its batches are smaller where its budget is small
+    long_blocks:int=1 # Half of the tokens are read in blocks that join so many, as far as the text and the model allow it; 1: none
 
     def config(self, attention=None, layers='all', softmax_heads=None, implementation=None, **settings)->LinearizeConfig:
         "What to convert a model to; `settings` of the attention win over the recipe's."
@@ -51,13 +60,17 @@ class Recipe:
         "The batch size for a budget of `tokens` in blocks of `seq_len`."
         return max(1, min(self.batch_size, tokens//(seq_len*self.min_steps)))
 
+    def long_for(self, model, blocks:int, seq_len:int)->int: # Blocks in a long one
+        "`long_blocks`, or fewer where the text has fewer, or where so many tokens are more than the model's positions."
+        return max(1, min(self.long_blocks, blocks, most_tokens(model)//seq_len))
+
 # %% ../../nbs/10_recipe.ipynb #27915622
 RECIPES = dict(
     paper=Recipe('hedgehog', {n:dict(form='exp', bias=True) for n in ('hedgehog','hedgehog-window')}, finetune_lr=6e-4),
     lolcats=Recipe('hedgehog-window', {'hedgehog-window':dict(window=64, relative=True)}, 'outputs', finetune_lr=1e-4,
         lora=dict(r=8, lora_alpha=16, target_modules=['q_proj','k_proj','v_proj','o_proj'])),
     best=Recipe('hedgehog-window', {'hedgehog-window':dict(window=64, num_maps=2, bias=True), 'hedgehog':dict(num_maps=4, bias=True)}, lr=2e-2,
-        distill_args=dict(adam_beta1=.8, adam_beta2=.95), finetune_lr=3e-4, min_steps=512))
+        distill_args=dict(adam_beta1=.8, adam_beta2=.95), finetune_lr=3e-4, min_steps=512, long_blocks=4))
 
 def get_recipe(
     recipe, # A name of `RECIPES`, or a `Recipe`
@@ -72,8 +85,11 @@ def tokens_after(
     steps:int, # Optimiser steps
     blocks, # (N, T) blocks of the training text
     batch_size:int, # Blocks per step; the last step of an epoch may have fewer
+    long_blocks:int=1, # Half of the tokens are read in blocks that join so many
+    seed:int=0, # Order, which matters for long blocks
 )->int: # Tokens seen
     "Tokens that `steps` steps over `blocks` see, epoch after epoch."
+    if long_blocks>1: return sum(x.numel() for x in islice(mixed_batches(blocks, batch_size, long_blocks, seed), steps))
     (N,T),per_epoch = blocks.shape,math.ceil(len(blocks)/batch_size)
     return (steps//per_epoch*N + min(steps%per_epoch*batch_size, N))*T
 
@@ -81,11 +97,34 @@ def steps_for(
     tokens:int, # Budget
     blocks, # (N, T) blocks of the training text
     batch_size:int, # Blocks per step
+    long_blocks:int=1, # Half of the tokens are read in blocks that join so many
+    seed:int=0, # Order, which matters for long blocks
 )->int: # Optimiser steps; the last one reaches the budget
     "The fewest steps that see `tokens` tokens."
+    if long_blocks>1:
+        seen = accumulate(x.numel() for x in mixed_batches(blocks, batch_size, long_blocks, seed))
+        return sum(1 for _ in takewhile(lambda n: n<tokens, seen)) + (tokens>0)
     (N,T),per_epoch = blocks.shape,math.ceil(len(blocks)/batch_size)
     epochs,rest = divmod(math.ceil(tokens/T), N)
     return epochs*per_epoch + math.ceil(rest/batch_size)
+
+# %% ../../nbs/10_recipe.ipynb #0fc4f6c0
+def mixed_batches(
+    blocks:Tensor, # (N, T) blocks of the training text, in its order
+    batch_size:int, # Blocks per step
+    long_blocks:int, # Blocks that a long one joins
+    seed:int=0, # Order
+): # Generator without end: batches (b, T) and (b, long_blocks·T)
+    "Batches in which half of the tokens are in long blocks, epoch after epoch."
+    n = len(blocks)//long_blocks
+    groups,left = blocks[:n*long_blocks].unflatten(0, (n, long_blocks)),blocks[n*long_blocks:]
+    for epoch in count():
+        shuffled = partial(torch.randperm, generator=torch.Generator().manual_seed(seed+epoch))
+        order = shuffled(n)
+        joined,single = order[:(n+1-epoch%2)//2],order[(n+1-epoch%2)//2:]
+        single = torch.cat([groups[single].flatten(0, 1), left])
+        batches = [*groups[joined].flatten(1).split(max(1, batch_size//long_blocks)), *single[shuffled(len(single))].split(batch_size)]
+        yield from (batches[i] for i in shuffled(len(batches)) if len(batches[i]))
 
 # %% ../../nbs/10_recipe.ipynb #c8f4ede8
 def log_spaced(
@@ -162,22 +201,21 @@ class EvalCallback(transformers.TrainerCallback):
         phase:str, # "adapt", "distill" or "finetune"
         variant:str, # Name of its rows
         steps:int, # Steps in all
-        blocks, # (N, T) blocks it trains on
+        blocks, # (N, T) blocks it trains on, or the batches of all steps
         batch_size:int=8, # Blocks per step
         evals:int=1, # Evaluations, log-spaced; the last is at the end
         metric:str='loss', # Name of the loss
     ):
-        self.log,self.model,self.phase,self.variant,self.steps,self.blocks,self.batch_size,self.metric = log,model,phase,variant,steps,blocks,batch_size,metric
+        self.log,self.model,self.phase,self.variant,self.steps,self.metric = log,model,phase,variant,steps,metric
         self.at,self.losses,self.start = log_spaced(steps, evals)[:-1],[],(log.tokens,log.seconds)
-
-    def seen(self, step): return tokens_after(step, self.blocks, self.batch_size)
+        self.seen = [tokens_after(s, blocks, batch_size) for s in range(steps+1)] if isinstance(blocks, Tensor) else [0, *accumulate(x.numel() for x in blocks)]
 
     def note(self, step, loss, seconds, **_):
         "One step, and an evaluation where that is due."
         log = self.log
         self.losses.append(loss)
-        log.tokens,log.seconds = self.start[0]+self.seen(step),log.seconds+seconds
-        log.tell('progress', phase=self.phase, done=self.seen(step), total=self.seen(self.steps), seconds=log.seconds-self.start[1], loss=loss,
+        log.tokens,log.seconds = self.start[0]+self.seen[step],log.seconds+seconds
+        log.tell('progress', phase=self.phase, done=self.seen[step], total=self.seen[self.steps], seconds=log.seconds-self.start[1], loss=loss,
             metric=self.metric)
         if step in self.at: self.evaluate(self.phase)
 
@@ -207,7 +245,7 @@ def mixed_precision(
     return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, parse_dtype(dtype), cache_enabled=False)
 
 # %% ../../nbs/10_recipe.ipynb #cnv00002
-_COUNTS = dict(adapt_steps=0, distill_steps=0, finetune_steps=0, batch_size=1, finetune_batch_size=1, evals=1, seed=0, save_steps=1,
+_COUNTS = dict(adapt_steps=0, distill_steps=0, finetune_steps=0, batch_size=1, finetune_batch_size=1, long_blocks=1, evals=1, seed=0, save_steps=1,
     gradient_accumulation_steps=1, patience=1)
 
 def _check_numbers(o):
@@ -229,6 +267,9 @@ def _check_settings(model, config, o):
         if name=='valid' and x is None: continue
         if not isinstance(x, torch.Tensor) or x.dim()!=2 or len(x)<1 or x.shape[1]<least:
             raise ValueError(f"{name} is (N, T) token ids of 1 or more blocks; given {tuple(getattr(x, 'shape', ())) or type(x).__name__}")
+    n,(N,T) = o['long_blocks'],o['train'].shape
+    if n>N or n>1 and n*T>most_tokens(model):
+        raise ValueError(f"long_blocks={n} joins so many blocks of {T} tokens; given {N} blocks, and a model of {most_tokens(model):,} positions")
     if o['autocast']: parse_dtype(o['autocast'])
     if o['patience'] and o['valid'] is None: raise ValueError(f"patience={o['patience']} counts evaluations on held-out blocks: give valid too")
     if o['trained'] and o['adapt_steps']:
@@ -277,22 +318,28 @@ class _Run:
         return dict(seed=o.seed, gradient_accumulation_steps=o.gradient_accumulation_steps, checkpoint=self.work and self.work/f'{name}.safetensors',
             save_steps=o.save_steps, progress=False, eval_data=o.valid, patience=o.patience)
 
-    def watch(self, model, phase, variant, steps, batch_size, metric='loss'):
-        return EvalCallback(self.log, model, phase, variant, steps, self.train, batch_size, self.o.evals, metric)
+    def text(self, steps, batch_size):
+        "Blocks to train on; or the batches of all steps, where some blocks are long."
+        return self.train if self.o.long_blocks==1 else [*islice(mixed_batches(self.train, batch_size, self.o.long_blocks, self.o.seed), steps)]
+
+    def watch(self, model, phase, variant, steps, text, batch_size, metric='loss'):
+        return EvalCallback(self.log, model, phase, variant, steps, text, batch_size, self.o.evals, metric)
 
     def distill(self, model, name):
         "Train the maps."
         o,metric = self.o,dict(weights='kl', outputs='output-error').get(self.o.objective, 'loss')
-        watch = self.watch(model, 'distill', f'{name}-distilled', o.distill_steps, o.batch_size, metric)
-        watch.end(distill(model, self.train, o.distill_steps, o.batch_size, o.lr, o.objective, callbacks=[watch], **o.distill_args, **self.keep('distill')))
+        text = self.text(o.distill_steps, o.batch_size)
+        watch = self.watch(model, 'distill', f'{name}-distilled', o.distill_steps, text, o.batch_size, metric)
+        watch.end(distill(model, text, o.distill_steps, o.batch_size, o.lr, o.objective, callbacks=[watch], **o.distill_args, **self.keep('distill')))
 
     def finetune(self, model, name, phase='finetune', steps=None, objective='labels', file=None):
         "Finetune a model, or adapters in it; returns what was trained."
         o,steps = self.o,self.o.finetune_steps if steps is None else steps
         transformers.set_seed(o.seed)
         tuned = add_lora(model, **o.lora) if o.lora else model
-        watch = self.watch(model, phase, name, steps, o.finetune_batch_size)
-        watch.end(finetune(tuned, self.train, steps, o.finetune_batch_size, o.finetune_lr, objective=objective, callbacks=[watch],
+        text = self.text(steps, o.finetune_batch_size)
+        watch = self.watch(model, phase, name, steps, text, o.finetune_batch_size)
+        watch.end(finetune(tuned, text, steps, o.finetune_batch_size, o.finetune_lr, objective=objective, callbacks=[watch],
             **self.keep(file or phase)))
         return tuned
 
@@ -330,6 +377,7 @@ def convert(
     patience:int=None, # Stop a phase after so many evaluations on `valid` without improvement
     batch_size:int=None, # Blocks per step
     finetune_batch_size:int=None, # The same while the whole model is trained, if another
+    long_blocks:int=None, # Half of the tokens are read in blocks that join so many of `train`, which follow each other in the text
     lr:float=None, # Learning rate of the maps; "auto" tries some
     finetune_lr:float=None, # Learning rate of the whole model; "auto" tries some
     objective:str=None, # What distillation compares, one of `LOSSES`
@@ -352,6 +400,7 @@ def convert(
     o,r = {k:v for k,v in locals().items() if k not in ('model','config','on_event','work','base','recipe')},get_recipe(recipe)
     for k in ('batch_size','lr','objective','finetune_on','lora'): o[k] = getattr(r, k) if o[k] is None else o[k]
     if finetune_lr is None: o['finetune_lr'] = r.finetune_lr or default_lr(model, 'finetune', bool(o['lora']))
+    if long_blocks is None: o['long_blocks'] = r.long_for(model, *train.shape) if isinstance(train, Tensor) and train.dim()==2 else 1
     o.update(distill_args=r.distill_args, finetune_batch_size=o['batch_size'] if finetune_batch_size is None else finetune_batch_size)
     config = _config_for(r, config)
     _check_settings(model, config, o)
