@@ -42,10 +42,10 @@ class WindowCall(NamedTuple):
     k:Tensor # (B, Hkv, T, D) keys
     v:Tensor # (B, Hkv, T, Dv) values
     phi_q:Tensor # (B, H, Tq, F) features of the queries
-    phi_k:Tensor # (B, Hkv, T, F) features of the keys
+    phi_k:Tensor # (B, Hkv, T, F) features of the keys that leave
     window:int # Keys seen through softmax, the query's own included
     log_q:Tensor=None # (B, H, Tq) log weights of the queries
-    log_k:Tensor=None # (B, Hkv, T) log weights of the keys
+    log_k:Tensor=None # (B, Hkv, T) log weights of the same keys
     log_gamma:Tensor=None # (H,) log of the window's factor
     scale:float=None # Factor on q·k; 1/√D if None
     mask:Tensor=None # (B, T) True at real tokens
@@ -228,7 +228,7 @@ def _step(c): return window_decode_step(*c[:5], c.initial_state, *c[6:11])
 
 def _window_supports(c):
     if why := _no_triton(c.v, [x.dtype for x in c[:3]], c.phi_k.shape[-1], max(c.q.shape[-1], c.v.shape[-1])): return why
-    carried = () if c.initial_state is None else (*c.initial_state[:4], *c.initial_state.linear)
+    carried = () if c.initial_state is None else (*c.initial_state[:3], *c.initial_state.linear)
     if torch.is_grad_enabled() and any(x.requires_grad for x in carried):
         return "the kernel takes no gradient of initial_state: detach it, or choose implementation='chunked'"
     return ''
@@ -264,10 +264,10 @@ def window_attention(
     k:Tensor, # (B, Hkv, T, D) keys; Hkv divides H
     v:Tensor, # (B, Hkv, T, Dv) values
     phi_q:Tensor, # (B, H, Tq, F) features of the queries
-    phi_k:Tensor, # (B, Hkv, T, F) features of the keys
+    phi_k:Tensor, # (B, Hkv, T, F) features of the keys that leave: of the first T of (initial_state.k, k), or of k without a state
     window:int, # Keys seen through softmax, the query's own included
     log_q:Tensor=None, # (B, H, Tq) log weights of the queries
-    log_k:Tensor=None, # (B, Hkv, T) log weights of the keys
+    log_k:Tensor=None, # (B, Hkv, T) log weights of the same keys
     log_gamma:Tensor=None, # (H,) log of the window's factor
     scale:float=None, # Factor on q·k; 1/√D if None
     mask:Tensor=None, # (B, T) True at real tokens
@@ -275,7 +275,8 @@ def window_attention(
     output_final_state:bool=False, # Also return the state after them?
     implementation:str=None, # "naive", "chunked" or "triton"; chosen by the input and its device if None
 ): # (B, H, Tq, Dv) outputs in v's dtype; with `output_final_state` the pair (outputs, `WindowState`)
-    ("Softmax over the last `window` keys and linear attention over older ones, under one normaliser. "
+    ("Softmax over the last `window` keys and linear attention over older ones, under one normaliser. With a state, `phi_k` and `log_k` are those of the "
+     "keys that move from the window into the linear state while these tokens are read, not of `k`. "
      "Raises `ValueError` that says what was given and what fits.")
     call = WindowCall(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, mask, initial_state, output_final_state)
     return choose_backend(WINDOW, implementation, call).run(call)

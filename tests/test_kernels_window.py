@@ -113,13 +113,17 @@ def test_the_state_goes_on(window):
     a = inputs(2, 2, 1, 21, Dv=12, masked=True)
     o,state = triton_window_attention(**part(a, slice(20)), window=window, output_final_state=True)
     _,want = chunk_window_attention(**part(a, slice(20)), window=window, output_final_state=True)
-    for x,y in zip((*state[:4], *state.linear), (*want[:4], *want.linear)):
+    for x,y in zip(flat(state), flat(want)):
         if y.numel(): close(x, y.double(), 1e-5)
-    last,_ = window_decode_step(**part(a, slice(20, None)), state=state)
+    last,_ = window_decode_step(**part(a, slice(20, None), window), state=state)
     close(last, chunk_window_attention(**a, window=window)[:,:,20:].double(), 1e-5)
 
-def part(a, s): return {n: x if x is None or n=='log_gamma' else x[:,s] if n=='mask' else x[:,:,s] for n,x in a.items()}
-def flat(s): return *s[:4], *s.linear
+def part(a, s, window=0):
+    "The tokens `s` of everything; after a state of `window` keys, with the features and log weights of the keys that leave while these are read."
+    late = lambda x: x if x is None else torch.cat([torch.zeros_like(x[:,:,:1]).expand(-1, -1, window, *x.shape[3:]), x], 2)[:,:,:x.shape[2]]
+    a = a | {n: late(a[n]) for n in ('phi_k','log_k')}
+    return {n: x if x is None or n=='log_gamma' else x[:,s] if n=='mask' else x[:,:,s] for n,x in a.items()}
+def flat(s): return *s[:3], *s.linear
 
 @kernel
 @pytest.mark.parametrize('window', [0, 5, 16, 40])
@@ -130,14 +134,15 @@ def test_a_prompt_in_parts_is_the_whole(schedule, form, window):
     want,end = chunk_window_attention(**a, window=window, output_final_state=True)
     os,state = [],None
     for s in (slice(22), slice(22, 23), slice(23, None)):
-        o,new = triton_window_attention(**part(a, s), window=window, initial_state=state, output_final_state=True, schedule=schedule)
-        _,ref = chunk_window_attention(**part(a, s), window=window, initial_state=state, output_final_state=True)
+        b = part(a, s, window if s.start else 0)
+        o,new = triton_window_attention(**b, window=window, initial_state=state, output_final_state=True, schedule=schedule)
+        _,ref = chunk_window_attention(**b, window=window, initial_state=state, output_final_state=True)
         for x,y in zip(flat(new), flat(ref)):
             if y.numel(): close(x, y.double(), 1e-5)
         os.append(o); before,state = state,new
     close(torch.cat(os, 2), want.double(), 1e-5)
-    b,f = part(a, slice(23, None)),lambda g: run(lambda **k: g(**k, initial_state=before), b, window)
-    for n,x in f(triton_window_attention).items(): close(x, f(chunk_window_attention)[n].double(), 2e-5, n)
+    f = lambda g, **kw: run(lambda **k: g(**k, **kw, initial_state=before), b, window)
+    for n,x in f(triton_window_attention, schedule=schedule).items(): close(x, f(chunk_window_attention)[n].double(), 2e-5, n)
 
 @kernel
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
@@ -145,7 +150,7 @@ def test_a_state_in_fp32_beside_half_precision(dtype):
     "Its keys are rounded as the new ones are; strided views of (B, T, H, D) go on from it as their copies do."
     a = inputs(1, 2, 1, 40, dtype=dtype, masked=True)
     _,state = chunk_window_attention(**part(a, slice(15)), window=6, output_final_state=True)
-    b = part(a, slice(15, None))
+    b = part(a, slice(15, None), 6)
     want = run(lambda **k: chunk_window_attention(**k, initial_state=state), b, 6, torch.float64)
     views = b | {n: b[n].transpose(1, 2).contiguous().transpose(1, 2) for n in NAMES}
     for x in (b, views):
@@ -205,7 +210,7 @@ def test_one_graph(given, state):
     def f(*x):
         s = x[len(names):]
         o,after = triton_window_attention(**dict(zip(names, x)), window=window, output_final_state=True,
-            schedule=schedule, initial_state=WindowState(*s[:4], LinearState(*s[4:])) if s else None)
+            schedule=schedule, initial_state=WindowState(*s[:3], LinearState(*s[3:])) if s else None)
         return o, *flat(after)
     agree(f, *(x.requires_grad_() if x.is_floating_point() else x for x in (a[n] for n in names)), *before)
 

@@ -31,9 +31,13 @@ def inputs(B=1, H=4, Hkv=2, T=17, D=8, form='exp', dtype=torch.float64, seed=0, 
         if T>3: mask[0,:3] = False
     return (q,k,v,phi_q,phi_k),dict(log_q=log_q, log_k=log_k, log_gamma=rand(H, seed=seed+6, dtype=dtype), mask=mask)
 
-def tokens(args, kw, s): return [x[:,:,s] for x in args],{n: x if x is None or n=='log_gamma' else x[:,s] if n=='mask' else x[:,:,s] for n,x in kw.items()}
+def tokens(args, kw, s, window=0):
+    "The tokens `s` of everything; after a state of `window` keys, with the features and log weights of the keys that leave while these are read."
+    late = lambda x: torch.cat([torch.zeros_like(x[:,:,:1]).expand(-1, -1, window, *x.shape[3:]), x], 2)[:,:,:x.shape[2]]
+    kw = kw | dict(log_k=None if kw['log_k'] is None else late(kw['log_k']))
+    return [x[:,:,s] for x in (*args[:4], late(args[4]))],{n: x if x is None or n=='log_gamma' else x[:,s] if n=='mask' else x[:,:,s] for n,x in kw.items()}
 
-def leaves(s): return (*s[:4], *s.linear)
+def leaves(s): return (*s[:3], *s.linear)
 
 def close(a, r, tol=1e-13):
     assert a.shape==r.shape and torch.isfinite(a).all()
@@ -77,7 +81,7 @@ def test_drawn(B, Hkv, G, T, D, window, chunk, cut, form, masked, maps, dtype, s
     close(chunk_window_attention(*args, window, **kw, chunk_size=chunk), want, tol)
     cut = min(cut, T-1)
     if cut==0: return
-    a,ka = tokens(args, kw, slice(cut)); b,kb = tokens(args, kw, slice(cut, None))
+    a,ka = tokens(args, kw, slice(cut)); b,kb = tokens(args, kw, slice(cut, None), window)
     o,mid = chunk_window_attention(*a, window, **ka, output_final_state=True, chunk_size=chunk)
     p,end = chunk_window_attention(*b, window, **kb, initial_state=mid, output_final_state=True)
     close(torch.cat([o, p], 2), want, tol)
@@ -90,7 +94,7 @@ def test_decoding_is_the_whole(form, window):
     whole,end = chunk_window_attention(*args, window, **kw, output_final_state=True)
     state,os = WindowState.empty(*args[1:3], args[4], window),[]
     for t in range(24):
-        a,ka = tokens(args, kw, slice(t, t+1))
+        a,ka = tokens(args, kw, slice(t, t+1), window)
         o,state = window_decode_step(*a, state, **ka); os.append(o)
     close(torch.cat(os, 2), whole)
     for x,y in zip(leaves(state), leaves(end)): close(x, y)
@@ -112,13 +116,15 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *a: chunk_window_attention(*a[:5], 3, *a[5:], chunk_size=4), ins)
 
 def test_gradients_flow_through_a_state():
-    args,kw = inputs(1, 2, 1, 20)
-    v = args[2].detach().requires_grad_()
-    whole, = torch.autograd.grad(chunk_window_attention(*args[:2], v, *args[3:], 5, **kw)[:,:,9:].sin().sum(), v)
-    a,ka = tokens((*args[:2], v, *args[3:]), kw, slice(9)); b,kb = tokens((*args[:2], v, *args[3:]), kw, slice(9, None))
-    _,mid = chunk_window_attention(*a, 5, **ka, output_final_state=True)
-    part, = torch.autograd.grad(chunk_window_attention(*b, 5, **kb, initial_state=mid).sin().sum(), v)
-    close(part, whole)
+    args,kw = inputs(1, 2, 1, 20, masked=True)
+    of_all = (*args, *(kw[n] for n in ('log_q','log_k','log_gamma')))
+    for x in of_all: x.requires_grad_()
+    for window in (0, 5, 15): # older and younger than the first part, none at all
+        whole = torch.autograd.grad(chunk_window_attention(*args, window, **kw)[:,:,9:].sin().sum(), of_all, materialize_grads=True, allow_unused=True)
+        a,ka = tokens(args, kw, slice(9)); b,kb = tokens(args, kw, slice(9, None), window)
+        _,mid = chunk_window_attention(*a, window, **ka, output_final_state=True)
+        o = chunk_window_attention(*b, window, **kb, initial_state=mid)
+        for x,y in zip(torch.autograd.grad(o.sin().sum(), of_all, materialize_grads=True, allow_unused=True), whole): close(x, y)
 
 def test_causal():
     args,kw = inputs(1, T=40)
@@ -260,6 +266,38 @@ def test_attending_in_pieces(kw):
         o,state = a.attend(q[:,:,s], k[:,:,s], v[:,:,s], mask=mask[:,s], initial_state=state, output_final_state=True); os.append(o)
     close(torch.cat(os, 2)[mask[:,None].expand(2, 4, 40)], a.attend(q, k, v, mask=mask)[mask[:,None].expand(2, 4, 40)])
 
+@kind
+def test_gradients_in_pieces(kw):
+    "What a module learns from a prompt in pieces, whose keys are mapped when they leave, is what it learns from the whole."
+    a,xs = hybrid(**kw),[rand(2, h, 40, 8, seed=i).requires_grad_() for i,h in enumerate((4, 2, 2))]
+    mask = torch.ones(2, 40, dtype=torch.bool); mask[1,:5] = False
+    def grads(*sizes):
+        state,os = None,[]
+        for s in torch.arange(40).split(sizes):
+            s = slice(s[0], s[-1]+1)
+            o,state = a.attend(*(x[:,:,s] for x in xs), mask=mask[:,s], initial_state=state, output_final_state=True); os.append(o)
+        return torch.autograd.grad(torch.cat(os, 2).sin().sum(), (*xs, *a.parameters()), allow_unused=True, materialize_grads=True)
+    for x,y in zip(grads(3, 9, 1, 20, 7), grads(40)): close(x, y)
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
+def test_keys_are_mapped_when_they_leave_as_they_came(dtype):
+    "The state keeps raw keys in fp32: their features are bit by bit those of the keys that were given."
+    a = make_attention('hedgehog-window', 8, 4, 2, window=7, form='exp').to(dtype)
+    q,k,v = (rand(1, h, 30, 8, seed=i, dtype=dtype) for i,h in enumerate((4, 2, 2)))
+    with torch.no_grad():
+        _,phi,_,_,log,*_ = a.inputs(q, k)
+        for cut in (3, 7, 20):
+            _,s = a.attend(q[:,:,:cut], k[:,:,:cut], v[:,:,:cut], output_final_state=True)
+            _,late,_,_,late_log,*_ = a.inputs(q[:,:,cut:], k[:,:,cut:], state=s)
+            n = max(0, 7-cut) # places before the first token
+            assert torch.equal(late[:,:,n:], phi[:,:,max(0, cut-7):23]) and torch.equal(late_log[:,:,n:], log[:,:,max(0, cut-7):23])
+            assert s.real[0].tolist()==[0.]*n + [1.]*(7-n)
+
+def test_a_state_holds_no_features():
+    args,kw = inputs(2, 4, 2, 30)
+    _,s = chunk_window_attention(*args, 9, **kw, output_final_state=True)
+    assert [x.numel() for x in s[:3]]==[2*2*9*8, 2*2*9*8, 2*9]
+
 def greedy(model, ids, n, mask):
     for _ in range(n):
         pos = (mask.cumsum(-1)-1).clamp_min(0)
@@ -321,5 +359,6 @@ def test_an_empty_state_holds_sums_in_fp32_or_more(dtype):
     state = WindowState.empty(k, v, phi, 3)
     assert all(x.dtype==torch.promote_types(dtype, torch.float32) for x in state.linear) # log weights of -1e30 do not fit fp16
     q = torch.rand(2, 4, 5, 8).to(dtype)
-    a,b = (chunk_window_attention(q, k, v, q, phi, 3, initial_state=s) for s in (state, None))
+    late = torch.cat([torch.zeros_like(phi[:,:,:3]), phi[:,:,:2]], 2)
+    a,b = (chunk_window_attention(q, k, v, q, p, 3, initial_state=s) for p,s in ((late, state), (phi, None)))
     assert torch.allclose(a, b, atol=1e-2 if dtype!=torch.float64 else 1e-12)

@@ -65,8 +65,11 @@ class WindowAttention(Attention):
 @patch
 @no_autocast
 def inputs(self:WindowAttention, q, k, mask=None, state=None):
-    "(phi_q, phi_k, window, log_q, log_k, log_gamma, scale): what the functions of this page need beside q, k, v and mask."
-    phi_q,phi_k,log_q,log_k = features_with_log_weights(self.map, q, k)
+    ("(phi_q, phi_k, window, log_q, log_k, log_gamma, scale): what the functions of this page need beside q, k, v and mask. "
+     "With a state phi_k and log_k are of the keys that leave the window, the first of (state.k, k).")
+    leave = k if state is None else state.k[:,:,:k.shape[2]].to(k.dtype) # in the dtype in which they came
+    if leave.shape[2]<k.shape[2]: leave = torch.cat([leave, k[:,:,:k.shape[2]-leave.shape[2]]], 2)
+    phi_q,phi_k,log_q,log_k = features_with_log_weights(self.map, q, leave)
     if self.relative: log_q = self._largest(q, k, mask, state)
     if self.branch=='window': log_q = torch.full_like(phi_q[...,0], LOG_ZERO/2)
     return phi_q, phi_k, 0 if self.branch=='linear' else self.window, log_q, log_k, self.log_gamma, self.scale

@@ -156,7 +156,7 @@ def _window(c, place, schedule=None):
     logs = [place.put(_rand(*s, seed=5+i), torch.float32) if use else None for i,(s,use) in enumerate(shapes)]
     state = None
     if c.state:
-        old = [*(_rand(B, Hkv, w, d, seed=30+i) for i,d in enumerate((c.head_dim, c.value_dim))), _rand(B, Hkv, w, n, seed=32).softmax(-1), 0*_rand(B, Hkv, w)]
+        old = [*(_rand(B, Hkv, w, d, seed=30+i) for i,d in enumerate((c.head_dim, c.value_dim))), torch.ones(B, w, device='cpu')]
         state = WindowState(*place.state(*old), LinearState(*place.state(*_linear_state(B, Hkv, n, c.value_dim))))
     leaves = {n:x for n,x in zip(('q','k','v','phi_q','phi_k','log_q','log_k','log_gamma'), (*big, *logs)) if x is not None}
     args = (*big, w, *logs, None, place.on(_mask(c, B, T)), state, c.final)

@@ -11,6 +11,7 @@ __all__ = ['window_bwd', 'triton_window_attention']
 import torch
 from typing import Optional, Sequence
 from torch import Tensor
+from torch.nn.functional import pad
 from ..ops.common import no_autocast
 from ..ops.linear import LinearState, LOG_ZERO
 from ..ops.window import check_window, check_window_state, WindowState
@@ -23,16 +24,29 @@ from .window_fwd import window_fwd
 from .window_states import key_states, prepare_optional, window_config, window_plan
 
 # %% ../../kernels/06b_window_backward.ipynb #c8a26ed2
+def _grad_keys_after(past, do, L, delta, q, k, v, phi_q, phi_k, log_q, log_k, log_gamma, mask, window, scale, schedule, config):
+    "`window_grad_keys` with the keys of `past` before the others; phi_k and log_k are of the keys that leave, and so are their gradients."
+    T,need_log = k.shape[2],log_k is not None
+    front = lambda x, value=0.: None if x is None else pad(x, (*(0,)*(2*x.dim() - 6), window, 0), value=value)
+    mask,k,v = WindowState(*past[:3], None).with_mask(mask, T),*(torch.cat([a.to(x.dtype), x], 2) for a,x in zip(past, (k, v)))
+    q,phi_q,phi_k,log_k = front(q),front(phi_q),pad(phi_k, (0,0,0,window)),pad(log_k, (0,window)) if need_log else None
+    _,weights,_ = prepare_optional(front(log_q), log_k, log_gamma, mask, (), k, phi_k)
+    plan = window_plan(q, k, v, phi_k, config, schedule, backward=True)
+    dk,dphi_k,dv,dlog_k = window_grad_keys(front(do), front(L, -LOG_ZERO), front(delta), q, k, v, phi_q, phi_k, weights, window, scale, plan, config, need_log)
+    return dk[:,:,window:].contiguous(), dphi_k[:,:,:T].contiguous(), dv[:,:,:,window:], dlog_k[...,:T] if need_log else None
+
 def window_bwd(do, o, L, q, k, v, phi_q, phi_k, log_q, log_k, log_gamma, mask, past, window, scale, schedule, precision):
     "Launch the kernels: gradients of q, k, v, phi_q, phi_k, and of log_q, log_k and log_gamma, None where not given."
     do,five = do.contiguous(),(q, k, v, phi_q, phi_k)
     c = window_config(*five, window, precision, backward=True)
-    weights,cache = prepare_optional(log_q, log_k, log_gamma, mask, past, k)
+    own,weights,cache = prepare_optional(log_q, log_k, log_gamma, mask, past, k, phi_k)
     plan,states,m = window_plan(q, k, v, phi_k, c, schedule, backward=True),None,None
-    if past or plan.segments>1: states,m = key_states(v, phi_k, weights, cache, past, window, plan, window_config(*five, window, precision))
-    dq,dphi_q,dgamma,delta = window_grad_queries(do, o, L, *five, weights, cache, states, m, window, scale, plan, c)
-    dk,dphi_k,dv,dlog_k = window_grad_keys(do, L, delta, *five, weights, window, scale, plan, c, log_k is not None)
-    total = lambda x, dtype: (x[0] if len(x)==1 else x.sum(0)).to(dtype) # of the parts from all tiles
+    if past or plan.segments>1: states,m = key_states(v, own, weights, cache, past, window, plan, window_config(*five, window, precision))
+    dq,dphi_q,dgamma,delta = window_grad_queries(do, o, L, *five[:4], own, weights, cache, states, m, window, scale, plan, c)
+    if past and window:
+        dk,dphi_k,dv,dlog_k = _grad_keys_after(past, do, L, delta, *five, log_q, log_k, log_gamma, mask, window, scale, schedule, c)
+    else: dk,dphi_k,dv,dlog_k = window_grad_keys(do, L, delta, *five, weights, window, scale, plan, c, log_k is not None)
+    total = lambda x, dtype: (x[0] if len(x)==1 else x.sum(0)).to(dtype).contiguous() # of the parts from all tiles
     small = (None if log_q is None else (-dgamma).to(log_q.dtype), None if log_k is None else total(dlog_k, log_k.dtype),
              None if log_gamma is None else dgamma.sum((0,2)).to(log_gamma.dtype))
     return dq, dk, total(dv, v.dtype), dphi_q, dphi_k, *small
@@ -97,21 +111,19 @@ def _check(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, mask, state, 
     check_tensors(dict(v=v, q=q, k=k, phi_q=phi_q, phi_k=phi_k), beside, 'chunk_window_attention', schedule, precision)
 
 # %% ../../kernels/06b_window_backward.ipynb #aa1e6b29
-def _state_after(k, v, phi_k, log_k, mask, window, state, linear):
+def _state_after(k, v, phi_k, mask, window, state, linear):
     "The `WindowState` after these keys: `linear`, and the last `window` of the ones before and these."
-    log_k,last = torch.zeros_like(phi_k[...,0]) if log_k is None else log_k,slice(max(0, k.shape[2]-window), None)
-    new = [x[:,:,last].detach().float() for x in (k, v, phi_k, log_k)]
-    if mask is not None: real = mask[:,None,last].bool(); new[2:] = new[2]*real[...,None], new[3].masked_fill(~real, LOG_ZERO)
-    before = WindowState.empty(*new[:3], window) if state is None else state
-    return WindowState(*(torch.cat([a[:,:,b.shape[2]:].float(), b], 2) for a,b in zip(before, new)), linear)
+    T,new = k.shape[2],[x[:,:,max(0, k.shape[2]-window):].detach().float() for x in (k, v)]
+    before = WindowState.empty(*new, phi_k, window) if state is None else state
+    return WindowState(*(torch.cat([a[:,:,b.shape[2]:].float(), b], 2) for a,b in zip(before, new)), before.with_mask(mask, T)[:,T:].float(), linear)
 
 @no_autocast
 def _attend(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, mask, state, output_final_state, schedule, precision):
     "Outputs, and with `output_final_state` the state after them, else None; all of one dtype, checked."
-    seen,past = (min(window, q.shape[2]),[]) if state is None else (window,[x.float() for x in (*state[:4], *state.linear)])
+    seen,past = (min(window, q.shape[2]),[]) if state is None else (window,[x.float() for x in (*state[:3], *state.linear)])
     scale,schedule = float(q.shape[-1]**-0.5 if scale is None else scale),schedule_text(schedule)
     o,_,*after = _window_op(q, k, v, phi_q, phi_k, log_q, log_k, log_gamma, mask, past, seen, scale, output_final_state, schedule, precision)
-    return o, _state_after(k, v, phi_k, log_k, mask, window, state, LinearState(*after)) if output_final_state else None
+    return o, _state_after(k, v, phi_k, mask, window, state, LinearState(*after)) if output_final_state else None
 
 # %% ../../kernels/06b_window_backward.ipynb #4ca04583
 def triton_window_attention(
@@ -119,10 +131,10 @@ def triton_window_attention(
     k:Tensor, # (B, Hkv, T, D) keys; Hkv divides H
     v:Tensor, # (B, Hkv, T, Dv) values; Dv up to 256
     phi_q:Tensor, # (B, H, T, F) mapped queries, rounded to the dtype of the products; F up to 512
-    phi_k:Tensor, # (B, Hkv, T, F) mapped keys
+    phi_k:Tensor, # (B, Hkv, T, F) mapped keys, those that leave: of (initial_state.k, k)[:T], or of k without a state
     window:int, # Keys seen through softmax: the last `window`, the query's own included
     log_q:Tensor=None, # (B, H, T) log weights of the queries
-    log_k:Tensor=None, # (B, Hkv, T) log weights of the keys
+    log_k:Tensor=None, # (B, Hkv, T) log weights of the same keys
     log_gamma:Tensor=None, # (H,) log of the window's factor; 0 if None
     scale:float=None, # Factor on q·k; 1/√D if None
     mask:Tensor=None, # (B, T) True at real tokens

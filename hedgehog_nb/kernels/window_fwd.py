@@ -140,7 +140,7 @@ def window_fwd(q, k, v, phi_q, phi_k, log_q, log_k, log_gamma, mask, past, windo
     "Launch the kernels: outputs, L, and S, z and m of all keys that have left the window, or three times None."
     (B,H,T,_),(_,Hkv,_,F),D = q.shape,phi_k.shape,v.shape[-1]
     c = window_config(q, k, v, phi_q, phi_k, window, precision)
-    weights,cache = prepare_optional(log_q, log_k, log_gamma, mask, past, k)
+    phi_k,weights,cache = prepare_optional(log_q, log_k, log_gamma, mask, past, k, phi_k)
     plan,states,m = window_plan(q, k, v, phi_k, c, schedule),None,None
     if past or plan.segments>1 or output_final_state: states,m = key_states(v, phi_k, weights, cache, past, window, plan, c)
     o,L = v.new_empty(B, H, T, D),v.new_empty(B, H, T, dtype=torch.float32)

@@ -9,6 +9,7 @@ __all__ = ['window_config', 'prepare_optional', 'window_plan', 'segment_starts',
 
 # %% ../../kernels/06_window.ipynb #d3e972b5
 import torch
+from torch.nn.functional import pad
 from ..ops.linear import LOG_ZERO
 from .launch import launch
 from .plan import make_plan, running_slot_max
@@ -143,14 +144,19 @@ def window_config(q, k, v, phi_q, phi_k, window, precision, backward=False):
                 ACC_DTYPE=tl.float32 if half or dtype==torch.float32 else tl.bfloat16, PRECISION='tf32' if half else precision)
 
 # %% ../../kernels/06_window.ipynb #31d7974c
-def prepare_optional(log_q, log_k, log_gamma, mask, past, k):
-    "By keyword, as kernels take them: log weights and mask, and the keys of `past`, a flat `WindowState` or empty; None where not given."
-    if past and log_k is None: log_k = k.new_zeros(k.shape[:3], dtype=torch.float32) # the cache has log weights
+def prepare_optional(log_q, log_k, log_gamma, mask, past, k, phi_k):
+    ("Features of k, and by keyword, as kernels take them: log weights and mask, and the keys of `past`, a flat `WindowState` or empty; None where not given. "
+     "With `past`, `phi_k` and `log_k` are those of the keys that leave, from the oldest of the cache on.")
+    if past:
+        w,log_k = past[0].shape[2],k.new_zeros(k.shape[:3], dtype=torch.float32) if log_k is None else log_k
+        phi_k,log_k = pad(phi_k, (0,0,0,w)),pad(log_k, (0,w)) # the last keys do not leave, and their features are not read
+        past = *past[:2],phi_k[:,:,:w],log_k[:,:,:w].masked_fill(past[2][:,None]<=0, LOG_ZERO)
+        phi_k,log_k = phi_k[:,:,w:],log_k[:,:,w:]
     as_ = lambda x, dtype: None if x is None else x.to(dtype).contiguous()
     log_q,log_k,gamma = (as_(x, torch.float32) for x in (log_q, log_k, log_gamma))
     weights = dict(log_q=log_q, log_k=log_k, gamma=gamma, mask=as_(None if mask is None else mask.bool(), torch.int8))
     names,dtypes = ('past_k','past_v','past_phi_k','past_log_k'),(*(k.dtype,)*3, torch.float32)
-    return weights, dict(zip(names, map(as_, past, dtypes))) if past else dict.fromkeys(names)
+    return phi_k, weights, dict(zip(names, map(as_, past, dtypes))) if past else dict.fromkeys(names)
 
 # %% ../../kernels/06_window.ipynb #cd353eca
 def window_plan(q, k, v, phi_k, config, schedule, backward=False):
@@ -184,5 +190,5 @@ def segment_starts(
 def key_states(v, phi_k, weights, cache, past, window, plan, config):
     "State and largest log weight before each segment."
     given = {n:x for n,x in (weights | cache).items() if n in ('log_k','mask','past_v','past_phi_k','past_log_k')}
-    return segment_starts(_window_states_kernel, cdiv(config['D'], config['BLOCK_D']), v, v.shape[1], plan, config, past[4:],
+    return segment_starts(_window_states_kernel, cdiv(config['D'], config['BLOCK_D']), v, v.shape[1], plan, config, past[3:],
                           v=v, phi_k=phi_k, T=v.shape[2], window=window, **given)

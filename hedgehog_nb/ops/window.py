@@ -72,19 +72,19 @@ class WindowState(NamedTuple):
     "What window attention remembers: the last `window` keys, oldest first, and the `LinearState` of all older ones; fp32 (fp64 for fp64 inputs)."
     k:Tensor # (B, Hkv, window, D) keys
     v:Tensor # (B, Hkv, window, Dv) values
-    phi_k:Tensor # (B, Hkv, window, F) mapped keys
-    log_k:Tensor # (B, Hkv, window) log weights, `LOG_ZERO` at padded and empty places
+    real:Tensor # (B, window) 1. at real tokens, 0. at padded and empty places
     linear:LinearState # Of all keys older than these
 
     @classmethod
     def empty(cls, k, v, phi_k, window): # The state that has seen nothing, for tensors of these shapes
         new = lambda x: x.new_zeros(*x.shape[:2], window, x.shape[-1])
-        return cls(new(k), new(v), new(phi_k),
-            phi_k.new_full((*k.shape[:2], window), LOG_ZERO, dtype=torch.promote_types(phi_k.dtype, torch.float32)),
-            LinearState.empty(phi_k, v))
+        return cls(new(k), new(v), k.new_zeros(len(k), window), LinearState.empty(phi_k, v))
 
     def apply(self, f): # Apply `f` to each tensor, batch first
-        return WindowState(*map(f, self[:4]), self.linear.apply(f))
+        return WindowState(*map(f, self[:3]), self.linear.apply(f))
+
+    def with_mask(self, mask, T): # (B, window+T) True at the real ones of these keys and T more, which `mask` (B, T) tells, all if None
+        return torch.cat([self.real>0, self.real.new_ones(len(self.real), T, dtype=torch.bool) if mask is None else mask.bool()], 1)
 
 # %% ../../nbs/12_window.ipynb #3d2d560e
 def _rows(x, Hkv, C): # (B, H, T, ...) -> (B, Hkv, N, G, C, ...)
@@ -98,32 +98,36 @@ def _bands(x, T, window, C): # (B, h, window+T, d) -> (B, h, N, C+window-1, d)
     x = F.pad(x[:,:,1:], (0,0,0,-T%C))
     return x.unfold(2, C+window-1, C).mT
 
-def _window_scores(q, k, log_k, window, scale, log_gamma, C):
+def _window_scores(q, k, real, window, scale, log_gamma, C):
     ("Scores (B, Hkv, N, G, C, C+window-1) of the queries with the keys near them, `LOG_ZERO` where one is not seen; "
-     "`k` and `log_k` have `window` places more in front.")
+     "`k` and `real` (B, window+T) have `window` places more in front.")
     Hkv,T = k.shape[1],q.shape[2]
-    qs,ks,ls = _rows(q, Hkv, C),_bands(k, T, window, C),_bands(log_k[...,None], T, window, C)[...,0]
+    qs,ks,rs = _rows(q, Hkv, C),_bands(k, T, window, C),_bands(real[:,None,:,None], T, window, C)[...,0]
     s = (qs.flatten(3,4) @ ks.mT).unflatten(3, (-1,C))*scale
     if log_gamma is not None: s = s + log_gamma.to(s.dtype).view(Hkv,1,-1,1,1)
     i,j = torch.arange(C, device=q.device)[:,None],torch.arange(C+window-1, device=q.device)
-    ok = (j>=i) & (j<i+window) & (ls>LOG_ZERO/2)[:,:,:,None,None]
+    ok = (j>=i) & (j<i+window) & rs[:,:,:,None,None]
     return s.masked_fill(~ok, LOG_ZERO)
 
 # %% ../../nbs/12_window.ipynb #3f77977b
 def _window_sums(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, mask, state, C):
     "Numerators and, as last column, normalisers (B, H, T, Dv+1); the linear branch's part of the normaliser (B, H, T); the state after."
     H,T,C = *q.shape[1:3],min(C, q.shape[2])
-    phi_q,phi_k,v,log_k = prepare_keys(phi_q, phi_k, v, torch.zeros_like(phi_k[...,0]) if log_k is None else log_k, mask)
-    q,k = q.to(v.dtype),k.to(v.dtype)
-    state = WindowState.empty(k, v, phi_k, window) if state is None else state.apply(lambda x: x.to(v.dtype))
-    k,v,phi_k,log_k = (torch.cat([a,b], 2) for a,b in zip(state, (k,v,phi_k,log_k)))
-    o,den,m,linear_state = _chunk_sums(phi_q, phi_k[:,:,:T], v[:,:,:T], log_k[:,:,:T], state.linear, C)
+    log_k = torch.zeros_like(phi_k[...,0]) if log_k is None else log_k
+    if state is None: # nothing has left before these keys do, `window` places later
+        state = WindowState.empty(k, v, phi_k, window)
+        phi_k,log_k = F.pad(phi_k, (0,0,window,0))[:,:,:T],F.pad(log_k, (window,0))[:,:,:log_k.shape[2]]
+    real = state.with_mask(mask, T)
+    phi_q,phi_k,v,log_k = prepare_keys(phi_q, phi_k, v, log_k, real[:,:T])
+    q,k,state = q.to(v.dtype),k.to(v.dtype),state.apply(lambda x: x.to(v.dtype))
+    k,v = torch.cat([state.k, k], 2),torch.cat([state.v, v], 2)
+    o,den,m,linear_state = _chunk_sums(phi_q, phi_k, v[:,:,:T], log_k, state.linear, C)
     linear = torch.cat([o*den[...,None], den[...,None]], -1)
-    after = WindowState(*(x[:,:,T:] for x in (k,v,phi_k,log_k)), linear_state)
+    after = WindowState(k[:,:,T:], v[:,:,T:], real[:,T:].to(v.dtype), linear_state)
     if window==0: return linear, linear[...,-1], after
 
     l = repeat_kv(m, H) + (0 if log_q is None else log_q.to(m.dtype))
-    s = _window_scores(q, k, log_k, window, q.shape[-1]**-0.5 if scale is None else scale, log_gamma, C)
+    s = _window_scores(q, k, real, window, q.shape[-1]**-0.5 if scale is None else scale, log_gamma, C)
     c = torch.maximum(_flat(s.amax(-1, keepdim=True), T)[...,0], l).detach()
     p = (s - _rows(c, s.shape[1], C)).exp().masked_fill(s<=LOG_ZERO/2, 0)
     by_window = (p.flatten(3,4) @ _bands(F.pad(v, (0,1), value=1.), T, window, C)).unflatten(3, (-1,C))
@@ -135,9 +139,8 @@ def check_window_state(state, k, v, phi_k, window):
     "Raise `ValueError` where a given `WindowState` is not one of these inputs."
     if state is None: return
     want = WindowState.empty(*(x[:,:,:1] for x in (k, v, phi_k)), window)
-    if any(a.shape!=b.shape for a,b in zip((*state[:4], *state.linear), (*want[:4], *want.linear))):
-        raise ValueError(f"initial_state has shapes {[tuple(s.shape) for s in (*state[:4], *state.linear)]}; "
-            f"these inputs and window={window} need {[tuple(s.shape) for s in (*want[:4], *want.linear)]}")
+    has,needs = ([tuple(x.shape) for x in (*s[:3], *s.linear)] for s in (state, want))
+    if has!=needs: raise ValueError(f"initial_state has shapes {has}; these inputs and window={window} need {needs}")
 
 # %% ../../nbs/12_window.ipynb #1ff0236b
 @no_autocast
@@ -146,10 +149,10 @@ def chunk_window_attention(
     k:Tensor, # (B, Hkv, T, D) keys; Hkv divides H
     v:Tensor, # (B, Hkv, T, Dv) values
     phi_q:Tensor, # (B, H, T, F) mapped queries
-    phi_k:Tensor, # (B, Hkv, T, F) mapped keys
+    phi_k:Tensor, # (B, Hkv, T, F) mapped keys, those that leave: of (initial_state.k, k)[:T], or of k without a state
     window:int, # Keys seen through softmax: the last `window`, the query's own included
     log_q:Tensor=None, # (B, H, T) log weights of the queries
-    log_k:Tensor=None, # (B, Hkv, T) log weights of the keys
+    log_k:Tensor=None, # (B, Hkv, T) log weights of the same keys
     log_gamma:Tensor=None, # (H,) log of the window's factor; 0 if None
     scale:float=None, # Factor on q·k; 1/√D if None
     mask:Tensor=None, # (B, T) True at real tokens
@@ -181,13 +184,9 @@ def window_max(
     check_window(q, k, k, q, k, window, mask=mask)
     if window<1: raise ValueError(f"an empty window has no largest score; given window={window}")
     T,dt = q.shape[2],torch.promote_types(q.dtype, torch.float32)
-    C,window = min(chunk_size, T),window if state else min(window, T)
-    log = torch.zeros(k.shape[:3], dtype=dt, device=k.device)
-    if mask is not None: log = log.masked_fill(~mask.bool()[:,None], LOG_ZERO)
-    before = (state.k.to(dt), state.log_k.to(dt)) if state else (
-        k.new_zeros(*k.shape[:2], window, k.shape[3], dtype=dt), log.new_full((*k.shape[:2], window), LOG_ZERO))
-    k,log = (torch.cat([a,b], 2) for a,b in zip(before, (k.to(dt), log)))
-    m = _window_scores(q.to(dt), k, log, window, q.shape[-1]**-0.5 if scale is None else scale, None, C).amax(-1, keepdim=True)
+    state = state or WindowState.empty(k, k, k, min(window, T))
+    C,window,real,k = min(chunk_size, T),state.k.shape[2],state.with_mask(mask, T),torch.cat([state.k.to(dt), k.to(dt)], 2)
+    m = _window_scores(q.to(dt), k, real, window, q.shape[-1]**-0.5 if scale is None else scale, None, C).amax(-1, keepdim=True)
     m = _flat(m, T)[...,0]
     return m.masked_fill(m<=LOG_ZERO/2, 0)
 
@@ -198,10 +197,10 @@ def window_decode_step(
     k:Tensor, # (B, Hkv, 1, D) key
     v:Tensor, # (B, Hkv, 1, Dv) value
     phi_q:Tensor, # (B, H, 1, F) mapped query
-    phi_k:Tensor, # (B, Hkv, 1, F) mapped key
+    phi_k:Tensor, # (B, Hkv, 1, F) mapped key, the one that leaves: of state.k[:,:,:1], or of k where the window is 0
     state:WindowState, # What was seen before
     log_q:Tensor=None, # (B, H, 1) log weight of the query
-    log_k:Tensor=None, # (B, Hkv, 1) log weight of the key
+    log_k:Tensor=None, # (B, Hkv, 1) log weight of the same key
     log_gamma:Tensor=None, # (H,) log of the window's factor; 0 if None
     scale:float=None, # Factor on q·k; 1/√D if None
     mask:Tensor=None, # (B, 1) True if the token is real
@@ -211,22 +210,23 @@ def window_decode_step(
     check_window(q, k, v, phi_q, phi_k, window, log_q, log_gamma, mask); check_window_state(state, k, v, phi_k, window)
     if q.shape[2]!=1: raise ValueError(f"window_decode_step takes one token; given {q.shape[2]}")
     dtype,H = v.dtype,q.shape[1]
-    phi_q,phi_k,v,log_k = prepare_keys(phi_q, phi_k, v, torch.zeros_like(phi_k[...,0]) if log_k is None else log_k, mask)
-    *buffer,(S,z,m) = state.apply(lambda x: x.to(v.dtype))
-    ks,vs,phis,logs = (torch.cat([a,b.to(v.dtype)], 2) for a,b in zip(buffer, (k,v,phi_k,log_k)))
-    m,m_before = torch.maximum(m, logs[:,:,0]),m
-    x = phis[:,:,0]*(logs[:,:,0]-m).exp()[...,None]              # (B, Hkv, F) the key that leaves
+    real = state.with_mask(mask, 1)
+    phi_q,phi_k,v,log_k = prepare_keys(phi_q, phi_k, v, torch.zeros_like(phi_k[...,0]) if log_k is None else log_k, real[:,:1])
+    ks,vs,_,(S,z,m) = state.apply(lambda x: x.to(v.dtype))
+    ks,vs = torch.cat([ks, k.to(v.dtype)], 2),torch.cat([vs, v], 2)
+    m,m_before = torch.maximum(m, log_k[:,:,0]),m
+    x = phi_k[:,:,0]*(log_k[:,:,0]-m).exp()[...,None]            # (B, Hkv, F) the key that leaves
     S,z = S*(m_before-m).exp()[...,None,None] + x[...,None]*vs[:,:,:1], z*(m_before-m).exp()[...,None] + x
 
     l = repeat_kv(m, H)[...,None] + (0 if log_q is None else log_q.to(m.dtype)) # (B, H, 1)
     s = (q.to(v.dtype) @ repeat_kv(ks[:,:,1:], H).mT)[:,:,0]*(q.shape[-1]**-0.5 if scale is None else scale)
     if log_gamma is not None: s = s + log_gamma[:,None]
-    s = s.masked_fill(repeat_kv(logs[:,:,1:], H)<=LOG_ZERO/2, LOG_ZERO) # (B, H, window)
+    s = s.masked_fill(~real[:,None,1:], LOG_ZERO)                # (B, H, window)
     c = torch.cat([s,l], -1).amax(-1, keepdim=True)
     p,u = (s-c).exp().masked_fill(s<=LOG_ZERO/2, 0)[:,:,None], (l-c).exp()[...,None]*phi_q
     den = p.sum(-1, keepdim=True) + u @ repeat_kv(z, H)[...,None]
     o = (p @ repeat_kv(vs[:,:,1:], H) + u @ repeat_kv(S, H))/clamp_abs(den)
-    return o.to(dtype), WindowState(*(x[:,:,1:] for x in (ks,vs,phis,logs)), LinearState(S,z,m))
+    return o.to(dtype), WindowState(ks[:,:,1:], vs[:,:,1:], real[:,1:].to(v.dtype), LinearState(S,z,m))
 
 # %% ../../nbs/12_window.ipynb #4f17497f
 @no_autocast

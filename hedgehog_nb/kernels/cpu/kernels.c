@@ -608,27 +608,27 @@ void window_max_back(const long *s, float **a) {
 // endregion
 
 // region: window_step
-// One token of the hybrid, a ring of the last `w` keys (B, N, w, ·) before it; all arrays contiguous, k_ phi_ and so on those after the token
+// One token of the hybrid, a ring of the last `w` keys (B, N, w, ·) before it, and which are real (B, w); phi_k and log_k are of the key that leaves
 static void window_step_head(const long *n, float **a, long head, float scale) {
   long N = n[1], G = n[2], R = n[3], W = n[4], F = n[5], w = n[6], b = head/N, h = head%N, real = !a[9] || ((uint8_t*)a[9])[b];
   const float *q = a[0], *k = a[1]+head*R, *v = a[2]+head*W, *fq = a[3], *fk = a[4]+head*F, *logq = a[5], *logk = a[6], *gamma = a[7];
-  const float *K = a[10]+head*w*R, *X = a[11]+head*w*W, *P = a[12]+head*w*F, *L = a[13]+head*w, *S0 = a[14]+head*F*W, *z0 = a[15]+head*F;
-  float *o = a[17], *K1 = a[18]+head*w*R, *X1 = a[19]+head*w*W, *P1 = a[20]+head*w*F, *L1 = a[21]+head*w, *S = a[22]+head*F*W, *z = a[23]+head*F;
-  float l = real ? logk ? logk[head] : 0 : LOG_ZERO, *p = floats(w+F+W), *zero = p+w, *acc = zero+F, m0 = a[16][head];
+  const float *K = a[10]+head*w*R, *X = a[11]+head*w*W, *there = a[12]+b*w, *S0 = a[13]+head*F*W, *z0 = a[14]+head*F;
+  float *o = a[16], *K1 = a[17]+head*w*R, *X1 = a[18]+head*w*W, *there1 = a[19]+b*w, *S = a[20]+head*F*W, *z = a[21]+head*F;
+  float *p = floats(w+F+W), *zero = p+w, *acc = zero+F, m0 = a[15][head];
   memset(zero, 0, 4*F);
-  const float *out_phi = w ? P : real ? fk : zero, *out_v = w ? X : v; // the key that leaves the window
-  float out_l = w ? *L : l, m = out_l>m0 ? out_l : m0;
-  state_step(F, W, S0, z0, weight(m0-m), out_phi, weight(out_l-m), out_v, S, z);
-  a[24][head] = m;
+  int leaves = w ? *there>0 : real; // is the key that leaves the window real?
+  float l = leaves ? logk ? logk[head] : 0 : LOG_ZERO, m = l>m0 ? l : m0;
+  state_step(F, W, S0, z0, weight(m0-m), leaves ? fk : zero, weight(l-m), w ? X : v, S, z);
+  a[22][head] = m;
   if (w) {
     memcpy(K1, K+R, 4*(w-1)*R); memcpy(K1+(w-1)*R, k, 4*R); memcpy(X1, X+W, 4*(w-1)*W); memcpy(X1+(w-1)*W, v, 4*W);
-    memcpy(P1, P+F, 4*(w-1)*F); memcpy(P1+(w-1)*F, real ? fk : zero, 4*F); memcpy(L1, L+1, 4*(w-1)); L1[w-1] = l;
+    if (!h) { memcpy(there1, there+1, 4*(w-1)); there1[w-1] = real; } // once for all heads
   }
   for (long g=0; g<G; g++) {
     long H = h*G+g, at = b*N*G+H;
     float far = m + (logq ? logq[at] : 0), top = LOG_ZERO, den = 0;
     for (long j=0; j<w; j++) {
-      p[j] = L1[j]<LOG_ZERO/2 ? LOG_ZERO : dot(q+at*R, K1+j*R, R)*scale + (gamma ? gamma[H] : 0);
+      p[j] = (j<w-1 ? there[j+1]<=0 : !real) ? LOG_ZERO : dot(q+at*R, K1+j*R, R)*scale + (gamma ? gamma[H] : 0);
       if (p[j]>top) top = p[j];
     }
     int sees = top>LOG_ZERO/2;
@@ -645,7 +645,7 @@ static void window_step_head(const long *n, float **a, long head, float scale) {
     for (long j=0; j<W; j++) o[at*W+j] = acc[j]*den;
   }
 }
-// sizes: B N G R V F w threads; tensors: q k v phi_q phi_k log_q log_k gamma scale mask, ring k v phi log, S z m, o, and ring and state after
+// sizes: B N G R V F w threads; tensors: q k v phi_q phi_k log_q log_k gamma scale mask, ring k v real, S z m, o, and ring and state after; all contiguous
 void window_step(const long *n, float **a) {
   #pragma omp parallel for schedule(dynamic,1) num_threads(n[7]) if(n[0]*n[1]*n[2]>16)
   for (long i=0; i<n[0]*n[1]; i++) window_step_head(n, a, i, *a[8]);

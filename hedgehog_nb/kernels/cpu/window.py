@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..common import custom_op
 from .build import call, call_arrays, holds_numbers, why_unavailable
 from .linear import empty_outputs, float_rows, gradients_of, received, returned, sizes_of, some, sums_of
-from ...ops.linear import LinearState, LOG_ZERO
+from ...ops.linear import LinearState
 from ...ops.window import check_window_state, WindowState
 
 # %% ../../../kernels/10_cpu.ipynb #cpuk00w3
@@ -84,11 +84,11 @@ def window_unsupported(c)->str: # c: a `WindowCall`; '' where it can
 def _step(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, mask, state):
     (B,H,_,R),N,V = q.shape,k.shape[1],v.shape[-1]
     ins = [None if x is None else x.float().contiguous() for x in (q, k, v, phi_q, phi_k, log_q, log_k, log_gamma)]
-    before = [x.float().contiguous() for x in (*state[:4], *state.linear)]
+    before = [x.float().contiguous() for x in (*state[:3], *state.linear)]
     after,o = [torch.empty_like(x) for x in before],ins[2].new_empty(B, H, 1, V)
     call_arrays('window_step', (B, N, H//N, R, V, phi_k.shape[-1], window, torch.get_num_threads()),
         (*ins, o.new_tensor([scale]), None if mask is None else mask.bool().contiguous(), *before, o, *after))
-    return o.to(v.dtype), WindowState(*after[:4], LinearState(*after[4:]))
+    return o.to(v.dtype), WindowState(*after[:3], LinearState(*after[3:]))
 
 # %% ../../../kernels/10_cpu.ipynb #b0d1b0dd
 def attend_window(
@@ -99,30 +99,26 @@ def attend_window(
     check_window_state(initial_state, k, v, phi_k, window)
     T,state,scale = q.shape[2],initial_state,q.shape[-1]**-.5 if scale is None else float(scale)
     given = q, k, v, phi_q, phi_k, log_q, log_k, log_gamma
-    grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*given, *(() if state is None else (*state[:4], *state.linear))))
+    grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*given, *(() if state is None else (*state[:3], *state.linear))))
     if T==1 and state is not None and output_final_state and not grad and holds_numbers(*(x for x in given if x is not None)):
         return _step(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, mask, state)
     if state is None and not output_final_state: window = min(window, T)
     q,k,v,phi_q,phi_k = map(float_rows, (q, k, v, phi_q, phi_k))
     flat = lambda x: None if x is None else x.float().contiguous()
     log_q,log_k,log_gamma,mask = *map(flat, (log_q, log_k, log_gamma)),None if mask is None else mask.bool()
-    if state is not None and window: # the window's keys come first, and the state is that of all older ones
+    if state is not None and window: # the window's keys come first, and the state is that of all older ones; the last keys leave later, and need no features
         state = state.apply(torch.Tensor.float)
-        seen = state.log_k[:,0]>LOG_ZERO/2
-        mask = torch.cat([seen, torch.ones(len(q), T, dtype=torch.bool) if mask is None else mask], 1)
-        log_k = torch.cat([state.log_k, phi_k.new_zeros(phi_k.shape[:3]) if log_k is None else log_k], 2)
-        k,v,phi_k = (torch.cat([a, b], 2) for a,b in zip(state, (k, v, phi_k)))
+        mask,k,v = state.with_mask(mask, T),torch.cat([state.k, k], 2),torch.cat([state.v, v], 2)
+        phi_k,log_k = F.pad(phi_k, (0,0,0,window)),None if log_k is None else F.pad(log_k, (0,window))
     linear = (None,)*3 if state is None else (flat(x) for x in state.linear)
     mask = None if mask is None else mask.contiguous()
     o,*S = (_window if not grad and holds_numbers(q, k, v, phi_q, phi_k) else _window_op)(
         q, k, v, phi_q, phi_k, log_q, log_k, log_gamma, *linear, mask, scale, window, grad)
     o = o.to(given[2].dtype)
     if not output_final_state: return o
-    last = lambda x: F.pad(x, (0, 0, max(0, window-x.shape[2]), 0))[:,:,x.shape[2]+max(0, window-x.shape[2])-window:] # zeros in front where there are fewer
-    log_k = phi_k.new_zeros(phi_k.shape[:3]) if log_k is None else log_k
-    if mask is not None: phi_k,log_k = phi_k.masked_fill(~mask[:,None,:,None], 0),log_k.masked_fill(~mask[:,None], LOG_ZERO)
-    log_k = F.pad(log_k, (max(0, window-log_k.shape[2]), 0), value=LOG_ZERO)
-    return o, WindowState(last(k), last(v), last(phi_k), log_k[:,:,log_k.shape[2]-window:], LinearState(*S[:3]))
+    n,real = k.shape[2],k.new_ones(len(k), k.shape[2]) if mask is None else mask.to(k.dtype)
+    last = lambda x: F.pad(x, (0, 0, max(0, window-n), 0))[...,max(n, window)-window:,:] # zeros in front where there are fewer
+    return o, WindowState(last(k), last(v), last(real[...,None])[...,0], LinearState(*S[:3]))
 
 # %% ../../../kernels/10_cpu.ipynb #cpuk00x2
 def _max_sizes(q, k, window):
@@ -169,10 +165,7 @@ def largest_in_window(
     "`window_max` in one compiled call, differentiable, of what was checked before."
     T,(q,k) = q.shape[2],map(float_rows, (q, k))
     if state is None: window = min(window, T)
-    else:
-        seen = state.log_k[:,0]>LOG_ZERO/2
-        mask = torch.cat([seen, torch.ones(len(q), T, dtype=torch.bool) if mask is None else mask.bool()], 1)
-        k = torch.cat([state.k.float(), k], 2)
+    else: mask,k = state.with_mask(mask, T),torch.cat([state.k.float(), k], 2)
     mask = None if mask is None else mask.bool().contiguous()
     kept = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     return (_max_op if kept else _max)(q, k, mask, q.shape[-1]**-.5 if scale is None else float(scale), window)[0]
