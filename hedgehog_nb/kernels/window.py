@@ -33,7 +33,8 @@ def _grad_keys_after(past, do, L, delta, q, k, v, phi_q, phi_k, log_q, log_k, lo
     _,weights,_ = prepare_optional(front(log_q), log_k, log_gamma, mask, (), k, phi_k)
     plan = window_plan(q, k, v, phi_k, config, schedule, backward=True)
     dk,dphi_k,dv,dlog_k = window_grad_keys(front(do), front(L, -LOG_ZERO), front(delta), q, k, v, phi_q, phi_k, weights, window, scale, plan, config, need_log)
-    return dk[:,:,window:].contiguous(), dphi_k[:,:,:T].contiguous(), dv[:,:,:,window:], dlog_k[...,:T] if need_log else None
+    copy = lambda x: x.clone(memory_format=torch.contiguous_format) # an operation returns no views
+    return copy(dk[:,:,window:]), copy(dphi_k[:,:,:T]), copy(dv[:,:,:,window:]), copy(dlog_k[...,:T]) if need_log else None
 
 def window_bwd(do, o, L, q, k, v, phi_q, phi_k, log_q, log_k, log_gamma, mask, past, window, scale, schedule, precision):
     "Launch the kernels: gradients of q, k, v, phi_q, phi_k, and of log_q, log_k and log_gamma, None where not given."
@@ -46,7 +47,7 @@ def window_bwd(do, o, L, q, k, v, phi_q, phi_k, log_q, log_k, log_gamma, mask, p
     if past and window:
         dk,dphi_k,dv,dlog_k = _grad_keys_after(past, do, L, delta, *five, log_q, log_k, log_gamma, mask, window, scale, schedule, c)
     else: dk,dphi_k,dv,dlog_k = window_grad_keys(do, L, delta, *five, weights, window, scale, plan, c, log_k is not None)
-    total = lambda x, dtype: (x[0] if len(x)==1 else x.sum(0)).to(dtype).contiguous() # of the parts from all tiles
+    total = lambda x, dtype: (x[0] if len(x)==1 else x.sum(0)).to(dtype) # of the parts from all tiles
     small = (None if log_q is None else (-dgamma).to(log_q.dtype), None if log_k is None else total(dlog_k, log_k.dtype),
              None if log_gamma is None else dgamma.sum((0,2)).to(log_gamma.dtype))
     return dq, dk, total(dv, v.dtype), dphi_q, dphi_k, *small
