@@ -140,6 +140,19 @@ def test_what_is_given_wins_over_the_recipe():
     assert r.config('elu').attention_kwargs=={} and r.config(window=16, layers='0').attention_kwargs['window']==16
     assert [r.batch_for(t, 512) for t in (1, 512*512, 2*512*512, 10**9)]==[1, 1, 2, 8] and get_recipe('paper').batch_for(1, 512)==1
 
+def test_rates_follow_recipe_attention_and_size(monkeypatch):
+    from hedgehog_nb.training import recipe
+    seen = []
+    monkeypatch.setattr(recipe, 'finetune', lambda m, data, steps, batch, lr, **kw: seen.append(lr) or (_ for _ in ()).throw(InterruptedError))
+    def rate(size, **kw):
+        model = llama(); model.num_parameters = lambda **_: int(size)
+        with pytest.raises(InterruptedError): convert(model, TRAIN, TEST, finetune_steps=1, batch_size=2, **kw)
+        return seen.pop()
+    heads = LinearizeConfig(softmax_heads='0:0-1')
+    assert [rate(1e8, recipe='best', config=c) for c in ('hedgehog','hedgehog-window',heads)]==[3e-4, 1e-4, 1e-4]
+    assert [rate(7e9, recipe='best', config=c) for c in ('hedgehog','hedgehog-window')]==[2e-5, 1e-5]
+    assert [rate(1e8, recipe='paper'), rate(1e8, recipe='lolcats'), rate(1e8, recipe='paper', finetune_lr=.5)]==[6e-4, 1e-4, .5]
+
 def told(**kw):
     said = []
     model = llama()

@@ -216,7 +216,7 @@ def test_transformers_says_nothing_of_its_own_checkpoints(caplog):
 
 # --- rates
 
-@pytest.mark.parametrize('size,hybrid,want', [(3e8, False, 6e-4), (3e8, True, 2e-4), (1.7e9, False, 1e-4), (1.7e9, True, 3e-5),
+@pytest.mark.parametrize('size,hybrid,want', [(3e8, False, 6e-4), (3e8, True, 1e-4), (1.7e9, False, 1e-4), (1.7e9, True, 3e-5),
     (7e9, False, 2e-5), (7e9, True, 1e-5)])
 def test_default_rates_follow_size_and_kind(size, hybrid, want):
     model = made(**(dict(attention='hedgehog-window', window=4) if hybrid else {}))
@@ -227,7 +227,7 @@ def test_default_rates_are_what_none_means():
     seen = lambda train, model, **kw: train(model, BLOCKS, 2, 4, **kw).lr
     assert [seen(distill, made()), seen(finetune, made())]==[1e-2, 6e-4]
     assert [seen(finetune, made(), lora=LORA), seen(finetune, add_lora(made(), **LORA))]==[1e-4, 1e-4]
-    assert seen(finetune, made(softmax_heads='0:0-1'))==2e-4==seen(finetune, made(attention='hedgehog-window', window=4)) and seen(distill, made(), lr=.5)==.5
+    assert seen(finetune, made(softmax_heads='0:0-1'))==1e-4==seen(finetune, made(attention='hedgehog-window', window=4)) and seen(distill, made(), lr=.5)==.5
     with pytest.raises(ValueError, match="phase is 'distill' or 'finetune'"): default_lr(made(), 'train')
     for train in PHASES:
         with pytest.raises(ValueError, match="lr is a number, None, or 'auto'; given 'best'"): train(made(), BLOCKS, 2, lr='best')

@@ -54,14 +54,15 @@ def keep_run_dir(
         raise
 
 # %% ../../nbs/94_cli.ipynb #d9af9d2a
-def _plan(model, spec, how, layers, extra, train, test, steps, batches, recipe, lora, start=''):
+def _plan(model, spec, how, layers, extra, train, test, steps, batches, long, seed, recipe, lora, start=''):
     "What is about to happen, a line each."
     from hedgehog_nb.training.recipe import tokens_after
     n,(_,T) = model.num_parameters(),test.shape
     lines = [('convert', f"[bold]{model_name(spec)}[/], {type(model).__name__}, {n:,} parameters, {str(model.dtype)[6:]} on {model.device.type}"),
         ('to', f"[bold]{how.attention}[/] attention in {layers} layers{f' but for heads {how.softmax_heads}' if how.softmax_heads else ''}, "
             f"{extra:,} parameters of maps ({extra/n:.2%}), by the recipe {recipe}")]
-    lines += [(w, f"{tokens_after(s, train, b):,} tokens, {s} steps of {min(b, len(train))} × {T}")
+    lines += [(w, f"{tokens_after(s, train, b, long, seed):,} tokens, {s} steps of {min(b, len(train))} × {T}"
+        f"{f', half of the tokens in blocks of {long*T:,}' if long>1 else ''}")
         for w,s,b in zip(('adapt','distill','finetune'), steps, batches) if s]
     if lora and steps[-1]: lines[-1] = (lines[-1][0], f"{lines[-1][1]}; adapters of rank {lora['r']} and the maps")
     return '\n'.join(f'  [dim]{w:<9}[/] {l}' for w,l in [*lines, ('measure', f'{test.numel():,} tokens in blocks of {T}{start}')])+'\n'
@@ -77,8 +78,8 @@ def _validation(data, train, model, tok, seq_len, text_column, most=16):
     return (train[:len(train)-n],train[-n:]) if n else (train,None)
 
 def _prepare(o, how, recipe):
-    "What can fail before the first step: (model, tokenizer, texts, numbers of the layers, parameters of their maps, steps and batches of each phase)."
-    from hedgehog_nb.training.recipe import steps_for
+    "What can fail before the first step: (model, tokenizer, texts, numbers of the layers, parameters of their maps, steps and batches of each phase, blocks in a long one)."
+    from hedgehog_nb.training.recipe import most_tokens, steps_for
     if is_converted(o.model): raise ValueError(f"{o.model} is converted already; name the model it came from")
     m,tok = open_model(o.model, o.dtype, o.device)
     budgets = [(o.adapt_tokens,None), (o.distill_tokens,o.distill_steps), (o.finetune_tokens,o.finetune_steps)]
@@ -94,8 +95,12 @@ def _prepare(o, how, recipe):
     train = open_blocks(o.data, 'train', m, tok, o.seq_len, math.ceil(tokens/o.seq_len)*o.seq_len, o.seed, o.text_column)
     test = open_blocks(o.eval_data or o.data, 'all' if o.eval_data else 'test', m, tok, o.seq_len, o.eval_tokens, None, o.text_column)
     train,valid = (train,None) if o.last_state else _validation(o.data, train, m, tok, o.seq_len, o.text_column)
-    steps = [steps_for(t, train, b) if s is None else s for (t,s),b in zip(budgets, sizes)]
-    return m, tok, (train, valid, test), which, extra, steps, sizes
+    if o.long_blocks and o.long_blocks*o.seq_len>most_tokens(m):
+        raise ValueError(f"--long-blocks {o.long_blocks} makes blocks of {o.long_blocks*o.seq_len:,} tokens, and this model has {most_tokens(m):,} positions")
+    if o.long_blocks and o.long_blocks>len(train): raise ValueError(f"--long-blocks {o.long_blocks} joins so many blocks, and the text has {len(train)}")
+    long = o.long_blocks or recipe.long_for(m, *train.shape)
+    steps = [steps_for(t, train, b, long, o.seed) if s is None else s for (t,s),b in zip(budgets, sizes)]
+    return m, tok, (train, valid, test), which, extra, steps, sizes, long
 
 # %% ../../nbs/94_cli.ipynb #d2c37501
 def _check(o):
@@ -197,6 +202,9 @@ DistillStepsOpt = Annotated[Optional[int], _opt('--distill-steps', panel='Traini
 FinetuneTokensOpt = Annotated[int, _opt('--finetune-tokens', panel='Training', metavar='N', min=0, help="Budget for the whole model; 0: none.")]
 FinetuneStepsOpt = Annotated[Optional[int], _opt('--finetune-steps', panel='Training', metavar='N', min=0, help="The same in steps; wins over tokens.")]
 SeqLenOpt = Annotated[int, _opt('--seq-len', panel='Training', metavar='N', min=2, help="Tokens in a block.")]
+LongBlocksOpt = Annotated[Optional[int], _opt('--long-blocks', panel='Training', metavar='N', min=1,
+    help="Read half of the tokens in blocks so many times as long, so that the model stays good there; 1: none. "
+         "If not given: the recipe's, or fewer where text or model are shorter.")]
 BatchSizeOpt = Annotated[Optional[int], _opt('--batch-size', panel='Training', metavar='N', min=1,
     help="Blocks per step. If not given: the recipe's, 8 at most, and fewer where the budget is small.")]
 def _rate(x): return x if x=='auto' else float(x) # a ValueError here is a wrong use of the option
@@ -250,15 +258,15 @@ def _convert(o, out, record, work, screen, start, commit):
     from hedgehog_nb.results import command_line
     recipe,how,before = get_recipe(o.recipe),_config_of(o),read_eval_log(work/'measured.json')['wall_s']
     trained = work/'trained' if o.save=='trained' else None
-    with screen.wait(f'loading {o.model}'): m,tok,(train,valid,test),which,extra,steps,batches = _prepare(o, how, recipe)
+    with screen.wait(f'loading {o.model}'): m,tok,(train,valid,test),which,extra,steps,batches,long = _prepare(o, how, recipe)
     lora = _lora(m, o.lora_rank, o.lora_targets)
     begin = block_start(tok)
-    screen.say(_plan(m, o.model, how, len(which), extra, train, test, steps, batches, o.recipe, lora, describe_start(begin)))
+    screen.say(_plan(m, o.model, how, len(which), extra, train, test, steps, batches, long, o.seed, o.recipe, lora, describe_start(begin)))
     if trained and is_main_process(): shutil.rmtree(trained, ignore_errors=True) # of a run that was killed as it ended
     barrier()
     camera = AttentionSnapshots(test[:1,:24], tok, which[len(which)//2])
     with screen.progress:
-        rows = convert(m, train, test, how, steps[1], steps[2], steps[0], recipe, valid, o.patience, batches[1], batches[2], o.lr, o.finetune_lr,
+        rows = convert(m, train, test, how, steps[1], steps[2], steps[0], recipe, valid, o.patience, batches[1], batches[2], long, o.lr, o.finetune_lr,
             o.objective, o.finetune_on, lora or {}, o.evals, baseline=o.baseline, autocast=o.autocast, seed=o.seed,
             on_event=tee(screen.progress, camera), gradient_accumulation_steps=o.grad_accum, work=work, save_steps=o.save_every, trained=trained, base=o.model)
     rows = [dict(experiment=o.experiment, model=model_name(o.model), data='+'.join(map(model_name, o.data)), **r,
@@ -291,7 +299,8 @@ def linearize_command(ctx:typer.Context,
     num_maps:NumMapsOpt=None, bias:BiasOpt=None, window:WindowOpt=None, relative:RelativeOpt=None, branch:BranchOpt=None, layers:LayersOpt='all',
     softmax_heads:SoftmaxHeadsOpt=None, objective:ObjectiveOpt=None, adapt_tokens:AdaptTokensOpt=0, distill_tokens:DistillTokensOpt=200_000,
     distill_steps:DistillStepsOpt=None, finetune_tokens:FinetuneTokensOpt=200_000, finetune_steps:FinetuneStepsOpt=None, seq_len:SeqLenOpt=512,
-    block_bos:BlockBosOpt=None, finetune_on:FinetuneOnOpt=None, patience:PatienceOpt=None, last_state:LastStateOpt=False, batch_size:BatchSizeOpt=None,
+    long_blocks:LongBlocksOpt=None, block_bos:BlockBosOpt=None, finetune_on:FinetuneOnOpt=None, patience:PatienceOpt=None, last_state:LastStateOpt=False,
+    batch_size:BatchSizeOpt=None,
     lr:LrOpt=None, finetune_lr:FinetuneLrOpt=None, lora_rank:LoraRankOpt=None, lora_targets:LoraTargetsOpt=None,
     grad_accum:GradAccumOpt=1, save_every:SaveEveryOpt=50, baseline:BaselineOpt=False, eval_tokens:EvalOpt=None, evals:EvalsOpt=1,
     record:RecordOpt=None, experiment:ExperimentOpt='linearize', dtype:DtypeOpt='float32', autocast:AutocastOpt=None, implementation:ImplOpt=None,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ..models.attention import linear_layers
 
 # %% ../../nbs/09d_learning_rates.ipynb #09d00012
-_FULL_RATES = (1e9, 6e-4, 2e-4), (5e9, 1e-4, 3e-5), (math.inf, 2e-5, 1e-5) # (parameters below, rate of a linear model, of a hybrid)
+_FULL_RATES = (1e9, 6e-4, 1e-4), (5e9, 1e-4, 3e-5), (math.inf, 2e-5, 1e-5) # (parameters below, rate of a linear model, of a hybrid)
 
 def _is_hybrid(model):
     "Is there softmax within its converted layers: a window, or some heads?"
@@ -24,13 +24,15 @@ def default_lr(
     model, # A converted model
     phase:str='finetune', # "distill" or "finetune"
     lora:bool=False, # Are adapters trained? Known already where `model` is a `PeftModel`
+    hybrid:bool=None, # Is there softmax beside the linear attention? If None, as in `model`
 )->float: # Peak learning rate of AdamW
     ("The rate of `lr=None`: 1e-2 for maps (Hedgehog, LoLCATs), 1e-4 for adapters (LoLCATs), and by size for all weights: 6e-4 below 1 billion "
-     "(Hedgehog's GPT-2), 1e-4 below 5, else 2e-5 (Alpaca, Tülu 2), for hybrids 2e-4, 3e-5, 1e-5. Raises `ValueError` on another phase.")
+     "(Hedgehog's GPT-2), 1e-4 below 5, else 2e-5 (Alpaca, Tülu 2), for hybrids 1e-4, 3e-5, 1e-5. Raises `ValueError` on another phase.")
     if phase not in ('distill','finetune'): raise ValueError(f"phase is 'distill' or 'finetune'; given {phase!r}")
     if phase=='distill': return 1e-2
     if lora or hasattr(model, 'peft_config'): return 1e-4
-    return next(rates[_is_hybrid(model)] for limit,*rates in _FULL_RATES if model.num_parameters()<limit)
+    if hybrid is None: hybrid = _is_hybrid(model)
+    return next(rates[hybrid] for limit,*rates in _FULL_RATES if model.num_parameters()<limit)
 
 # %% ../../nbs/09d_learning_rates.ipynb #09d00022
 @dataclass

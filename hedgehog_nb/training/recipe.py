@@ -45,7 +45,7 @@ class Recipe:
     lr:float=1e-2 # Learning rate of the maps
     distill_args:dict=field(default_factory=dict) # More of `transformers.TrainingArguments` for distillation
     finetune_on:str='labels' # What finetuning learns from: "labels", the "teacher"'s logits, or "both"
-    finetune_lr:float=None # Learning rate of the whole model, or of its adapters; `default_lr` if None
+    finetune_lr:float=math.inf # Learning rate of the whole model, or of its adapters, at most; `default_lr` where that is less: hybrids, large models
     lora:dict=None # Finetune adapters and maps only; settings of `peft.LoraConfig`
     batch_size:int=8 # Blocks per step, at most
     min_steps:int=1 # Steps of a phase, at least: its batches are smaller where its budget is small
@@ -399,10 +399,11 @@ def convert(
      "where that can be seen, and `ValueError` where `work` keeps a run with other settings or texts.")
     o,r = {k:v for k,v in locals().items() if k not in ('model','config','on_event','work','base','recipe')},get_recipe(recipe)
     for k in ('batch_size','lr','objective','finetune_on','lora'): o[k] = getattr(r, k) if o[k] is None else o[k]
-    if finetune_lr is None: o['finetune_lr'] = r.finetune_lr or default_lr(model, 'finetune', bool(o['lora']))
     if long_blocks is None: o['long_blocks'] = r.long_for(model, *train.shape) if isinstance(train, Tensor) and train.dim()==2 else 1
     o.update(distill_args=r.distill_args, finetune_batch_size=o['batch_size'] if finetune_batch_size is None else finetune_batch_size)
     config = _config_for(r, config)
+    hybrid = config.attention=='hedgehog-window' or bool(config.softmax_heads)
+    if finetune_lr is None: o['finetune_lr'] = min(r.finetune_lr, default_lr(model, 'finetune', bool(o['lora']), hybrid))
     _check_settings(model, config, o)
     if trained and Path(trained).expanduser().exists(): raise ValueError(f"{trained} exists: name a new folder for what is trained")
     texts = {k:None if o[k] is None else _digest(o[k]) for k in ('train','test','valid')}
