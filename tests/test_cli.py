@@ -185,7 +185,15 @@ def test_recipes_are_options(here):
         '--distill-steps', 1, '--finetune-steps', 0, '--last-state', *SHORT)
     assert 'softmax, finetuned first' in r.stdout and 'it began at' not in r.stderr and 'hybrid, distilled' in r.stdout
 
-@pytest.mark.parametrize('bad,says', [(('--recipe', 'beste'), 'recipe is one of paper, lolcats, best'),
+def test_blocks_of_two_lengths(here):
+    r = hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', 'two', '--seq-len', 32, '--long-blocks', 4, '--distill-tokens', 1024,
+        '--finetune-tokens', 0, '--batch-size', 4, '--eval-tokens', 256, '--json')
+    got = json.loads(r.stdout)['rows']
+    assert 'half of the tokens in blocks of 128' in r.stderr and [x['tokens'] for x in got if x['stage']=='distilled']==[1024]*2
+
+@pytest.mark.parametrize('bad,says', [(('--long-blocks', 9, '--seq-len', 64), 'makes blocks of 576 tokens, and this model has 512 positions'),
+    (('--long-blocks', 8, '--seq-len', 64, '--distill-tokens', 128, '--finetune-tokens', 0), 'joins so many blocks, and the text has 2'),
+    (('--recipe', 'beste'), 'recipe is one of paper, lolcats, best'),
     (('--lr', '0'), '--lr is above 0, or auto; given 0'),
     (('--finetune-lr', '-1'), '--finetune-lr is above 0'), (('--finetune-on', 'logits'), '--finetune-on is one of labels, teacher, both'),
     (('--last-state', '--patience', '2'), '--patience counts evaluations'),

@@ -78,7 +78,8 @@ def _validation(data, train, model, tok, seq_len, text_column, most=16):
     return (train[:len(train)-n],train[-n:]) if n else (train,None)
 
 def _prepare(o, how, recipe):
-    "What can fail before the first step: (model, tokenizer, texts, numbers of the layers, parameters of their maps, steps and batches of each phase, blocks in a long one)."
+    ("What can fail before the first step: (model, tokenizer, texts, numbers of the layers, parameters of their maps, steps and batches of each phase, "
+     "blocks in a long one).")
     from hedgehog_nb.training.recipe import most_tokens, steps_for
     if is_converted(o.model): raise ValueError(f"{o.model} is converted already; name the model it came from")
     m,tok = open_model(o.model, o.dtype, o.device)
