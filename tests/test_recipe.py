@@ -56,7 +56,9 @@ def test_blocks_of_two_lengths(tmp_path):
 def test_long_blocks_fit_text_and_model():
     r,model = get_recipe('best'),llama()
     model.config.max_position_embeddings = 3*T
-    assert [r.long_for(model, n, T) for n in (1, 2, 99)]==[1, 2, 3] and get_recipe('paper').long_for(model, 99, T)==1
+    hybrid = r.config()
+    assert [r.long_for(hybrid, model, n, T) for n in (1, 2, 99)]==[1, 2, 3]
+    assert get_recipe('paper').long_for(hybrid, model, 99, T)==1==r.long_for(r.config('hedgehog'), model, 99, T)
 
 @pytest.mark.parametrize('steps,n,want', [(100, 1, [100]), (100, 4, [12,25,50,100]), (3, 9, [1,2,3]), (1, 3, [1])])
 def test_evaluations_are_spaced_by_doublings(steps, n, want): assert log_spaced(steps, n)==want

@@ -99,7 +99,7 @@ def _prepare(o, how, recipe):
     if o.long_blocks and o.long_blocks*o.seq_len>most_tokens(m):
         raise ValueError(f"--long-blocks {o.long_blocks} makes blocks of {o.long_blocks*o.seq_len:,} tokens, and this model has {most_tokens(m):,} positions")
     if o.long_blocks and o.long_blocks>len(train): raise ValueError(f"--long-blocks {o.long_blocks} joins so many blocks, and the text has {len(train)}")
-    long = o.long_blocks or recipe.long_for(m, *train.shape)
+    long = o.long_blocks or recipe.long_for(how, m, *train.shape)
     steps = [steps_for(t, train, b, long, o.seed) if s is None else s for (t,s),b in zip(budgets, sizes)]
     return m, tok, (train, valid, test), which, extra, steps, sizes, long
 
@@ -205,7 +205,7 @@ FinetuneStepsOpt = Annotated[Optional[int], _opt('--finetune-steps', panel='Trai
 SeqLenOpt = Annotated[int, _opt('--seq-len', panel='Training', metavar='N', min=2, help="Tokens in a block.")]
 LongBlocksOpt = Annotated[Optional[int], _opt('--long-blocks', panel='Training', metavar='N', min=1,
     help="Read half of the tokens in blocks so many times as long, so that the model stays good there; 1: none. "
-         "If not given: the recipe's, or fewer where text or model are shorter.")]
+         "If not given: the recipe's for a hybrid, or fewer where text or model are shorter.")]
 BatchSizeOpt = Annotated[Optional[int], _opt('--batch-size', panel='Training', metavar='N', min=1,
     help="Blocks per step. If not given: the recipe's, 8 at most, and fewer where the budget is small.")]
 def _rate(x): return x if x=='auto' else float(x) # a ValueError here is a wrong use of the option

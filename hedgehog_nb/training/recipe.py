@@ -35,6 +35,8 @@ def most_tokens(model)->int: # Tokens
     "How many tokens the model has positions for."
     return getattr(model.config.get_text_config(), 'max_position_embeddings', None) or 2**30
 
+def is_hybrid(config:LinearizeConfig)->bool: return config.attention=='hedgehog-window' or bool(config.softmax_heads)
+
 # %% ../../nbs/10_recipe.ipynb #815b830c
 @dataclass(frozen=True)
 class Recipe:
@@ -49,7 +51,7 @@ class Recipe:
     lora:dict=None # Finetune adapters and maps only; settings of `peft.LoraConfig`
     batch_size:int=8 # Blocks per step, at most
     min_steps:int=1 # Steps of a phase, at least: its batches are smaller where its budget is small
-    long_blocks:int=1 # Half of the tokens are read in blocks that join so many, as far as the text and the model allow it; 1: none
+    long_blocks:int=1 # For hybrids: half of the tokens are read in blocks that join so many, as far as the text and the model allow it; 1: none
 
     def config(self, attention=None, layers='all', softmax_heads=None, implementation=None, **settings)->LinearizeConfig:
         "What to convert a model to; `settings` of the attention win over the recipe's."
@@ -60,9 +62,9 @@ class Recipe:
         "The batch size for a budget of `tokens` in blocks of `seq_len`."
         return max(1, min(self.batch_size, tokens//(seq_len*self.min_steps)))
 
-    def long_for(self, model, blocks:int, seq_len:int)->int: # Blocks in a long one
-        "`long_blocks`, or fewer where the text has fewer, or where so many tokens are more than the model's positions."
-        return max(1, min(self.long_blocks, blocks, most_tokens(model)//seq_len))
+    def long_for(self, config:LinearizeConfig, model, blocks:int, seq_len:int)->int: # Blocks in a long one
+        "`long_blocks`, or fewer where the text has fewer, or where so many tokens are more than the model's positions; 1 for a linear model."
+        return 1 if not is_hybrid(config) else max(1, min(self.long_blocks, blocks, most_tokens(model)//seq_len))
 
 # %% ../../nbs/10_recipe.ipynb #27915622
 RECIPES = dict(
@@ -399,11 +401,10 @@ def convert(
      "where that can be seen, and `ValueError` where `work` keeps a run with other settings or texts.")
     o,r = {k:v for k,v in locals().items() if k not in ('model','config','on_event','work','base','recipe')},get_recipe(recipe)
     for k in ('batch_size','lr','objective','finetune_on','lora'): o[k] = getattr(r, k) if o[k] is None else o[k]
-    if long_blocks is None: o['long_blocks'] = r.long_for(model, *train.shape) if isinstance(train, Tensor) and train.dim()==2 else 1
     o.update(distill_args=r.distill_args, finetune_batch_size=o['batch_size'] if finetune_batch_size is None else finetune_batch_size)
     config = _config_for(r, config)
-    hybrid = config.attention=='hedgehog-window' or bool(config.softmax_heads)
-    if finetune_lr is None: o['finetune_lr'] = min(r.finetune_lr, default_lr(model, 'finetune', bool(o['lora']), hybrid))
+    if finetune_lr is None: o['finetune_lr'] = min(r.finetune_lr, default_lr(model, 'finetune', bool(o['lora']), is_hybrid(config)))
+    if long_blocks is None: o['long_blocks'] = r.long_for(config, model, *train.shape) if isinstance(train, Tensor) and train.dim()==2 else 1
     _check_settings(model, config, o)
     if trained and Path(trained).expanduser().exists(): raise ValueError(f"{trained} exists: name a new folder for what is trained")
     texts = {k:None if o[k] is None else _digest(o[k]) for k in ('train','test','valid')}
