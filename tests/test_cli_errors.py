@@ -309,7 +309,7 @@ def until(p, what, seconds):
 def test_stopped_run_says_where_it_is(here, root, sig, phase):
     other = dict(distill='finetune', finetune='distill')[phase]
     p = start(root, '--out', 'out', '--record', 'r.json', f'--{phase}-steps', '100000', f'--{other}-steps', '1')
-    until(p, 'untrained' if phase=='distill' else 'distilled', .5)
+    until(p, 'untrained' if phase=='distill' else 'distilled', 3)
     p.send_signal(sig)
     out,err = p.communicate(timeout=60)
     last = err.splitlines()[-1]

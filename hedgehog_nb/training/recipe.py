@@ -128,6 +128,12 @@ def mixed_batches(
         batches = [*groups[joined].flatten(1).split(max(1, batch_size//long_blocks)), *single[shuffled(len(single))].split(batch_size)]
         yield from (batches[i] for i in shuffled(len(batches)) if len(batches[i]))
 
+class MixedBatches:
+    "The first `steps` of `mixed_batches`, made anew whenever they are read."
+    def __init__(self, steps, *args): self.steps,self.args = steps,args
+    def __len__(self): return self.steps
+    def __iter__(self): return islice(mixed_batches(*self.args), self.steps)
+
 # %% ../../nbs/10_recipe.ipynb #c8f4ede8
 def log_spaced(
     steps:int, # The last step
@@ -322,7 +328,7 @@ class _Run:
 
     def text(self, steps, batch_size):
         "Blocks to train on; or the batches of all steps, where some blocks are long."
-        return self.train if self.o.long_blocks==1 else [*islice(mixed_batches(self.train, batch_size, self.o.long_blocks, self.o.seed), steps)]
+        return self.train if self.o.long_blocks==1 else MixedBatches(steps, self.train, batch_size, self.o.long_blocks, self.o.seed)
 
     def watch(self, model, phase, variant, steps, text, batch_size, metric='loss'):
         return EvalCallback(self.log, model, phase, variant, steps, text, batch_size, self.o.evals, metric)
