@@ -98,7 +98,8 @@ def _weight_loss_fwd_kernel(
     head, start, b, h = _query_block(T, Hkv*GROUP, BLOCK_T)
     t, n, c, f = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_F)
     rows, real = t < T - start, _load_real(mask_ptr, b, start, t, T)
-    q, phi_q = _load_both(q_ptr + b*stride_qb + h*stride_qh, phi_q_ptr + b*stride_phi_qb + h*stride_phi_qh, start, t, c, f, stride_qt, stride_phi_qt, real, C, F)
+    q, phi_q = _load_both(q_ptr + b*stride_qb + h*stride_qh, phi_q_ptr + b*stride_phi_qb + h*stride_phi_qh, start, t, c, f, stride_qt, stride_phi_qt,
+                          real, C, F)
     k_ptr += b*stride_kb + (h//GROUP)*stride_kh
     phi_k_ptr += b*stride_phi_kb + (h//GROUP)*stride_phi_kh
     if log_q_ptr is not None: log_q_ptr += head*T
@@ -170,7 +171,8 @@ def _weight_loss_bwd_q_kernel(
     head, start, b, h = _query_block(T, Hkv*GROUP, BLOCK_T)
     t, n, c, f = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_F)
     rows, real = t < T - start, _load_real(mask_ptr, b, start, t, T)
-    q, phi_q = _load_both(q_ptr + b*stride_qb + h*stride_qh, phi_q_ptr + b*stride_phi_qb + h*stride_phi_qh, start, t, c, f, stride_qt, stride_phi_qt, real, C, F)
+    q, phi_q = _load_both(q_ptr + b*stride_qb + h*stride_qh, phi_q_ptr + b*stride_phi_qb + h*stride_phi_qh, start, t, c, f, stride_qt, stride_phi_qt,
+                          real, C, F)
     k_ptr += b*stride_kb + (h//GROUP)*stride_kh
     phi_k_ptr += b*stride_phi_kb + (h//GROUP)*stride_phi_kh
     if log_q_ptr is not None: log_q_ptr += head*T
