@@ -2,6 +2,7 @@
 import os
 import pytest, torch
 from transformers import DynamicCache, set_seed
+from hedgehog_nb.attentions.base import make_attention
 from hedgehog_nb.data.models import load_embedded
 from hedgehog_nb.models.attention import linear_layers
 from hedgehog_nb.models.linearize import linearize
@@ -174,6 +175,21 @@ def test_the_state_is_float_and_constant_in_size(name, dtype):
     c = model.config; heads = getattr(c, 'num_key_value_heads', None) or c.num_attention_heads
     D = getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads
     assert sizes==[4*len(cache.layers)*heads*(2*D*D+2*D+1)]*3   # S, z and m per key-value head, and nothing else
+
+def leaves(state): return [state] if isinstance(state, torch.Tensor) else [t for x in state for t in leaves(x)] if isinstance(state, tuple) else []
+
+@pytest.mark.parametrize('name', ['hedgehog','hedgehog-window','elu','exp','performer','cosformer'])
+@pytest.mark.parametrize('implementation', [None, 'chunked'])
+@pytest.mark.parametrize('T', [1, 7, 500])
+@pytest.mark.parametrize('grad', [False, True], ids=['', 'grad'])
+def test_a_state_holds_on_to_nothing_else(name, implementation, T, grad):
+    "A view into the prompt would keep all of it in memory, and write all of it to disk."
+    a = make_attention(name, 16, 4, 2, **(dict(window=16) if name=='hedgehog-window' else {}))
+    a.implementation = implementation
+    x = [torch.randn(1, h, T, 16, requires_grad=grad) for h in (4, 2, 2)]
+    state = leaves(a.attend(*x, output_final_state=True)[1])
+    held = sum({t.untyped_storage().data_ptr():t.untyped_storage().nbytes() for t in state}.values())
+    assert held<=sum(t.nbytes for t in state)
 
 def test_a_bf16_model_keeps_what_fp32_keeps():
     "Decoding 200 tokens one at a time: the state is the one of the same bf16 keys and values summed in fp64."

@@ -189,10 +189,18 @@ def test_blocks_of_two_lengths(here):
     r = hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', 'two', '--seq-len', 32, '--long-blocks', 4, '--distill-tokens', 1024,
         '--finetune-tokens', 0, '--batch-size', 4, '--eval-tokens', 256, '--json')
     got = json.loads(r.stdout)['rows']
-    assert 'half of the tokens in blocks of 128' in r.stderr and [x['tokens'] for x in got if x['stage']=='distilled']==[1024]*2
+    assert '50% of the tokens in blocks of 128' in r.stderr and [x['tokens'] for x in got if x['stage']=='distilled']==[1024]*2
+
+@pytest.mark.parametrize('budget', [('--distill-tokens', 256, '--finetune-tokens', 0), ('--distill-steps', 0, '--finetune-tokens', 40_000)])
+def test_budgets_are_kept_by_all_phases(budget, here):
+    "Finetuning before and after the conversion takes steps of the same size, so that both read what the plan says."
+    r = hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', 'm', '--recipe', 'best', '--seq-len', 16, '--adapt-tokens', 16_384, *budget,
+        '--eval-tokens', 256, '--json')
+    plan,tokens = r.stderr,{x['stage']:x['tokens'] for x in json.loads(r.stdout)['rows']}
+    assert 'adapt     16,384 tokens' in plan and tokens['adapted']==16_384, plan
 
 @pytest.mark.parametrize('bad,says', [(('--long-blocks', 9, '--seq-len', 64), 'makes blocks of 576 tokens, and this model has 512 positions'),
-    (('--long-blocks', 8, '--seq-len', 64, '--distill-tokens', 128, '--finetune-tokens', 0), 'joins so many blocks, and the text has 2'),
+    (('--long-blocks', 8, '--seq-len', 64, '--distill-tokens', 128, '--finetune-tokens', 0), 'joins so many blocks, and these budgets and this text come to 2'),
     (('--recipe', 'beste'), 'recipe is one of paper, lolcats, best'),
     (('--lr', '0'), '--lr is above 0, or auto; given 0'),
     (('--finetune-lr', '-1'), '--finetune-lr is above 0'), (('--finetune-on', 'logits'), '--finetune-on is one of labels, teacher, both'),

@@ -5,7 +5,7 @@ from itertools import islice
 from hypothesis import given, settings, strategies as st
 from hedgehog_nb.models.config import LinearizeConfig
 from hedgehog_nb.training.evaluate import perplexity
-from hedgehog_nb.training.recipe import convert, get_recipe, log_spaced, mixed_batches, read_eval_log, RECIPES, steps_for, tokens_after
+from hedgehog_nb.training.recipe import convert, get_recipe, log_spaced, mixed_batches, one_epoch, read_eval_log, RECIPES, steps_for, tokens_after
 from helpers.tiny_models import corpus, llama
 
 TRAIN,TEST = corpus(12),corpus(3)
@@ -53,12 +53,37 @@ def test_blocks_of_two_lengths(tmp_path):
     assert drop(run(work=tmp_path/'run'))==drop(rows)
     with pytest.raises(ValueError, match='keeps another run .long_blocks was 2, is 3'): go(long_blocks=3, batch_size=2, evals=2, work=tmp_path/'run')
 
+def test_the_best_state_is_chosen_at_both_lengths(monkeypatch):
+    "Where half of the training text is in long blocks, half of what is held out is too; all of it is read."
+    import hedgehog_nb.training.recipe as recipe
+    given = []
+    def see(model, text, *args, eval_data=None, **kw): given.append(eval_data); return plain(model, text, *args, eval_data=eval_data, **kw)
+    plain,valid = recipe.distill,corpus(9, seed=1)
+    monkeypatch.setattr(recipe, 'distill', see)
+    go(long_blocks=4, valid=valid, finetune_steps=0); go(valid=valid, finetune_steps=0); go(long_blocks=4, valid=valid[:3], finetune_steps=0)
+    assert sorted(tuple(x.shape) for x in given[0])==[(1, T), (1, 4*T), (4, T)] and given[1] is valid and [x.numel() for x in given[2]]==[3*T]
+    assert torch.equal(torch.cat([x.flatten() for x in given[0]]).sort()[0], valid.flatten().sort()[0])
+
 def test_long_blocks_fit_text_and_model():
     r,model = get_recipe('best'),llama()
     model.config.max_position_embeddings = 3*T
     hybrid = r.config()
     assert [r.long_for(hybrid, model, n, T) for n in (1, 2, 99)]==[1, 2, 3]
     assert get_recipe('paper').long_for(hybrid, model, 99, T)==1==r.long_for(r.config('hedgehog'), model, 99, T)
+
+def test_alignment_is_a_phase(tmp_path):
+    "Between maps and whole model; killed in it, a run ends as it would have. The logits' teacher has the projections as they were."
+    kw = dict(align_steps=3, save_steps=1, finetune_on='teacher', valid=corpus(3, seed=2))
+    rows = go(**kw)
+    assert [r['stage'] for r in rows if r['metric']=='ppl']==['teacher','swapped','distilled','aligned','finetuned']
+    class Stop(Exception): pass
+    def stop(event, phase=None, done=0, **_):
+        if event=='progress' and phase=='align' and done>4*T: raise Stop
+    with pytest.raises(Stop): go(**kw, work=tmp_path/'run', on_event=stop)
+    drop = lambda rows: [{k:v for k,v in r.items() if k!='seconds'} for r in rows]
+    assert drop(go(**kw, work=tmp_path/'run'))==drop(rows)
+    r = get_recipe('best')
+    assert [r.align_for(r.config(a), lora) for a,lora in (('hedgehog',None), ('hedgehog',dict(r=2)), (None,None))]==[1., 0., 0.]
 
 @pytest.mark.parametrize('steps,n,want', [(100, 1, [100]), (100, 4, [12,25,50,100]), (3, 9, [1,2,3]), (1, 3, [1])])
 def test_evaluations_are_spaced_by_doublings(steps, n, want): assert log_spaced(steps, n)==want

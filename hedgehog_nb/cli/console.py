@@ -50,7 +50,7 @@ class AttentionSnapshots:
     def __call__(self, event, row=None, model=None, **_):
         if event!='row' or row['metric']!='ppl' or row['variant']=='softmax': return
         self.rows.append(row)
-        name = {'teacher':'softmax', 'swapped':'swapped', 'distilled':row['map'], 'finetuned':row['map']}.get(row['stage'])
+        name = {'teacher':'softmax', 'swapped':'swapped', 'distilled':row['map'], 'aligned':row['map'], 'finetuned':row['map']}.get(row['stage'])
         if name is None or name=='swapped' and name in self.maps: return
         from hedgehog_nb.models.attention import attention_weights
         w = attention_weights(model, input_ids=self.ids.to(model.device), use_cache=False)[self.layer]
@@ -127,7 +127,7 @@ class Progress:
         return next((t['at'] for t in self.tasks.values()), '')
 
     def row(self, row):
-        during = row['stage'] in ('adapt','distill','finetune')
+        during = row['stage'] in ('adapt','distill','align','finetune')
         self.line('' if during else 'measure', f"after {row['tokens']:,} tokens" if during else label(row), f"perplexity [bold]{row['value']:.4g}[/]")
     def line(self, what, *parts): self.console.print(f"[green]{'✓' if what else ' '}[/] {what:<9}", ' [dim]·[/] '.join(parts), highlight=False, soft_wrap=True)
 
@@ -156,7 +156,7 @@ def perplexity_table(
     "The perplexity after each stage, beside the teacher's."
     from rich import box
     from rich.table import Table
-    rows = [r for r in rows if r['metric']=='ppl' and r['stage'] not in ('adapt','distill','finetune')]
+    rows = [r for r in rows if r['metric']=='ppl' and r['stage'] not in ('adapt','distill','align','finetune')]
     t,base,states = Table(title=title, box=box.SIMPLE_HEAD, title_justify='left', title_style='bold'),rows[0]['value'],any('state_bytes' in r for r in rows)
     t.add_column('model')
     for c in ('perplexity','× teacher',*['state, bytes']*states,'tokens','time'): t.add_column(c, justify='right')

@@ -56,14 +56,16 @@ def keep_run_dir(
 # %% ../../nbs/94_cli.ipynb #d9af9d2a
 def _plan(model, spec, how, layers, extra, train, test, steps, batches, long, seed, recipe, lora, start=''):
     "What is about to happen, a line each."
-    from hedgehog_nb.training.recipe import tokens_after
+    from hedgehog_nb.training.recipe import MixedBatches, tokens_after
     n,(_,T) = model.num_parameters(),test.shape
     lines = [('convert', f"[bold]{model_name(spec)}[/], {type(model).__name__}, {n:,} parameters, {str(model.dtype)[6:]} on {model.device.type}"),
         ('to', f"[bold]{how.attention}[/] attention in {layers} layers{f' but for heads {how.softmax_heads}' if how.softmax_heads else ''}, "
             f"{extra:,} parameters of maps ({extra/n:.2%}), by the recipe {recipe}")]
-    lines += [(w, f"{tokens_after(s, train, b, long, seed):,} tokens, {s} steps of {min(b, len(train))} × {T}"
-        f"{f', half of the tokens in blocks of {long*T:,}' if long>1 else ''}")
-        for w,s,b in zip(('adapt','distill','finetune'), steps, batches) if s]
+    for w,s,b in zip(('adapt','distill','align','finetune'), steps, batches):
+        text = MixedBatches(s, train, b, long, seed) if long>1 else ()
+        joined = sum(x.numel() for x in text if x.shape[1]>T)/max(1, n := tokens_after(s, train, b, long, seed))
+        mixed = f', {joined:.0%} of the tokens in blocks of {long*T:,}' if joined else ''
+        if s: lines.append((w, f"{n:,} tokens, {s} steps of {min(b, len(train))} × {T}{mixed}"))
     if lora and steps[-1]: lines[-1] = (lines[-1][0], f"{lines[-1][1]}; adapters of rank {lora['r']} and the maps")
     return '\n'.join(f'  [dim]{w:<9}[/] {l}' for w,l in [*lines, ('measure', f'{test.numel():,} tokens in blocks of {T}{start}')])+'\n'
 
@@ -77,28 +79,43 @@ def _validation(data, train, model, tok, seq_len, text_column, most=16):
     n = min(most, len(train)//20)
     return (train[:len(train)-n],train[-n:]) if n else (train,None)
 
+def _budgets(o, recipe, how, maps):
+    "(tokens, steps or None) of each phase. `maps` is 0 where there is nothing to distil."
+    share,distill = recipe.align_for(how, o.lora_rank or o.save=='trained'),(o.distill_tokens,o.distill_steps) if maps else (0,0)
+    align = tuple(None if x is None else round(share*x) for x in distill) if o.align_tokens is None else (o.align_tokens,None)
+    return (o.adapt_tokens,None), distill, align, (o.finetune_tokens,o.finetune_steps)
+
+def _batch_sizes(o, recipe, budgets):
+    "Blocks per step of each phase. Two phases that train the same, layers or the whole model, have the same, that of the smaller budget."
+    sizes = [o.batch_size or (recipe.batch_for(t, o.seq_len) if s is None else recipe.batch_size) for t,s in budgets]
+    used = [t if s is None else s for t,s in budgets]
+    smaller = lambda *phases: min((sizes[i] for i in phases if used[i]), default=1)
+    whole,layers = smaller(0, 3),smaller(1, 2)
+    return whole,layers,layers,whole
+
 def _prepare(o, how, recipe):
     ("What can fail before the first step: (model, tokenizer, texts, numbers of the layers, parameters of their maps, steps and batches of each phase, "
      "blocks in a long one).")
     from hedgehog_nb.training.recipe import most_tokens, steps_for
     if is_converted(o.model): raise ValueError(f"{o.model} is converted already; name the model it came from")
     m,tok = open_model(o.model, o.dtype, o.device)
-    budgets = [(o.adapt_tokens,None), (o.distill_tokens,o.distill_steps), (o.finetune_tokens,o.finetune_steps)]
-    tunes = any(t if s is None else s for t,s in (budgets[0], budgets[2]))
+    which,extra = map_plan(m, how)
+    budgets = _budgets(o, recipe, how, extra)
+    tunes = any(t if s is None else s for t,s in (budgets[0], *budgets[2:]))
     if getattr(m, 'is_quantized', False) and tunes and not (o.save=='trained' and o.lora_rank):
         raise ValueError(f"{o.model} is quantised, and such weights are not trained: say --lora-rank 8 --save trained, which trains adapters beside them, "
             "or --finetune-tokens 0, which trains the maps alone")
     if o.block_bos is not None: tok.init_kwargs['block_bos'] = o.block_bos   # saved with the converted model, which is measured as it was trained
-    which,extra = map_plan(m, how)
-    if not extra: budgets[1] = 0,0   # a map without parameters has nothing to distil
-    sizes = [o.batch_size or recipe.batch_for(t, o.seq_len) if s is None else o.batch_size or recipe.batch_size for t,s in budgets]
+    sizes = _batch_sizes(o, recipe, budgets)
     tokens = max(o.seq_len, *(t if s is None else s*b*o.seq_len for (t,s),b in zip(budgets, sizes)))
     train = open_blocks(o.data, 'train', m, tok, o.seq_len, math.ceil(tokens/o.seq_len)*o.seq_len, o.seed, o.text_column)
     test = open_blocks(o.eval_data or o.data, 'all' if o.eval_data else 'test', m, tok, o.seq_len, o.eval_tokens, None, o.text_column)
     train,valid = (train,None) if o.last_state else _validation(o.data, train, m, tok, o.seq_len, o.text_column)
     if o.long_blocks and o.long_blocks*o.seq_len>most_tokens(m):
         raise ValueError(f"--long-blocks {o.long_blocks} makes blocks of {o.long_blocks*o.seq_len:,} tokens, and this model has {most_tokens(m):,} positions")
-    if o.long_blocks and o.long_blocks>len(train): raise ValueError(f"--long-blocks {o.long_blocks} joins so many blocks, and the text has {len(train)}")
+    if o.long_blocks and o.long_blocks>len(train): 
+        raise ValueError(f"--long-blocks {o.long_blocks} joins so many blocks, and these budgets and this text come to {len(train)}: "
+            "give more tokens, more text, or a shorter --seq-len")
     long = o.long_blocks or recipe.long_for(how, m, *train.shape)
     steps = [steps_for(t, train, b, long, o.seed) if s is None else s for (t,s),b in zip(budgets, sizes)]
     return m, tok, (train, valid, test), which, extra, steps, sizes, long
@@ -115,6 +132,8 @@ def _check(o):
     if o.save not in ('model','trained'): raise ValueError(f"--save is model or trained; given {o.save!r}")
     if o.save=='trained' and o.adapt_tokens:
         raise ValueError("--save trained keeps maps and adapters for the model as it was, and --adapt-tokens changes that: say --save model")
+    if o.save=='trained' and o.align_tokens:
+        raise ValueError("--save trained keeps maps and adapters for the model as it was, and --align-tokens changes that: say --save model")
     if o.save=='trained' and not o.lora_rank and (o.finetune_tokens if o.finetune_steps is None else o.finetune_steps):
         raise ValueError("--save trained keeps maps and adapters, and this run would train all weights: say --lora-rank 8, or --finetune-tokens 0")
     if o.last_state and o.patience: raise ValueError("--patience counts evaluations on held-out text, and --last-state makes none: leave one of them out")
@@ -200,6 +219,9 @@ ObjectiveOpt = Annotated[Optional[str], _opt('--objective', panel='Conversion', 
 # %% ../../nbs/94_cli.ipynb #cd6cdf31
 DistillTokensOpt = Annotated[int, _opt('--distill-tokens', panel='Training', metavar='N', min=0, help="Budget for the maps alone; 0: none.")]
 DistillStepsOpt = Annotated[Optional[int], _opt('--distill-steps', panel='Training', metavar='N', min=0, help="The same in steps; wins over tokens.")]
+AlignTokensOpt = Annotated[Optional[int], _opt('--align-tokens', panel='Training', metavar='N', min=0,
+    help="Budget for attention modules, projections and maps, after the maps alone. "
+         "If not given: as much as for the maps where [cyan]best[/] makes a linear model, else none.")]
 FinetuneTokensOpt = Annotated[int, _opt('--finetune-tokens', panel='Training', metavar='N', min=0, help="Budget for the whole model; 0: none.")]
 FinetuneStepsOpt = Annotated[Optional[int], _opt('--finetune-steps', panel='Training', metavar='N', min=0, help="The same in steps; wins over tokens.")]
 SeqLenOpt = Annotated[int, _opt('--seq-len', panel='Training', metavar='N', min=2, help="Tokens in a block.")]
@@ -267,7 +289,8 @@ def _convert(o, out, record, work, screen, start, commit):
     barrier()
     camera = AttentionSnapshots(test[:1,:24], tok, which[len(which)//2])
     with screen.progress:
-        rows = convert(m, train, test, how, steps[1], steps[2], steps[0], recipe, valid, o.patience, batches[1], batches[2], long, o.lr, o.finetune_lr,
+        adapt,distill,align,finetune = steps
+        rows = convert(m, train, test, how, distill, finetune, adapt, align, recipe, valid, o.patience, batches[1], batches[3], long, o.lr, o.finetune_lr,
             o.objective, o.finetune_on, lora or {}, o.evals, baseline=o.baseline, autocast=o.autocast, seed=o.seed,
             on_event=tee(screen.progress, camera), gradient_accumulation_steps=o.grad_accum, work=work, save_steps=o.save_every, trained=trained, base=o.model)
     rows = [dict(experiment=o.experiment, model=model_name(o.model), data='+'.join(map(model_name, o.data)), **r,
@@ -299,9 +322,9 @@ def linearize_command(ctx:typer.Context,
     eval_data:EvalDataOpt=None, text_column:ColumnOpt=None, recipe:RecipeOpt='best', feature_map:FeatureMapOpt=None, form:FormOpt=None,
     num_maps:NumMapsOpt=None, bias:BiasOpt=None, window:WindowOpt=None, relative:RelativeOpt=None, branch:BranchOpt=None, layers:LayersOpt='all',
     softmax_heads:SoftmaxHeadsOpt=None, objective:ObjectiveOpt=None, adapt_tokens:AdaptTokensOpt=0, distill_tokens:DistillTokensOpt=200_000,
-    distill_steps:DistillStepsOpt=None, finetune_tokens:FinetuneTokensOpt=200_000, finetune_steps:FinetuneStepsOpt=None, seq_len:SeqLenOpt=512,
-    long_blocks:LongBlocksOpt=None, block_bos:BlockBosOpt=None, finetune_on:FinetuneOnOpt=None, patience:PatienceOpt=None, last_state:LastStateOpt=False,
-    batch_size:BatchSizeOpt=None,
+    distill_steps:DistillStepsOpt=None, align_tokens:AlignTokensOpt=None, finetune_tokens:FinetuneTokensOpt=200_000, finetune_steps:FinetuneStepsOpt=None,
+    seq_len:SeqLenOpt=512, long_blocks:LongBlocksOpt=None, block_bos:BlockBosOpt=None, finetune_on:FinetuneOnOpt=None, patience:PatienceOpt=None,
+    last_state:LastStateOpt=False, batch_size:BatchSizeOpt=None,
     lr:LrOpt=None, finetune_lr:FinetuneLrOpt=None, lora_rank:LoraRankOpt=None, lora_targets:LoraTargetsOpt=None,
     grad_accum:GradAccumOpt=1, save_every:SaveEveryOpt=50, baseline:BaselineOpt=False, eval_tokens:EvalOpt=None, evals:EvalsOpt=1,
     record:RecordOpt=None, experiment:ExperimentOpt='linearize', dtype:DtypeOpt='float32', autocast:AutocastOpt=None, implementation:ImplOpt=None,
@@ -309,7 +332,8 @@ def linearize_command(ctx:typer.Context,
 ):
     ("[bold]Convert a model[/]: swap its attention, distil the maps, finetune, measure after each, save.\n\n"
      "    First each map learns alone to imitate the softmax it replaces ([cyan]--distill-tokens[/], [cyan]--lr[/]); this is cheap, "
-     "and brings back most of the quality. Then the whole model, or LoRA adapters in it, learns to live with the rest "
+     "and brings back most of the quality. For a linear model the projections around the maps follow ([cyan]--align-tokens[/]). "
+     "Then the whole model, or LoRA adapters in it, learns to live with the rest "
      "([cyan]--finetune-tokens[/], [cyan]--finetune-lr[/], [cyan]--lora-rank[/]).\n\n"
      "    A run that was stopped, killed, or ran out of disk goes on when the same command is given again, and ends as it would have. "
      "What it has done so far is in a hidden folder beside --out.\n\n"

@@ -218,7 +218,7 @@ def _scan(part, segments, state, o, den=None, kept=None):
         if kept is not None: kept.append(m)
         decays = _decays(None if l is None else _keys(l, C), m)
         nums,d,S,z = _chunk_fwd(_rows(phi_q, Hkv, C), _keys(phi_k, C), _keys(v, C), S, z, decays, kept)
-        m = m.clamp_min(0) if l is None else decays[-1][:,-1,-1]
+        m = m.clamp_min(0) if l is None else decays[-1][:,-1,-1].clone() # a view would hold on to all of them
         if l is not None: ms.append(decays[-1].flatten(1).unflatten(0, (B,-1)))
         if den is not None: den[:,:,t] = _unrows(d, B, C)[...,0]
         places = _group(o[:,:,t], Hkv).unflatten(3, (-1,C)).unbind(3)

@@ -123,7 +123,7 @@ def _window_sums(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, 
     k,v = torch.cat([state.k, k], 2),torch.cat([state.v, v], 2)
     o,den,m,linear_state = _chunk_sums(phi_q, phi_k, v[:,:,:T], log_k, state.linear, C)
     linear = torch.cat([o*den[...,None], den[...,None]], -1)
-    after = WindowState(k[:,:,T:], v[:,:,T:], real[:,T:].to(v.dtype), linear_state)
+    after = WindowState(k[:,:,T:].clone(), v[:,:,T:].clone(), real[:,T:].to(v.dtype, copy=True), linear_state) # views would hold on to the whole prompt
     if window==0: return linear, linear[...,-1], after
 
     l = repeat_kv(m, H) + (0 if log_q is None else log_q.to(m.dtype))

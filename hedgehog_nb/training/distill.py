@@ -57,10 +57,10 @@ def teacher_pass(
 _NOT_IN_DISTILLATION = {'gradient_checkpointing','gradient_checkpointing_kwargs','activation_checkpointing','label_smoothing_factor','label_names',
     'neftune_noise_alpha','torch_compile','torch_compile_backend','torch_compile_mode','use_liger_kernel'}
 
-class _Maps(torch.nn.ModuleList):
-    "What the Trainer trains in distillation; the model around it stays where it is."
-    def __init__(self, model, device):
-        super().__init__(m.feature_map for m in linear_layers(model).values())
+class _Parts(torch.nn.ModuleList):
+    "What the Trainer trains of a model, layer by layer; the model around it stays where it is."
+    def __init__(self, parts, device):
+        super().__init__(parts)
         places = {(p.device.type, p.device.index or 0) for p in self.parameters()}
         if distributed_info()[1]==1 and places!={(device.type, device.index or 0)}: # elsewhere than the Trainer would move it
             self.hf_device_map = dict(enumerate(['disk', *(torch.device(*p) for p in places)]))
@@ -95,8 +95,8 @@ def _train_maps(model, maps):
 
 # %% ../../nbs/09_training.ipynb #1535f350
 class _DistillTrainer(ResumableTrainer):
-    def __init__(self, model, data, run, args, *more, objective, **kw):
-        super().__init__(_Maps(model, args.device), model, data, run, args, *more, **kw)
+    def __init__(self, model, data, run, args, *more, objective='weights', part=lambda layer: layer.feature_map, **kw):
+        super().__init__(_Parts(map(part, linear_layers(model).values()), args.device), model, data, run, args, *more, **kw)
         self.objective,self.names,self.loss = objective,{m:n for n,m in linear_layers(model).items()},0.
 
     def weight(self, batch):
@@ -124,6 +124,18 @@ class _DistillTrainer(ResumableTrainer):
 
 # %% ../../nbs/09_training.ipynb #75c2737b
 @patch
+def take(self:_DistillTrainer, module, loss, share)->float:
+    "The loss of one layer, whose gradients are added up where it has a share. Raises `FloatingPointError` where it is not finite."
+    if not loss.isfinite():
+        step = self.state.global_step+1
+        raise FloatingPointError(f"the loss of {self.names[module]} is {loss.item()} at step {step}; {nonfinite_hint(step, self.whole)}")
+    if share is not None: self.scaled(loss*share).backward()
+    return loss.item()
+
+@patch
+def moved(self:_DistillTrainer, batch): return {k:v.to(self.whole.device) if isinstance(v, Tensor) else v for k,v in batch.items()}
+
+@patch
 def mean_loss(self:_DistillTrainer, batch, share=None):
     "Mean loss over layers; with a `share`, its gradients are added up, layer by layer."
     losses = []
@@ -131,13 +143,8 @@ def mean_loss(self:_DistillTrainer, batch, share=None):
         if not any(p.requires_grad for p in module.feature_map.parameters()): return # frozen, or with nothing to learn
         with torch.set_grad_enabled(share is not None):
             part,q,k,v,o = module.feature_map.linear_part(q, k, v, o)
-            loss = layer_loss(self.objective, part, q, k, v, causal, scale, mask, o)
-            if not loss.isfinite():
-                step = self.state.global_step+1
-                raise FloatingPointError(f"the loss of {self.names[module]} is {loss.item()} at step {step}; {nonfinite_hint(step, self.whole)}")
-            if share is not None: self.scaled(loss*share).backward()
-        losses.append(loss.item())
-    with self.precision(): teacher_pass(self.whole, {k:v.to(self.whole.device) if isinstance(v, Tensor) else v for k,v in batch.items()}, on_layer)
+            losses.append(self.take(module, layer_loss(self.objective, part, q, k, v, causal, scale, mask, o), share))
+    with self.precision(): teacher_pass(self.whole, self.moved(batch), on_layer)
     return sum(losses)/len(losses)
 
 # %% ../../nbs/09_training.ipynb #b52c110c

@@ -22,14 +22,14 @@ def _is_hybrid(model):
 
 def default_lr(
     model, # A converted model
-    phase:str='finetune', # "distill" or "finetune"
+    phase:str='finetune', # "distill", "align" or "finetune"
     lora:bool=False, # Are adapters trained? Known already where `model` is a `PeftModel`
     hybrid:bool=None, # Is there softmax beside the linear attention? If None, as in `model`
 )->float: # Peak learning rate of AdamW
-    ("The rate of `lr=None`: 1e-2 for maps (Hedgehog, LoLCATs), 1e-4 for adapters (LoLCATs), and by size for all weights: 6e-4 below 1 billion "
-     "(Hedgehog's GPT-2), 1e-4 below 5, else 2e-5 (Alpaca, Tülu 2), for hybrids 1e-4, 3e-5, 1e-5. Raises `ValueError` on another phase.")
-    if phase not in ('distill','finetune'): raise ValueError(f"phase is 'distill' or 'finetune'; given {phase!r}")
-    if phase=='distill': return 1e-2
+    ("The rate of `lr=None`: 1e-2 for maps (Hedgehog, LoLCATs), 1e-3 for attention modules, 1e-4 for adapters (LoLCATs), and by size for all weights: "
+     "6e-4 below 1 billion (Hedgehog's GPT-2), 1e-4 below 5, else 2e-5 (Alpaca, Tülu 2), for hybrids 1e-4, 3e-5, 1e-5. Raises `ValueError` on another phase.")
+    if phase not in ('distill','align','finetune'): raise ValueError(f"phase is 'distill', 'align' or 'finetune'; given {phase!r}")
+    if phase!='finetune': return 1e-2 if phase=='distill' else 1e-3
     if lora or hasattr(model, 'peft_config'): return 1e-4
     if hybrid is None: hybrid = _is_hybrid(model)
     return next(rates[hybrid] for limit,*rates in _FULL_RATES if model.num_parameters()<limit)

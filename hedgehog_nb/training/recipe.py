@@ -1,4 +1,4 @@
-"""A whole conversion as one function: swap the attention, distil, finetune, and evaluate on the way
+"""A whole conversion as one function: swap the attention, distil, align, finetune, and evaluate on the way
 
 Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/recipe.html.md"""
 
@@ -22,6 +22,7 @@ from ..files import atomic_write
 from ..data.models import parse_dtype
 from ..models.config import LinearizeConfig
 from ..models.linearize import build_attentions, linearize
+from .align import align
 from .batches import distributed_info
 from .distill import distill
 from .evaluate import perplexity
@@ -46,6 +47,7 @@ class Recipe:
     objective:str='weights' # What distillation compares, one of `LOSSES`
     lr:float=1e-2 # Learning rate of the maps
     distill_args:dict=field(default_factory=dict) # More of `transformers.TrainingArguments` for distillation
+    align:float=0. # For linear models: steps of alignment for each step of distillation
     finetune_on:str='labels' # What finetuning learns from: "labels", the "teacher"'s logits, or "both"
     finetune_lr:float=math.inf # Learning rate of the whole model, or of its adapters, at most; `default_lr` where that is less: hybrids, large models
     lora:dict=None # Finetune adapters and maps only; settings of `peft.LoraConfig`
@@ -62,6 +64,10 @@ class Recipe:
         "The batch size for a budget of `tokens` in blocks of `seq_len`."
         return max(1, min(self.batch_size, tokens//(seq_len*self.min_steps)))
 
+    def align_for(self, config:LinearizeConfig, lora=None)->float: # Steps for each step of distillation
+        "`align` for a linear model, all of whose weights are trained; 0 for a hybrid, which is near its teacher, or where adapters are trained."
+        return 0. if is_hybrid(config) or lora else self.align
+
     def long_for(self, config:LinearizeConfig, model, blocks:int, seq_len:int)->int: # Blocks in a long one
         "`long_blocks`, or fewer where the text has fewer, or where so many tokens are more than the model's positions; 1 for a linear model."
         return 1 if not is_hybrid(config) else max(1, min(self.long_blocks, blocks, most_tokens(model)//seq_len))
@@ -72,7 +78,7 @@ RECIPES = dict(
     lolcats=Recipe('hedgehog-window', {'hedgehog-window':dict(window=64, relative=True)}, 'outputs', finetune_lr=1e-4,
         lora=dict(r=8, lora_alpha=16, target_modules=['q_proj','k_proj','v_proj','o_proj'])),
     best=Recipe('hedgehog-window', {'hedgehog-window':dict(window=64, num_maps=2, bias=True), 'hedgehog':dict(num_maps=4, bias=True)}, lr=2e-2,
-        distill_args=dict(adam_beta1=.8, adam_beta2=.95), finetune_lr=3e-4, min_steps=512, long_blocks=4))
+        distill_args=dict(adam_beta1=.8, adam_beta2=.95), align=1., finetune_lr=3e-4, min_steps=512, long_blocks=4))
 
 def get_recipe(
     recipe, # A name of `RECIPES`, or a `Recipe`
@@ -111,22 +117,26 @@ def steps_for(
     return epochs*per_epoch + math.ceil(rest/batch_size)
 
 # %% ../../nbs/10_recipe.ipynb #0fc4f6c0
-def mixed_batches(
-    blocks:Tensor, # (N, T) blocks of the training text, in its order
+def one_epoch(
+    blocks:Tensor, # (N, T) blocks of a text, in its order
     batch_size:int, # Blocks per step
     long_blocks:int, # Blocks that a long one joins
+    epoch:int=0, # Which one
     seed:int=0, # Order
-): # Generator without end: batches (b, T) and (b, long_blocks·T)
-    "Batches in which half of the tokens are in long blocks, epoch after epoch."
+)->list: # Batches (b, T) and (b, long_blocks·T)
+    "Every block once, half of the tokens in long blocks."
     n = len(blocks)//long_blocks
     groups,left = blocks[:n*long_blocks].unflatten(0, (n, long_blocks)),blocks[n*long_blocks:]
-    for epoch in count():
-        shuffled = partial(torch.randperm, generator=torch.Generator().manual_seed(seed+epoch))
-        order = shuffled(n)
-        joined,single = order[:(n+1-epoch%2)//2],order[(n+1-epoch%2)//2:]
-        single = torch.cat([groups[single].flatten(0, 1), left])
-        batches = [*groups[joined].flatten(1).split(max(1, batch_size//long_blocks)), *single[shuffled(len(single))].split(batch_size)]
-        yield from (batches[i] for i in shuffled(len(batches)) if len(batches[i]))
+    shuffled = partial(torch.randperm, generator=torch.Generator().manual_seed(seed+epoch))
+    order = shuffled(n)
+    joined,single = order[:(n+1-epoch%2)//2],order[(n+1-epoch%2)//2:]
+    single = torch.cat([groups[single].flatten(0, 1), left])
+    batches = [*groups[joined].flatten(1).split(max(1, batch_size//long_blocks)), *single[shuffled(len(single))].split(batch_size)]
+    return [batches[i] for i in shuffled(len(batches)) if len(batches[i])]
+
+def mixed_batches(blocks, batch_size, long_blocks, seed=0):
+    "The batches of `one_epoch`, epoch after epoch without end."
+    for epoch in count(): yield from one_epoch(blocks, batch_size, long_blocks, epoch, seed)
 
 class MixedBatches:
     "The first `steps` of `mixed_batches`, made anew whenever they are read."
@@ -206,7 +216,7 @@ class EvalCallback(transformers.TrainerCallback):
     def __init__(self,
         log:EvalLog, # Where it is written down
         model, # The model in training
-        phase:str, # "adapt", "distill" or "finetune"
+        phase:str, # "adapt", "distill", "align" or "finetune"
         variant:str, # Name of its rows
         steps:int, # Steps in all
         blocks, # (N, T) blocks it trains on, or the batches of all steps
@@ -253,8 +263,8 @@ def mixed_precision(
     return nullcontext() if dtype is None else torch.autocast(torch.device(device).type, parse_dtype(dtype), cache_enabled=False)
 
 # %% ../../nbs/10_recipe.ipynb #cnv00002
-_COUNTS = dict(adapt_steps=0, distill_steps=0, finetune_steps=0, batch_size=1, finetune_batch_size=1, long_blocks=1, evals=1, seed=0, save_steps=1,
-    gradient_accumulation_steps=1, patience=1)
+_COUNTS = dict(adapt_steps=0, distill_steps=0, align_steps=0, finetune_steps=0, batch_size=1, finetune_batch_size=1, long_blocks=1, evals=1, seed=0,
+    save_steps=1, gradient_accumulation_steps=1, patience=1)
 
 def _check_numbers(o):
     "Raise `ValueError` on a number that does not fit."
@@ -275,13 +285,14 @@ def _check_settings(model, config, o):
         if name=='valid' and x is None: continue
         if not isinstance(x, torch.Tensor) or x.dim()!=2 or len(x)<1 or x.shape[1]<least:
             raise ValueError(f"{name} is (N, T) token ids of 1 or more blocks; given {tuple(getattr(x, 'shape', ())) or type(x).__name__}")
-    n,(N,T) = o['long_blocks'],o['train'].shape
-    if n>N or n>1 and n*T>most_tokens(model):
-        raise ValueError(f"long_blocks={n} joins so many blocks of {T} tokens; given {N} blocks, and a model of {most_tokens(model):,} positions")
+    n,(N,T),room = o['long_blocks'],o['train'].shape,most_tokens(model)
+    if n>N or n>1 and n*T>room:
+        raise ValueError(f"long_blocks={n} joins so many blocks of {T} tokens; given {f'{N} blocks' if n>N else f'a model of {room:,} positions'}")
     if o['autocast']: parse_dtype(o['autocast'])
     if o['patience'] and o['valid'] is None: raise ValueError(f"patience={o['patience']} counts evaluations on held-out blocks: give valid too")
-    if o['trained'] and o['adapt_steps']:
-        raise ValueError("maps and adapters go to `trained`, for the model as it was, and adapt_steps changes that: save the whole model, or say adapt_steps=0")
+    for n in ('adapt_steps','align_steps'):
+        if o['trained'] and o[n]:
+            raise ValueError(f"maps and adapters go to `trained`, for the model as it was, and {n} changes that: save the whole model, or say {n}=0")
     if o['trained'] and o['finetune_steps'] and not o['lora']:
         raise ValueError("maps and adapters go to `trained`, and this run would train all weights: give lora=dict(r=8, …), or finetune_steps=0")
     if o['lora']:
@@ -324,11 +335,16 @@ class _Run:
         "Settings that all phases share."
         o = self.o
         return dict(seed=o.seed, gradient_accumulation_steps=o.gradient_accumulation_steps, checkpoint=self.work and self.work/f'{name}.safetensors',
-            save_steps=o.save_steps, progress=False, eval_data=o.valid, patience=o.patience)
+            save_steps=o.save_steps, progress=False, eval_data=self.held_out(), patience=o.patience)
 
     def text(self, steps, batch_size):
         "Blocks to train on; or the batches of all steps, where some blocks are long."
         return self.train if self.o.long_blocks==1 else MixedBatches(steps, self.train, batch_size, self.o.long_blocks, self.o.seed)
+
+    def held_out(self):
+        "What the best state is chosen by: of the lengths that are trained on."
+        o,x = self.o,self.o.valid
+        return x if x is None or o.long_blocks==1 else one_epoch(x, max(o.batch_size, o.finetune_batch_size), min(o.long_blocks, len(x)))
 
     def watch(self, model, phase, variant, steps, text, batch_size, metric='loss'):
         return EvalCallback(self.log, model, phase, variant, steps, text, batch_size, self.o.evals, metric)
@@ -340,21 +356,28 @@ class _Run:
         watch = self.watch(model, 'distill', f'{name}-distilled', o.distill_steps, text, o.batch_size, metric)
         watch.end(distill(model, text, o.distill_steps, o.batch_size, o.lr, o.objective, callbacks=[watch], **o.distill_args, **self.keep('distill')))
 
-    def finetune(self, model, name, phase='finetune', steps=None, objective='labels', file=None):
+    def align(self, model, name):
+        "Train attention modules whole."
+        o = self.o
+        text = self.text(o.align_steps, o.batch_size)
+        watch = self.watch(model, 'align', f'{name}-aligned', o.align_steps, text, o.batch_size, 'output-error')
+        watch.end(align(model, text, o.align_steps, o.batch_size, callbacks=[watch], **self.keep('align')))
+
+    def finetune(self, model, name, phase='finetune', steps=None, objective='labels', file=None, teacher=None):
         "Finetune a model, or adapters in it; returns what was trained."
         o,steps = self.o,self.o.finetune_steps if steps is None else steps
         transformers.set_seed(o.seed)
         tuned = add_lora(model, **o.lora) if o.lora else model
         text = self.text(steps, o.finetune_batch_size)
         watch = self.watch(model, phase, name, steps, text, o.finetune_batch_size)
-        watch.end(finetune(tuned, text, steps, o.finetune_batch_size, o.finetune_lr, objective=objective, callbacks=[watch],
-            **self.keep(file or phase)))
+        watch.end(finetune(tuned, text, steps, o.finetune_batch_size, o.finetune_lr, objective=objective, teacher=teacher,
+            callbacks=[watch], **self.keep(file or phase)))
         return tuned
 
 # %% ../../nbs/10_recipe.ipynb #f1151ba2
 @patch
 def phases(self:_Run, model, config, base):
-    "Evaluate the teacher → finetune it → swap → evaluate → distil → evaluate → finetune → evaluate."
+    "Evaluate the teacher → finetune it → swap → evaluate → distil → evaluate → align → evaluate → finetune → evaluate."
     o,log = self.o,self.log
     name = variant_name(config)
     if o.measure_teacher: log.evaluate(model, 'softmax-zero-shot', 'teacher')
@@ -364,10 +387,12 @@ def phases(self:_Run, model, config, base):
     if o.adapt_steps:
         tuned = self.finetune(model, 'softmax', 'adapt', o.adapt_steps)
         if tuned is not model: merge_lora(tuned)
+    teacher = deepcopy(model) if o.align_steps and o.finetune_steps and o.finetune_on!='labels' else None # whose projections stay as they are
     torch.manual_seed(o.seed)
     log.evaluate(linearize(model, config), 'swapped', 'swapped')
     if o.distill_steps: self.distill(model, name)
-    tuned = self.finetune(model, name, objective=o.finetune_on) if o.finetune_steps else model
+    if o.align_steps: self.align(model, name)
+    tuned = self.finetune(model, name, objective=o.finetune_on, teacher=teacher) if o.finetune_steps else model
     if o.trained and is_main_process(): save_trained(tuned, Path(o.trained).expanduser(), base)
     if tuned is not model and not (o.trained and getattr(model, 'is_quantized', False)): merge_lora(tuned)
 
@@ -380,6 +405,7 @@ def convert(
     distill_steps:int=0, # Steps for the maps alone
     finetune_steps:int=0, # Steps for the whole model
     adapt_steps:int=0, # Steps for the whole softmax model, before it is converted
+    align_steps:int=0, # Steps for the attention modules, between maps and whole model
     recipe='best', # A name of `RECIPES`, or a `Recipe`: what is not given is as it says
     valid=None, # (K, T) held-out blocks, others than `test`: each phase ends with the state that is best on them
     patience:int=None, # Stop a phase after so many evaluations on `valid` without improvement
@@ -403,8 +429,8 @@ def convert(
     trained=None, # Folder to write the maps and adapters to, as `save_trained` does
     base:str=None, # For that folder: where the original model is
 )->list: # Rows
-    ("Swap, distil, finetune, and measure before and after each. Raises what `linearize`, `distill` and `finetune` raise, before anything is measured "
-     "where that can be seen, and `ValueError` where `work` keeps a run with other settings or texts.")
+    ("Swap, distil, align, finetune, and measure before and after each. Raises what `linearize`, `distill`, `align` and `finetune` raise, "
+     "before anything is measured where that can be seen, and `ValueError` where `work` keeps a run with other settings or texts.")
     o,r = {k:v for k,v in locals().items() if k not in ('model','config','on_event','work','base','recipe')},get_recipe(recipe)
     for k in ('batch_size','lr','objective','finetune_on','lora'): o[k] = getattr(r, k) if o[k] is None else o[k]
     o.update(distill_args=r.distill_args, finetune_batch_size=o['batch_size'] if finetune_batch_size is None else finetune_batch_size)

@@ -117,7 +117,7 @@ def attend_window(
     o = o.to(given[2].dtype)
     if not output_final_state: return o
     n,real = k.shape[2],k.new_ones(len(k), k.shape[2]) if mask is None else mask.to(k.dtype)
-    last = lambda x: F.pad(x, (0, 0, max(0, window-n), 0))[...,max(n, window)-window:,:] # zeros in front where there are fewer
+    last = lambda x: F.pad(x[...,max(0, n-window):,:], (0, 0, max(0, window-n), 0)).clone() # zeros in front where there are fewer; no view of the prompt
     return o, WindowState(last(k), last(v), last(real[...,None])[...,0], LinearState(*S[:3]))
 
 # %% ../../../kernels/10_cpu.ipynb #cpuk00x2
