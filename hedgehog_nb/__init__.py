@@ -6,7 +6,7 @@ from importlib import import_module as _import_module
 
 _where = dict(linear_attention='functional', make_attention='attentions.base', make_feature_map='attentions.base',
               attention_report='analysis.report', compare_attentions='analysis.comparison', linearize='models.linearize', distill='training.distill',
-              finetune='training.finetune', save_linearized='models.loading', load_linearized='models.loading')
+              align='training.align', finetune='training.finetune', save_linearized='models.loading', load_linearized='models.loading')
 __all__ = list(_where)
 
 def __getattr__(name):

@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 pytestmark = pytest.mark.processes
 
 NAMES = {'make_attention', 'attention_report', 'compare_attentions', 'linear_attention',
-    'linearize', 'save_linearized', 'load_linearized', 'distill', 'finetune', 'make_feature_map'}
+    'linearize', 'save_linearized', 'load_linearized', 'distill', 'align', 'finetune', 'make_feature_map'}
 
 
 def sh(*args, cwd=None, **env):

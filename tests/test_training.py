@@ -187,7 +187,7 @@ def test_two_processes_make_the_same_steps(in_processes):
     torch.testing.assert_close(one.pop('evaluations'), two.pop('evaluations'), atol=2e-6, rtol=1e-6)
     assert one.keys()==two.keys()
     for k in one: torch.testing.assert_close(one[k], two[k], rtol=0, atol=2e-4)
-    assert sorted(p.name for p in in_processes[2].iterdir())==['distill','done','finetune']
+    assert sorted(p.name for p in in_processes[2].iterdir())==['align','distill','done','finetune']
 
 @pytest.mark.slow
 def test_the_command_in_two_processes(root, tmp_path):
