@@ -74,7 +74,7 @@ def align(
     data, # Training data, as for `distill`
     steps:int=None, # Optimiser steps
     batch_size:int=8, # Rows per step, where `data` is no batches
-    lr:float=None, # AdamW's learning rate, decaying linearly to 0; `default_lr` if None (1e-3), by `find_lr` if "auto"
+    lr:float=None, # AdamW's learning rate, decaying linearly to 0; `default_lr` if None (1e-3; 5e-4 for hybrids), by `find_lr` if "auto"
     epochs:float=None, # Passes over the data, if not `steps`; one if neither is given
     seed:int=0, # Order of the rows, and all random numbers
     collator=None, # Makes a batch of rows, such as `transformers.DataCollatorWithPadding`; stacks them if None

@@ -27,11 +27,13 @@ def default_lr(
     hybrid:bool=None, # Is there softmax beside the linear attention? If None, as in `model`
 )->float: # Peak learning rate of AdamW
     ("The rate of `lr=None`: 1e-2 for maps (Hedgehog, LoLCATs), 1e-3 for attention modules, 1e-4 for adapters (LoLCATs), and by size for all weights: "
-     "6e-4 below 1 billion (Hedgehog's GPT-2), 1e-4 below 5, else 2e-5 (Alpaca, Tülu 2), for hybrids 1e-4, 3e-5, 1e-5. Raises `ValueError` on another phase.")
+     "6e-4 below 1 billion (Hedgehog's GPT-2), 1e-4 below 5, else 2e-5 (Alpaca, Tülu 2). For hybrids 5e-4 for attention modules, and "
+     "1e-4, 3e-5, 1e-5. Raises `ValueError` on another phase.")
     if phase not in ('distill','align','finetune'): raise ValueError(f"phase is 'distill', 'align' or 'finetune'; given {phase!r}")
-    if phase!='finetune': return 1e-2 if phase=='distill' else 1e-3
-    if lora or hasattr(model, 'peft_config'): return 1e-4
+    if phase=='distill': return 1e-2
     if hybrid is None: hybrid = _is_hybrid(model)
+    if phase=='align': return 5e-4 if hybrid else 1e-3
+    if lora or hasattr(model, 'peft_config'): return 1e-4
     return next(rates[hybrid] for limit,*rates in _FULL_RATES if model.num_parameters()<limit)
 
 # %% ../../nbs/09d_learning_rates.ipynb #09d00022
