@@ -199,6 +199,16 @@ def test_budgets_are_kept_by_all_phases(budget, here):
     plan,tokens = r.stderr,{x['stage']:x['tokens'] for x in json.loads(r.stdout)['rows']}
     assert 'adapt     16,384 tokens' in plan and tokens['adapted']==16_384, plan
 
+def test_alignment_takes_steps_of_distillation(here):
+    "A small budget for it does not shrink the others' batches; it is left out where weights cannot be trained."
+    r = hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', 'a', '--recipe', 'paper', '--map', 'hedgehog', '--seq-len', 32, '--distill-steps', 2,
+        '--align-tokens', 512, '--finetune-tokens', 0, '--eval-tokens', 256, '--json')
+    assert [(x['stage'], x['tokens']) for x in json.loads(r.stdout)['rows'] if x['metric']=='ppl'][2:]==[('distilled',512),('aligned',1024)]
+    half = ('linearize', 'embedded', '--data', 'embedded', '--recipe', 'best', '--map', 'hedgehog', '--dtype', 'float16', '--distill-tokens', 64,
+        '--finetune-tokens', 0, '--seq-len', 32, '--eval-tokens', 64)
+    assert 'align' not in hedgehog(*half, '--out', 'b').stderr
+    assert '--align-tokens 64 trains the weights of attention' in ' '.join(hedgehog(*half, '--out', 'c', '--align-tokens', 64, code=1).stderr.split())
+
 @pytest.mark.parametrize('bad,says', [(('--long-blocks', 9, '--seq-len', 64), 'makes blocks of 576 tokens, and this model has 512 positions'),
     (('--long-blocks', 8, '--seq-len', 64, '--distill-tokens', 128, '--finetune-tokens', 0), 'joins so many blocks, and these budgets and this text come to 2'),
     (('--recipe', 'beste'), 'recipe is one of paper, lolcats, best'),

@@ -82,8 +82,12 @@ def test_alignment_is_a_phase(tmp_path):
     with pytest.raises(Stop): go(**kw, work=tmp_path/'run', on_event=stop)
     drop = lambda rows: [{k:v for k,v in r.items() if k!='seconds'} for r in rows]
     assert drop(go(**kw, work=tmp_path/'run'))==drop(rows)
-    r = get_recipe('best')
-    assert [r.align_for(r.config(a), lora) for a,lora in (('hedgehog',None), ('hedgehog',dict(r=2)), (None,None))]==[1., 0., 0.]
+    best = dict(recipe='best', distill_steps=2, finetune_steps=0)
+    stages = lambda model, config, **kw: [r['stage'] for r in convert(model, TRAIN, TEST, config, **best, **kw) if r['metric']=='ppl'][2:]
+    assert stages(llama(), 'hedgehog')==['distilled','aligned'] and stages(llama(), None)==['distilled']==stages(llama(), 'hedgehog', align_steps=0)
+    assert stages(llama().half(), 'hedgehog')==['distilled'] # which AdamW cannot train
+    with pytest.raises(ValueError, match='align_steps=2 trains the weights of attention.*float16'):
+        convert(llama().half(), TRAIN, TEST, align_steps=2, on_event=lambda *a, **k: 1/0)
 
 @pytest.mark.parametrize('steps,n,want', [(100, 1, [100]), (100, 4, [12,25,50,100]), (3, 9, [1,2,3]), (1, 3, [1])])
 def test_evaluations_are_spaced_by_doublings(steps, n, want): assert log_spaced(steps, n)==want

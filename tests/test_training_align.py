@@ -1,6 +1,7 @@
 "Alignment: attention modules, projections and maps, learn to give what softmax gave on the teacher's inputs."
 import copy
 import pytest, torch
+from transformers import BartConfig, BartForConditionalGeneration, WhisperConfig, WhisperForConditionalGeneration
 from hedgehog_nb.models.attention import linear_layers
 from hedgehog_nb.models.linearize import linearize
 from hedgehog_nb.training.align import align, alignment_loss, attention_copy
@@ -66,10 +67,13 @@ def test_pieces_and_stops_change_nothing(tmp_path):
     class Stop(Exception): pass
     def stop(step, loss, seconds):
         if step==4: raise Stop
-    with pytest.raises(Stop): run(checkpoint=tmp_path/'c.safetensors', save_steps=1, callbacks=[OnStep(stop)])
-    again,h2 = run(checkpoint=tmp_path/'c.safetensors', save_steps=1)
-    assert h2.losses==h.losses and all(torch.equal(x, y) for x,y in zip(whole.parameters(), again.parameters()))
-    with pytest.raises(ValueError, match='teacher'): run(linearize(llama(seed=1)), checkpoint=tmp_path/'c.safetensors')
+    model = linearize(llama())
+    for i in range(2): # in another process, and in this one with the very model
+        with pytest.raises(Stop): run(model, checkpoint=tmp_path/f'{i}', save_steps=1, callbacks=[OnStep(stop)])
+        assert all(torch.equal(x, y) for x,y in zip(model.parameters(), linearize(llama()).parameters()))
+        again,h2 = run(model if i else None, checkpoint=tmp_path/f'{i}', save_steps=1)
+        assert h2.losses==h.losses and all(torch.equal(x, y) for x,y in zip(whole.parameters(), again.parameters()))
+    with pytest.raises(ValueError, match='keeps another run: original'): run(linearize(llama(seed=1)), checkpoint=tmp_path/'0')
 
 @pytest.mark.parametrize('kw,says', [(dict(lr='fast'), 'lr is a number'), (dict(gradient_checkpointing=True), 'nothing in alignment'),
     (dict(steps=0), 'steps'), (dict(objective='outputs'), 'objective')], ids=lambda x: next(iter(x)) if isinstance(x, dict) else '')
@@ -79,9 +83,11 @@ def test_bad_settings(kw, says):
 def test_models_that_cannot_be_aligned():
     with pytest.raises(ValueError, match='no converted attention'): align(llama(), corpus(4), 1)
     with pytest.raises(ValueError, match='float16'): align(linearize(llama()).half(), corpus(4), 1)
+    model = linearize(llama()); model.set_attn_implementation('sdpa')
+    with pytest.raises(ValueError, match="set to 'sdpa'.*set_attn_implementation"): align(model, corpus(4), 1)
     model = linearize(llama())
     for p in model.model.layers.parameters(): p.requires_grad_(False)
-    with pytest.raises(ValueError, match='no converted attention with weights to train'): align(model, corpus(4), 1)
+    with pytest.raises(ValueError, match='are frozen'): align(model, corpus(4), 1)
 
 def test_rates_are_found():
     h = align(linearize(llama()), corpus(8), 3, lr='auto', eval_data=corpus(2, seed=5))
@@ -91,3 +97,31 @@ def test_a_loss_is_bounded_and_ignores_padding():
     x = torch.randn(2, 3, 4)
     assert alignment_loss(1e6*x, x)==10 and torch.allclose(alignment_loss(torch.zeros_like(x), x), torch.tensor(1.))
     assert alignment_loss(x, torch.zeros_like(x)).isfinite() and alignment_loss(x, x, torch.zeros(2, 3))==0
+
+def test_an_encoder_and_a_decoder_have_masks_of_their_own():
+    config = BartConfig(vocab_size=61, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64,
+        decoder_ffn_dim=64, max_position_embeddings=40, dropout=0.)
+    torch.manual_seed(0)
+    model = linearize(BartForConditionalGeneration(config)).eval(); shake(model)
+    batch = dict(input_ids=corpus(2, 12), decoder_input_ids=corpus(2, 12, seed=1), attention_mask=torch.ones(2, 12).long(),
+        decoder_attention_mask=torch.ones(2, 12).long())
+    batch['attention_mask'][0,5:] = 0; batch['decoder_attention_mask'][1,9:] = 0
+    want = []
+    for n,(args,kw,out) in hidden(model, batch).items():
+        with torch.no_grad(): o = model.get_submodule(n)(*args, **kw)[0]
+        e = ((o-out).square().sum(-1)/out.square().sum(-1)).clamp_max(10)
+        want.append(e[batch['decoder_attention_mask' if 'decoder' in n else 'attention_mask'].bool()].mean().item())
+    assert len(want)==2 and abs(align(model, [batch], 1).losses[0]-sum(want)/2)<1e-5
+
+def test_a_decoder_of_speech():
+    config = WhisperConfig(vocab_size=61, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4, num_mel_bins=8,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, max_source_positions=10, max_target_positions=12, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None)
+    torch.manual_seed(0)
+    model = linearize(WhisperForConditionalGeneration(config))
+    assert all(0<x<10 for x in align(model, [dict(input_features=torch.randn(2, 8, 20), decoder_input_ids=corpus(2, 8))]*2, 2).losses)
+
+def test_each_module_keeps_its_mode():
+    model = linearize(llama()).train(); model.lm_head.eval()
+    align(model, corpus(4), 1)
+    assert model.training and not model.lm_head.training and model.model.training

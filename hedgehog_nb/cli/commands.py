@@ -257,8 +257,8 @@ def _demo_rows(train, valid, test, quick, screen, camera, seed):
     for name,(a,ba,b,bb,lr,attention,more) in DEMO['runs'].items():
         m = models[name] = load_embedded()[0]
         rows += convert(m, train, test, get_recipe('best').config(attention, **more), distill_steps=-(-a//n), finetune_steps=-(-b//n), valid=valid,
-            batch_size=ba, finetune_batch_size=bb, lr=DEMO['lr'], finetune_lr=lr, finetune_on='teacher', long_blocks=1, measure_teacher=not rows, seed=seed,
-            on_event=tee(screen.progress, measured, camera))
+            batch_size=ba, finetune_batch_size=bb, lr=DEMO['lr'], align_steps=0, finetune_lr=lr, finetune_on='teacher', long_blocks=1,
+            measure_teacher=not rows, seed=seed, on_event=tee(screen.progress, measured, camera))
     return models, rows
 
 # %% ../../nbs/94_cli.ipynb #b1e78973

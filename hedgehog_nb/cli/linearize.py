@@ -79,29 +79,30 @@ def _validation(data, train, model, tok, seq_len, text_column, most=16):
     n = min(most, len(train)//20)
     return (train[:len(train)-n],train[-n:]) if n else (train,None)
 
-def _budgets(o, recipe, how, maps):
+def _budgets(o, recipe, how, model, maps):
     "(tokens, steps or None) of each phase. `maps` is 0 where there is nothing to distil."
-    share,distill = recipe.align_for(how, o.lora_rank or o.save=='trained'),(o.distill_tokens,o.distill_steps) if maps else (0,0)
+    share,distill = recipe.align_for(how, model, o.lora_rank or o.save=='trained'),(o.distill_tokens,o.distill_steps) if maps else (0,0)
     align = tuple(None if x is None else round(share*x) for x in distill) if o.align_tokens is None else (o.align_tokens,None)
     return (o.adapt_tokens,None), distill, align, (o.finetune_tokens,o.finetune_steps)
 
 def _batch_sizes(o, recipe, budgets):
-    "Blocks per step of each phase. Two phases that train the same, layers or the whole model, have the same, that of the smaller budget."
+    "Blocks per step of each phase. Alignment has those of distillation, and what comes before the conversion those of finetuning, where these are."
     sizes = [o.batch_size or (recipe.batch_for(t, o.seq_len) if s is None else recipe.batch_size) for t,s in budgets]
     used = [t if s is None else s for t,s in budgets]
-    smaller = lambda *phases: min((sizes[i] for i in phases if used[i]), default=1)
-    whole,layers = smaller(0, 3),smaller(1, 2)
+    whole,layers = (next((sizes[i] for i in phases if used[i]), 1) for phases in ((3, 0), (1, 2)))
     return whole,layers,layers,whole
 
 def _prepare(o, how, recipe):
     ("What can fail before the first step: (model, tokenizer, texts, numbers of the layers, parameters of their maps, steps and batches of each phase, "
      "blocks in a long one).")
+    from hedgehog_nb.training.align import check_alignable
     from hedgehog_nb.training.recipe import most_tokens, steps_for
     if is_converted(o.model): raise ValueError(f"{o.model} is converted already; name the model it came from")
     m,tok = open_model(o.model, o.dtype, o.device)
     which,extra = map_plan(m, how)
-    budgets = _budgets(o, recipe, how, extra)
-    tunes = any(t if s is None else s for t,s in (budgets[0], *budgets[2:]))
+    budgets = _budgets(o, recipe, how, m, extra)
+    tunes = any(t if s is None else s for t,s in (budgets[0], budgets[3]))
+    if o.align_tokens: check_alignable(m, f'--align-tokens {o.align_tokens}')
     if getattr(m, 'is_quantized', False) and tunes and not (o.save=='trained' and o.lora_rank):
         raise ValueError(f"{o.model} is quantised, and such weights are not trained: say --lora-rank 8 --save trained, which trains adapters beside them, "
             "or --finetune-tokens 0, which trains the maps alone")
@@ -221,7 +222,7 @@ DistillTokensOpt = Annotated[int, _opt('--distill-tokens', panel='Training', met
 DistillStepsOpt = Annotated[Optional[int], _opt('--distill-steps', panel='Training', metavar='N', min=0, help="The same in steps; wins over tokens.")]
 AlignTokensOpt = Annotated[Optional[int], _opt('--align-tokens', panel='Training', metavar='N', min=0,
     help="Budget for attention modules, projections and maps, after the maps alone. "
-         "If not given: as much as for the maps where [cyan]best[/] makes a linear model, else none.")]
+         "If not given: as much as for the maps where [cyan]best[/] makes a linear model and all weights may be trained, else none.")]
 FinetuneTokensOpt = Annotated[int, _opt('--finetune-tokens', panel='Training', metavar='N', min=0, help="Budget for the whole model; 0: none.")]
 FinetuneStepsOpt = Annotated[Optional[int], _opt('--finetune-steps', panel='Training', metavar='N', min=0, help="The same in steps; wins over tokens.")]
 SeqLenOpt = Annotated[int, _opt('--seq-len', panel='Training', metavar='N', min=2, help="Tokens in a block.")]

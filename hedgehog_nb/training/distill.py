@@ -48,8 +48,9 @@ def teacher_pass(
     on_layer, # Called for each converted layer: (module, q (B, H, T, D), k, v (B, Hkv, T, D), causal, scale, mask (B, T) or None, o (B, H, T, D) the teacher's)
 ):
     "Run `model` as the softmax Transformer it was, showing each converted layer's attention to `on_layer`."
-    body,kw = base_forward(model),dict(use_cache=False) if model.main_input_name=='input_ids' else {}
+    body = base_forward(model)
     takes = forward_parameters(body)
+    kw = dict(use_cache=False) if model.main_input_name=='input_ids' or takes and 'use_cache' in takes else {}
     inputs = {k:v for k,v in batch.items() if k!='labels' and (takes is None or k in takes)}
     with torch.no_grad(), as_softmax(model, on_layer): body(**{**inputs, **kw})
 
@@ -83,7 +84,7 @@ def _add_up(loss, params):
 @contextmanager
 def _train_maps(model, maps):
     "Make frozen `maps` trainable, in evaluation mode; afterwards they are frozen again, no gradient is left, and the mode is as before."
-    frozen,was = [] if any(p.requires_grad for p in maps) else maps,model.training # frozen with the rest of the model, which does not concern them
+    frozen,modes = [] if any(p.requires_grad for p in maps) else maps,[(m, m.training) for m in model.modules()] # frozen with the rest of the model
     try:
         for p in frozen: p.requires_grad_()
         model.eval()
@@ -91,7 +92,7 @@ def _train_maps(model, maps):
     finally:
         for p in frozen: p.requires_grad_(False)
         for p in maps: p.grad = None
-        model.train(was)
+        for m,was in modes: m.training = was
 
 # %% ../../nbs/09_training.ipynb #1535f350
 class _DistillTrainer(ResumableTrainer):

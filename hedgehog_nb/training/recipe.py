@@ -22,7 +22,7 @@ from ..files import atomic_write
 from ..data.models import parse_dtype
 from ..models.config import LinearizeConfig
 from ..models.linearize import build_attentions, linearize
-from .align import align
+from .align import align, check_alignable
 from .batches import distributed_info
 from .distill import distill
 from .evaluate import perplexity
@@ -64,9 +64,10 @@ class Recipe:
         "The batch size for a budget of `tokens` in blocks of `seq_len`."
         return max(1, min(self.batch_size, tokens//(seq_len*self.min_steps)))
 
-    def align_for(self, config:LinearizeConfig, lora=None)->float: # Steps for each step of distillation
-        "`align` for a linear model, all of whose weights are trained; 0 for a hybrid, which is near its teacher, or where adapters are trained."
-        return 0. if is_hybrid(config) or lora else self.align
+    def align_for(self, config:LinearizeConfig, model, adapters:bool=False)->float: # Steps for each step of distillation
+        "`align` for a linear model; 0 for a hybrid, where only adapters and maps are trained, or where weights cannot be (float16, quantised)."
+        fixed = adapters or model.dtype==torch.float16 or getattr(model, 'is_quantized', False)
+        return 0 if is_hybrid(config) or fixed else self.align
 
     def long_for(self, config:LinearizeConfig, model, blocks:int, seq_len:int)->int: # Blocks in a long one
         "`long_blocks`, or fewer where the text has fewer, or where so many tokens are more than the model's positions; 1 for a linear model."
@@ -270,7 +271,7 @@ def _check_numbers(o):
     "Raise `ValueError` on a number that does not fit."
     for name,least in _COUNTS.items():
         x = o[name]
-        if x is None and name=='patience': continue
+        if x is None and name in ('align_steps','patience'): continue
         if isinstance(x, bool) or not isinstance(x, int) or x<least: raise ValueError(f"{name} is a whole number, {least} or more; given {x!r}")
     for name in ('lr','finetune_lr'):
         x = o[name]
@@ -289,6 +290,7 @@ def _check_settings(model, config, o):
     if n>N or n>1 and n*T>room:
         raise ValueError(f"long_blocks={n} joins so many blocks of {T} tokens; given {f'{N} blocks' if n>N else f'a model of {room:,} positions'}")
     if o['autocast']: parse_dtype(o['autocast'])
+    if o['align_steps']: check_alignable(model, f"align_steps={o['align_steps']}")
     if o['patience'] and o['valid'] is None: raise ValueError(f"patience={o['patience']} counts evaluations on held-out blocks: give valid too")
     for n in ('adapt_steps','align_steps'):
         if o['trained'] and o[n]:
@@ -405,7 +407,7 @@ def convert(
     distill_steps:int=0, # Steps for the maps alone
     finetune_steps:int=0, # Steps for the whole model
     adapt_steps:int=0, # Steps for the whole softmax model, before it is converted
-    align_steps:int=0, # Steps for the attention modules, between maps and whole model
+    align_steps:int=None, # Steps for the attention modules, between maps and whole model; the recipe's if None
     recipe='best', # A name of `RECIPES`, or a `Recipe`: what is not given is as it says
     valid=None, # (K, T) held-out blocks, others than `test`: each phase ends with the state that is best on them
     patience:int=None, # Stop a phase after so many evaluations on `valid` without improvement
@@ -438,6 +440,7 @@ def convert(
     if finetune_lr is None: o['finetune_lr'] = min(r.finetune_lr, default_lr(model, 'finetune', bool(o['lora']), is_hybrid(config)))
     if long_blocks is None: o['long_blocks'] = r.long_for(config, model, *train.shape) if isinstance(train, Tensor) and train.dim()==2 else 1
     _check_settings(model, config, o)
+    if align_steps is None: o['align_steps'] = round(distill_steps*r.align_for(config, model, bool(o['lora'] or trained)))
     if trained and Path(trained).expanduser().exists(): raise ValueError(f"{trained} exists: name a new folder for what is trained")
     texts = {k:None if o[k] is None else _digest(o[k]) for k in ('train','test','valid')}
     drop = 'trained','save_steps','gradient_accumulation_steps'
