@@ -228,7 +228,7 @@ def test_default_rates_are_what_none_means():
     assert [seen(distill, made()), seen(finetune, made())]==[1e-2, 6e-4]
     assert [seen(finetune, made(), lora=LORA), seen(finetune, add_lora(made(), **LORA))]==[1e-4, 1e-4]
     assert seen(finetune, made(softmax_heads='0:0-1'))==1e-4==seen(finetune, made(attention='hedgehog-window', window=4)) and seen(distill, made(), lr=.5)==.5
-    with pytest.raises(ValueError, match="phase is 'distill' or 'finetune'"): default_lr(made(), 'train')
+    with pytest.raises(ValueError, match="phase is 'distill', 'align' or 'finetune'"): default_lr(made(), 'train')
     for train in PHASES:
         with pytest.raises(ValueError, match="lr is a number, None, or 'auto'; given 'best'"): train(made(), BLOCKS, 2, lr='best')
 
