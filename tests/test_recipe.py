@@ -5,7 +5,7 @@ from itertools import islice
 from hypothesis import given, settings, strategies as st
 from hedgehog_nb.models.config import LinearizeConfig
 from hedgehog_nb.training.evaluate import perplexity
-from hedgehog_nb.training.recipe import convert, get_recipe, log_spaced, mixed_batches, one_epoch, read_eval_log, RECIPES, steps_for, tokens_after
+from hedgehog_nb.training.recipe import convert, get_recipe, log_spaced, mixed_batches, read_eval_log, RECIPES, steps_for, tokens_after
 from helpers.tiny_models import corpus, llama
 
 TRAIN,TEST = corpus(12),corpus(3)
