@@ -10,15 +10,13 @@ __all__ = ['alignment_loss', 'attention_copy', 'check_alignable', 'align']
 # %% ../../nbs/09e_alignment.ipynb #09e00004
 import tempfile, torch
 from copy import deepcopy
+from types import SimpleNamespace
 from fastcore.basics import patch
 from torch import Tensor
 from ..models.attention import linear_layers
-from .batches import distributed_info, training_source, training_steps
-from .checkpoint import TrainingCheckpoint, TrainingHistory
-from .distill import _DistillTrainer, _NOT_IN_DISTILLATION, _train_maps, float_maps, teacher_pass
-from .lr_finder import default_lr, find_lr
+from .checkpoint import TrainingHistory
+from .distill import _DistillTrainer, _prepare_layers, _train_maps, float_maps, teacher_pass
 from .teacher import _sample
-from .trainer import found_lr, kept_settings, training_arguments
 
 # %% ../../nbs/09e_alignment.ipynb #09e00012
 def alignment_loss(
@@ -112,16 +110,7 @@ def align(
     ("Train converted attention modules to give what they gave with softmax, each on the teacher's inputs; the teacher is the model as it is given. "
      "Raises `ValueError` on bad settings or data, `FloatingPointError` where a loss is not finite.")
     own = _own_weights(model)
-    for k in _NOT_IN_DISTILLATION & training_args.keys(): raise ValueError(f"{k}: there is nothing in alignment that it would change; finetune takes it")
-    source = training_source(model, collator, batch_size, seed, training_args)
-    data,eval_data = source(data),None if eval_data is None else source(eval_data, once=False)
-    steps,lr = training_steps(data, steps, epochs),default_lr(model, 'align') if lr is None else lr
-    args = training_arguments(model, steps, batch_size, lr, seed, gradient_accumulation_steps, eval_data is not None, eval_steps,
-        **{**dict(lr_scheduler_type='linear', warmup_steps=int(.05*steps), adam_beta2=.95, max_grad_norm=0.), **training_args})
-    run = TrainingCheckpoint(steps, checkpoint, save_steps, distributed_info()[0]==0, phase='align', lr=lr, original=_sample(model),
-        batch_size=batch_size, seed=seed, rows=len(data.data) if data.indexed else None, **kept_settings(training_args))
-    args.learning_rate = found_lr(lr, run, lambda: find_lr(align, model, data.data, None if eval_data is None else eval_data.data, batch_size=batch_size,
-        seed=seed, collator=collator, gradient_accumulation_steps=gradient_accumulation_steps, **training_args))
+    data,eval_data,run,args = _prepare_layers(align, SimpleNamespace(**locals()), .05, dict(adam_beta2=.95), dict(original=_sample(model)))
     teacher = attention_copy(model).eval()
     with _train_maps(model, own), tempfile.TemporaryDirectory() as args.output_dir:
         trainer = _AlignTrainer(model, teacher, data, run, args, eval_data, callbacks, progress, keep_best=keep_best, patience=patience, min_delta=min_delta)

@@ -10,6 +10,7 @@ __all__ = ['as_softmax', 'teacher_pass', 'distill']
 # %% ../../nbs/09_training.ipynb #11a000i1
 import inspect, tempfile, torch
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from fastcore.basics import patch
 from torch import distributed, Tensor
 from transformers import PreTrainedModel
@@ -148,6 +149,23 @@ def mean_loss(self:_DistillTrainer, batch, share=None):
     with self.precision(): teacher_pass(self.whole, self.moved(batch), on_layer)
     return sum(losses)/len(losses)
 
+# %% ../../nbs/09_training.ipynb #09c0d1d1
+def _prepare_layers(train, o, warmup, defaults, settings):
+    ("Data, checkpoint and arguments of a phase that trains layer by layer, from the settings `o` of the call of `train`. "
+     "`settings` tell its runs apart, and are of its trials too but for `original`.")
+    what,more = dict(distill='distillation', align='alignment')[train.__name__],o.training_args
+    for k in _NOT_IN_DISTILLATION & more.keys(): raise ValueError(f"{k}: there is nothing in {what} that it would change; finetune takes it")
+    source = training_source(o.model, o.collator, o.batch_size, o.seed, more)
+    data,held = source(o.data),None if o.eval_data is None else source(o.eval_data, once=False)
+    steps,lr = training_steps(data, o.steps, o.epochs),default_lr(o.model, train.__name__) if o.lr is None else o.lr
+    args = training_arguments(o.model, steps, o.batch_size, lr, o.seed, o.gradient_accumulation_steps, held is not None, o.eval_steps,
+        **{**dict(lr_scheduler_type='linear', warmup_steps=int(warmup*steps), max_grad_norm=0.), **defaults, **more})
+    run = TrainingCheckpoint(steps, o.checkpoint, o.save_steps, distributed_info()[0]==0, phase=train.__name__, lr=lr, batch_size=o.batch_size, seed=o.seed,
+        rows=len(data.data) if data.indexed else None, **settings, **kept_settings(more))
+    trial = {k:getattr(o, k) for k in ('batch_size','seed','collator','gradient_accumulation_steps')} | {k:v for k,v in settings.items() if k!='original'}
+    args.learning_rate = found_lr(lr, run, lambda: find_lr(train, o.model, data.data, None if held is None else held.data, **trial, **more))
+    return data,held,run,args
+
 # %% ../../nbs/09_training.ipynb #b52c110c
 def distill(
     model:PreTrainedModel, # A converted model; only its maps are trained
@@ -176,16 +194,7 @@ def distill(
     if objective not in LOSSES: raise ValueError(f"objective is one of {', '.join(LOSSES)}; given {objective!r}")
     maps = float_maps(model)
     if not maps: raise ValueError("this model has no maps to train: convert it with a learned map first, such as linearize(model, 'hedgehog')")
-    for k in _NOT_IN_DISTILLATION & training_args.keys(): raise ValueError(f"{k}: there is nothing in distillation that it would change; finetune takes it")
-    source = training_source(model, collator, batch_size, seed, training_args)
-    data,eval_data = source(data),None if eval_data is None else source(eval_data, once=False)
-    steps,lr = training_steps(data, steps, epochs),default_lr(model, 'distill') if lr is None else lr
-    args = training_arguments(model, steps, batch_size, lr, seed, gradient_accumulation_steps, eval_data is not None, eval_steps,
-        **{**dict(lr_scheduler_type='linear', max_grad_norm=0., optim='adamw_torch'), **training_args})
-    run = TrainingCheckpoint(steps, checkpoint, save_steps, distributed_info()[0]==0, phase='distill', lr=lr, objective=objective,
-        batch_size=batch_size, seed=seed, rows=len(data.data) if data.indexed else None, **kept_settings(training_args))
-    args.learning_rate = found_lr(lr, run, lambda: find_lr(distill, model, data.data, None if eval_data is None else eval_data.data, batch_size=batch_size,
-        objective=objective, seed=seed, collator=collator, gradient_accumulation_steps=gradient_accumulation_steps, **training_args))
+    data,eval_data,run,args = _prepare_layers(distill, SimpleNamespace(**locals()), 0., dict(optim='adamw_torch'), dict(objective=objective))
     with _train_maps(model, maps), tempfile.TemporaryDirectory() as args.output_dir:
         return _DistillTrainer(model, data, run, args, eval_data, callbacks, progress, objective=objective,
             keep_best=keep_best, patience=patience, min_delta=min_delta).fit()
