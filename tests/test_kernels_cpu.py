@@ -14,7 +14,7 @@ from hedgehog_nb.training.losses import naive_weight_loss, output_loss, weight_l
 from hedgehog_nb.attentions.base import make_attention, make_feature_map
 from hedgehog_nb.ops.window import naive_window_attention, window_max
 from hedgehog_nb.ops.linear import LinearState, naive_linear_attention
-from hedgehog_nb.functional import linear_attention
+from hedgehog_nb.functional import linear_attention, window_attention
 
 needs_compiler = pytest.mark.skipif(build._compiler() is None, reason="no C compiler here")
 
@@ -676,3 +676,48 @@ def test_the_page_shows_the_text_as_it_is(root):
 
 def test_a_region_that_there_is_not():
     with pytest.raises(ValueError, match="no region 'tiles'; it has vectors, product"): build.region('tiles')
+
+def misfits(x):
+    "Tensors of other shapes than x: one entry, one fewer and one more along each axis, an axis fewer and one more."
+    for d,size in enumerate(x.shape):
+        for n in {1, size-1, size+1} - {0, size}: yield x.new_ones((*x.shape[:d], n, *x.shape[d+1:]))
+    yield from (x[0], x[None])
+
+def states_unlike(state):
+    "The state with one tensor, of its own or within it, of another shape."
+    for n,x in state._asdict().items():
+        yield from (state._replace(**{n:y}) for y in (states_unlike(x) if isinstance(x, tuple) else misfits(x)))
+
+@needs_compiler
+@pytest.mark.parametrize('step', [False, True])
+def test_no_shape_is_read_past_its_end(step):
+    "Whatever its implementation, a call refuses what does not fit: C would read another tensor's memory."
+    B,H,N,T,D,V = 2,4,2,1 if step else 40,8,6
+    rand = lambda *s: torch.rand(*s)
+    fits = dict(q=rand(B,H,T,D), k=rand(B,N,T,D), v=rand(B,N,T,V), phi_q=rand(B,H,T,D), phi_k=rand(B,N,T,D), window=4, log_q=rand(B,H,T),
+        log_k=rand(B,N,T), log_gamma=rand(H), mask=torch.ones(B,T).bool(), output_final_state=step)
+    past = window_attention(rand(B,H,9,D), rand(B,N,9,D), rand(B,N,9,V), rand(B,H,9,D), rand(B,N,9,D), 4, output_final_state=True)[1]
+    for start in (None, past):
+        window_attention(**fits, initial_state=start)
+        for n,x in fits.items():
+            for y in misfits(x) if isinstance(x, torch.Tensor) and (n!='v' or start) else ():
+                with pytest.raises(ValueError): window_attention(**fits | {n:y}, initial_state=start)
+    for bad in states_unlike(past):
+        with pytest.raises(ValueError): window_attention(**fits, initial_state=bad)
+    with pytest.raises(ValueError, match='given -1'): window_attention(**fits | dict(window=-1))
+
+@needs_compiler
+def test_what_a_map_returns_is_checked():
+    q,k,v = torch.rand(2, 4, 40, 8),torch.rand(2, 2, 40, 8),torch.rand(2, 2, 40, 6)
+    good = dict(phi_q=q, phi_k=k, log_k=torch.zeros(2, 2, 40))
+    linear_attention(q, k, v, lambda *_: (*good.values(),))
+    for n,x in good.items():
+        for y in misfits(x):
+            with pytest.raises(ValueError): linear_attention(q, k, v, lambda *_: (*(good | {n:y}).values(),))
+    for m,bad in ((m, y) for m in (None, make_feature_map('hedgehog', 8, 4, 2)) for y in states_unlike(linear_attention(q, k, v, m, output_final_state=True)[1])):
+        with pytest.raises(ValueError, match='initial_state'): linear_attention(q, k, v, m, initial_state=bad)
+
+@needs_compiler
+def test_matrices_of_other_shapes_are_left_to_pytorch():
+    x = torch.rand(2, 4, 10, 8)
+    assert maps.suits_map(x, torch.rand(4, 16, 8)) and not any(maps.suits_map(x, torch.rand(s)) for s in ((3, 16, 8), (4, 16, 7), (8, 8)))

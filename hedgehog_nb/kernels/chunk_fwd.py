@@ -11,8 +11,8 @@ __all__ = ['prepare_weights', 'chunk_config', 'chunk_states', 'chunk_fwd', 'chec
 import torch
 from torch import Tensor
 from ..ops.common import check_qkv, no_autocast
-from ..ops.linear import LinearState, LOG_ZERO
-from .common import check_lengths, check_log_weights, check_state
+from ..ops.linear import check_log_weights, LinearState, LOG_ZERO
+from .common import check_lengths, check_state
 from .launch import check_tensors, launch
 from .plan import _edge_slot, _segment_of, edge_max, make_plan, parse_borders, running_max, slot_max
 from .states import _dot_z, _load_state, _store_state, _update_z, init_states, read_states, scan_states

@@ -13,8 +13,8 @@ from functools import lru_cache
 from typing import Optional
 from torch import Tensor
 from ..ops.common import check_qkv
-from ..ops.linear import LinearState
-from .common import check_log_weights, check_map, custom_op, kernel_params
+from ..ops.linear import check_log_weights, LinearState
+from .common import check_map, custom_op, kernel_params
 from .feature_map import _features
 from .launch import check_tensors, launch
 from .tiles import _EPS, _program, cdiv

@@ -11,13 +11,13 @@ __all__ = ['TUNABLE', 'naive_weight_loss_rows', 'loss_config', 'weight_loss_fwd'
 import math, torch
 from typing import Optional
 from torch import Tensor
-from .common import check_log_weights, custom_op, empty_if_none
+from .common import custom_op, empty_if_none
 from .launch import check_tensors, launch
 from .tiles import _dot, _EPS, _load_tile, _LOG2E, _LOG_ZERO, cdiv, tl_dtype
 from .window_fwd import _online_softmax
 from .window_states import _to_int64
 from ..ops.common import check_qkv, make_attention_mask, repeat_kv
-from ..ops.linear import EPS, LOG_ZERO
+from ..ops.linear import check_log_weights, EPS, LOG_ZERO
 import triton, triton.language as tl
 
 # %% ../../kernels/06c_weight_loss.ipynb #wl060009

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from ..ops.common import no_autocast
 from ..ops.linear import LinearState, LOG_ZERO
 from ..ops.window import check_window, check_window_state, WindowState
-from .common import check_log_weights, compute_dtype, custom_op, empty_if_none
+from .common import compute_dtype, custom_op, empty_if_none
 from .launch import check_tensors
 from .plan import parse_schedule, schedule_text
 from .window_bwd_kv import window_grad_keys
@@ -100,14 +100,13 @@ _window_op.register_autograd(_gradient, setup_context=_save)
 # %% ../../kernels/06b_window_backward.ipynb #08d48825
 def _check(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, mask, state, schedule, precision):
     "Raise `ValueError` on arguments that do not fit, saying what was given."
-    check_window(q, k, v, phi_q, phi_k, window, log_q, log_gamma, mask); check_window_state(state, k, v, phi_k, window)
+    check_window(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, mask); check_window_state(state, k, v, phi_k, window)
     past = {} if state is None else {f'initial_state.{n}': x for n,x in (state._asdict() | state.linear._asdict()).items() if n!='linear'}
     if torch.is_grad_enabled() and any(x.requires_grad for x in past.values()):
         raise ValueError("the kernel takes no gradient of initial_state: detach it, or use chunk_window_attention")
     F_,C,D = phi_k.shape[-1],k.shape[-1],v.shape[-1]
     if F_>512 or C>256 or D>256:
         raise ValueError(f"the kernel takes up to 512 features and 256 channels; given {F_} features, {C} channels of q and k, {D} of v")
-    check_log_weights(log_k, k)
     beside = dict(log_q=log_q, log_k=log_k, log_gamma=log_gamma, mask=mask, **past)
     check_tensors(dict(v=v, q=q, k=k, phi_q=phi_q, phi_k=phi_k), beside, 'chunk_window_attention', schedule, precision)
 

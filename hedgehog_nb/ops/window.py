@@ -14,12 +14,12 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional as F
 from .common import check_qkv, no_autocast, repeat_kv, make_attention_mask
-from .linear import clamp_abs, _chunk_sums, _group, LinearState, LOG_ZERO, prepare_keys
+from .linear import check_log_weights, clamp_abs, _chunk_sums, _group, LinearState, LOG_ZERO, prepare_keys
 
 # %% ../../nbs/12_window.ipynb #3d013101
-def check_window(q, k, v, phi_q, phi_k, window, log_q=None, log_gamma=None, mask=None):
+def check_window(q, k, v, phi_q, phi_k, window, log_q=None, log_k=None, log_gamma=None, mask=None):
     "Raise `ValueError` where the window or the shapes do not fit."
-    check_qkv(q, k, v, mask); check_qkv(phi_q, phi_k, v, mask)
+    check_qkv(q, k, v, mask); check_qkv(phi_q, phi_k, v, mask); check_log_weights(log_k, phi_k)
     if isinstance(window, bool) or not isinstance(window, int) or window<0: raise ValueError(f"window is a number of keys, 0 or more; given {window!r}")
     if q.shape[2]!=k.shape[2]: raise ValueError(f"window attention is causal and needs as many queries as keys; given {q.shape[2]} and {k.shape[2]}")
     if phi_q.shape[:3]!=q.shape[:3]:
@@ -43,7 +43,7 @@ def naive_window_weights(
     branches:bool=False, # Return the weights of the window and of the linear branch separately?
 ): # (B, H, T, T) weights; rows sum to 1, or to 0 where no key is visible
     "All weights of softmax in a window beside linear attention, in memory T²."
-    check_window(q, k, k, phi_q, phi_k, window, log_q, log_gamma, mask)
+    check_window(q, k, k, phi_q, phi_k, window, log_q, log_k, log_gamma, mask)
     H,T = q.shape[1:3]
     phi_q,phi_k,k,log_k = prepare_keys(phi_q, phi_k, k, torch.zeros_like(phi_k[...,0]) if log_k is None else log_k, mask)
     visible = make_attention_mask(T, T, True, mask, q.device)
@@ -63,7 +63,7 @@ def naive_window_weights(
 # %% ../../nbs/12_window.ipynb #8bafd7da
 def naive_window_attention(q, k, v, phi_q, phi_k, window, log_q=None, log_k=None, log_gamma=None, scale=None, mask=None):
     "(B, H, T, Dv) outputs of the weights of `naive_window_weights`: the reference. Raises `ValueError` on inputs that do not fit."
-    check_window(q, k, v, phi_q, phi_k, window, log_q, log_gamma, mask)
+    check_window(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, mask)
     a = naive_window_weights(q, k, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, mask)
     return (a @ repeat_kv(v, q.shape[1]).to(a.dtype)).to(v.dtype)
 
@@ -163,7 +163,7 @@ def chunk_window_attention(
     ("Softmax in a sliding window and linear attention for older keys under one normaliser, in memory T·(chunk_size+window). "
      "Raises `ValueError` on inputs that do not fit.")
     if chunk_size<1: raise ValueError(f"chunk_size must be at least 1; given {chunk_size}")
-    check_window(q, k, v, phi_q, phi_k, window, log_q, log_gamma, mask); check_window_state(initial_state, k, v, phi_k, window)
+    check_window(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, mask); check_window_state(initial_state, k, v, phi_k, window)
     if initial_state is None and not output_final_state: window = min(window, q.shape[2])
     o,_,state = _window_sums(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, mask, initial_state, chunk_size)
     o = (o[...,:-1]/clamp_abs(o[...,-1:])).to(v.dtype)
@@ -207,7 +207,7 @@ def window_decode_step(
 ): # (B, H, 1, Dv) output in v's dtype, and the `WindowState` after
     "One token of window attention as a recurrence. Raises `ValueError` on inputs that do not fit."
     window = state.k.shape[2]
-    check_window(q, k, v, phi_q, phi_k, window, log_q, log_gamma, mask); check_window_state(state, k, v, phi_k, window)
+    check_window(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, mask); check_window_state(state, k, v, phi_k, window)
     if q.shape[2]!=1: raise ValueError(f"window_decode_step takes one token; given {q.shape[2]}")
     dtype,H = v.dtype,q.shape[1]
     real = state.with_mask(mask, 1)
@@ -244,6 +244,6 @@ def linear_share(
     chunk_size:int=64, # Queries handled by one matrix product
 )->Tensor: # (B, H, T) from 0, the window alone, to 1, the linear branch alone
     "The share of each row's weight that lies on keys older than the window, in linear memory."
-    check_window(q, k, k, phi_q, phi_k, window, log_q, log_gamma, mask)
+    check_window(q, k, k, phi_q, phi_k, window, log_q, log_k, log_gamma, mask)
     o,lin,_ = _window_sums(q, k, k[...,:1], phi_q, phi_k, min(window, q.shape[2]), log_q, log_k, log_gamma, scale, mask, None, chunk_size)
     return lin/clamp_abs(o[...,-1])

@@ -16,7 +16,7 @@ from ..common import check_map, custom_op, kernel_params
 from .build import call, CHUNK, for_all_threads, holds_numbers, why_unavailable
 from ...ops.common import check_qkv, no_autocast
 from ...ops.hedgehog import FORMS
-from ...ops.linear import LinearState
+from ...ops.linear import check_log_weights, LinearState
 
 # %% ../../../kernels/10_cpu.ipynb #cpuk0046
 KINDS = 'features',*FORMS[1:],FORMS[0] # q and k are features already, or go through a map of one of these forms
@@ -143,9 +143,10 @@ def float_rows(x): # fp32, channels side by side
     x = x.float()
     return x if x.stride(-1)==1 else x.contiguous()
 
-def _fits(q, k, v, feature_map, form, state, ins):
+def _fits(q, k, v, log_k, feature_map, form, state, ins):
     "Raise `ValueError` where a map, or a state, was not made for these inputs, or something lies elsewhere: the kernel looks at none of this."
     if form!='features': check_map(kernel_params(feature_map), q, k)
+    check_log_weights(log_k, k)
     (B,N),F = k.shape[:2],k.shape[3] if form=='features' else feature_map.feature_dim
     if state is not None and [tuple(x.shape) for x in state]!=[(B,N,F,v.shape[3]), (B,N,F), (B,N)]:
         raise ValueError(f"initial_state has shapes {[tuple(x.shape) for x in state]}; these inputs need {[(B,N,F,v.shape[3]), (B,N,F), (B,N)]}")
@@ -173,7 +174,7 @@ def attend(q, k, v, feature_map, causal=True, mask=None, initial_state=None, out
     if feature_map is not None and maps[0] is None:
         q,k,log_k = no_autocast(feature_map)(q, k, **at)
         check_qkv(q, k, v, mask)
-    _fits(q, k, v, feature_map, form, initial_state, (q, k, v, mask, *maps, log_k, *(initial_state or ())))
+    _fits(q, k, v, log_k, feature_map, form, initial_state, (q, k, v, mask, *maps, log_k, *(initial_state or ())))
     ins = [*map(float_rows, (q, k, v)), *(None if x is None else x.float().contiguous() for x in (*maps, log_k, *(initial_state or (None,)*3)))]
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in ins)
     f,mask = _forward if not keep and holds_numbers(*ins) else c_op,None if mask is None else mask.bool().contiguous()

@@ -58,7 +58,7 @@ def suits_map(
 )->bool:
     "Does `c_map` take these, and is there more than PyTorch does as fast?"
     return (x.device.type=='cpu' and x.dim()==4 and x.dtype==w.dtype==torch.float32 and x.stride(-1)==1 and 0<x.shape[-1]<=256 and x.numel()>0
-        and holds_numbers(x, w) and for_all_threads())
+        and (w.shape[0], w.shape[-1])==(x.shape[1], x.shape[3]) and holds_numbers(x, w) and for_all_threads())
 
 # %% ../../../kernels/10_cpu.ipynb #59e5bd94
 def c_map(

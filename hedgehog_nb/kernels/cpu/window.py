@@ -16,7 +16,7 @@ from ..common import custom_op
 from .build import call, call_arrays, holds_numbers, why_unavailable
 from .linear import empty_outputs, float_rows, gradients_of, received, returned, sizes_of, some, sums_of
 from ...ops.linear import LinearState
-from ...ops.window import check_window_state, WindowState
+from ...ops.window import check_window, check_window_state, WindowState
 
 # %% ../../../kernels/10_cpu.ipynb #cpuk00w3
 def _window_sizes(q, phi_q, phi_k, v, window, **more):
@@ -95,8 +95,8 @@ def attend_window(
     q:Tensor, k:Tensor, v:Tensor, phi_q:Tensor, phi_k:Tensor, window:int, log_q:Tensor=None, log_k:Tensor=None, log_gamma:Tensor=None, scale:float=None,
     mask:Tensor=None, initial_state:WindowState=None, output_final_state:bool=False, # All as for `window_attention`
 ): # (B, H, T, Dv) outputs in v's dtype; with `output_final_state` the pair (outputs, `WindowState`)
-    "`window_attention` in one compiled call, differentiable, of what was checked before."
-    check_window_state(initial_state, k, v, phi_k, window)
+    "`window_attention` in one compiled call, differentiable. Raises `ValueError` on what does not fit: the kernel looks at no shape."
+    check_window(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, mask); check_window_state(initial_state, k, v, phi_k, window)
     T,state,scale = q.shape[2],initial_state,q.shape[-1]**-.5 if scale is None else float(scale)
     given = q, k, v, phi_q, phi_k, log_q, log_k, log_gamma
     grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*given, *(() if state is None else (*state[:3], *state.linear))))
