@@ -181,6 +181,7 @@ def test_unknown_split(): says(fails('evaluate', 'embedded', '--data', 'embedded
     (['--layers','some'], ["'some'",'0-5,8']),
     (['--objective','all'], ["'all'",'weights, outputs, both']),
     (['--lr','nan'], ['--lr','above 0']),
+    (['--align-lr','0'], ['--align-lr','above 0']),
     (['--finetune-lr','0'], ['--finetune-lr','above 0']),
     (['--device','tpu9'], ["'tpu9'",'cpu']),
     (['--dtype','int8'], ["'int8'",'bfloat16']),

@@ -82,6 +82,9 @@ def test_alignment_is_a_phase(tmp_path):
     with pytest.raises(Stop): go(**kw, work=tmp_path/'run', on_event=stop)
     drop = lambda rows: [{k:v for k,v in r.items() if k!='seconds'} for r in rows]
     assert drop(go(**kw, work=tmp_path/'run'))==drop(rows)
+    ended = lambda stage, rows: next(r['value'] for r in rows if (r['stage'], r['metric'])==(stage, 'ppl'))
+    rows = go(**{**kw, 'align_lr':1e-12})
+    assert ended('aligned', rows)==pytest.approx(ended('distilled', rows), rel=1e-6)
     best = dict(recipe='best', distill_steps=2, finetune_steps=0)
     stages = lambda model, config, **kw: [r['stage'] for r in convert(model, TRAIN, TEST, config, **best, **kw) if r['metric']=='ppl'][2:]
     assert stages(llama(), 'hedgehog')==['distilled','aligned'] and stages(llama(), None)==['distilled']==stages(llama(), 'hedgehog', align_steps=0)
@@ -114,7 +117,7 @@ LOOK = dict(evals=(0, '2', True), distill_steps=(-1, 2.5), adapt_steps=(-1,), ba
 
 @pytest.mark.parametrize('bad,says', [
     *((dict([(n, x)]), f'{n} is a whole number') for n,xs in LOOK.items() for x in xs),
-    *((dict([(n, x)]), f'^{n} is above 0') for n in ('lr','finetune_lr') for x in (0, -1, float('inf'))),
+    *((dict([(n, x)]), f'^{n} is above 0') for n in ('lr','align_lr','finetune_lr') for x in (0, -1, float('inf'))),
     (dict(config='hedghog'), "called 'hedghog'"), (dict(recipe='beste'), 'recipe is one of paper, lolcats, best'),
     (dict(finetune_on='logits'), 'finetune_on is one of labels, teacher, both'),
     (dict(patience=2), 'give valid too'), (dict(long_blocks=13), 'long_blocks=13 joins so many blocks.*given 12 blocks'),

@@ -125,7 +125,7 @@ def _prepare(o, how, recipe):
 def _check(o):
     "Settings that would be refused only later."
     from hedgehog_nb.training.losses import LOSSES
-    for option,x in (('--lr', o.lr), ('--finetune-lr', o.finetune_lr)):
+    for option,x in (('--lr', o.lr), ('--align-lr', o.align_lr), ('--finetune-lr', o.finetune_lr)):
         if x not in (None, 'auto') and not 0<x<math.inf: raise ValueError(f"{option} is above 0, or auto; given {x:g}")
     for option,x,fits in (('--objective', o.objective, LOSSES), ('--finetune-on', o.finetune_on, ('labels','teacher','both'))):
         if x is not None and x not in fits: raise ValueError(f"{option} is one of {', '.join(fits)}; given {x!r}")
@@ -235,6 +235,8 @@ def _rate(x): return x if x=='auto' else float(x) # a ValueError here is a wrong
 
 LrOpt = Annotated[Optional[str], _opt('--lr', panel='Training', metavar='X', parser=_rate,
     help="Learning rate of the maps, or [cyan]auto[/] to try some; the recipe's if not given.")]
+AlignLrOpt = Annotated[Optional[str], _opt('--align-lr', panel='Training', metavar='X', parser=_rate,
+    help="Learning rate of attention modules, or [cyan]auto[/]; 1e-3, 5e-4 for a hybrid, if not given.")]
 FinetuneLrOpt = Annotated[Optional[str], _opt('--finetune-lr', panel='Training', metavar='X', parser=_rate,
     help="Learning rate of the whole model, or of its adapters; or [cyan]auto[/].")]
 FinetuneOnOpt = Annotated[Optional[str], _opt('--finetune-on', panel='Training', metavar='NAME',
@@ -291,8 +293,8 @@ def _convert(o, out, record, work, screen, start, commit):
     camera = AttentionSnapshots(test[:1,:24], tok, which[len(which)//2])
     with screen.progress:
         adapt,distill,align,finetune = steps
-        rows = convert(m, train, test, how, distill, finetune, adapt, align, recipe, valid, o.patience, batches[1], batches[3], long, o.lr, o.finetune_lr,
-            o.objective, o.finetune_on, lora or {}, o.evals, baseline=o.baseline, autocast=o.autocast, seed=o.seed,
+        rows = convert(m, train, test, how, distill, finetune, adapt, align, recipe, valid, o.patience, batches[1], batches[3], long, o.lr, o.align_lr,
+            o.finetune_lr, o.objective, o.finetune_on, lora or {}, o.evals, baseline=o.baseline, autocast=o.autocast, seed=o.seed,
             on_event=tee(screen.progress, camera), gradient_accumulation_steps=o.grad_accum, work=work, save_steps=o.save_every, trained=trained, base=o.model)
     rows = [dict(experiment=o.experiment, model=model_name(o.model), data='+'.join(map(model_name, o.data)), **r,
         recipe=o.recipe, seq_len=o.seq_len, block_start=begin, eval_tokens=test.numel()) for r in rows]
@@ -326,7 +328,7 @@ def linearize_command(ctx:typer.Context,
     distill_steps:DistillStepsOpt=None, align_tokens:AlignTokensOpt=None, finetune_tokens:FinetuneTokensOpt=200_000, finetune_steps:FinetuneStepsOpt=None,
     seq_len:SeqLenOpt=512, long_blocks:LongBlocksOpt=None, block_bos:BlockBosOpt=None, finetune_on:FinetuneOnOpt=None, patience:PatienceOpt=None,
     last_state:LastStateOpt=False, batch_size:BatchSizeOpt=None,
-    lr:LrOpt=None, finetune_lr:FinetuneLrOpt=None, lora_rank:LoraRankOpt=None, lora_targets:LoraTargetsOpt=None,
+    lr:LrOpt=None, align_lr:AlignLrOpt=None, finetune_lr:FinetuneLrOpt=None, lora_rank:LoraRankOpt=None, lora_targets:LoraTargetsOpt=None,
     grad_accum:GradAccumOpt=1, save_every:SaveEveryOpt=50, baseline:BaselineOpt=False, eval_tokens:EvalOpt=None, evals:EvalsOpt=1,
     record:RecordOpt=None, experiment:ExperimentOpt='linearize', dtype:DtypeOpt='float32', autocast:AutocastOpt=None, implementation:ImplOpt=None,
     device:DeviceOpt=None, seed:SeedOpt=0, as_json:JsonOpt=False, debug:DebugOpt=False,

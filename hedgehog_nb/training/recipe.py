@@ -273,9 +273,10 @@ def _check_numbers(o):
         x = o[name]
         if x is None and name in ('align_steps','patience'): continue
         if isinstance(x, bool) or not isinstance(x, int) or x<least: raise ValueError(f"{name} is a whole number, {least} or more; given {x!r}")
-    for name in ('lr','finetune_lr'):
+    for name in ('lr','align_lr','finetune_lr'):
         x = o[name]
-        if x!='auto' and (not isinstance(x, (int,float)) or not 0<x<math.inf): raise ValueError(f"{name} is above 0, or 'auto'; given {x!r}")
+        if x=='auto' or x is None and name=='align_lr': continue
+        if not isinstance(x, (int,float)) or not 0<x<math.inf: raise ValueError(f"{name} is above 0, or 'auto'; given {x!r}")
     for name,given,fits in (('objective', o['objective'], LOSSES), ('finetune_on', o['finetune_on'], ('labels','teacher','both'))):
         if given not in [*fits]: raise ValueError(f"{name} is one of {', '.join(fits)}; given {given!r}")
 
@@ -363,7 +364,7 @@ class _Run:
         o = self.o
         text = self.text(o.align_steps, o.batch_size)
         watch = self.watch(model, 'align', f'{name}-aligned', o.align_steps, text, o.batch_size, 'output-error')
-        watch.end(align(model, text, o.align_steps, o.batch_size, callbacks=[watch], **self.keep('align')))
+        watch.end(align(model, text, o.align_steps, o.batch_size, o.align_lr, callbacks=[watch], **self.keep('align')))
 
     def finetune(self, model, name, phase='finetune', steps=None, objective='labels', file=None, teacher=None):
         "Finetune a model, or adapters in it; returns what was trained."
@@ -415,6 +416,7 @@ def convert(
     finetune_batch_size:int=None, # The same while the whole model is trained, if another
     long_blocks:int=None, # Half of the tokens are read in blocks that join so many of `train`, which follow each other in the text
     lr:float=None, # Learning rate of the maps; "auto" tries some
+    align_lr:float=None, # Learning rate of the attention modules; "auto" tries some
     finetune_lr:float=None, # Learning rate of the whole model; "auto" tries some
     objective:str=None, # What distillation compares, one of `LOSSES`
     finetune_on:str=None, # What finetuning learns from: "labels", the "teacher"'s logits, or "both"
