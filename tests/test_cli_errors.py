@@ -190,7 +190,7 @@ def test_unknown_split(): says(fails('evaluate', 'embedded', '--data', 'embedded
 ])
 def test_bad_settings(args, words): says(linearize('embedded', *args), *words)
 
-@pytest.mark.parametrize('args', [['--seq-len','1'], ['--batch-size','0'], ['--distill-tokens','-1'], ['--steps','3'], ['--lr','fast']])
+@pytest.mark.parametrize('args', [['--seq-len','1'], ['--batch-size','0'], ['--distill-tokens','-1'], ['--steps','3'], ['--lr','fast'], ['--align-lr','AUTO']])
 def test_usage(args): linearize('embedded', *args, code=2)
 
 def test_usage_names_what_is_missing(): says(fails('linearize', 'embedded', '--data', 'embedded', code=2), '--out')

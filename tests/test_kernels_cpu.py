@@ -722,3 +722,12 @@ def test_what_a_map_returns_is_checked():
 def test_matrices_of_other_shapes_are_left_to_pytorch():
     x = torch.rand(2, 4, 10, 8)
     assert maps.suits_map(x, torch.rand(4, 16, 8)) and not any(maps.suits_map(x, torch.rand(s)) for s in ((3, 16, 8), (4, 16, 7), (8, 8)))
+
+@needs_compiler
+def test_forward_derivatives_are_refused_by_name():
+    "Its gradients go backward: forward it would give zeros. Without a name PyTorch does it."
+    q,k,v = torch.rand(1, 2, 9, 4),torch.rand(1, 1, 9, 4),torch.rand(1, 1, 9, 4)
+    for f in (linear_attention, lambda q, k, v, **kw: window_attention(q, k, v, q, k, 3, **kw)):
+        tangent = lambda name: torch.func.jvp(lambda x: f(x, k, v, implementation=name), (q,), (torch.ones_like(q),))[1]
+        with pytest.raises(ValueError, match='gradients backward alone'): tangent('c')
+        assert torch.allclose(tangent(None), tangent('naive'), atol=1e-5)

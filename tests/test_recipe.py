@@ -117,7 +117,7 @@ LOOK = dict(evals=(0, '2', True), distill_steps=(-1, 2.5), adapt_steps=(-1,), ba
 
 @pytest.mark.parametrize('bad,says', [
     *((dict([(n, x)]), f'{n} is a whole number') for n,xs in LOOK.items() for x in xs),
-    *((dict([(n, x)]), f'^{n} is above 0') for n in ('lr','align_lr','finetune_lr') for x in (0, -1, float('inf'))),
+    *((dict([(n, x)]), f'^{n} is above 0') for n in ('lr','align_lr','finetune_lr') for x in (0, -1, float('inf'), True)),
     (dict(config='hedghog'), "called 'hedghog'"), (dict(recipe='beste'), 'recipe is one of paper, lolcats, best'),
     (dict(finetune_on='logits'), 'finetune_on is one of labels, teacher, both'),
     (dict(patience=2), 'give valid too'), (dict(long_blocks=13), 'long_blocks=13 joins so many blocks.*given 12 blocks'),
@@ -200,8 +200,15 @@ def test_a_phase_never_ends_worse_than_it_began():
     ppl = {r['stage']:r['value'] for r in rows if r['metric']=='ppl'}
     assert ppl['finetuned']==ppl['distilled'] and 'no step was better than the start' in said[-1]
 
+@pytest.mark.parametrize('phase', [dict(finetune_lr=1e2), dict(align_steps=4, align_lr=1.)], ids=lambda p: [*p][-1])
+def test_a_phase_that_raises_the_perplexity_says_so(phase):
+    _,rows,said = told(**phase)
+    ppl = [r['value'] for r in rows if r['metric']=='ppl' and r['stage']!='teacher']
+    rises = [f'perplexity rose from {a:.4g} to {b:.4g}' for a,b in zip(ppl, ppl[1:]) if b>a]
+    assert rises and [x.split(':')[0] for x in said if 'rose' in x]==rises
+
 def test_a_rate_that_is_searched_is_told():
-    _,_,said = told(valid=TEST, lr='auto', distill_steps=8)
+    said = [x for x in told(valid=TEST, lr='auto', distill_steps=8)[2] if 'rose' not in x]
     assert len(said)==2 and said[0].startswith('lr ') and said[0].count('the best of')==1 and 'the best of' not in said[1]
 
 def test_the_softmax_model_can_be_finetuned_first():

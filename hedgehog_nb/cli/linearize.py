@@ -231,7 +231,10 @@ LongBlocksOpt = Annotated[Optional[int], _opt('--long-blocks', panel='Training',
          "If not given: the recipe's for a hybrid, or fewer where text or model are shorter.")]
 BatchSizeOpt = Annotated[Optional[int], _opt('--batch-size', panel='Training', metavar='N', min=1,
     help="Blocks per step. If not given: the recipe's, 8 at most, and fewer where the budget is small.")]
-def _rate(x): return x if x=='auto' else float(x) # a ValueError here is a wrong use of the option
+def _rate(x): # a ValueError here is a wrong use of the option
+    if x=='auto': return x
+    try: return float('nan' if isinstance(x, bool) else x)
+    except (TypeError,ValueError): raise ValueError(f"a rate is a number, or auto; given {x!r}") from None
 
 LrOpt = Annotated[Optional[str], _opt('--lr', panel='Training', metavar='X', parser=_rate,
     help="Learning rate of the maps, or [cyan]auto[/] to try some; the recipe's if not given.")]

@@ -17,6 +17,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from numbers import Real
 from fastcore.basics import patch
 from ..files import atomic_write
 from ..data.models import parse_dtype
@@ -227,6 +228,7 @@ class EvalCallback(transformers.TrainerCallback):
     ):
         self.log,self.model,self.phase,self.variant,self.steps,self.metric = log,model,phase,variant,steps,metric
         self.at,self.losses,self.start = log_spaced(steps, evals)[:-1],[],(log.tokens,log.seconds)
+        self.before = next((r['value'] for r in log.rows[::-1] if (r['metric'],r['tokens'])==('ppl',log.tokens)), math.inf) # perplexity as the phase begins
         self.seen = [tokens_after(s, blocks, batch_size) for s in range(steps+1)] if isinstance(blocks, Tensor) else [0, *accumulate(x.numel() for x in blocks)]
 
     def note(self, step, loss, seconds, **_):
@@ -248,6 +250,8 @@ class EvalCallback(transformers.TrainerCallback):
         "What the phase came to."
         self.evaluate(self.phase.rstrip('e')+'ed')
         if history.evaluations or history.search: self.log.tell('verdict', text=history.verdict)
+        if (now := self.log.rows[-1]['value'])>self.before:
+            self.log.tell('verdict', text=f"perplexity rose from {self.before:.4g} to {now:.4g}: give this phase more tokens or a lower rate, or leave it out")
 
     def on_train_begin(self, args, state, control, **kw):
         for logs in state.log_history: # those before the run was resumed
@@ -276,7 +280,7 @@ def _check_numbers(o):
     for name in ('lr','align_lr','finetune_lr'):
         x = o[name]
         if x=='auto' or x is None and name=='align_lr': continue
-        if not isinstance(x, (int,float)) or not 0<x<math.inf: raise ValueError(f"{name} is above 0, or 'auto'; given {x!r}")
+        if isinstance(x, bool) or not isinstance(x, Real) or not 0<x<math.inf: raise ValueError(f"{name} is above 0, or 'auto'; given {x!r}")
     for name,given,fits in (('objective', o['objective'], LOSSES), ('finetune_on', o['finetune_on'], ('labels','teacher','both'))):
         if given not in [*fits]: raise ValueError(f"{name} is one of {', '.join(fits)}; given {given!r}")
 

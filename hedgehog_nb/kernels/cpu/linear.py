@@ -13,7 +13,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 from ..common import check_map, custom_op, kernel_params
-from .build import call, CHUNK, for_all_threads, holds_numbers, why_unavailable
+from .build import call, CHUNK, for_all_threads, holds_numbers, ONLY_BACKWARD, under_transform, why_unavailable
 from ...ops.common import check_qkv, no_autocast
 from ...ops.hedgehog import FORMS
 from ...ops.linear import check_log_weights, LinearState
@@ -165,6 +165,7 @@ def unsupported(
         return f"implementation='c' takes float32, float16 or bfloat16 on a CPU; given {[(str(x.dtype), x.device.type) for x in (q, k, v)]}"
     if q.shape[2]!=k.shape[2]: return f"implementation='c' needs as many queries as keys; given {q.shape[2]} and {k.shape[2]}"
     if cu_seqlens is not None: return "implementation='c' takes no packed sequences (cu_seqlens): choose None or 'chunked'"
+    if under_transform(): return ONLY_BACKWARD
     return why_unavailable() and f"implementation='c' needs a compiled kernel: {why_unavailable()}"
 
 # %% ../../../kernels/10_cpu.ipynb #cpuk0051

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from ..common import custom_op
-from .build import call, call_arrays, holds_numbers, why_unavailable
+from .build import call, call_arrays, holds_numbers, ONLY_BACKWARD, under_transform, why_unavailable
 from .linear import empty_outputs, float_rows, gradients_of, received, returned, sizes_of, some, sums_of
 from ...ops.linear import LinearState
 from ...ops.window import check_window, check_window_state, WindowState
@@ -79,6 +79,7 @@ def window_unsupported(c)->str: # c: a `WindowCall`; '' where it can
     ins = [x for x in (*c[:5], *c[6:9]) if x is not None]
     if any(x.device.type!='cpu' or x.dtype not in (torch.float32, torch.float16, torch.bfloat16) for x in ins):
         return f"implementation='c' takes float32, float16 or bfloat16 on a CPU; given {sorted({(str(x.dtype), x.device.type) for x in ins})}"
+    if under_transform(): return ONLY_BACKWARD
     return why_unavailable() and f"implementation='c' needs a compiled kernel: {why_unavailable()}"
 
 def _step(q, k, v, phi_q, phi_k, window, log_q, log_k, log_gamma, scale, mask, state):
