@@ -284,6 +284,7 @@ def _check_numbers(o):
     for name,given,fits in (('objective', o['objective'], LOSSES), ('finetune_on', o['finetune_on'], ('labels','teacher','both'))):
         if given not in [*fits]: raise ValueError(f"{name} is one of {', '.join(fits)}; given {given!r}")
 
+# %% ../../nbs/10_recipe.ipynb #cnv0000a
 def _check_settings(model, config, o):
     "Raise `ValueError` that says what was given and what fits, where not all settings fit together."
     _check_numbers(o)
