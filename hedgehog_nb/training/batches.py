@@ -10,7 +10,7 @@ __all__ = ['TrainingData', 'distributed_info']
 # %% ../../nbs/09b_resumable_training.ipynb #09b00001
 import inspect, math, os, torch, transformers
 from collections.abc import Iterator, Mapping
-from itertools import chain, islice, tee
+from itertools import chain, count, islice, tee
 from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -124,6 +124,12 @@ def __len__(self:TrainingData): # batches of one pass; TypeError where nobody kn
     return len(self.data) if self.ready else math.ceil(len(self.data)/self.batch_size)
 
 @patch
+def lengths(self:TrainingData)->Tensor: # (n,), one for each row
+    "Tokens of each row. Raises `ValueError` on what is no collection of rows."
+    if not self.indexed: raise ValueError("batches of rows that are about as long are made of rows; given batches, or a stream: group those yourself")
+    return torch.tensor([len(self._row(self.data[i])[self.main]) for i in range(len(self.data))])
+
+@patch
 def __iter__(self:TrainingData): # one pass, in the order of the data
     for g in {getattr(o, 'generator', None) for o in (self.data, getattr(self.data, 'sampler', None))}-{None}: # a loader's own random numbers
         if isinstance(g, torch.Generator): g.manual_seed(self.seed+self.passes)
@@ -147,10 +153,25 @@ def batch_indices(
     steps:int, # Optimiser steps
     batch_size:int, # Rows per step; the last step of an epoch may have fewer
     seed:int=0, # Order
+    lengths:Tensor=None, # (n,) tokens of each row: a batch is of rows that are about as long; in any order if None
 ): # Generator of lists of row numbers, one a step
     "Which rows each step trains on: a new order every epoch."
-    order = batches_of(torch.arange(n), batch_size, seed, epochs=math.ceil(steps/math.ceil(n/batch_size)))
-    yield from (rows.tolist() for rows in islice(order, steps))
+    def epoch(i):
+        rows = batches_of(torch.arange(n), batch_size, seed+i)
+        return rows if lengths is None else by_length(torch.cat([*rows]), lengths, batch_size, seed+i)
+    yield from (rows.tolist() for rows in islice(chain.from_iterable(map(epoch, count())), steps))
+
+def by_length(
+    order:Tensor, # (n,) rows, shuffled
+    lengths:Tensor, # (n,) tokens of each row
+    batch_size:int, # Rows of a batch
+    seed:int=0, # Order of the batches
+    group:int=50, # Batches that are sorted together, as transformers does
+)->list: # Batches, tensors of row numbers
+    "Batches of rows that are about as long: sorted within groups, in which each epoch has other rows, and the batches shuffled."
+    parts = [p[lengths[p].argsort(stable=True)].split(batch_size) for p in order.split(group*batch_size)]
+    batches = [b for p in parts for b in p]
+    return [batches[i] for i in torch.randperm(len(batches), generator=torch.Generator().manual_seed(seed)).tolist()]
 
 def split_rows(
     rows, # Any sequence
@@ -172,14 +193,16 @@ class StepBatches:
         rank:int=0, # This process
         world:int=1, # Number of processes
         done:int=0, # Steps that were done before
+        same_length:bool=False, # Are the rows of a batch about as long?
     ):
         self.data,self.steps,self.seed,self.pieces,self.rank,self.world,self.done,self.epoch = data,steps,seed,pieces,rank,world,done,0
+        self.lengths = data.lengths() if same_length else None
         try: self.per_epoch = min(len(data), steps)
         except TypeError: self.per_epoch = steps
         self.all = self._from_rows() if data.indexed else self._from_stream()
 
     def _from_rows(self):
-        order = islice(batch_indices(len(self.data.data), self.steps, self.data.batch_size, self.seed), self.done, None)
+        order = islice(batch_indices(len(self.data.data), self.steps, self.data.batch_size, self.seed, self.lengths), self.done, None)
         mine,again = tee((p,rows) for rows in order for p in split_rows(rows, self.pieces*self.world)[self.rank::self.world])
         loader = DataLoader(self.data.data, batch_sampler=(p or rows[:1] for p,rows in mine), collate_fn=self.data.collate,
             num_workers=self.data.num_workers, generator=torch.Generator().manual_seed(self.seed)) # it would draw one from a step's own

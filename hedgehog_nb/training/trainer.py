@@ -41,7 +41,7 @@ _OURS = dict(max_steps='steps', num_train_epochs='epochs', per_device_train_batc
 _WITHOUT = {k:why for ks,why in ((('save_total_limit','save_only_model','push_to_hub'), "what is kept is one state, in `checkpoint`"),
     (('load_best_model_at_end',), "say keep_best"),
     (('logging_steps','logging_strategy','ignore_data_skip','auto_find_batch_size'), "each step is logged, and can be resumed from"),
-    (('train_sampling_strategy','group_by_length','dataloader_drop_last'), "rows are read in the order of `seed`, all of them; give batches for another order"))
+    (('dataloader_drop_last',), "all rows are read"), (('group_by_length',), "say train_sampling_strategy='group_by_length'"))
     for k in ks}
 
 def _check_arguments(more, pieces, evaluate, eval_steps):
@@ -52,6 +52,9 @@ def _check_arguments(more, pieces, evaluate, eval_steps):
     for k in more.keys() & {*_FINETUNE}: raise TypeError(f"{k}: finetune alone has it")
     for k in more.keys()-known: raise TypeError(f"{k}={more[k]!r:.60}: neither this function nor TrainingArguments has it; "
         f"the nearest is {difflib.get_close_matches(k, [*known-_OURS.keys()-_WITHOUT.keys(), *_NAMES], 1, 0)[0]}")
+    order = more.get('train_sampling_strategy', 'random')
+    if order not in ('random','group_by_length'):
+        raise ValueError(f"train_sampling_strategy is 'random' or 'group_by_length'; given {order!r}: give batches for another order")
     if pieces<1: raise ValueError(f"a batch is computed in 1 or more pieces; given gradient_accumulation_steps={pieces}")
     if eval_steps is not None and eval_steps<1: raise ValueError(f"evaluations are 1 or more steps apart; given eval_steps={eval_steps}")
     if eval_steps is not None and not evaluate: raise ValueError(f"eval_steps={eval_steps} asks for evaluations: give eval_data too")
@@ -183,7 +186,8 @@ class ResumableTrainer(BestTrainer):
 
     def get_train_dataloader(self):
         a = self.args
-        batches = StepBatches(self.data, self.run.steps, a.seed, a.gradient_accumulation_steps, a.process_index, a.world_size, self.run.done)
+        batches = StepBatches(self.data, self.run.steps, a.seed, a.gradient_accumulation_steps, a.process_index, a.world_size, self.run.done,
+            a.train_sampling_strategy=='group_by_length')
         self.run.per_epoch = batches.per_epoch
         return batches
 
