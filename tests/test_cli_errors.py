@@ -314,7 +314,7 @@ def test_stopped_run_says_where_it_is(here, root, sig, phase):
     p.send_signal(sig)
     out,err = p.communicate(timeout=60)
     last = err.splitlines()[-1]
-    assert p.returncode==128+sig and re.fullmatch(rf'hedgehog: stopped; {phase} had seen [\d,]+ of [\d,]+ tokens; '
+    assert p.returncode==128+sig and re.fullmatch(rf'hedgehog: stopped; {phase} had done [\d,]+ of [\d,]+ tokens; '
         r'what was done is kept in \.out-run, and the same command goes on from there', last), last
     assert out=='' and 'Traceback' not in err and left()==['.out-run']
     says(linearize('embedded', '--lr', '0.3'), '.out-run keeps an unfinished run with other settings', '--num-maps 2 there, not given here', '--restart')

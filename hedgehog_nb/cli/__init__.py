@@ -1,3 +1,3 @@
 "The command `hedgehog`."
 from .options import app, main
-from . import linearize, commands  # each registers its commands with `app`
+from . import linearize, commands, experiments  # each registers its commands with `app`

@@ -111,17 +111,17 @@ class Progress:
         elif event=='verdict': self.line('', kw['text'])
         elif row['metric']=='ppl': self.row(row)
 
-    def bar(self, event, phase=None, done=0, total=0, seconds=0., loss=None, metric=None, **_):
+    def bar(self, event, phase=None, done=0, total=0, seconds=0., loss=None, metric=None, unit='tokens', **_):
         if event!='progress': return
         t = self.tasks.setdefault(phase, {})
         if 'id' not in t: t.update(id=self.bars.add_task(phase, info='', total=total), first=loss, mean=loss)
         if loss is not None: t['mean'] = .9*t['mean']+.1*loss
-        speed,name = f'{human_readable(done/max(seconds,1e-9))} tokens/s',{'kl':'KL'}.get(metric, metric)
-        t['at'] = f'{phase} had seen {done:,} of {total:,} tokens; '
+        speed,name = f'{human_readable(done/max(seconds,1e-9))} {unit}/s',{'kl':'KL'}.get(metric, metric)
+        t['at'] = f'{phase} had done {done:,} of {total:,} {unit}; '
         self.bars.update(t['id'], completed=done, info=speed if loss is None else f"{name} {t['mean']:.3f}  {speed}")
         if done<total: return
         self.bars.remove_task(self.tasks.pop(phase)['id'])
-        if loss is not None: self.line(phase, f"{done:,} tokens", f"{name} {t['first']:.3f} → {t['mean']:.3f}", speed, f'{seconds:.0f} s')
+        if loss is not None: self.line(phase, f"{done:,} {unit}", f"{name} {t['first']:.3f} → {t['mean']:.3f}", speed, f'{seconds:.0f} s')
 
     def where(self): # How far the phase is that runs, in words
         return next((t['at'] for t in self.tasks.values()), '')
