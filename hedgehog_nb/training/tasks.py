@@ -79,13 +79,15 @@ class Task:
         processor, # A tokenizer, or an image processor
         metric:str=None, # One of `TASK_METRICS`; accuracy, or for numbers spearman, if None
         max_length:int=128, # Tokens of a text, at most
+        augment=None, # For images in training: called with (C, H, W) pixels, gives others
     ):
-        self.data,self.processor,self.max_length = data,processor,max_length
+        self.data,self.processor,self.max_length,self.augment = data,processor,max_length,augment
         fits = [n for n,(kinds,_) in TASK_METRICS.items() if data.kind in kinds and (n!='f1' or len(data.names)==2)]
         self.metric = fits[0] if metric is None else metric
         if self.metric not in fits: raise ValueError(f"for {data.kind} the metric is {' or '.join(fits)}; given {metric!r}")
         encode = dict(images=self._image, tags=self._words).get(data.kind, self._text)
         self.train,self.valid,self.test = (_Encoded(rows, encode, data.kind!='images') for rows in (data.train, data.valid, data.test))
+        if augment: self.train.encode = lambda row: {**(x := encode(row)), 'pixel_values':augment(x['pixel_values'])}
 
     def _text(self, row): return {**self.processor(*self.data.texts(row), truncation=True, max_length=self.max_length), 'labels':self.data.target(row)}
 
