@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 from ..data.labelled import labelled, load_labelled, LabelledData
 from ..data.text import DataError
-from .tasks import finetuned_base, task_sweep
+from .tasks import check_variants, finetuned_base, task_sweep
 from ..training.tasks import load_task_model, Task
 
 # %% ../../nbs/10f_vit.ipynb #10f00012
@@ -84,6 +84,7 @@ def vision_experiment(
     on_event=None, # Listener, as for `task_sweep`
 )->list: # Rows of results
     "Train or load a Vision Transformer, and convert it. Raises `DataError` or `ModelError`, one line, on what cannot be had."
+    check_variants(variants)
     images = image_data(data)
     if rows: images.train,images.valid,images.test = (list(part)[:rows] for part in (images.train, images.valid, images.test))
     make = (lambda: small_vit(images.names)) if model is None else lambda: load_task_model(model, images)[:2]
