@@ -57,6 +57,7 @@ def _named_splits(ds):
 def load_splits(
     spec, # A table, a folder of tables or of images, or a `datasets` name (`name:config`)
     seed:int=0, # Order of what is cut here
+    cut:bool=True, # Cut what comes in one piece? If not, it is `train`
 )->dict: # {train, validation, test: rows}; rows are dicts
     "Load examples. Raises `DataError`, one line, where it cannot."
     p = Path(spec).expanduser()
@@ -64,7 +65,7 @@ def load_splits(
     elif p.is_file(): res = dict(train=_file_rows(p))
     elif p.is_absolute() or ''.join(_suffix(p)) in _suffixes or str(spec).startswith(('.','~')): raise DataError(f"{spec}: no such file or folder")
     else: res = _hub_splits(str(spec))
-    return res if len(res)>1 else cut_splits(next(iter(res.values())), seed)
+    return res if len(res)>1 or not cut else cut_splits(next(iter(res.values())), seed)
 
 def cut_splits(
     rows, # Examples
@@ -130,12 +131,18 @@ def _find_inputs(row, inputs, label):
     if not found or len(found)>2: raise DataError(f"the examples have columns {', '.join(row)}; name the one or two that the model reads")
     return tuple(found)
 
-def _classes(rows, label):
-    "(labels in the order of the classes, their names); (None, None) where labels are fractions."
+def _class_names(rows, label):
+    "What `datasets` calls the classes of a column; None where it does not know."
     feature = getattr(rows, 'features', {}).get(label)
-    feature = getattr(feature, 'feature', feature) # of a list
-    if hasattr(feature, 'names'): return list(range(len(feature.names))),list(feature.names)
-    seen = rows[label] if hasattr(rows, 'features') else [r[label] for r in rows]
+    return getattr(getattr(feature, 'feature', feature), 'names', None) # of a list, or of the column itself
+
+def _classes(parts, label):
+    "(labels in the order of the classes, their names) in all splits; (None, None) where labels are fractions. Raises `DataError` where splits differ."
+    named = [n for p in parts if (n := _class_names(p, label))]
+    if odd := [n for n in named if n!=named[0]]: raise DataError(f"the splits have different classes: {', '.join(named[0])}, and {', '.join(odd[0])}")
+    if named: return list(range(len(named[0]))),list(named[0])
+    if any(label not in p[0] for p in parts if len(p)): raise DataError(f"column {label!r} is not in every split")
+    seen = [y for p in parts for y in (p[label] if hasattr(p, 'features') else [r[label] for r in p])]
     seen = {y for ys in seen for y in (ys if isinstance(ys, (list,tuple)) else [ys])}
     if any(y is None for y in seen): raise DataError(f"column {label!r} has rows without a label")
     if any(isinstance(y, float) for y in seen): return None,None
@@ -160,7 +167,7 @@ def labelled(
     if not shown(test): test,valid = valid,None
     if not shown(test): raise DataError("there are no labels to measure with: give a test or a validation split")
     if not shown(valid): train,valid = _hold_out(train, seed)
-    values,names = _classes(train, label)
+    values,names = _classes((train, valid, test), label)
     x = train[0]
     kind = 'images' if _is_image(x[inputs[0]]) else 'tags' if isinstance(x[inputs[0]], list) else 'numbers' if values is None else 'classes'
     if kind in ('images','tags') and values is None: raise DataError(f"{kind} go with classes; column {label!r} holds fractions")

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from ..models.attention import linear_layers
 from ..models.config import LinearizeConfig
-from ..models.linearize import build_attentions, linearize
+from ..models.linearize import build_attentions, swap_attention
 from ..files import new_folder
 from .checkpoint import load_state, save_state, weight_sample
 from .finetune import _check_merge, merge_lora
@@ -191,7 +191,8 @@ def load_trained(
     _check_original(model, kept, path)
     _check_maps(model, kept, path, inputs)
     if kept['adapted']: _check_adapters(model, path)
-    own = _maps(linearize(model, LinearizeConfig.from_dict(kept['hedgehog']), inputs=inputs))
+    swap_attention(model, LinearizeConfig.from_dict(kept['hedgehog']), inputs)
+    own = _maps(model)
     for n,t in own.items(): t.copy_(kept['maps'][n])
     if kept['adapted']: model = merge_lora(_add_adapters(model, path)) if merge else _add_adapters(model, path)
     return model.eval()
