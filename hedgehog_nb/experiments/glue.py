@@ -11,10 +11,10 @@ __all__ = ['GLUE', 'GlueTask', 'glue_data', 'glue_experiment']
 import csv
 from dataclasses import dataclass
 from pathlib import Path
-from ..data.labelled import labelled, load_splits
+from ..data.labelled import labelled, load_splits, load_task_model
 from ..data.text import DataError
 from .tasks import check_variants, finetuned_base, task_sweep
-from ..training.tasks import load_task_model, Task
+from ..training.tasks import Task
 
 # %% ../../nbs/10d_bert_glue.ipynb #10d00012
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
-from ..data.labelled import labelled, load_labelled, LabelledData
+from ..data.labelled import labelled, load_labelled, load_task_model, LabelledData
 from ..data.text import DataError
 from .tasks import check_variants, finetuned_base, task_sweep
-from ..training.tasks import load_task_model, Task
+from ..training.tasks import Task
 
 # %% ../../nbs/10f_vit.ipynb #10f00012
 CIFAR10 = 'airplane','automobile','bird','cat','deer','dog','frog','horse','ship','truck'
