@@ -3,7 +3,7 @@ import ast, re
 from pathlib import Path
 import pytest
 
-ORDER = 'ops','kernels','functional','attentions','models','training',('analysis','experiments'),'cli'  # each imports what stands before it
+ORDER = 'ops','kernels','functional','attentions','models','training','analysis','experiments','cli'  # each imports what stands before it
 BESIDE = 'data','plots','results','docs','site','notebook','_nbdev','files'  # these import none of the others, but `files`; `site` is made with `docs`
 RANK = {name:i for i,names in enumerate(ORDER) for name in ([names] if isinstance(names, str) else names)}
 SLOW = 'kernels','functional','cli'  # what is imported inside functions: Triton may not be there, and commands load PyTorch only when they run

@@ -60,3 +60,27 @@ def glue_command(ctx:typer.Context,
             command_line(ctx.parent.parent.obj), _listener(screen, GLUE[task].metric if task in GLUE else None))
     screen.say(f"{len(found)} numbers in [bold]{out}[/]")
     screen.object(out=str(out), rows=found)
+
+# %% ../../nbs/94b_experiments.ipynb #94b00013
+@experiments.command('vision', epilog=_examples('hedgehog experiment vision --out results/vit-cifar10.json',
+    'hedgehog experiment vision google/vit-base-patch16-224 --data ILSVRC/imagenet-1k --epochs 0 --out vit-b.json'))
+@_command
+def vision_command(ctx:typer.Context, out:OutOpt,
+    model:Annotated[Optional[str], typer.Argument(metavar='[MODEL]', show_default=False,
+        help="A folder or hub id of a Vision Transformer; a small one is trained from scratch if not given.")]=None,
+    data:Annotated[str, _opt('--data', '-d', metavar='DATA', help="A [cyan]datasets[/] name, or a folder of images, one folder a class.")]='uoft-cs/cifar10',
+    variant:VariantOpt=('softmax','elu','t2r-hh','hedgehog','hedgehog-halves','hedgehog-two'), seeds:SeedsOpt=1, lr:RatesOpt=(2e-5,1e-4),
+    base_lr:BaseRatesOpt=(1e-3,), epochs:EpochsOpt=20., steps:StepsOpt=400,
+    batch_size:Annotated[int, _opt('--batch-size', metavar='N', min=1, help="Images per step.")]=64,
+    rows:RowsOpt=None, work:WorkOpt=None, autocast:AutocastOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
+):
+    ("[bold]Convert a Vision Transformer[/]: softmax, the fixed map 1+ELU, learned maps.\n\n"
+     "    It learns the classes first ([cyan]--epochs 0[/] where it knows them). Then as in [cyan]hedgehog experiment glue[/].")
+    from hedgehog_nb.experiments.vision import vision_experiment
+    from hedgehog_nb.results import command_line
+    screen = Terminal(as_json)
+    with screen.progress:
+        found = vision_experiment(out, model, data, variant, range(seeds), epochs, steps, batch_size, tuple(base_lr), tuple(lr), autocast, pick_device(device),
+            rows, work, command_line(ctx.parent.parent.obj), _listener(screen, 'accuracy'))
+    screen.say(f"{len(found)} numbers in [bold]{out}[/]")
+    screen.object(out=str(out), rows=found)

@@ -108,7 +108,7 @@ def open_model(
 def _check_writes(spec, name):
     "Raise `ValueError` where a class of models writes no text."
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as language_models
-    from hedgehog_nb.training.tasks import task_head
+    from hedgehog_nb.data.labelled import task_head
     if name in language_models.values(): return
     if task_head(spec):
         raise ValueError(f"{spec} is a {name}, no language model: it gives labels and writes no text; hedgehog linearize and hedgehog evaluate take it, "

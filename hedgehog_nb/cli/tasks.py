@@ -50,7 +50,7 @@ def is_task(
     o, # What was typed, by the names of the options; the recipe becomes the paper's where none was
 )->bool: # Is the model taken with a head for labels?
     "Does the column of labels, or the model's class, say so? Raises `ValueError` on options, given by the user, that do not fit."
-    from hedgehog_nb.training.tasks import task_head
+    from hedgehog_nb.data.labelled import task_head
     head = task_head(o.model)
     task = bool(o.label_column or head)
     odd = next((n for n in (_OTHERS if task else _OWN) if n in ctx.params and _given(ctx, n)), None)
@@ -82,8 +82,8 @@ def _splits(data, eval_data=None, split=None):
 
 def _open_task(o, eval_data=None, split=None, dtype='float32'):
     "(model, `Task`, is its head new?)"
-    from hedgehog_nb.data.labelled import labelled
-    from hedgehog_nb.training.tasks import load_task_model, Task
+    from hedgehog_nb.data.labelled import labelled, load_task_model
+    from hedgehog_nb.training.tasks import Task
     device = pick_device(o.device)
     data = labelled(_splits(_one(o.data), eval_data, split), o.text_column and o.text_column.split(','), o.label_column)
     model,proc,new = load_task_model(o.model, data, dtype, device)

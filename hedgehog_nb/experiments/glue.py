@@ -11,10 +11,10 @@ __all__ = ['GLUE', 'GlueTask', 'glue_data', 'glue_experiment']
 import csv
 from dataclasses import dataclass
 from pathlib import Path
-from ..data.labelled import labelled, load_splits
+from ..data.labelled import labelled, load_splits, load_task_model
 from ..data.text import DataError
-from .tasks import finetuned_base, task_sweep
-from ..training.tasks import load_task_model, Task
+from .tasks import check_variants, finetuned_base, task_sweep
+from ..training.tasks import Task
 
 # %% ../../nbs/10d_bert_glue.ipynb #10d00012
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ def glue_experiment(
     "Finetune softmax on a task of GLUE, and convert it to every map of the paper's table. Raises `DataError` or `ModelError`, one line, on what cannot be had."
     data,glue = glue_data(name, folder),GLUE[name]
     if rows: data.train,data.valid,data.test = (part[:rows] for part in (data.train, data.valid, data.test))
+    check_variants(variants)
     bert,tok,_ = load_task_model(model, data, device=device)
     task,work = Task(data, tok, glue.metric),Path(work or Path(path).with_suffix('.work'))
     base,tried = finetuned_base(lambda: load_task_model(model, data, device=device)[0], task, work, base_lrs, glue.epochs if epochs is None else epochs,

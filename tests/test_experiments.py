@@ -1,0 +1,141 @@
+"The experiments on tasks: GLUE's files, sweeps that go on where they were stopped, and the commands, on models small enough for seconds."
+import json
+import numpy, pytest
+from typer.testing import CliRunner
+from hedgehog_nb.cli import app
+
+torch = pytest.importorskip('torch')
+from io import BytesIO
+from PIL import Image
+from transformers import BertConfig, BertModel, BertTokenizerFast
+from hedgehog_nb.data.labelled import cut_splits, load_labelled, labelled
+from hedgehog_nb.data.text import DataError
+from hedgehog_nb.experiments import tasks
+from hedgehog_nb.experiments.glue import glue_data, glue_experiment
+from hedgehog_nb.experiments.vision import image_data, shift_and_mirror, vision_experiment
+from hedgehog_nb.results import read_results
+
+WORDS = 'the a cat dog bird sat ran flew on under mat tree house is was'.split()
+
+def hedgehog(*args, code=0):
+    r = CliRunner().invoke(app, [str(a) for a in args], prog_name='hedgehog')
+    assert r.exit_code==code, (r.stdout, r.stderr, r.exception)
+    return r
+
+@pytest.fixture(scope='module')
+def bert(tmp_path_factory):
+    "A folder with a BERT of one layer, without a head."
+    d = tmp_path_factory.mktemp('bert')
+    (d/'vocab.txt').write_text('\n'.join(['[PAD]','[UNK]','[CLS]','[SEP]','[MASK]',*WORDS]))
+    tok = BertTokenizerFast(str(d/'vocab.txt'))
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(d)
+    tok.save_pretrained(d)
+    return d
+
+@pytest.fixture(scope='module')
+def glue(tmp_path_factory):
+    "CoLA, SST-2, MRPC and STS-B, as their authors write them."
+    d,g = tmp_path_factory.mktemp('glue'),numpy.random.default_rng(0)
+    def text(): return ' '.join(g.choice(WORDS, g.integers(9, 14)))
+    def write(name, lines):
+        (d/name).parent.mkdir(exist_ok=True)
+        (d/name).write_text('\n'.join(lines)+'\n', encoding='utf-8-sig' if 'MRPC' in name else 'utf-8')
+    for n,k in (('in_domain_train',60), ('in_domain_dev',20), ('out_of_domain_dev',10)): write(f'CoLA/{n}.tsv', [f'x\t{i%2}\t\t{text()}' for i in range(k)])
+    for n,k in (('train',60), ('dev',20), ('test-labeled',12)): write(f'SST-2/{n}.tsv', ['sentence\tlabel', *(f'{text()} \t{i%2}' for i in range(k))])
+    for n,k in (('train',60), ('test',20)):
+        write(f'MRPC/msr_paraphrase_{n}.txt', ['Quality\t#1 ID\t#2 ID\t#1 String\t#2 String', *(f'{i%2}\t1\t2\t{text()}\t"{text()}' for i in range(k))])
+    for n,k in (('train',60), ('dev',20), ('test',20)): write(f'STS-B/sts-{n}.csv', [f'a\tb\tc\t{i}\t{i%6}.0\t{text()}\t{text()}\textra' for i in range(k)])
+    return d
+
+@pytest.mark.parametrize('task,kind,sizes,inputs', [('cola','classes',(54,6,30),('sentence',)), ('sst2','classes',(54,6,32),('sentence',)),
+    ('mrpc','classes',(54,6,20),('sentence1','sentence2')), ('stsb','numbers',(60,20,20),('sentence1','sentence2'))])
+def test_files_of_the_authors(glue, task, kind, sizes, inputs):
+    d = glue_data(task, glue)
+    assert (d.kind, d.inputs, (len(d.train), len(d.valid), len(d.test)))==(kind, inputs, sizes)
+    row = d.test[1]
+    assert d.target(row)==1 and all(2<len(row[c].split())<15 for c in inputs)
+    if task=='mrpc': assert row['sentence2'].startswith('"')
+
+def test_tasks_that_have_no_files(glue):
+    with pytest.raises(DataError, match='only the files of CoLA, SST-2, MRPC and STS-B'): glue_data('rte', glue)
+    with pytest.raises(DataError, match='name the folder that holds CoLA/'): glue_data('cola', glue/'nowhere')
+
+def test_command_goes_on(bert, glue, tmp_path):
+    "Two variants, then a third and another seed: what the file holds is not run again, and the softmax model is not trained again."
+    out,quick = tmp_path/'cola.json',('--rows', 40, '--epochs', 1, '--steps', 2, '--base-lr', 1e-3)
+    run = lambda *more, **kw: hedgehog('experiment', 'glue', 'cola', bert, '--data', glue, '--out', out, *quick, *more, **kw)
+    first = run('--variant', 'softmax', '--variant', 'hedgehog')
+    assert 'hedgehog, seed 0, rate 2e-05' in first.stderr and 'hedgehog, seed 0, rate 0.0001' in first.stderr and f'numbers in {out}' in first.stderr.replace('\n', '')
+    was = json.loads(out.read_text())
+    assert was['command'].startswith('hedgehog experiment glue cola') and {r['stage'] for r in was['rows']}=={'teacher','swapped','distill','finetune'}
+    second = run('--variant', 'softmax', '--variant', 'hedgehog', '--variant', 'elu', '--seeds', 2)
+    now = json.loads(out.read_text())
+    assert now['rows'][:len(was['rows'])]==was['rows'] and 'hedgehog, seed 0' not in second.stderr and 'hedgehog, seed 1' in second.stderr
+    rate = next(r['lr'] for r in was['rows'] if r['variant']=='hedgehog')
+    assert {r['lr'] for r in now['rows'] if r['variant']=='hedgehog' and r['seed']==1}=={rate} # chosen on the first seed
+    assert second.stderr.count('seed 1')==3 and not [p.name for p in (tmp_path/'cola.work').iterdir() if p.name!='base']
+    rows = read_results(tmp_path)
+    assert tasks.finished(rows, 'cola', 'mcc').keys()=={'softmax','hedgehog','elu'}
+    assert all(0<=x for by in tasks.recovery(rows, 'cola', 'mcc').values() for x in by.values())
+
+def test_stopped_run_goes_on(bert, glue, tmp_path):
+    "A sweep that was stopped in the middle of finetuning ends with the numbers of one that was not."
+    class Stop(Exception): pass
+    def stop(event, phase=None, done=0, **kw):
+        if (event,phase,done)==('progress','finetune',3) and on: raise Stop
+    kw = dict(model=bert, folder=glue, variants=['hedgehog'], epochs=.5, steps=4, base_lrs=(1e-3,), lrs=(1e-4,), on_event=stop)
+    values = lambda rows: [(r['variant'], r['metric'], r['value']) for r in rows]
+    on = False
+    whole = glue_experiment(tmp_path/'a.json', 'stsb', **kw)
+    on = True
+    with pytest.raises(Stop): glue_experiment(tmp_path/'b.json', 'stsb', **kw)
+    with pytest.raises(Stop): glue_experiment(tmp_path/'b.json', 'stsb', **kw) # the base is done now, the run is stopped again
+    on = False
+    assert values(glue_experiment(tmp_path/'b.json', 'stsb', **kw))==values(whole)
+
+def test_wrong_names(bert, glue, tmp_path):
+    for args,says in ((('wnli', bert), 'the task is one of cola, sst2'), (('cola', bert, '--variant', 'linear'), 'no variant is called'),
+        (('cola', tmp_path/'none'), 'no such folder'), (('cola', bert, '--data', tmp_path), 'name the folder that holds CoLA/')):
+        r = hedgehog('experiment', 'glue', *args, *(() if '--data' in args else ('--data', glue)), '--out', tmp_path/'x.json', code=1)
+        assert says in ' '.join(r.stderr.split()) and 'Traceback' not in r.stderr and not (tmp_path/'x.json').exists(), (args, r.stderr)
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+    "CIFAR-10's two files, of a few images."
+    d,g = tmp_path_factory.mktemp('cifar10'),numpy.random.default_rng(0)
+    for split,n in (('train',60), ('test',40)):
+        parts = []
+        for i in range(n):
+            Image.fromarray(g.integers(0, 255, (32,32,3), dtype=numpy.uint8)).save(b := BytesIO(), 'JPEG')
+            parts.append(b.getvalue())
+        numpy.savez(d/f'{split}_jpeg.npz', jpeg=numpy.frombuffer(b''.join(parts), numpy.uint8), labels=numpy.arange(n)%10,
+            offsets=numpy.cumsum([0, *map(len, parts)]))
+    return d
+
+def test_images(pictures):
+    d = image_data(pictures)
+    assert (d.kind, len(d.names), len(d.train), len(d.valid), len(d.test))==('images', 10, 54, 6, 40)
+    assert d.test[3]['image'].size==(32,32) and d.target(d.test[3])==d.names.index('cat')
+
+def test_shifts_are_of_four_pixels_at_most():
+    x = torch.zeros(1, 32, 32); x[0,16,16] = 1
+    torch.manual_seed(0)
+    at = {tuple(y[0].nonzero()[0].tolist()) for y in (shift_and_mirror(x) for _ in range(500))}
+    assert min(a for a,_ in at)==12 and max(a for a,_ in at)==20 and {b for _,b in at}<={*range(11, 21)} and len(at)>80
+
+def test_vision_command(pictures, tmp_path):
+    out = tmp_path/'vit.json'
+    r = hedgehog('experiment', 'vision', '--data', pictures, '--out', out, '--rows', 40, '--epochs', 1, '--steps', 1, '--batch-size', 20,
+        '--variant', 'softmax', '--variant', 'hedgehog', '--lr', 1e-4)
+    rows = read_results(tmp_path)
+    assert {r['variant'] for r in rows}=={'softmax-zero-shot','softmax','hedgehog-swapped','hedgehog-distilled','hedgehog'}
+    assert {r['metric'] for r in rows}=={'accuracy','agreement','correlation','entropy-gap','rank-correlation'}
+
+def test_labelled_columns(tmp_path):
+    (tmp_path/'x.tsv').write_text('id\tquestion\tanswer\tlabel\n'+''.join(f'{i}\tq{i}\ta{i}\t{"yes" if i%3 else "no"}\n' for i in range(60)))
+    d = load_labelled(tmp_path/'x.tsv')
+    assert d.inputs==('question','answer') and d.names==['no','yes'] and len(d.train)+len(d.valid)+len(d.test)==60
+    for kw,says in ((dict(label='class'), "given 'class' for the labels"), (dict(inputs=['text']), 'given text to read')):
+        with pytest.raises(DataError, match=says): load_labelled(tmp_path/'x.tsv', **kw)
+    with pytest.raises(DataError, match='too few to be cut'): labelled(cut_splits([dict(text='a', label=0)]))
