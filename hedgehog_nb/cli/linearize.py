@@ -326,7 +326,8 @@ def _report(o, screen, rows, out, work):
     shutil.rmtree(work)
     screen.out.print(score_table(rows) if o.task else perplexity_table(rows))
     command = lambda *words: shlex.join(['hedgehog', *(w for m in imported(o.ctx) for w in ('--import', m)), *words])
-    if o.task: use = f"measure it with\n  [cyan]{command('evaluate', str(out), '--data', o.data[0], *(['--label-column', o.label_column] if o.label_column else []))}[/]"
+    more = [w for k in ('text_column','label_column','metric','max_length') if (x := getattr(o, k)) for w in ('--'+k.replace('_','-'), str(x))]
+    if o.task: use = f"measure it with\n  [cyan]{command('evaluate', str(out), '--data', o.data[0], *more)}[/]"
     else: use = f"let it write with\n  [cyan]{command('generate', str(out))} --prompt \"…\"[/]"
     screen.say(f"saved [bold]{out}[/], with {' and '.join([*filter(None, [', '.join(p.name for p in sorted(out.glob('*.png')))]), 'results.json'])}; {use}")
     screen.object(**result, out=str(out))
@@ -350,8 +351,8 @@ def linearize_command(ctx:typer.Context,
     lr:LrOpt=None, align_lr:AlignLrOpt=None, finetune_lr:FinetuneLrOpt=None, lora_rank:LoraRankOpt=None, lora_targets:LoraTargetsOpt=None,
     grad_accum:GradAccumOpt=1, save_every:SaveEveryOpt=50, baseline:BaselineOpt=False, eval_tokens:EvalOpt=None, evals:EvalsOpt=1,
     label_column:LabelOpt=None, metric:MetricOpt=None, adapt_epochs:AdaptEpochsOpt=0., distill_epochs:DistillEpochsOpt=1., epochs:EpochsOpt=1.,
-    max_length:MaxLengthOpt=None, record:RecordOpt=None, experiment:ExperimentOpt='linearize', dtype:DtypeOpt='float32', autocast:AutocastOpt=None, implementation:ImplOpt=None,
-    device:DeviceOpt=None, seed:SeedOpt=0, as_json:JsonOpt=False, debug:DebugOpt=False,
+    max_length:MaxLengthOpt=None, record:RecordOpt=None, experiment:ExperimentOpt='linearize', dtype:DtypeOpt='float32', autocast:AutocastOpt=None,
+    implementation:ImplOpt=None, device:DeviceOpt=None, seed:SeedOpt=0, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
     ("[bold]Convert a model[/]: swap its attention, distil the maps, finetune, measure after each, save.\n\n"
      "    First each map learns alone to imitate the softmax it replaces ([cyan]--distill-tokens[/], [cyan]--lr[/]); this is cheap, "

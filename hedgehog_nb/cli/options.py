@@ -57,7 +57,8 @@ ModelArg = Annotated[str, typer.Argument(metavar='MODEL', show_default=False,
 DataOpt = Annotated[List[str], _opt('--data', '-d', metavar='DATA',
     help="A text file, a folder, a [cyan]datasets[/] name ([cyan]name:config[/]), or [cyan]embedded[/]. May be given several times. "
          "For a model with a head for labels: a table, or a folder of tables or images.")]
-ColumnOpt = Annotated[Optional[str], _opt('--text-column', metavar='NAME', help="Column that holds the text, where there are columns; both of a pair, as [cyan]a,b[/].")]
+ColumnOpt = Annotated[Optional[str], _opt('--text-column', metavar='NAME',
+    help="Column that holds the text, where there are columns; both of a pair, as [cyan]a,b[/].")]
 LenOpt = Annotated[int, _opt('--seq-len', metavar='N', min=2, help="Tokens in a block.")]
 BlockBosOpt = Annotated[Optional[bool], _opt('--block-bos/--no-block-bos',
     help="Begin every block as the tokenizer begins a text, such as with [cyan]<s>[/], or leave that to where documents begin. "

@@ -21,7 +21,8 @@ LabelOpt = Annotated[Optional[str], _opt('--label-column', panel='Task models', 
     help="Column that holds the labels; found by its name if not given. Makes this a model with a head for labels: classes, numbers, tags of words.")]
 MetricOpt = Annotated[Optional[str], _opt('--metric', panel='Task models', metavar='NAME',
     help="[cyan]accuracy[/], [cyan]mcc[/] or [cyan]f1[/]; for numbers [cyan]spearman[/] or [cyan]pearson[/]. The first that fits the labels if not given.")]
-EpochsOpt = Annotated[float, _opt('--epochs', panel='Task models', metavar='X', min=0, help="Passes over the examples by which the converted model is finetuned.")]
+EpochsOpt = Annotated[float, _opt('--epochs', panel='Task models', metavar='X', min=0,
+    help="Passes over the examples by which the converted model is finetuned.")]
 DistillEpochsOpt = Annotated[float, _opt('--distill-epochs', panel='Task models', metavar='X', min=0, help="Passes for the maps alone.")]
 AdaptEpochsOpt = Annotated[float, _opt('--adapt-epochs', panel='Task models', metavar='X', min=0,
     help="Passes by which softmax learns the task before it is converted; above 0 where the head is new.")]
@@ -32,10 +33,10 @@ MaxLengthOpt = Annotated[Optional[int], _opt('--max-length', panel='Task models'
 _OWN = dict(label_column="", metric="", epochs="say --finetune-tokens", distill_epochs="say --distill-tokens", adapt_epochs="say --adapt-tokens",
     max_length="say --seq-len")
 _OTHERS = dict(distill_tokens="say --distill-epochs", finetune_tokens="say --epochs", adapt_tokens="say --adapt-epochs", seq_len="say --max-length",
-    align_tokens="modules are not aligned", align_lr="modules are not aligned", long_blocks="examples are not joined", block_bos="examples begin as its tokenizer does",
-    patience="say --epochs", last_state="each phase ends with its last state", lora_rank="all weights are finetuned", lora_targets="all weights are finetuned",
-    grad_accum="say --batch-size", eval_tokens="all examples of the split are measured", evals="it is measured after each phase", save="the whole model is saved",
-    base="it is saved whole")
+    align_tokens="modules are not aligned", align_lr="modules are not aligned", long_blocks="examples are not joined",
+    block_bos="examples begin as its tokenizer does", patience="say --epochs", last_state="each phase ends with its last state",
+    lora_rank="all weights are finetuned", lora_targets="all weights are finetuned", grad_accum="say --batch-size",
+    eval_tokens="all examples of the split are measured", evals="it is measured after each phase", save="the whole model is saved", base="it is saved whole")
 
 def _given(ctx, name):
     "Was this option typed, or read from a file?"
@@ -54,7 +55,8 @@ def is_task(
     head = task_head(o.model)
     task = bool(o.label_column or head)
     odd = next((n for n in (_OTHERS if task else _OWN) if n in ctx.params and _given(ctx, n)), None)
-    if odd and task: raise ValueError(f"{_option(ctx, odd)} is for language models, and {o.model} is taken as {head or 'a model with a head for labels'}: {_OTHERS[odd]}")
+    if odd and task:
+        raise ValueError(f"{_option(ctx, odd)} is for language models, and {o.model} is taken as {head or 'a model with a head for labels'}: {_OTHERS[odd]}")
     if odd:
         raise ValueError(f"{_option(ctx, odd)} is for models with a head for labels: name their column with --label-column" +
             (f", or {_OWN[odd]} for a language model" if _OWN[odd] else ""))
@@ -116,7 +118,8 @@ def _plan(o, model, task, how, layers, maps, lost, budgets):
     for w,(epochs,steps) in budgets.items():
         if steps is None: steps = math.ceil(epochs*math.ceil(len(task.train)/o.batch_size))
         b,rows = min(o.batch_size, len(task.train)),len(task.train)
-        if steps: lines.append((w, f"{steps} steps of {b} examples, {steps*b/rows:.2g} passes over {rows:,}"))
+        passes = f'{steps*b/rows:.2g}'
+        if steps: lines.append((w, f"{steps} steps of {b} examples, {passes} pass{'es'*(passes!='1')} over {rows:,}"))
     what = {'numbers':'numbers', 'tags':f'{len(data.names or ())} tags of words'}.get(data.kind, f'{len(data.names or ())} classes')
     lines.append(('measure', f"{task.metric} on {len(task.test):,} examples, {what} in {data.label!r} from {' and '.join(map(repr, data.inputs))}"))
     return '\n'.join(f'  [dim]{w:<9}[/] {l}' for w,l in lines)+'\n'
@@ -148,13 +151,13 @@ def score_table(
     for r in rows: by.setdefault((r['variant'], r['stage']), {})[r['metric']] = r
     metric = rows[0]['metric']
     base = [s[metric]['value'] for (_,stage),s in by.items() if stage in ('teacher','adapted')][-1]
-    t = Table(box=box.SIMPLE_HEAD)
+    t = Table(box=box.SIMPLE_HEAD, collapse_padding=True)
     t.add_column('model', no_wrap=True)
     for c in (metric, '% of\nsoftmax', *[m for m in ('agreement','correlation') if any(r['metric']==m for r in rows)], 'time'): t.add_column(c, justify='right')
     for s in by.values():
         r = s[metric]
         close = [f"{s[m]['value']:.1f}" if m in s else '–' for m in ('agreement','correlation') if any(m in x for x in by.values())]
-        t.add_row(label(r), f"{r['value']:.4g}", f"{100*r['value']/base:.1f}" if base else '–', *close, f"{r['seconds']:.0f} s" if r['tokens'] else '–',
+        t.add_row(label(r), f"{r['value']:.4g}", f"{100*r['value']/base:.1f}" if base>0 else '–', *close, f"{r['seconds']:.0f} s" if r['tokens'] else '–',
             style='bold' if r['stage']=='finetuned' and r['variant']=='hedgehog' else '')
     return t
 
@@ -190,15 +193,16 @@ def convert_labelled(
     _check(o, model, new, budgets)
     screen.say(_plan(o, model, task, how, len(which), maps, lost, budgets))
     name,same,rows = variant_name(how),dict(batch_size=o.batch_size, autocast=o.autocast, seed=o.seed, save_steps=o.save_every),[]
-    listen,(epochs,steps),lr = lambda phase=None: _listener(screen, task.metric, name, phase),budgets['finetune'],2e-5 if o.finetune_lr is None else o.finetune_lr
+    listen = lambda phase=None: _listener(screen, task.metric, name, phase)
+    (epochs,steps),lr = budgets['finetune'],2e-5 if o.finetune_lr is None else o.finetune_lr
     with screen.progress:
         if not new:
             z,y = _measure(task, model, screen, 2*o.batch_size)
             rows.append(dict(variant='softmax-zero-shot', stage='teacher', metric=task.metric, value=task.score(z, y), tokens=0, seconds=0., seed=o.seed))
             listen()('row', row=rows[-1])
         if o.adapt_epochs:
-            learned = finetune_task(model, task, o.adapt_epochs, lr=lr, on_event=listen('adapt'), work=work/'adapt', variant='softmax-adapted', **same)
-            rows,z = rows+learned,task.predict(model, batch_size=2*o.batch_size)[0]
+            rows += finetune_task(model, task, o.adapt_epochs, lr=lr, on_event=listen('adapt'), work=work/'adapt', variant='softmax-adapted', **same)
+            z,_ = _measure(task, model, screen, 2*o.batch_size)
         if o.baseline and (epochs if steps is None else steps):
             rows += finetune_task(deepcopy(model), task, epochs, steps, lr=lr, teacher_logits=z, on_event=listen('baseline'), work=work/'baseline', **same)
         rows += convert_task(model, task, how, budgets['distill'][0], epochs, budgets['distill'][1], steps, recipe, lr=o.lr, finetune_lr=lr,
@@ -223,4 +227,5 @@ def evaluate_labelled(
     with screen.progress: value = task.score(*_measure(task, model, screen, o.batch_size, rows))
     s = time.perf_counter()-t
     screen.out.print(f"{task.metric} [bold]{value:.4g}[/]  on {len(rows):,} examples, {len(rows)/s:.3g} examples/s", highlight=False, soft_wrap=True)
-    screen.object(model=model_name(o.model), data=model_name(o.data[0]), split=o.split, metric=task.metric, value=value, examples=len(rows), seconds=round(s, 3))
+    screen.object(model=model_name(o.model), data=model_name(o.data[0]), split=o.split, metric=task.metric, value=value, examples=len(rows),
+        seconds=round(s, 3))
