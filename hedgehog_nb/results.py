@@ -92,7 +92,8 @@ def measured_on(
     return _Line('Measured on ' + ', '.join(parts + ([f'{seconds:,.0f} s'] if seconds is not None else [])))
 
 # %% ../nbs/96_records.ipynb #14eb063b
-_UNITS = dict(ppl='', kl='nats', entropy='nats', mcc='%', accuracy='%', f1='%', spearman='%', rouge1='%', rouge2='%', rougeL='%',
+_UNITS = dict(ppl='', kl='nats', entropy='nats', mcc='%', accuracy='%', f1='%', spearman='%', pearson='%', agreement='%', correlation='%',
+    rouge1='%', rouge2='%', rougeL='%',
     ms='ms', tokens_per_s='tokens/s', bytes='B', tflops='TFLOP/s')
 
 def check_row(

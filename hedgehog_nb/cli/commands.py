@@ -10,30 +10,34 @@ __all__ = []
 # %% ../../nbs/94_cli.ipynb #aaaf85b5
 import math, sys, time, typer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, List, Optional
 from .console import answers, AttentionSnapshots, generate_text, human_readable, perplexity_table, report_table, save_picture, tee, Terminal
 from .inputs import block_start, check_output, describe_start, is_converted, model_name, open_blocks, open_model, pick_device
 from .options import (
     _command, _examples, _opt, app, BaseOpt, BatchOpt, BlockBosOpt, ColumnOpt, DataOpt, DebugOpt, DeviceOpt, DtypeOpt, EvalOpt,
     ImplOpt, JsonOpt, LenOpt, ModelArg, SeedOpt, Terminated)
+from .tasks import evaluate_labelled, is_task, LabelOpt, MaxLengthOpt, MetricOpt
 from ..files import atomic_write
 
 # %% ../../nbs/94_cli.ipynb #8f758508
 @app.command('evaluate', epilog=_examples('hedgehog evaluate stories-hedgehog --data embedded --seq-len 256',
-    'hedgehog evaluate embedded --data book.txt --split all --json'))
+    'hedgehog evaluate embedded --data book.txt --split all --json', 'hedgehog evaluate bert-hedgehog --data reviews.tsv --label-column stars'))
 @_command
-def evaluate_command(
+def evaluate_command(ctx:typer.Context,
     model:ModelArg,
     data:DataOpt,
     split:Annotated[str, _opt('--split', metavar='NAME',
         help="[cyan]train[/], [cyan]validation[/], [cyan]test[/] or [cyan]all[/]. "
              "A text without splits is cut: first 90%, next 5%, last 5%.")]='test',
     base:BaseOpt=None, text_column:ColumnOpt=None, seq_len:LenOpt=512, block_bos:BlockBosOpt=None, batch_size:BatchOpt=8, eval_tokens:EvalOpt=None,
-    dtype:DtypeOpt=None, implementation:ImplOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
+    label_column:LabelOpt=None, metric:MetricOpt=None, max_length:MaxLengthOpt=None, dtype:DtypeOpt=None, implementation:ImplOpt=None, device:DeviceOpt=None,
+    as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
-    "[bold]Measure perplexity[/] of a model, converted or not."
+    "[bold]Measure perplexity[/] of a model, converted or not; of one with a head for labels, how well it gives them."
     from hedgehog_nb.training.recipe import EvalLog
-    screen = Terminal(as_json)
+    screen,o = Terminal(as_json),SimpleNamespace(**locals())
+    if is_task(ctx, o): return evaluate_labelled(o, screen)
     with screen.wait(f'loading {model}'):
         m,tok = open_model(model, dtype, device, base, implementation)
         test = open_blocks(data, split, m, tok, seq_len, eval_tokens, None, text_column, block_bos)

@@ -89,7 +89,6 @@ def open_model(
 )->tuple: # (model in eval mode, tokenizer)
     "Load a causal language model, converted or not. Raises `ValueError` where `spec` is none."
     from hedgehog_nb.data.models import parse_dtype, load_model
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as language_models
     device = pick_device(device)
     if implementation and not is_converted(spec): raise ValueError(f"--implementation is for converted models, and {spec} is not one")
     if is_trained(spec): return _open_trained(Path(spec).expanduser(), base, dtype, device, implementation)
@@ -98,12 +97,24 @@ def open_model(
         from hedgehog_nb.models.loading import load_linearized
         from transformers import AutoTokenizer
         path = Path(spec).expanduser()
-        return (load_linearized(path, implementation=implementation or 'saved',
-            **({} if dtype is None else dict(dtype=parse_dtype(dtype)))).to(device), AutoTokenizer.from_pretrained(path))
+        model = load_linearized(path, implementation=implementation or 'saved', **({} if dtype is None else dict(dtype=parse_dtype(dtype)))).to(device)
+        _check_writes(spec, type(model).__name__)
+        return model, AutoTokenizer.from_pretrained(path)
     model,tok = load_model(spec, dtype, device)
-    if type(model).__name__ not in language_models.values():
-        raise ValueError(f"{spec} is a {type(model).__name__}, no language model that writes left to right; convert it in Python, with hedgehog_nb.linearize")
+    _check_writes(spec, type(model).__name__)
     return model,tok
+
+# %% ../../nbs/94_cli.ipynb #c4c62530
+def _check_writes(spec, name):
+    "Raise `ValueError` where a class of models writes no text."
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as language_models
+    from hedgehog_nb.data.labelled import task_head
+    if name in language_models.values(): return
+    if task_head(spec):
+        raise ValueError(f"{spec} is a {name}, no language model: it gives labels and writes no text; hedgehog linearize and hedgehog evaluate take it, "
+            "with --data of labelled examples")
+    raise ValueError(f"{spec} is a {name}, no language model that writes left to right; convert it in Python, with hedgehog_nb.linearize, "
+        "or as the body of a classifier, with --label-column")
 
 # %% ../../nbs/94_cli.ipynb #dd59e43c
 def open_blocks(
@@ -142,8 +153,8 @@ def describe_start(start):
 def map_plan(
     model, # A model not converted yet; it stays so
     config, # A `LinearizeConfig`
-)->tuple: # (numbers of the layers to convert, parameters of their maps)
-    "What converting would add. Raises `ValueError` where it cannot be done."
-    from hedgehog_nb.models.linearize import build_attentions
+)->tuple: # (numbers of the layers to convert, parameters of their maps, attention dropout that is lost, in words)
+    "What converting would add, and lose. Raises `ValueError` where it cannot be done."
+    from hedgehog_nb.models.linearize import build_attentions, lost_dropout
     which,maps = build_attentions(model, config)
-    return which, sum(p.numel() for m in maps.values() for p in m.parameters())
+    return which, sum(p.numel() for m in maps.values() for p in m.parameters()), lost_dropout(model, maps)

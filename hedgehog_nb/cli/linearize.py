@@ -18,6 +18,8 @@ from .inputs import block_start, check_output, describe_start, is_converted, map
 from .options import (
     _command, _examples, _expand_config, _opt, app, AutocastOpt, BlockBosOpt, ColumnOpt, ConfigOpt, DataOpt, DebugOpt, DeviceOpt, EvalOpt,
     ImplOpt, imported, JsonOpt, ModelArg, SeedOpt)
+from .tasks import (
+    AdaptEpochsOpt, convert_labelled, DistillEpochsOpt, EpochsOpt, is_task, LabelOpt, MaxLengthOpt, MetricOpt, score_table)
 from ..files import atomic_write
 
 # %% ../../nbs/94_cli.ipynb #11c00002
@@ -49,18 +51,18 @@ def keep_run_dir(
     from hedgehog_nb.training.recipe import is_main_process
     try: yield
     except BaseException as e:
-        if is_main_process() and {p.name for p in work.glob('*')}<={'command.json','settings.json'}: shutil.rmtree(work, ignore_errors=True)
+        if is_main_process() and {p.name for p in work.rglob('*') if p.is_file()}<={'command.json','settings.json'}: shutil.rmtree(work, ignore_errors=True)
         elif str(work) not in str(e): e.note = f"{where()}what was done is kept in {work}, and the same command goes on from there"
         raise
 
 # %% ../../nbs/94_cli.ipynb #d9af9d2a
-def _plan(model, spec, how, layers, extra, train, test, steps, batches, long, seed, recipe, lora, start=''):
+def _plan(model, spec, how, layers, extra, lost, train, test, steps, batches, long, seed, recipe, lora, start=''):
     "What is about to happen, a line each."
     from hedgehog_nb.training.recipe import MixedBatches, tokens_after
     n,(_,T) = model.num_parameters(),test.shape
     lines = [('convert', f"[bold]{model_name(spec)}[/], {type(model).__name__}, {n:,} parameters, {str(model.dtype)[6:]} on {model.device.type}"),
         ('to', f"[bold]{how.attention}[/] attention in {layers} layers{f' but for heads {how.softmax_heads}' if how.softmax_heads else ''}, "
-            f"{extra:,} parameters of maps ({extra/n:.2%}), by the recipe {recipe}")]
+            f"{extra:,} parameters of maps ({extra/n:.2%}), by the recipe {recipe}"), *[('note', lost)]*bool(lost)]
     for w,s,b in zip(('adapt','distill','align','finetune'), steps, batches):
         text = MixedBatches(s, train, b, long, seed) if long>1 else ()
         joined = sum(x.numel() for x in text if x.shape[1]>T)/max(1, n := tokens_after(s, train, b, long, seed))
@@ -93,14 +95,14 @@ def _batch_sizes(o, recipe, budgets):
     return whole,layers,layers,whole
 
 def _prepare(o, how, recipe):
-    ("What can fail before the first step: (model, tokenizer, texts, numbers of the layers, parameters of their maps, steps and batches of each phase, "
+    ("What can fail before the first step: (model, tokenizer, texts, what `map_plan` says, steps and batches of each phase, "
      "blocks in a long one).")
     from hedgehog_nb.training.align import check_alignable
     from hedgehog_nb.training.recipe import most_tokens, steps_for
     if is_converted(o.model): raise ValueError(f"{o.model} is converted already; name the model it came from")
     m,tok = open_model(o.model, o.dtype, o.device)
-    which,extra = map_plan(m, how)
-    budgets = _budgets(o, recipe, how, m, extra)
+    maps = map_plan(m, how)
+    budgets = _budgets(o, recipe, how, m, maps[1])
     tunes = any(t if s is None else s for t,s in (budgets[0], budgets[3]))
     if o.align_tokens: check_alignable(m, f'--align-tokens {o.align_tokens}')
     if getattr(m, 'is_quantized', False) and tunes and not (o.save=='trained' and o.lora_rank):
@@ -119,7 +121,7 @@ def _prepare(o, how, recipe):
             "give more tokens, more text, or a shorter --seq-len")
     long = o.long_blocks or recipe.long_for(how, m, *train.shape)
     steps = [steps_for(t, train, b, long, o.seed) if s is None else s for (t,s),b in zip(budgets, sizes)]
-    return m, tok, (train, valid, test), which, extra, steps, sizes, long
+    return m, tok, (train, valid, test), maps, steps, sizes, long
 
 # %% ../../nbs/94_cli.ipynb #d2c37501
 def _check(o):
@@ -157,7 +159,7 @@ def _settings(ctx):
 def _same(a, b): return bool(a) and a.is_file() and b.is_file() and a.read_bytes()==b.read_bytes()
 
 # %% ../../nbs/94_cli.ipynb #a8f3a675
-def _save(model, tok, out, work, trained, record, camera, rows, own_tok, **run):
+def _save(model, tok, out, work, record, rows, card, pictures=(), trained=None, own_tok=False, **run):
     "Model, or what was `trained` of it, figures and results as one folder; the results once more in `work`, and as `record` if that is given."
     from hedgehog_nb.models.loading import save_linearized
     from hedgehog_nb.results import write_results
@@ -166,10 +168,8 @@ def _save(model, tok, out, work, trained, record, camera, rows, own_tok, **run):
             shutil.copytree(trained, d)
             if own_tok: tok.save_pretrained(d)
         else:
-            save_linearized(model, d, tok, card={'data': rows[-1]['data'], 'tokens of training': rows[-1]['tokens'],
-                'perplexity on held-out text': f"{rows[-1]['value']:.4g}"})
-        camera.attention(d/'attention.png')
-        camera.curve(d/'perplexity.png')
+            save_linearized(model, d, tok, card={'data': rows[-1]['data'], 'tokens of training': rows[-1]['tokens'], **card})
+        for name,draw in pictures: draw(d/name)
         for f in (work/'results.json', d/'results.json', record):
             if f: write_results(f, rows, **run)
 
@@ -287,10 +287,10 @@ def _convert(o, out, record, work, screen, start, commit):
     from hedgehog_nb.results import command_line
     recipe,how,before = get_recipe(o.recipe),_config_of(o),read_eval_log(work/'measured.json')['wall_s']
     trained = work/'trained' if o.save=='trained' else None
-    with screen.wait(f'loading {o.model}'): m,tok,(train,valid,test),which,extra,steps,batches,long = _prepare(o, how, recipe)
+    with screen.wait(f'loading {o.model}'): m,tok,(train,valid,test),(which,extra,lost),steps,batches,long = _prepare(o, how, recipe)
     lora = _lora(m, o.lora_rank, o.lora_targets)
     begin = block_start(tok)
-    screen.say(_plan(m, o.model, how, len(which), extra, train, test, steps, batches, long, o.seed, o.recipe, lora, describe_start(begin)))
+    screen.say(_plan(m, o.model, how, len(which), extra, lost, train, test, steps, batches, long, o.seed, o.recipe, lora, describe_start(begin)))
     if trained and is_main_process(): shutil.rmtree(trained, ignore_errors=True) # of a run that was killed as it ended
     barrier()
     camera = AttentionSnapshots(test[:1,:24], tok, which[len(which)//2])
@@ -302,18 +302,34 @@ def _convert(o, out, record, work, screen, start, commit):
     rows = [dict(experiment=o.experiment, model=model_name(o.model), data='+'.join(map(model_name, o.data)), **r,
         recipe=o.recipe, seq_len=o.seq_len, block_start=begin, eval_tokens=test.numel()) for r in rows]
     if not is_main_process(): return
-    _save(m, tok, out, work, trained, record, camera, rows, o.block_bos is not None, command=command_line(_expand_config(o.ctx)),
-        seed=o.seed, wall_s=before+time.perf_counter()-start, device=m.device, commit=commit)
+    _save(m, tok, out, work, record, rows, {'perplexity on held-out text': f"{rows[-1]['value']:.4g}"},
+        (('attention.png', camera.attention), ('perplexity.png', camera.curve)), trained, o.block_bos is not None,
+        command=command_line(_expand_config(o.ctx)), seed=o.seed, wall_s=before+time.perf_counter()-start, device=m.device, commit=commit)
+    return rows
+
+# %% ../../nbs/94_cli.ipynb #804f6ef0
+def _convert_labelled(o, out, record, work, screen, start, commit):
+    "The same for a model with a head for labels."
+    from hedgehog_nb.training.recipe import is_main_process, read_eval_log
+    from hedgehog_nb.results import command_line
+    before = sum(read_eval_log(f)['wall_s'] for f in work.glob('*/measured.json'))
+    m,proc,rows = convert_labelled(o, _config_of(o), work, screen)
+    if not is_main_process(): return
+    _save(m, proc, out, work, record, rows, {f"{rows[-1]['metric']} on held-out examples": f"{rows[-1]['value']:.4g}"},
+        command=command_line(_expand_config(o.ctx)), seed=o.seed, wall_s=before+time.perf_counter()-start, device=m.device, commit=commit)
     return rows
 
 # %% ../../nbs/94_cli.ipynb #e4b27f1d
-def _report(ctx, screen, rows, out, work):
+def _report(o, screen, rows, out, work):
     "Show the results of a run, what was written, and how to use it."
     result = json.loads((out/'results.json').read_text())
     shutil.rmtree(work)
-    screen.out.print(perplexity_table(rows))
-    screen.say(f"saved [bold]{out}[/], with {', '.join(p.name for p in sorted(out.glob('*.png')))} and results.json; let it write with\n"
-        f"  [cyan]{shlex.join(['hedgehog', *(w for m in imported(ctx) for w in ('--import', m)), 'generate', str(out)])} --prompt \"…\"[/]")
+    screen.out.print(score_table(rows) if o.task else perplexity_table(rows))
+    command = lambda *words: shlex.join(['hedgehog', *(w for m in imported(o.ctx) for w in ('--import', m)), *words])
+    more = [w for k in ('text_column','label_column','metric','max_length') if (x := getattr(o, k)) for w in ('--'+k.replace('_','-'), str(x))]
+    if o.task: use = f"measure it with\n  [cyan]{command('evaluate', str(out), '--data', o.data[0], *more)}[/]"
+    else: use = f"let it write with\n  [cyan]{command('generate', str(out))} --prompt \"…\"[/]"
+    screen.say(f"saved [bold]{out}[/], with {' and '.join([*filter(None, [', '.join(p.name for p in sorted(out.glob('*.png')))]), 'results.json'])}; {use}")
     screen.object(**result, out=str(out))
 
 # %% ../../nbs/94_cli.ipynb #e870b766
@@ -321,6 +337,7 @@ def _report(ctx, screen, rows, out, work):
     'hedgehog linearize SmolLM2.gguf --data wikitext-2/ --out smol --baseline --evals 5 --record smol.json',
     'hedgehog linearize gpt2 --data book.txt --out gpt2-hedgehog --distill-tokens 1000000 --finetune-tokens 0',
     'hedgehog linearize some-llama/ --data book.txt --out llama-hedgehog --lora-rank 8 --lora-targets q_proj,k_proj,v_proj,o_proj --grad-accum 4',
+    'hedgehog linearize my-bert/ --data reviews.tsv --label-column stars --adapt-epochs 3 --out bert-hedgehog',
     'hedgehog linearize --config run.toml --lr 0.02'))
 @_command
 def linearize_command(ctx:typer.Context,
@@ -333,8 +350,9 @@ def linearize_command(ctx:typer.Context,
     last_state:LastStateOpt=False, batch_size:BatchSizeOpt=None,
     lr:LrOpt=None, align_lr:AlignLrOpt=None, finetune_lr:FinetuneLrOpt=None, lora_rank:LoraRankOpt=None, lora_targets:LoraTargetsOpt=None,
     grad_accum:GradAccumOpt=1, save_every:SaveEveryOpt=50, baseline:BaselineOpt=False, eval_tokens:EvalOpt=None, evals:EvalsOpt=1,
-    record:RecordOpt=None, experiment:ExperimentOpt='linearize', dtype:DtypeOpt='float32', autocast:AutocastOpt=None, implementation:ImplOpt=None,
-    device:DeviceOpt=None, seed:SeedOpt=0, as_json:JsonOpt=False, debug:DebugOpt=False,
+    label_column:LabelOpt=None, metric:MetricOpt=None, adapt_epochs:AdaptEpochsOpt=0., distill_epochs:DistillEpochsOpt=1., epochs:EpochsOpt=1.,
+    max_length:MaxLengthOpt=None, record:RecordOpt=None, experiment:ExperimentOpt='linearize', dtype:DtypeOpt='float32', autocast:AutocastOpt=None,
+    implementation:ImplOpt=None, device:DeviceOpt=None, seed:SeedOpt=0, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
     ("[bold]Convert a model[/]: swap its attention, distil the maps, finetune, measure after each, save.\n\n"
      "    First each map learns alone to imitate the softmax it replaces ([cyan]--distill-tokens[/], [cyan]--lr[/]); this is cheap, "
@@ -345,11 +363,13 @@ def linearize_command(ctx:typer.Context,
      "What it has done so far is in a hidden folder beside --out.\n\n"
      "    Without a GPU expect a minute or two for the embedded model, and hours for a hundred million parameters; "
      "smaller budgets and [cyan]--eval-tokens[/] make it shorter. Out of memory: [cyan]--grad-accum[/]. "
-     "Several processes or GPUs share each batch under [cyan]torchrun --nproc_per_node 2 --no-python hedgehog linearize …[/].")
+     "Several processes or GPUs share each batch under [cyan]torchrun --nproc_per_node 2 --no-python hedgehog linearize …[/].\n\n"
+     "    A classifier of texts, pairs, words or images is converted as well, by labelled examples ([cyan]--label-column[/], [cyan]--epochs[/]).")
     from hedgehog_nb.training.recipe import barrier, is_main_process
     from hedgehog_nb.results import code_version
     o = SimpleNamespace(**locals())
     start,commit,screen = time.perf_counter(),code_version(),Terminal(as_json)
+    o.task = is_task(ctx, o)
     _config_of(o) # refused before anything is written
     _adapters(o)
     out,record,work = _outputs(o)
@@ -357,5 +377,5 @@ def linearize_command(ctx:typer.Context,
     with keep_run_dir(work, screen.progress.where):
         if is_main_process() and open_run_dir(work, _settings(ctx), restart): screen.say(f"going on with what is in [bold]{work}[/]")
         barrier()
-        rows = _convert(o, out, record, work, screen, start, commit)
-    if rows: _report(ctx, screen, rows, out, work)
+        rows = (_convert_labelled if o.task else _convert)(o, out, record, work, screen, start, commit)
+    if rows: _report(o, screen, rows, out, work)

@@ -55,8 +55,10 @@ def _opt(*names, panel='Options', **kw): return typer.Option(*names, rich_help_p
 ModelArg = Annotated[str, typer.Argument(metavar='MODEL', show_default=False,
     help="A local folder, a [cyan].gguf[/] file, a hub id, or [cyan]embedded[/], the small model that comes with the package.")]
 DataOpt = Annotated[List[str], _opt('--data', '-d', metavar='DATA',
-    help="A text file, a folder, a [cyan]datasets[/] name ([cyan]name:config[/]), or [cyan]embedded[/]. May be given several times.")]
-ColumnOpt = Annotated[Optional[str], _opt('--text-column', metavar='NAME', help="Column that holds the text, where there are columns.")]
+    help="A text file, a folder, a [cyan]datasets[/] name ([cyan]name:config[/]), or [cyan]embedded[/]. May be given several times. "
+         "For a model with a head for labels: a table, or a folder of tables or images.")]
+ColumnOpt = Annotated[Optional[str], _opt('--text-column', metavar='NAME',
+    help="Column that holds the text, where there are columns; both of a pair, as [cyan]a,b[/].")]
 LenOpt = Annotated[int, _opt('--seq-len', metavar='N', min=2, help="Tokens in a block.")]
 BlockBosOpt = Annotated[Optional[bool], _opt('--block-bos/--no-block-bos',
     help="Begin every block as the tokenizer begins a text, such as with [cyan]<s>[/], or leave that to where documents begin. "
@@ -94,6 +96,7 @@ def _quiet(debug):
     for s in (sys.stdout, sys.stderr): getattr(s, 'reconfigure', lambda **k: None)(errors='replace')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore'); warnings.filterwarnings('default', 'hedgehog_nb: ')
+        warnings.filterwarnings('ignore', 'hedgehog_nb: attention dropout') # the plan says so
         from transformers import modeling_gguf_pytorch_utils as gguf
         from transformers.utils import logging
         logging.set_verbosity_error(); logging.disable_progress_bar()
