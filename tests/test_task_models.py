@@ -143,6 +143,24 @@ def test_a_recipe_and_what_is_typed_beside_it():
     assert conversion==dict(attention='hedgehog', layers=[1], attention_kwargs=dict(num_maps=4, bias=True))
     assert {x['recipe'] for x in rows_of('out')}=={'best'}
 
+def test_a_causal_classifier_becomes_a_hybrid():
+    "Its body comes from a language model, whose settings name no token for padding."
+    bert(folder='gpt')
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=24, n_positions=64)).save_pretrained('gpt')
+    hedgehog('linearize', 'gpt', '--data', reviews(), '--label-column', 'stars', '--adapt-epochs', .2, '--recipe', 'best', '--out', 'out', *FEW)
+    assert json.loads(Path('out/config.json').read_text())['hedgehog']['attention']=='hedgehog-window'
+    last = [x['value'] for x in rows_of('out') if x['metric']=='accuracy'][-1]
+    assert json.loads(hedgehog('evaluate', 'out', '--data', 'reviews.tsv', '--label-column', 'stars', '--json').stdout)['value']==pytest.approx(last)
+
+def test_classes_of_other_names_are_matched_in_order_and_said():
+    names = {0:'negative', 1:'positive'}
+    said = lambda: hedgehog('linearize', 'bert', '--data', 'reviews.tsv', '--label-column', 'stars', '--out', 'out', '--overwrite', *FEW).stderr
+    bert(id2label=names, label2id={n:i for i,n in names.items()}); reviews()
+    assert 'matched in order: bad is negative, good is positive' in said()
+    reviews(labels=('positive','negative')); assert 'in order' not in said()
+    bert(); reviews(labels=('0','1')); assert 'in order' not in said()
+
 # A run that was stopped
 
 @pytest.mark.parametrize('phase,step', [('adapt',2), ('distill',3), ('finetune',2)])
