@@ -117,7 +117,8 @@ def _find_label(row, label):
     "The column of the labels. Raises `DataError` that lists the columns."
     found = next((c for c in _LABELS if c in row), None) if label is None else label
     if found not in row:
-        raise DataError(f"the examples have columns {', '.join(row)}; " + ("name the one that holds the labels" if label is None else f"given {label!r} for the labels"))
+        said = "name the one that holds the labels" if label is None else f"given {label!r} for the labels"
+        raise DataError(f"the examples have columns {', '.join(row)}; {said}")
     return found
 
 def _find_inputs(row, inputs, label):
