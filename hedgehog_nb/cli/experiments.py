@@ -34,7 +34,7 @@ WorkOpt = Annotated[Optional[Path], _opt('--work', metavar='DIR', help="Folder f
 def _listener(screen, metric):
     "Says which run is on and what it scored, with a bar for each phase."
     def listen(event, row=None, **kw):
-        if event=='run': screen.say(f"[bold]{kw['label']}[/], seed {kw['seed']}, rate {kw['lr']:g}")
+        if event=='run': screen.say(f"[bold]{kw['label']}[/]" + (f", seed {kw['seed']}, rate {kw['lr']:g}" if 'lr' in kw else ''))
         elif event=='progress': screen.progress.bar(event, unit='steps', **kw)
         elif event=='row' and row['metric']==metric: screen.progress.line('', row['stage'], f"{metric} [bold]{row['value']:.4g}[/]")
     return listen

@@ -72,6 +72,7 @@ def _quiet(name):
 def _local_model(spec):
     "Folder and arguments for `from_pretrained`: (name, kwargs)."
     if not str(spec): raise ModelError("no model named; name a folder, a .gguf file, a hub id, or 'embedded'")
+    if str(spec)=='embedded': return str(_embedded_model_path()), {}
     p = Path(spec).expanduser()
     ggufs = [p] if p.suffix=='.gguf' else sorted(p.glob('*.gguf')) if p.is_dir() and not (p/'config.json').exists() else []
     if p.suffix=='.gguf' and not p.is_file(): raise ModelError(f"{spec}: no such GGUF file")
@@ -115,7 +116,7 @@ def load_model(
 )->tuple: # (model in eval mode, tokenizer; None for models without text)
     "Load a model and its tokenizer, the class by its config. Raises `ModelError`, one line, where it cannot."
     from transformers import AutoConfig, AutoTokenizer
-    name,kw = _local_model(_embedded_model_path() if str(spec)=='embedded' else spec)
+    name,kw = _local_model(spec)
     dtype = parse_dtype(dtype)
     try:
         with _hub(name), _quiet(name):

@@ -104,7 +104,7 @@ def task_sweep(
     tried:dict=None, # What `finetuned_base` tried, for the record
     work=None, # Folder for unfinished runs; beside `path` if None
     command:str=None, # What was typed, for the record
-    on_event=None, # Listener; see `EvalLog`. There is also ('run', label=, seed=, lr=)
+    on_event=None, # Listener; see `EvalLog`. There is also ('run', label=, seed=, lr=), or label= alone
     **budget # Of `convert_task`: finetune_steps, distill_epochs, batch_size, autocast, …
 )->list: # Rows of results
     ("Convert `base` to every variant on every seed, writing each as it ends; what is in the file is not run again. "
@@ -129,7 +129,7 @@ def task_sweep(
             for k in runs: shutil.rmtree(work/f'{label}-{seed}-{k:g}', ignore_errors=True)
     wanted = [v for v in VARIANTS if variants is None or v in variants]
     if {*wanted}-{r['variant'] for r in done if r['metric']=='ms'}:
-        if on_event: on_event('run', label='time of a step', seed=seeds[0], lr=0.)
+        if on_event: on_event('run', label='time of a step')
         done[:] = [r for r in done if r['metric']!='ms']
         times = step_times(base, task, wanted, budget.get('batch_size', 32), autocast=budget.get('autocast'))
         add([dict(variant=v, stage='step', metric='ms', value=ms) for v,ms in times.items()])
