@@ -11,6 +11,7 @@ __all__ = ['LabelOpt', 'MetricOpt', 'EpochsOpt', 'DistillEpochsOpt', 'AdaptEpoch
 # %% ../../nbs/94c_task_models.ipynb #94c00004
 import math, time
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated, Optional
 from .console import label
 from .inputs import is_converted, map_plan, model_name, pick_device
@@ -108,6 +109,12 @@ def _budgets(o, maps):
     "{phase: (epochs, steps or None)}. `maps` is 0 where there is nothing to distil."
     return dict(adapt=(o.adapt_epochs, None), distill=(o.distill_epochs, o.distill_steps) if maps else (0, None), finetune=(o.epochs, o.finetune_steps))
 
+def _matched(model, data):
+    "Which class of the model stands for which of the data, where they are called otherwise; else empty."
+    theirs = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    if not data.names or theirs==data.names or theirs==[f'LABEL_{n}' for n in data.names]: return ''
+    return shorten(', '.join(f'{n} is {t}' for n,t in zip(data.names, theirs)), 100, placeholder=' …')
+
 def _plan(o, model, task, how, layers, maps, lost, budgets):
     "What is about to happen, a line each."
     n,data = model.num_parameters(),task.data
@@ -115,6 +122,7 @@ def _plan(o, model, task, how, layers, maps, lost, budgets):
         ('to', f"[bold]{how.attention}[/] attention in {layers} layers{f' but for heads {how.softmax_heads}' if how.softmax_heads else ''}, "
             f"{maps:,} parameters of maps ({maps/n:.2%}), by the recipe {o.recipe}")]
     if lost: lines.append(('note', lost))
+    if matched := _matched(model, task.data): lines.append(('note', f"the model calls its classes otherwise, so they are matched in order: {matched}"))
     for w,(epochs,steps) in budgets.items():
         if steps is None: steps = math.ceil(epochs*math.ceil(len(task.train)/o.batch_size))
         b,rows = min(o.batch_size, len(task.train)),len(task.train)

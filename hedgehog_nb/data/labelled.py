@@ -117,7 +117,8 @@ def _find_label(row, label):
     "The column of the labels. Raises `DataError` that lists the columns."
     found = next((c for c in _LABELS if c in row), None) if label is None else label
     if found not in row:
-        raise DataError(f"the examples have columns {', '.join(row)}; " + ("name the one that holds the labels" if label is None else f"given {label!r} for the labels"))
+        said = "name the one that holds the labels" if label is None else f"given {label!r} for the labels"
+        raise DataError(f"the examples have columns {', '.join(row)}; {said}")
     return found
 
 def _find_inputs(row, inputs, label):
@@ -212,7 +213,8 @@ def load_task_model(
             proc = (transformers.AutoImageProcessor if data.kind=='images' else transformers.AutoTokenizer).from_pretrained(name, trust_remote_code=False)
     except ModelError: raise
     except Exception as e: raise ModelError(f"{spec} cannot be loaded as a model for {data.kind}: {_line(e)}") from e
-    if getattr(proc, 'pad_token', '') is None: proc.pad_token,model.config.pad_token_id = proc.eos_token,proc.eos_token_id
+    if getattr(proc, 'pad_token', '') is None: proc.pad_token = proc.eos_token
+    if data.kind!='images' and getattr(model.config, 'pad_token_id', None) is None: model.config.pad_token_id = proc.pad_token_id
     return model.eval().to(device or 'cpu'), proc, bool(info['missing_keys'])
 
 # %% ../../nbs/92b_labelled_data.ipynb #10c00013
@@ -239,6 +241,7 @@ def task_head(
 )->str: # Name of its class, such as BertForSequenceClassification; empty where it has no such head
     "Which head for labels a model has, from its config alone."
     import transformers
+    if str(spec)=='embedded': return ''
     try:
         name,kw = _local_model(spec)
         with _hub(name): config = {} if kw else transformers.PreTrainedConfig.get_config_dict(name)[0]

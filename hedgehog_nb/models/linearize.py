@@ -84,8 +84,8 @@ def lost_dropout(
     "Which attention dropout a conversion loses, and what to do instead."
     lost = [p for m in modules if (p := attention_dropout(m, getattr(m, 'config', model.config)))]
     if not lost: return ''
-    return (f"attention dropout of {', '.join(f'{p:g}' for p in sorted({*lost}))} is lost in {len(lost)} layer{'s'*(len(lost)>1)}, since linear attention forms no weights "
-        "to drop; other dropout stays, and can be raised in the model's config in its place")
+    return (f"attention dropout of {', '.join(f'{p:g}' for p in sorted({*lost}))} is lost in {len(lost)} layer{'s'*(len(lost)>1)}, since linear attention "
+        "forms no weights to drop; other dropout stays, and can be raised in the model's config in its place")
 
 # %% ../../nbs/08_linearize.ipynb #418d6ed8
 def _dummy_input(model, name):

@@ -70,7 +70,8 @@ def load_linearized(
     for k in [k for k in kwargs if hasattr(own, k) and k not in ('dtype','torch_dtype','quantization_config')]: setattr(own, k, kwargs.pop(k))
     if (path/'adapter_config.json').is_file(): adapter.setdefault('_adapter_model_path', str(path))
     model,info = _original(cls, saved, path, own, **kwargs)
-    try: swap_attention(model, LinearizeConfig.from_dict(cfg['hedgehog'] | ({} if implementation=='saved' else dict(implementation=implementation))), inputs=inputs)
+    settings = cfg['hedgehog'] | ({} if implementation=='saved' else dict(implementation=implementation))
+    try: swap_attention(model, LinearizeConfig.from_dict(settings), inputs)
     except (TypeError,ValueError) as e:
         if 'no attention is called' in str(e): e = f"{e}; import the module that registers yours first (the command line: hedgehog --import FILE …)"
         raise ValueError(f"{path/'config.json'} says hedgehog: {cfg['hedgehog']}. {e}") from None

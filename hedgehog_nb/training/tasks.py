@@ -223,7 +223,8 @@ def convert_task(
     work=None, # Folder that keeps what is done; the same call goes on from there
     save_steps:int=100, # Steps between two writings of it
 )->list: # Rows of results: score, agreement, correlation after each phase
-    "Swap, distil, finetune, and measure after each (paper, Section 5.3). Attention dropout goes without a warning (`lost_dropout`). Raises what `linearize`, `distill` and `finetune` raise."
+    ("Swap, distil, finetune, and measure after each (paper, Section 5.3). Attention dropout goes without a warning (`lost_dropout`). "
+     "Raises what `linearize`, `distill` and `finetune` raise.")
     r = get_recipe(recipe)
     config = r.config(config) if config is None or isinstance(config, str) else config
     o = dict(distill_epochs=distill_epochs, finetune_epochs=finetune_epochs, distill_steps=distill_steps, finetune_steps=finetune_steps,
