@@ -26,7 +26,8 @@ SeedsOpt = Annotated[int, _opt('--seeds', metavar='N', min=1, help="Seeds 0 to N
 RatesOpt = Annotated[List[float], _opt('--lr', metavar='X', help="Rates of finetuning; each variant's is chosen on seed 0, by rows held out.")]
 BaseRatesOpt = Annotated[List[float], _opt('--base-lr', metavar='X', help="Rates at which softmax learns the task, to choose from.")]
 EpochsOpt = Annotated[Optional[float], _opt('--epochs', metavar='X', help="Passes by which softmax learns the task, before it is converted.")]
-StepsOpt = Annotated[Optional[int], _opt('--steps', metavar='N', min=1, help="Optimiser steps of distillation, and of finetuning; a pass over the examples if not given.")]
+StepsOpt = Annotated[Optional[int], _opt('--steps', metavar='N', min=1,
+    help="Optimiser steps of distillation, and of finetuning; a pass over the examples if not given.")]
 RowsOpt = Annotated[Optional[int], _opt('--rows', metavar='N', min=20, help="Use so many examples of each split, to try it out.")]
 WorkOpt = Annotated[Optional[Path], _opt('--work', metavar='DIR', help="Folder for the softmax model and unfinished runs; beside --out if not given.")]
 
@@ -46,7 +47,8 @@ def _listener(screen, metric):
 def glue_command(ctx:typer.Context,
     task:Annotated[str, typer.Argument(metavar='TASK', show_default=False, help="cola, sst2, mrpc, stsb, qqp, mnli, qnli or rte.")],
     model:ModelArg, out:OutOpt,
-    data:Annotated[Optional[Path], _opt('--data', '-d', metavar='DIR', help="Folder with the tasks' own files, in CoLA/, SST-2/, MRPC/, STS-B/; the hub if not given.")]=None,
+    data:Annotated[Optional[Path], _opt('--data', '-d', metavar='DIR',
+        help="Folder with the tasks' own files, in CoLA/, SST-2/, MRPC/, STS-B/; the hub if not given.")]=None,
     variant:VariantOpt=None, seeds:SeedsOpt=1, lr:RatesOpt=(2e-5,1e-4), base_lr:BaseRatesOpt=(5e-5,1e-4,2e-4), epochs:EpochsOpt=None, steps:StepsOpt=None,
     rows:RowsOpt=None, work:WorkOpt=None, autocast:AutocastOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
@@ -56,8 +58,8 @@ def glue_command(ctx:typer.Context,
     from hedgehog_nb.results import command_line
     screen = Terminal(as_json)
     with screen.progress:
-        found = glue_experiment(out, task, model, data, variant, range(seeds), epochs, steps, tuple(base_lr), tuple(lr), autocast, pick_device(device), rows, work,
-            command_line(ctx.parent.parent.obj), _listener(screen, GLUE[task].metric if task in GLUE else None))
+        found = glue_experiment(out, task, model, data, variant, range(seeds), epochs, steps, tuple(base_lr), tuple(lr), autocast, pick_device(device), rows,
+            work, command_line(ctx.parent.parent.obj), _listener(screen, GLUE[task].metric if task in GLUE else None))
     screen.say(f"{len(found)} numbers in [bold]{out}[/]")
     screen.object(out=str(out), rows=found)
 

@@ -83,7 +83,8 @@ def _convert(base, task, label, spec, seed, lr, work, distilled, on_event, budge
             more.extend({**row, 'metric':m, 'value':v, 'unit':''} for m,v in _attention_rows(model, task).items())
     if spec is None:
         keep = {k:v for k,v in budget.items() if not k.startswith('distill')}
-        rows = finetune_task(model, task, keep.pop('finetune_epochs', 1.), keep.pop('finetune_steps', None), lr=lr, seed=seed, work=work, on_event=listen, **keep)
+        epochs,steps = keep.pop('finetune_epochs', 1.),keep.pop('finetune_steps', None)
+        rows = finetune_task(model, task, epochs, steps, lr=lr, seed=seed, work=work, on_event=listen, **keep)
     else:
         name,settings,learns = spec
         if distilled and distilled.exists() and not work.exists(): # the maps of another rate of finetuning

@@ -144,9 +144,11 @@ def vision_experiment(
     task,work = Task(images, proc, augment=shift_and_mirror),Path(work or Path(path).with_suffix('.work'))
     kw = dict(batch_size=batch_size, autocast=autocast)
     base,tried = finetuned_base(lambda: make()[0].to(device or 'cpu'), task, work, base_lrs, epochs, on_event, **kw) if epochs else (make()[0], {})
-    names = dict(experiment='vit-cifar10' if 'cifar10' in str(data) else 'vit', model='ViT' if model is None else Path(str(model)).name, data=Path(str(data)).name)
+    source = Path(str(data)).name
+    names = dict(experiment='vit-cifar10' if 'cifar10' in source else 'vit', model='ViT' if model is None else Path(str(model)).name, data=source)
     def listen(event, row=None, model=None, **kw):
         if on_event: on_event(event, row=row, model=model, **kw)
-        if event=='row' and (row['variant'],row['metric'],row['seed'])==('hedgehog-distilled','accuracy',0): _photograph(model, task, Path(path).with_suffix('.png'))
+        if event=='row' and (row['variant'],row['metric'],row['seed'])==('hedgehog-distilled','accuracy',0):
+            _photograph(model, task, Path(path).with_suffix('.png'))
     return task_sweep(path, base.to(device or 'cpu'), task, names, variants, seeds, lrs, tried, work, command, listen, distill_steps=steps,
         finetune_steps=steps, **kw)
