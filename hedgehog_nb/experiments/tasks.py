@@ -26,7 +26,7 @@ from ..training.tasks import convert_task, finetune_task, Task
 # %% ../../nbs/10d_bert_glue.ipynb #10d00022
 VARIANTS = { # name: (attention, its settings, distilled before it is finetuned?)
     'softmax':None, 'elu':('elu', {}, False), 'relu':('relu', {}, False), 'performer':('performer', {}, False),
-    'cosformer':('cosformer', dict(max_len=128), False), 'exp1':('exp', dict(t=1.), False), 'exp2':('exp', dict(t=2.), False),
+    'cosformer':('cosformer', {}, False), 'exp1':('exp', dict(t=1.), False), 'exp2':('exp', dict(t=2.), False),
     'taylor':('taylor', {}, False), 't2r':('t2r', {}, False), 't2r-hh':('t2r', {}, True),
     'hedgehog':('hedgehog', dict(form='exp', bias=True), True), 'hedgehog-halves':('hedgehog', dict(form='softmax_halves', bias=True), True),
     'hedgehog-two':('hedgehog', dict(form='exp', bias=True, num_maps=2), True)}
@@ -36,6 +36,11 @@ def check_variants(names):
     "Raise `ValueError` that lists the variants where one of `names` is none."
     for n in names or ():
         if n not in VARIANTS: raise ValueError(f"no variant is called {n!r}; there are {', '.join(VARIANTS)}")
+
+def variant_config(name, task)->LinearizeConfig:
+    "What a variant converts to."
+    attention,settings,_ = VARIANTS[name]
+    return LinearizeConfig(attention, attention_kwargs=dict(max_len=task.longest()) if attention=='cosformer' else settings)
 
 # %% ../../nbs/10d_bert_glue.ipynb #10d00032
 def finetuned_base(
@@ -74,23 +79,22 @@ def _attention_rows(model, task, n=32):
     own = next(v for k,v in mean.items() if k!='softmax')
     return {'entropy-gap':own['entropy']-mean['softmax']['entropy'], 'rank-correlation':100*own['spearman']}
 
-def _convert(base, task, label, spec, seed, lr, work, distilled, on_event, budget):
+def _convert(base, task, label, seed, lr, work, distilled, on_event, budget):
     "One run: (rows, score on the rows to choose by)."
     model,more = deepcopy(base),[]
     def listen(event, row=None, model=None, **kw):
         if on_event: on_event(event, row=row, model=model, **kw)
         if event=='row' and row['metric']==task.metric and label!='softmax':
             more.extend({**row, 'metric':m, 'value':v, 'unit':''} for m,v in _attention_rows(model, task).items())
-    if spec is None:
+    if VARIANTS[label] is None:
         keep = {k:v for k,v in budget.items() if not k.startswith('distill')}
         epochs,steps = keep.pop('finetune_epochs', 1.),keep.pop('finetune_steps', None)
         rows = finetune_task(model, task, epochs, steps, lr=lr, seed=seed, work=work, on_event=listen, **keep)
     else:
-        name,settings,learns = spec
         if distilled and distilled.exists() and not work.exists(): # the maps of another rate of finetuning
             work.mkdir(parents=True); shutil.copy(distilled, work)
-        rows = convert_task(model, task, LinearizeConfig(name, attention_kwargs=settings), finetune_lr=lr, seed=seed, variant=label, work=work, on_event=listen,
-            **{**budget, **({} if learns else dict(distill_epochs=0, distill_steps=None))})
+        rows = convert_task(model, task, variant_config(label, task), finetune_lr=lr, seed=seed, variant=label, work=work, on_event=listen,
+            **{**budget, **({} if VARIANTS[label][2] else dict(distill_epochs=0, distill_steps=None))})
     return rows+more, task.score(*task.predict(model, task.valid))
 
 # %% ../../nbs/10d_bert_glue.ipynb #10d00043
@@ -122,7 +126,7 @@ def task_sweep(
             for lr in [mine[min(mine)]['lr']] if mine else lrs:
                 if on_event: on_event('run', label=label, seed=seed, lr=lr)
                 folder = work/f'{label}-{seed}-{lr:g}'
-                runs[lr] = _convert(base, task, label, VARIANTS[label], seed, lr, folder, before, on_event, dict(budget, teacher_logits=z))
+                runs[lr] = _convert(base, task, label, seed, lr, folder, before, on_event, dict(budget, teacher_logits=z))
                 before = folder/'distill.safetensors'
             lr = max(runs, key=lambda lr: runs[lr][1])
             add(runs[lr][0], lr=lr, tried={f'{k:g}':round(v, 2) for k,(_,v) in runs.items()})
@@ -150,7 +154,7 @@ def step_times(
     "Time of a training step, forward and backward, each round on the same rows for every variant."
     models = {v: deepcopy(base).train() for v in variants}
     for v,m in models.items():
-        if VARIANTS[v]: swap_attention(m, LinearizeConfig(VARIANTS[v][0], attention_kwargs=VARIANTS[v][1]))
+        if VARIANTS[v]: swap_attention(m, variant_config(v, task))
     collate,found = task.training().get('collator', default_data_collator),{v:[] for v in models}
     for rows in islice(batch_indices(len(task.train), rounds+2, batch_size, seed, TrainingData(base, task.train).lengths()), rounds+2):
         x = {k:t.to(base.device) for k,t in collate([task.train[i] for i in rows]).items()}

@@ -62,6 +62,11 @@ class Task:
         "Tokens of a row, on average."
         return 1. if self.data.kind=='images' else statistics.mean(len(self.train[i]['input_ids']) for i in range(len(self.train)))
 
+    def longest(self)->int: # Raises `ValueError` on images
+        "Tokens of the longest text."
+        if self.data.kind=='images': raise ValueError("images have no tokens to count")
+        return max(len(rows[i]['input_ids']) for rows in (self.train, self.valid, self.test) for i in range(len(rows)))
+
     def training(self)->dict: # Settings of `distill` and `finetune`
         "How rows become batches in training."
         if self.data.kind=='images': return {}
