@@ -6,11 +6,11 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/records.html.md"""
 
 # %% auto #0
 __all__ = ['PAPER', 'EXPERIMENTS', 'command_line', 'source_hash', 'code_version', 'device_name', 'provenance', 'measured_on',
-           'check_row', 'write_results', 'results_folder', 'read_results', 'Table', 'results_table', 'final_value',
-           'experiment_names', 'metrics_of', 'runs_table', 'trend_rows']
+           'check_row', 'write_results', 'growing_results', 'results_folder', 'read_results', 'Table', 'results_table',
+           'final_value', 'experiment_names', 'metrics_of', 'runs_table', 'trend_rows']
 
 # %% ../nbs/96_records.ipynb #00f8ee01
-import hashlib, hedgehog_nb, json, math, platform, re, shlex, subprocess, sys
+import hashlib, hedgehog_nb, json, math, platform, re, shlex, subprocess, sys, time
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -133,6 +133,18 @@ def write_results(
     text = '\n'.join(['{', *lines, ' "rows": [', ',\n'.join('  '+json.dumps(r, ensure_ascii=False, allow_nan=False) for r in rows), ' ]', '}', ''])
     with atomic_write(path) as new: new.write_text(text, encoding='utf-8')
     return path
+
+# %% ../nbs/96_records.ipynb #96a00002
+def growing_results(
+    path, # File of results; what it holds is kept
+    command:str=None, # As for `write_results`
+    seed:int=0, # As for `write_results`
+    device='cpu', # As for `write_results`
+)->tuple: # (rows, in which new ones are put, and a function that writes them)
+    "The rows in a file of results, none if it is not there; the seconds of all runs add up."
+    path,start,commit = Path(path),time.time(),code_version()
+    old = json.loads(path.read_text(encoding='utf-8')) if path.exists() else dict(rows=[], wall_s=0.)
+    return old['rows'], lambda: write_results(path, old['rows'], command, seed, old['wall_s']+time.time()-start, device, commit)
 
 # %% ../nbs/96_records.ipynb #2b708546
 def results_folder()->Path: # May not exist

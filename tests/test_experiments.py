@@ -63,7 +63,7 @@ def test_tasks_that_have_no_files(glue):
 
 def test_command_goes_on(bert, glue, tmp_path):
     "Two variants, then a third and another seed: what the file holds is not run again, and the softmax model is not trained again."
-    out,quick = tmp_path/'cola.json',('--rows', 40, '--epochs', 1, '--steps', 2, '--base-lr', 1e-3)
+    out,quick = tmp_path/'cola.json',('--rows', 40, '--epochs', 1, '--steps', 2, '--distill-steps', 2, '--base-lr', 1e-3)
     run = lambda *more, **kw: hedgehog('experiment', 'glue', 'cola', bert, '--data', glue, '--out', out, *quick, *more, **kw)
     first = run('--variant', 'softmax', '--variant', 'hedgehog')
     assert all(s in first.stderr.replace('\n', '') for s in ('hedgehog, seed 0, rate 2e-05', 'hedgehog, seed 0, rate 0.0001', f'numbers in {out}'))
@@ -76,7 +76,7 @@ def test_command_goes_on(bert, glue, tmp_path):
     rate = next(r['lr'] for r in was['rows'] if r['variant']=='hedgehog')
     assert {r['lr'] for r in now['rows'] if r['variant']=='hedgehog' and r['seed']==1}=={rate} # chosen on the first seed
     assert second.stderr.count('seed 1')==3 and {r['variant'] for r in now['rows'] if r['metric']=='ms'}=={'softmax','hedgehog','elu'}
-    assert [p.name for p in (tmp_path/'cola.work').iterdir()]==['base']
+    assert {p.name for p in (tmp_path/'cola.work').iterdir()}<={'base','settings.json','running.lock'}
     rows = read_results(tmp_path)
     assert tasks.finished(rows, 'cola', 'mcc').keys()=={'softmax','hedgehog','elu'}
     assert all(0<=x for by in tasks.recovery(rows, 'cola', 'mcc').values() for x in by.values())
@@ -86,7 +86,7 @@ def test_stopped_run_goes_on(bert, glue, tmp_path):
     class Stop(Exception): pass
     def stop(event, phase=None, done=0, **kw):
         if (event,phase,done)==('progress','finetune',3) and on: raise Stop
-    kw = dict(model=bert, folder=glue, variants=['hedgehog'], epochs=.5, steps=4, base_lrs=(1e-3,), lrs=(1e-4,), on_event=stop)
+    kw = dict(model=bert, folder=glue, variants=['hedgehog'], epochs=.5, steps=4, distill_steps=4, base_lrs=(1e-3,), lrs=(1e-4,), on_event=stop)
     values = lambda rows: [(r['variant'], r['metric'], r['value']) for r in rows if r['metric']!='ms']
     on = False
     whole = glue_experiment(tmp_path/'a.json', 'stsb', **kw)

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from ..data.labelled import labelled, load_splits, load_task_model
 from ..data.text import DataError
-from .tasks import check_variants, finetuned_base, task_sweep
+from ..data.models import parse_dtype
+from .tasks import check_variants, DISTILLATION, finetuned_base, only_command, task_sweep
+from ..training.recipe import open_work
 from ..training.tasks import Task
 
 # %% ../../nbs/10d_bert_glue.ipynb #10d00012
@@ -23,13 +25,13 @@ class GlueTask:
     title:str # Its name, and that of its folder
     metric:str # One of `TASK_METRICS`
     epochs:float # Passes over the training rows by which softmax learns it
-    steps:int=None # Optimiser steps of each later phase; one pass if None
+    steps:int # Optimiser steps of finetuning once it is converted
     inputs:tuple=('sentence',) # Columns that the model reads
 
-GLUE = dict(cola=GlueTask('CoLA', 'mcc', 6), sst2=GlueTask('SST-2', 'accuracy', 1, 400), mrpc=GlueTask('MRPC', 'f1', 5, None, ('sentence1','sentence2')),
-    stsb=GlueTask('STS-B', 'spearman', 5, None, ('sentence1','sentence2')), qqp=GlueTask('QQP', 'f1', 1, 400, ('question1','question2')),
+GLUE = dict(cola=GlueTask('CoLA', 'mcc', 6, 250), sst2=GlueTask('SST-2', 'accuracy', 1, 400), mrpc=GlueTask('MRPC', 'f1', 5, 250, ('sentence1','sentence2')),
+    stsb=GlueTask('STS-B', 'spearman', 5, 350, ('sentence1','sentence2')), qqp=GlueTask('QQP', 'f1', 1, 400, ('question1','question2')),
     mnli=GlueTask('MNLI', 'accuracy', 1, 400, ('premise','hypothesis')), qnli=GlueTask('QNLI', 'accuracy', 1, 400, ('question','sentence')),
-    rte=GlueTask('RTE', 'accuracy', 5, None, ('sentence1','sentence2')))
+    rte=GlueTask('RTE', 'accuracy', 5, 150, ('sentence1','sentence2')))
 
 # %% ../../nbs/10d_bert_glue.ipynb #10d00013
 def _read(path):
@@ -75,7 +77,8 @@ def glue_experiment(
     variants=None, # As for `task_sweep`
     seeds=(0,), # As for `task_sweep`
     epochs:float=None, # Passes by which softmax learns the task; as in `GLUE` if None
-    steps:int=None, # Optimiser steps of distillation and of finetuning; as in `GLUE` if None
+    steps:int=None, # Optimiser steps of finetuning; as in `GLUE` if None
+    distill_steps:int=DISTILLATION['distill_steps'], # Optimiser steps of distillation
     base_lrs=(5e-5,1e-4,2e-4), # Rates of these first passes, to choose from
     lrs=(2e-5,1e-4), # As for `task_sweep`
     autocast:str=None, # As for `convert_task`
@@ -85,14 +88,16 @@ def glue_experiment(
     command:str=None, # What was typed, for the record
     on_event=None, # Listener, as for `task_sweep`
 )->list: # Rows of results
-    "Finetune softmax on a task of GLUE, and convert it to every map of the paper's table. Raises `DataError` or `ModelError`, one line, on what cannot be had."
-    data,glue = glue_data(name, folder),GLUE[name]
-    if rows: data.train,data.valid,data.test = (part[:rows] for part in (data.train, data.valid, data.test))
-    check_variants(variants)
-    bert,tok,_ = load_task_model(model, data, device=device)
-    task,work = Task(data, tok, glue.metric),Path(work or Path(path).with_suffix('.work'))
-    base,tried = finetuned_base(lambda: load_task_model(model, data, device=device)[0], task, work, base_lrs, glue.epochs if epochs is None else epochs,
-        on_event, autocast=autocast)
-    n = glue.steps if steps is None else steps
-    return task_sweep(path, base.to(bert.device), task, dict(experiment=name, model=Path(str(model)).name, data=glue.title), variants, seeds, lrs, tried, work,
-        command, on_event, autocast=autocast, **({} if n is None else dict(distill_steps=n, finetune_steps=n)))
+    ("Finetune softmax on a task of GLUE, and convert it to every map of the paper's table. "
+     "Raises `DataError`, `ModelError` or `ValueError`, one line, on what cannot be had or does not fit.")
+    check_variants(variants); parse_dtype(autocast)
+    data,glue,work = glue_data(name, folder),GLUE[name],Path(work or Path(path).with_suffix('.work'))
+    if rows: data = data.sample(rows)
+    load = lambda: [load_task_model(model, data, device=device)[i] for i in (0, 2)]
+    task,epochs,steps = Task(data, load_task_model(model, data)[1], glue.metric),glue.epochs if epochs is None else epochs,glue.steps if steps is None else steps
+    names,base_settings = dict(experiment=name, model=Path(str(model)).name, data=glue.title),dict(epochs=epochs, base_lrs=base_lrs, autocast=autocast)
+    with only_command(work):
+        open_work(work, {**names, **base_settings, 'data':task.digest()})
+        base,tried = finetuned_base(load, task, work, base_lrs, epochs, on_event, autocast=autocast)
+        return task_sweep(path, base.to(device or 'cpu'), task, names, variants, seeds, lrs, tried, base_settings, work, command, on_event,
+            autocast=autocast, finetune_steps=steps, **{**DISTILLATION, 'distill_steps':distill_steps})

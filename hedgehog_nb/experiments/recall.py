@@ -9,14 +9,13 @@ __all__ = ['RecallTask', 'recall_sequences', 'recall_data', 'RecallModel', 'reca
            'recall_mass', 'recall_sweep', 'convert_recall', 'conversion_sweep']
 
 # %% ../../nbs/07_associative_recall.ipynb #a5f42eda
-import json, time, torch
+import time, torch
 from dataclasses import dataclass
-from pathlib import Path
 from tqdm.auto import tqdm
 from torch import nn, Tensor
 from torch.nn import functional as F
 from ..attentions.base import FeatureMap, make_attention
-from ..results import check_row, code_version, write_results
+from ..results import check_row, growing_results
 from ..training.losses import distill_map
 
 # %% ../../nbs/07_associative_recall.ipynb #a666742e
@@ -248,12 +247,6 @@ def _best_recall(
     return max(runs, key=lambda r: (r[1]['valid'], -r[1]['steps']))
 
 # %% ../../nbs/07_associative_recall.ipynb #0b3b7404
-def _kept_rows(path, command, seed):
-    "The rows in a file of results, none if it is not there, and a function that writes them, with the time that all runs took."
-    path,start,commit = Path(path),time.time(),code_version()
-    old = json.loads(path.read_text(encoding='utf-8')) if path.exists() else dict(rows=[], wall_s=0.)
-    return old['rows'], lambda: write_results(path, old['rows'], command, seed, old['wall_s']+time.time()-start, 'cpu', commit)
-
 def recall_sweep(
     path, # File of results to write, and to go on with if it exists
     rows:dict, # Label -> (registered name, settings)
@@ -266,7 +259,7 @@ def recall_sweep(
     **kwargs # Of `train_recall`: steps, batch_size, sizes, progress, …
 ): # (rows of results, {label: why it was left out})
     "Train every attention on every seed, writing each run as it ends. What is in the file is not run again; what cannot do the task says why."
-    (done,save),why = _kept_rows(path, command, seeds[0]),{}
+    (done,save),why = growing_results(path, command, seeds[0]),{}
     for seed in seeds:
         data = recall_data(task, seed=seed)
         for label,(name,settings) in rows.items():
@@ -316,7 +309,7 @@ def conversion_sweep(
     **kwargs # Of `convert_recall`
 )->list: # Rows of results, two a conversion: "swapped" and "finetuned"
     "Train softmax on each seed, convert it to every attention of `rows`, and write each conversion as it ends; what is in the file is not run again."
-    done,save = _kept_rows(path, command, seeds[0])
+    done,save = growing_results(path, command, seeds[0])
     def add(label, seed, state, value, **more):
         done.append(check_row(dict(experiment='recall-converted', model='2 layers', data=f'vocabulary {task.vocab_size}', variant=label,
             metric='accuracy', value=round(value, 2), seed=seed, seq_len=task.seq_len, state=state, **more)))

@@ -9,14 +9,17 @@ __all__ = ['CIFAR10', 'image_data', 'shift_and_mirror', 'small_vit', 'class_atte
            'plot_class_attention', 'vision_experiment']
 
 # %% ../../nbs/10f_vit.ipynb #10f00004
-import io, numpy, torch
+import io, math, numpy, torch
+from contextlib import suppress
 from pathlib import Path
 from PIL import Image
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 from ..data.labelled import labelled, load_labelled, load_task_model, LabelledData
+from ..data.models import parse_dtype
 from ..data.text import DataError
-from .tasks import check_variants, finetuned_base, task_sweep
+from .tasks import check_variants, DISTILLATION, finetuned_base, only_command, task_sweep
+from ..training.recipe import open_work
 from ..files import atomic_write
 from ..models.attention import attention_weights
 from ..models.interface import capture_attention
@@ -86,8 +89,9 @@ def teacher_class_attention(
 
 def _of_class_token(weights):
     w = torch.stack([x[:,:,0,1:] for x in weights], 1)
-    side = int(w.shape[-1]**.5)
-    return w.unflatten(-1, (side, -1))
+    side = math.isqrt(w.shape[-1])
+    if side**2!=w.shape[-1]: raise ValueError(f"a picture has patches in a square beside one token for the class; this model has {1+w.shape[-1]} tokens")
+    return w.unflatten(-1, (side, side))
 
 def plot_class_attention(
     images, # Images, one a row
@@ -110,10 +114,10 @@ def _photograph(model, task, path, n=4):
     first = {}
     for i,row in enumerate(task.data.test): first.setdefault(row[task.data.label], i)
     at = sorted(first.values())[:n]
-    pixels,layer = torch.stack([task.test[i]['pixel_values'] for i in at]).to(model.device),-2
+    pixels = torch.stack([task.test[i]['pixel_values'] for i in at]).to(model.device)
     maps = {'softmax':teacher_class_attention(model, pixels), 'Hedgehog':class_attention(model, pixels)}
     with use_style():
-        fig = plot_class_attention([task.data.test[i][task.data.inputs[0]] for i in at], {k:w[:,layer].mean(1).cpu() for k,w in maps.items()})
+        fig = plot_class_attention([task.data.test[i][task.data.inputs[0]] for i in at], {k:w[:,w.shape[1]//2].mean(1).cpu() for k,w in maps.items()})
         with atomic_write(path) as p: fig.savefig(p, format='png', dpi=150)
 
 # %% ../../nbs/10f_vit.ipynb #10f00033
@@ -121,7 +125,7 @@ def vision_experiment(
     path, # File of results to write, and to go on with; beside it a picture, .png, of softmax's attention and Hedgehog's
     model=None, # Folder or hub id of a ViT; if None, `small_vit` is trained from scratch
     data='uoft-cs/cifar10', # As for `image_data`
-    variants=('softmax','elu','t2r-hh','hedgehog','hedgehog-halves','hedgehog-two'), # As for `task_sweep`
+    variants=('softmax','elu','t2r-hh','hedgehog','hedgehog-halves','hedgehog-two','hedgehog-four'), # As for `task_sweep`
     seeds=(0,), # As for `task_sweep`
     epochs:float=20, # Passes by which a model learns the classes first; 0 where its head knows them
     steps:int=400, # Optimiser steps of distillation, and of finetuning
@@ -136,19 +140,22 @@ def vision_experiment(
     on_event=None, # Listener, as for `task_sweep`
 )->list: # Rows of results
     "Train or load a Vision Transformer, and convert it. Raises `DataError` or `ModelError`, one line, on what cannot be had."
-    check_variants(variants)
-    images = image_data(data)
-    if rows: images.train,images.valid,images.test = (list(part)[:rows] for part in (images.train, images.valid, images.test))
-    make = (lambda: small_vit(images.names)) if model is None else lambda: load_task_model(model, images)[:2]
-    proc = make()[1]
-    task,work = Task(images, proc, augment=shift_and_mirror),Path(work or Path(path).with_suffix('.work'))
-    kw = dict(batch_size=batch_size, autocast=autocast)
-    base,tried = finetuned_base(lambda: make()[0].to(device or 'cpu'), task, work, base_lrs, epochs, on_event, **kw) if epochs else (make()[0], {})
-    source = Path(str(data)).name
-    names = dict(experiment='vit-cifar10' if 'cifar10' in source else 'vit', model='ViT' if model is None else Path(str(model)).name, data=source)
+    check_variants(variants); parse_dtype(autocast)
+    images,work,source = image_data(data),Path(work or Path(path).with_suffix('.work')),Path(str(data)).name
+    if rows: images = images.sample(rows)
+    make = (lambda: (*small_vit(images.names), bool(epochs))) if model is None else lambda: load_task_model(model, images)
+    task,kw = Task(images, make()[1], augment=shift_and_mirror),dict(batch_size=batch_size, autocast=autocast)
+    names = dict(experiment='vit-cifar10' if source=='cifar10' else 'vit', model='ViT' if model is None else Path(str(model)).name, data=source)
+    base_settings = dict(epochs=epochs, base_lrs=base_lrs, **kw)
+    def load():
+        m,_,new = make()
+        return m.to(device or 'cpu'), new or model is None
     def listen(event, row=None, model=None, **kw):
         if on_event: on_event(event, row=row, model=model, **kw)
         if event=='row' and (row['variant'],row['metric'],row['seed'])==('hedgehog-distilled','accuracy',0):
-            _photograph(model, task, Path(path).with_suffix('.png'))
-    return task_sweep(path, base.to(device or 'cpu'), task, names, variants, seeds, lrs, tried, work, command, listen, distill_steps=steps,
-        finetune_steps=steps, **kw)
+            with suppress(ValueError): _photograph(model, task, Path(path).with_suffix('.png')) # patches that form no square
+    with only_command(work):
+        open_work(work, {**names, **base_settings, 'data':task.digest()})
+        base,tried = finetuned_base(load, task, work, base_lrs, epochs, on_event, **kw)
+        return task_sweep(path, base.to(device or 'cpu'), task, names, variants, seeds, lrs, tried, base_settings, work, command, listen,
+            finetune_steps=steps, **kw, **{**DISTILLATION, 'distill_batch_size':batch_size, 'distill_steps':steps})

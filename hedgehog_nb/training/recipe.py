@@ -321,7 +321,7 @@ def _config_for(recipe, config):
 
 def _digest(blocks): return hashlib.sha256(blocks.cpu().long().contiguous().numpy().tobytes()).hexdigest()[:16]
 
-def _open_work(work, settings):
+def open_work(work, settings):
     "The folder of a run, made if it is not there. Raises `ValueError` where it keeps another run."
     work,settings = Path(work).expanduser(),json.loads(json.dumps(settings, default=str))
     f = work/'settings.json'
@@ -451,7 +451,7 @@ def convert(
     if trained and Path(trained).expanduser().exists(): raise ValueError(f"{trained} exists: name a new folder for what is trained")
     texts = {k:None if o[k] is None else _digest(o[k]) for k in ('train','test','valid')}
     drop = 'trained','save_steps','gradient_accumulation_steps'
-    if work: work = _open_work(work, {'config':config.to_dict(), **{k:v for k,v in o.items() if k not in drop}, **texts})
+    if work: work = open_work(work, {'config':config.to_dict(), **{k:v for k,v in o.items() if k not in drop}, **texts})
     log = EvalLog(test, max(o['batch_size'], o['finetune_batch_size']), on_event, work and work/'measured.json', map=variant_name(config), seed=seed)
     with mixed_precision(model.device, autocast), warnings.catch_warnings():
         if on_event: warnings.filterwarnings('ignore', 'hedgehog_nb: no step was better') # the listener is told

@@ -8,7 +8,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/task_models.html.md"""
 __all__ = ['TASK_METRICS', 'Task', 'fidelity', 'convert_task', 'finetune_task']
 
 # %% ../../nbs/10c_task_models.ipynb #10c00004
-import math, statistics, time, torch, transformers
+import hashlib, math, statistics, time, torch, transformers
 from copy import deepcopy
 from fastcore.basics import patch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ..data.models import parse_dtype
 from ..models.linearize import swap_attention
 from .distill import distill
 from .finetune import finetune
-from .recipe import _open_work, EvalLog, get_recipe, variant_name
+from .recipe import EvalLog, get_recipe, open_work, tokens_after, variant_name
 
 # %% ../../nbs/10c_task_models.ipynb #10c00022
 class _Encoded:
@@ -88,6 +88,16 @@ TASK_METRICS = dict( # name: (labels it goes with, function that makes a functio
     mcc=(('classes',), lambda: _of_classes('matthews_corrcoef')), f1=(('classes',), lambda: _of_classes('f1_score')))
 
 @patch
+def digest(self:Task)->str: # The same for the same examples, metric and length
+    "What tells this task from another in a folder that a run goes on from. Of images, the labels and every hundredth."
+    h,d = hashlib.sha256(f'{self.metric} {self.max_length} {self.data.values}'.encode()),self.data
+    for part in (d.train, d.valid, d.test):
+        for i,row in enumerate(part):
+            shown = [x.tobytes() if hasattr(x, 'tobytes') else x for x in d.texts(row)] if d.kind!='images' or i%100==0 else ''
+            h.update(repr((shown, row[d.label])).encode())
+    return h.hexdigest()[:16]
+
+@patch
 def score(self:Task,
     logits:Tensor, # (N, C) outputs
     labels:Tensor, # (N,) what they should be
@@ -126,10 +136,11 @@ def fidelity(
     teacher:Tensor, # (N, C) of the other
 )->dict: # agreement (if C is more than 1) and correlation, percent
     "How far two models give the same outputs."
-    centred = [z-z.mean(1, keepdim=True) if z.shape[1]>1 else z-z.mean() for z in (logits.double(), teacher.double())]
-    a,b = (z.flatten()-z.mean() for z in centred)
+    centred = [z-z.mean(1, keepdim=True)*(z.shape[1]>1) for z in (logits.double(), teacher.double())]
+    a,b = ((z-z.mean(0)).flatten() for z in centred)
+    close = a@b/(a.norm()*b.norm()) if a.norm()*b.norm()>0 else torch.tensor(float(torch.equal(a, b)))
     same = dict(agreement=100*(logits.argmax(1)==teacher.argmax(1)).double().mean().item()) if logits.shape[1]>1 else {}
-    return {**same, 'correlation':100*(a@b/(a.norm()*b.norm()).clamp_min(1e-300)).item()}
+    return {**same, 'correlation':100*close.item()}
 
 # %% ../../nbs/10c_task_models.ipynb #10c00052
 class _TaskLog(EvalLog):
@@ -142,7 +153,7 @@ class _TaskLog(EvalLog):
         "Score of `model`, and how close it is to the teacher, as rows; the score is the last."
         task = self.test
         kept = {m:r['value'] for (v,s,m,n),r in self.kept.items() if (v,s,n)==(variant,stage,self.tokens)}
-        if not kept:
+        if task.metric not in kept:
             z,y = task.predict(model, batch_size=2*self.batch_size, on_step=self.measuring())
             kept = {**({} if self.teacher is None else fidelity(z, self.teacher)), task.metric:task.score(z, y)}
         for m,x in kept.items(): self.add(model, variant, stage, m, x)
@@ -180,10 +191,11 @@ class _TaskRun:
         "One phase; counts its tokens (of images, the images) and seconds."
         o,log,task = self.o,self.log,self.task
         half = {} if o['autocast'] is None else {'bf16' if parse_dtype(o['autocast'])==torch.bfloat16 else 'fp16':True}
-        h = fn(model, task.train, batch_size=o['batch_size'], lr=lr, seed=o['seed'], callbacks=[_Steps(log, phase)], progress=False,
+        rows = o.get(f'{phase}_batch_size') or o['batch_size']
+        h = fn(model, task.train, batch_size=rows, lr=lr, seed=o['seed'], callbacks=[_Steps(log, phase)], progress=False,
             checkpoint=self.work and self.work/f'{phase}.safetensors', save_steps=o['save_steps'], **self.budget(phase), **task.training(), **half, **kw)
         log.seconds += sum(h.seconds)
-        log.tokens += round(len(h.losses)*o['batch_size']*task.mean_tokens())
+        log.tokens += round(tokens_after(len(h.losses), torch.empty(len(task.train), 1), rows)*task.mean_tokens())
         log.same['step_s'] = round(statistics.median(h.seconds), 4)
 
     def finetune(self, model, **kw):
@@ -217,6 +229,7 @@ def convert_task(
     finetune_steps:int=None, # Optimiser steps in place of epochs
     recipe='paper', # A name of `RECIPES`, or a `Recipe`: what is not given is as it says
     batch_size:int=32, # Rows per step
+    distill_batch_size:int=None, # Rows per step while the maps are trained, if others
     lr:float=None, # Learning rate of the maps
     finetune_lr:float=2e-5, # Learning rate of the whole model
     finetune_on:str='labels', # What finetuning learns from: "labels", the "teacher"'s logits, or "both"
@@ -233,9 +246,9 @@ def convert_task(
     r = get_recipe(recipe)
     config = r.config(config) if config is None or isinstance(config, str) else config
     o = dict(distill_epochs=distill_epochs, finetune_epochs=finetune_epochs, distill_steps=distill_steps, finetune_steps=finetune_steps,
-        batch_size=batch_size, lr=r.lr if lr is None else lr, finetune_lr=finetune_lr, finetune_on=finetune_on, objective=r.objective,
+        batch_size=batch_size, distill_batch_size=distill_batch_size, lr=r.lr if lr is None else lr, finetune_lr=finetune_lr, finetune_on=finetune_on, objective=r.objective,
         distill_args=r.distill_args, autocast=autocast, variant=variant, seed=seed)
-    if work: work = _open_work(work, {'config':config.to_dict(), **o, 'rows':len(task.train)})
+    if work: work = open_work(work, {'config':config.to_dict(), **o, 'data':task.digest()})
     if teacher_logits is None: teacher_logits = task.predict(model, batch_size=2*batch_size)[0]
     log = _TaskLog(task, batch_size, on_event, work and work/'measured.json', teacher_logits, seed=seed)
     _TaskRun(log, task, dict(o, save_steps=save_steps), work).phases(model, config)
@@ -259,7 +272,7 @@ def finetune_task(
 )->list: # Rows of results
     "Finetune on labels with the schedule of `convert_task`, and measure. Raises what `finetune` raises."
     o = dict(finetune_epochs=epochs, finetune_steps=steps, batch_size=batch_size, finetune_lr=lr, autocast=autocast, seed=seed)
-    if work: work = _open_work(work, {**o, 'rows':len(task.train)})
+    if work: work = open_work(work, {**o, 'data':task.digest()})
     log = _TaskLog(task, batch_size, on_event, work and work/'measured.json', teacher_logits, seed=seed)
     _TaskRun(log, task, dict(o, save_steps=save_steps), work).finetune(model)
     log.evaluate(model, variant, 'finetune')
