@@ -327,7 +327,8 @@ def _report(o, screen, rows, out, work):
     screen.out.print(score_table(rows) if o.task else perplexity_table(rows))
     command = lambda *words: shlex.join(['hedgehog', *(w for m in imported(o.ctx) for w in ('--import', m)), *words])
     more = [w for k in ('text_column','label_column','metric','max_length') if (x := getattr(o, k)) for w in ('--'+k.replace('_','-'), str(x))]
-    if o.task: use = f"measure it with\n  [cyan]{command('evaluate', str(out), '--data', o.data[0], *more)}[/]"
+    where = [*o.eval_data, '--split', 'all'] if o.eval_data else o.data # of a classifier, one
+    if o.task: use = f"measure it with\n  [cyan]{command('evaluate', str(out), '--data', *where, *more)}[/]"
     else: use = f"let it write with\n  [cyan]{command('generate', str(out))} --prompt \"…\"[/]"
     screen.say(f"saved [bold]{out}[/], with {' and '.join([*filter(None, [', '.join(p.name for p in sorted(out.glob('*.png')))]), 'results.json'])}; {use}")
     screen.object(**result, out=str(out))

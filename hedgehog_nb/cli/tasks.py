@@ -11,7 +11,6 @@ __all__ = ['LabelOpt', 'MetricOpt', 'EpochsOpt', 'DistillEpochsOpt', 'AdaptEpoch
 # %% ../../nbs/94c_task_models.ipynb #94c00004
 import math, time
 from pathlib import Path
-from textwrap import shorten
 from typing import Annotated, Optional
 from .console import label
 from .inputs import is_converted, map_plan, model_name, pick_device
@@ -69,26 +68,22 @@ def _one(data, option='--data'):
     if len(data)>1: raise ValueError(f"{option} is one table, folder or dataset for a model with a head for labels; given {', '.join(data)}")
     return data[0]
 
-def _all_rows(spec):
-    "All splits of the examples in one."
-    from hedgehog_nb.data.labelled import load_splits
-    parts = [*load_splits(spec, cut=False).values()]
-    return parts[0] if len(parts)==1 else [r for p in parts for r in p]
-
-def _splits(data, eval_data=None, split=None):
+def _splits(o, eval_data=None, split=None):
     "{split: rows}: the same whatever the seed, so that what was trained on is never measured on."
-    from hedgehog_nb.data.labelled import load_splits
-    if split=='all': return dict.fromkeys(('train','test'), _all_rows(data))
+    from hedgehog_nb.data.labelled import join_splits, load_splits
+    whole,data = lambda spec: join_splits(load_splits(spec, cut=False), o.label_column),_one(o.data)
+    if split=='all': return dict.fromkeys(('train','validation','test'), whole(data))
     if not eval_data: return load_splits(data)
     found = load_splits(data, cut=False)
-    return {**({'train':next(iter(found.values()))} if len(found)==1 else found), 'test':_all_rows(eval_data)}
+    return {**({'train':next(iter(found.values()))} if len(found)==1 else found), 'test':whole(eval_data)}
 
 def _open_task(o, eval_data=None, split=None, dtype='float32'):
     "(model, `Task`, is its head new?)"
     from hedgehog_nb.data.labelled import labelled, load_task_model
-    from hedgehog_nb.training.tasks import Task
+    from hedgehog_nb.training.tasks import Task, TASK_METRICS
     device = pick_device(o.device)
-    data = labelled(_splits(_one(o.data), eval_data, split), o.text_column and o.text_column.split(','), o.label_column)
+    data = labelled(_splits(o, eval_data, split), o.text_column and o.text_column.split(','), o.label_column)
+    if data.kind=='numbers' and 'classes' in TASK_METRICS.get(o.metric, ((),))[0]: data.as_classes()
     model,proc,new = load_task_model(o.model, data, dtype, device)
     most = getattr(model.config, 'max_position_embeddings', None) or math.inf
     if o.max_length and o.max_length>most: raise ValueError(f"--max-length {o.max_length} is more than the {most} tokens of context this model was made for")
@@ -109,28 +104,37 @@ def _budgets(o, maps):
     "{phase: (epochs, steps or None)}. `maps` is 0 where there is nothing to distil."
     return dict(adapt=(o.adapt_epochs, None), distill=(o.distill_epochs, o.distill_steps) if maps else (0, None), finetune=(o.epochs, o.finetune_steps))
 
-def _matched(model, data):
-    "Which class of the model stands for which of the data, where they are called otherwise; else empty."
-    theirs = [model.config.id2label[i] for i in range(model.config.num_labels)]
-    if not data.names or theirs==data.names or theirs==[f'LABEL_{n}' for n in data.names]: return ''
-    return shorten(', '.join(f'{n} is {t}' for n,t in zip(data.names, theirs)), 100, placeholder=' …')
+def _passes(rows, batch_size, steps):
+    "Passes over the rows; the last batch of each is what is left."
+    whole,more = divmod(steps, math.ceil(rows/batch_size))
+    return whole+more*batch_size/rows
+
+def _metric(task): return f"f1 of {task.data.names[1]!r}" if task.metric=='f1' else task.metric
+
+def _measured(task, rows):
+    "What is measured, on which columns, [(word, line)]."
+    data,C = task.data,len(task.data.names or ())
+    what = {'numbers':'numbers', 'tags':f'{C} tags of words'}.get(data.kind, f'{C} classes')
+    lines = [('note', data.note)] if data.note else []
+    lines.append(('measure', f"{_metric(task)} on {len(rows):,} examples, {what} in {data.label!r} from {' and '.join(map(repr, data.inputs))}"))
+    if cut := task.cut_words(rows): lines.append(('note', f"{cut:,} words have no token among the first {task.max_length}, so they are not measured"))
+    return lines
+
+def _show(lines): return '\n'.join(f'  [dim]{w:<9}[/] {l}' for w,l in lines)+'\n'
 
 def _plan(o, model, task, how, layers, maps, lost, budgets):
     "What is about to happen, a line each."
-    n,data = model.num_parameters(),task.data
+    n = model.num_parameters()
     lines = [('convert', f"[bold]{model_name(o.model)}[/], {type(model).__name__}, {n:,} parameters, {str(model.dtype)[6:]} on {model.device.type}"),
         ('to', f"[bold]{how.attention}[/] attention in {layers} layers{f' but for heads {how.softmax_heads}' if how.softmax_heads else ''}, "
             f"{maps:,} parameters of maps ({maps/n:.2%}), by the recipe {o.recipe}")]
     if lost: lines.append(('note', lost))
-    if matched := _matched(model, task.data): lines.append(('note', f"the model calls its classes otherwise, so they are matched in order: {matched}"))
     for w,(epochs,steps) in budgets.items():
-        if steps is None: steps = math.ceil(epochs*math.ceil(len(task.train)/o.batch_size))
         b,rows = min(o.batch_size, len(task.train)),len(task.train)
-        passes = f'{steps*b/rows:.2g}'
+        if steps is None: steps = math.ceil(epochs*math.ceil(rows/b))
+        passes = f'{_passes(rows, b, steps):.2g}'
         if steps: lines.append((w, f"{steps} steps of {b} examples, {passes} pass{'es'*(passes!='1')} over {rows:,}"))
-    what = {'numbers':'numbers', 'tags':f'{len(data.names or ())} tags of words'}.get(data.kind, f'{len(data.names or ())} classes')
-    lines.append(('measure', f"{task.metric} on {len(task.test):,} examples, {what} in {data.label!r} from {' and '.join(map(repr, data.inputs))}"))
-    return '\n'.join(f'  [dim]{w:<9}[/] {l}' for w,l in lines)+'\n'
+    return _show(lines+_measured(task, task.test))
 
 # %% ../../nbs/94c_task_models.ipynb #94c00032
 def _staged(row, name):
@@ -231,9 +235,11 @@ def evaluate_labelled(
     with screen.wait(f'loading {o.model}'): model,task,new = _open_task(o, split=o.split, dtype=o.dtype)
     if new: raise ValueError(f"{o.model} has no head for these labels, so there is nothing to measure yet: hedgehog linearize --adapt-epochs 3 trains one")
     if o.implementation: set_implementation(model, o.implementation)
-    rows,t = getattr(task, splits[o.split]),time.perf_counter()
+    rows = getattr(task, splits[o.split])
+    screen.say(_show(_measured(task, rows)))
+    t = time.perf_counter()
     with screen.progress: value = task.score(*_measure(task, model, screen, o.batch_size, rows))
     s = time.perf_counter()-t
-    screen.out.print(f"{task.metric} [bold]{value:.4g}[/]  on {len(rows):,} examples, {len(rows)/s:.3g} examples/s", highlight=False, soft_wrap=True)
+    screen.out.print(f"{_metric(task)} [bold]{value:.4g}[/]  on {len(rows):,} examples, {len(rows)/s:.3g} examples/s", highlight=False, soft_wrap=True)
     screen.object(model=model_name(o.model), data=model_name(o.data[0]), split=o.split, metric=task.metric, value=value, examples=len(rows),
         seconds=round(s, 3))

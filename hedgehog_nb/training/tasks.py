@@ -28,6 +28,7 @@ class _Encoded:
         if self.kept is None: return self.encode(self.rows[i])
         if self.kept[i] is None: self.kept[i] = self.encode(self.rows[i])
         return self.kept[i]
+    def __iter__(self): return (self[i] for i in range(len(self))) # without it an IndexError in `encode` would look like the end
 
 # %% ../../nbs/10c_task_models.ipynb #10c00023
 class Task:
@@ -66,6 +67,11 @@ class Task:
         "Tokens of the longest text."
         if self.data.kind=='images': raise ValueError("images have no tokens to count")
         return max(len(rows[i]['input_ids']) for rows in (self.train, self.valid, self.test) for i in range(len(rows)))
+
+    def cut_words(self, rows)->int: # `rows` are `train`, `valid` or `test`; 0 where words have no tags
+        "Words that are not measured: past `max_length`, or without tokens."
+        if self.data.kind!='tags': return 0
+        return sum(len(self.data.texts(row)[0])-sum(y!=-100 for y in x['labels']) for row,x in zip(rows.rows, rows))
 
     def training(self)->dict: # Settings of `distill` and `finetune`
         "How rows become batches in training."
@@ -114,8 +120,8 @@ def predict(self:Task,
     rows=None, # Which rows; those to measure on if None
     batch_size:int=64, # Rows at once
     on_step=None, # Called after each batch with the rows done
-)->tuple: # (N, C) logits and (N,) labels, in the order of the rows; of tags, those of all words
-    "What `model` gives for each row."
+)->tuple: # (N, C) logits and (N,) labels, in the order of the rows; of tags, those of words
+    "What `model` gives for each row. Words past `max_length` are left out (`Task.cut_words`)."
     rows,collate = self.test if rows is None else rows,self.training().get('collator', transformers.default_data_collator)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]['input_ids'])) if self.data.kind!='images' else list(range(len(rows)))
     was,_,found = model.training,model.eval(),[None]*len(rows)
