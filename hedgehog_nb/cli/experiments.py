@@ -28,7 +28,8 @@ RatesOpt = Annotated[List[float], _opt('--lr', metavar='X', help="Rates of finet
 BaseRatesOpt = Annotated[List[float], _opt('--base-lr', metavar='X', help="Rates at which softmax learns the task, to choose from.")]
 EpochsOpt = Annotated[Optional[float], _opt('--epochs', metavar='X', min=0,
     help="Passes by which softmax learns the task, before it is converted; by the task if not given, 0 where the model knows it.")]
-StepsOpt = Annotated[Optional[int], _opt('--steps', metavar='N', min=1, help="Optimiser steps of finetuning, after the conversion; by the task if not given.")]
+StepsOpt = Annotated[Optional[int], _opt('--steps', metavar='N', min=1,
+    help="Optimiser steps of finetuning, after the conversion; by the task if not given.")]
 DistillStepsOpt = Annotated[int, _opt('--distill-steps', metavar='N', min=1, help="Optimiser steps of distillation, of 8 examples each.")]
 RowsOpt = Annotated[Optional[int], _opt('--rows', metavar='N', min=20, help="Use so many examples of each split, to try it out.")]
 WorkOpt = Annotated[Optional[Path], _opt('--work', metavar='DIR', help="Folder for the softmax model and unfinished runs, of this command alone; beside --out if not given.")]
@@ -74,8 +75,8 @@ def glue_command(ctx:typer.Context,
     from hedgehog_nb.results import command_line
     screen = Terminal(as_json)
     with _experiment(out, screen):
-        found = glue_experiment(out, task, model, data, variant, range(seeds), epochs, steps, distill_steps, tuple(base_lr), tuple(lr), autocast, pick_device(device), rows,
-            work, command_line(ctx.parent.parent.obj), _listener(screen, GLUE[task].metric if task in GLUE else None))
+        found = glue_experiment(out, task, model, data, variant, range(seeds), epochs, steps, distill_steps, tuple(base_lr), tuple(lr), autocast,
+            pick_device(device), rows, work, command_line(ctx.parent.parent.obj), _listener(screen, GLUE[task].metric if task in GLUE else None))
     screen.object(out=str(out), rows=found)
 
 # %% ../../nbs/94b_experiments.ipynb #94b00013
@@ -86,7 +87,8 @@ def vision_command(ctx:typer.Context, out:OutOpt,
     model:Annotated[Optional[str], typer.Argument(metavar='[MODEL]', show_default=False,
         help="A folder or hub id of a Vision Transformer; a small one is trained from scratch if not given.")]=None,
     data:Annotated[str, _opt('--data', '-d', metavar='DATA', help="A [cyan]datasets[/] name, or a folder of images, one folder a class.")]='uoft-cs/cifar10',
-    variant:VariantOpt=('softmax','elu','t2r-hh','hedgehog','hedgehog-halves','hedgehog-two','hedgehog-four'), seeds:SeedsOpt=1, lr:RatesOpt=(2e-5,1e-4),
+    variant:VariantOpt=('softmax','elu','t2r-hh','hedgehog','hedgehog-halves','hedgehog-two','hedgehog-four'),
+    seeds:SeedsOpt=1, lr:RatesOpt=(2e-5,1e-4),
     base_lr:BaseRatesOpt=(1e-3,), epochs:EpochsOpt=20., steps:StepsOpt=400,
     batch_size:Annotated[int, _opt('--batch-size', metavar='N', min=1, help="Images per step.")]=64,
     rows:RowsOpt=None, work:WorkOpt=None, autocast:AutocastOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,

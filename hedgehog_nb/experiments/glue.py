@@ -65,7 +65,7 @@ def glue_data(
     "The examples of a task. Raises `DataError`, one line, where they cannot be had."
     if task not in GLUE: raise DataError(f"the task is one of {', '.join(GLUE)}; given {task!r}")
     try: splits = load_splits(f'nyu-mll/glue:{task}') if folder is None else _files(folder, task)
-    except OSError as e: raise DataError(f"{e.filename}: {e.strerror}; name the folder that holds {GLUE[task].title}/") from e
+    except OSError as e: raise DataError(f"{e.filename}: {e.strerror}; name the folder that holds {GLUE[task].title}/ as its authors publish it") from e
     return labelled(splits, GLUE[task].inputs, 'label', seed)
 
 # %% ../../nbs/10d_bert_glue.ipynb #10d00044
