@@ -32,7 +32,8 @@ StepsOpt = Annotated[Optional[int], _opt('--steps', metavar='N', min=1,
     help="Optimiser steps of finetuning, after the conversion; by the task if not given.")]
 DistillStepsOpt = Annotated[int, _opt('--distill-steps', metavar='N', min=1, help="Optimiser steps of distillation, of 8 examples each.")]
 RowsOpt = Annotated[Optional[int], _opt('--rows', metavar='N', min=20, help="Use so many examples of each split, to try it out.")]
-WorkOpt = Annotated[Optional[Path], _opt('--work', metavar='DIR', help="Folder for the softmax model and unfinished runs, of this command alone; beside --out if not given.")]
+WorkOpt = Annotated[Optional[Path], _opt('--work', metavar='DIR',
+    help="Folder for the softmax model and unfinished runs, of this command alone; beside --out if not given.")]
 
 # %% ../../nbs/94b_experiments.ipynb #94b00011
 @contextmanager
@@ -67,7 +68,8 @@ def glue_command(ctx:typer.Context,
     data:Annotated[Optional[Path], _opt('--data', '-d', metavar='DIR',
         help="Folder with the tasks' own files, in CoLA/, SST-2/, MRPC/, STS-B/; the hub if not given.")]=None,
     variant:VariantOpt=None, seeds:SeedsOpt=1, lr:RatesOpt=(2e-5,1e-4), base_lr:BaseRatesOpt=(5e-5,1e-4,2e-4), epochs:EpochsOpt=None, steps:StepsOpt=None,
-    distill_steps:DistillStepsOpt=1000, rows:RowsOpt=None, work:WorkOpt=None, autocast:AutocastOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
+    distill_steps:DistillStepsOpt=1000, rows:RowsOpt=None, work:WorkOpt=None, autocast:AutocastOpt=None, device:DeviceOpt=None,
+    as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
     ("[bold]Convert a BERT that knows a task of GLUE[/] to every map of the paper's table.\n\n"
      "    Softmax is finetuned first. Then each map is swapped in, distilled where it learns, and finetuned; softmax is finetuned as long, as a control.")
