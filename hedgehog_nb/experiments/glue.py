@@ -94,7 +94,8 @@ def glue_experiment(
     data,glue,work = glue_data(name, folder),GLUE[name],Path(work or Path(path).with_suffix('.work'))
     if rows: data = data.sample(rows)
     load = lambda: [load_task_model(model, data, device=device)[i] for i in (0, 2)]
-    task,epochs,steps = Task(data, load_task_model(model, data)[1], glue.metric),glue.epochs if epochs is None else epochs,glue.steps if steps is None else steps
+    task = Task(data, load_task_model(model, data)[1], glue.metric)
+    epochs,steps = glue.epochs if epochs is None else epochs, glue.steps if steps is None else steps
     names,base_settings = dict(experiment=name, model=Path(str(model)).name, data=glue.title),dict(epochs=epochs, base_lrs=base_lrs, autocast=autocast)
     with only_command(work):
         open_work(work, {**names, **base_settings, 'data':task.digest()})

@@ -252,7 +252,8 @@ def convert_task(
     r = get_recipe(recipe)
     config = r.config(config) if config is None or isinstance(config, str) else config
     o = dict(distill_epochs=distill_epochs, finetune_epochs=finetune_epochs, distill_steps=distill_steps, finetune_steps=finetune_steps,
-        batch_size=batch_size, distill_batch_size=distill_batch_size, lr=r.lr if lr is None else lr, finetune_lr=finetune_lr, finetune_on=finetune_on, objective=r.objective,
+        batch_size=batch_size, distill_batch_size=distill_batch_size, lr=r.lr if lr is None else lr, finetune_lr=finetune_lr,
+        finetune_on=finetune_on, objective=r.objective,
         distill_args=r.distill_args, autocast=autocast, variant=variant, seed=seed)
     if work: work = open_work(work, {'config':config.to_dict(), **o, 'data':task.digest()})
     if teacher_logits is None: teacher_logits = task.predict(model, batch_size=2*batch_size)[0]
