@@ -1,5 +1,5 @@
 "Models with a head for labels through the command line: classes, pairs, tags and images; runs that were stopped; what is refused; attention dropout."
-import json, os, random, warnings
+import gzip, json, os, random, warnings
 from pathlib import Path
 import pytest
 from typer.testing import CliRunner
@@ -9,12 +9,18 @@ pytestmark = pytest.mark.processes
 
 torch = pytest.importorskip('torch')
 pytest.importorskip('sklearn')
+datasets = pytest.importorskip('datasets')
 import transformers
 from transformers import (AutoModelForImageClassification, AutoModelForSequenceClassification, AutoModelForTokenClassification, BertConfig,
     BertForSequenceClassification, BertForTokenClassification, BertModel, GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification,
     ViTImageProcessorPil)
 from hedgehog_nb import linearize
+from hedgehog_nb.cli.tasks import _passes
+from hedgehog_nb.data.labelled import join_splits, labelled, load_labelled, load_splits, load_task_model
+from hedgehog_nb.data.models import ModelError
+from hedgehog_nb.data.text import DataError
 from hedgehog_nb.models.attention import linear_layers
+from hedgehog_nb.training.tasks import _Encoded, Task
 
 SIZE = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
 FEW = '--distill-steps 2 --finetune-steps 2 --batch-size 8'.split()
@@ -255,6 +261,188 @@ def test_commands_that_write_text_say_what_a_classifier_is():
             assert f'{model} is a BertForSequenceClassification, no language model: it gives labels and writes no text' in said and 'hedgehog evaluate' in said
     assert 'converted already' in fails('linearize', 'out', '--data', 'reviews.tsv', '--label-column', 'stars', '--out', 'again')
     assert 'exists already' in fails('linearize', 'bert', '--data', 'reviews.tsv', '--label-column', 'stars', '--out', 'out')
+
+# What a split, a row and a label are
+
+def split(n=40, labels=('bad','good'), **kw): return [dict(text=f'w{i%20} w{i*7%20}', label=labels[i%len(labels)], **kw) for i in range(n)]
+
+def test_minus_one_is_a_class_or_no_label():
+    d = labelled(dict(train=split(labels=(-1,1)), validation=split(10, (1,-1)), test=split(6, (-1,1))))
+    assert (d.names, len(d.test), len(d.valid))==(['-1','1'], 6, 10) # its first label is -1
+    assert len(labelled(dict(train=split(labels=(-1,1)), test=split(1, (-1,)))).test)==1
+    assert len(labelled(dict(train=split(), validation=split(10), test=split(6, (-1,None)))).test)==10
+    named = lambda rows: datasets.Dataset.from_list(rows).cast_column('label', datasets.ClassLabel(names=['no','yes']))
+    d = labelled(dict(train=named(split(labels=(0,1,-1))), test=named(split(9, (-1,0,1)))))
+    assert (len(d.train)+len(d.valid), len(d.test), d.names)==(27, 6, ['no','yes']) and {d.target(r) for r in d.train}=={0,1}
+    for rows in (split(labels=('a','b',None)), [*split(), dict(text='w1')]):
+        with pytest.raises(DataError, match="column 'label' has no label in the row"): labelled(dict(train=rows, test=split()))
+
+def test_splits_are_joined_with_the_names_of_their_classes(here):
+    named = lambda labels: datasets.Dataset.from_list(split(12, labels)).cast_column('label', datasets.ClassLabel(names=['yes','no']))
+    parts = datasets.DatasetDict(train=named((0,1)), test=named((1,0)), unsupervised=named((-1,)))
+    rows = join_splits(dict(parts))
+    assert len(rows)==24 and rows.features['label'].names==['yes','no']
+    parts.save_to_disk('ds')
+    bert(id2label={0:'no', 1:'yes'}, label2id=dict(no=0, yes=1))
+    said = hedgehog('evaluate', 'bert', '--data', 'ds', '--split', 'all', '--json')
+    assert json.loads(said.stdout)['examples']==24 and 'in order' not in said.stderr
+    with pytest.raises(DataError, match="column 'label' holds no labels"): join_splits(dict(test=named((-1,))))
+    with pytest.raises(DataError, match='cannot be joined'):
+        join_splits(dict(train=named((0,1)), test=named((0,1)).cast_column('label', datasets.ClassLabel(names=['a','b']))))
+
+def test_a_folder_of_tables():
+    Path('d').mkdir()
+    table = lambda n: 'text,label\n'+''.join(f'w{i},{"ab"[i%2]}\n' for i in range(n))
+    for name,n in (('all',70), ('train',40), ('dev',20)): Path(f'd/{name}.csv').write_text(table(n))
+    Path('d/README.md').write_text('# About\n'); Path('d/test.TSV.gz').write_bytes(gzip.compress(table(10).replace(',','\t').encode()))
+    assert {k:len(v) for k,v in load_splits('d').items()}==dict(train=40, validation=20, test=10)
+    for name in ('train','dev'): Path(f'd/{name}.csv').unlink()
+    Path('d/test.TSV.gz').unlink()
+    assert sum(len(v) for v in load_splits('d').values())==70
+
+@pytest.mark.parametrize('kind', [list, datasets.Dataset.from_list])
+def test_random_rows_of_each_split(kind):
+    d = labelled(dict(train=kind(split(60)), test=kind(split(30))))
+    few = d.sample(5)
+    assert [len(r) for r in (few.train, few.valid, few.test)]==[5,5,5] and len(d.train)==54 and type(few.train) is type(d.train)
+    assert [*few.train]==[*d.sample(5).train]!=[*d.sample(5, seed=1).train] and [*few.train]!=[*d.train][:5]
+    assert len(d.sample(1000).test)==30
+
+def test_digits_are_sorted_as_numbers():
+    assert labelled(dict(train=split(labels=('1','10','2')), test=split(labels=('2',)))).names==['1','2','10']
+
+@pytest.mark.parametrize('rows,says', [
+    (split(labels=('a', 1)), "holds names, such as 'a', and numbers, such as 1"),
+    (split(labels=(['a','b'],)), "holds a list, where an example has one label, in the row"),
+    (split(labels=({'a':1},)), "neither a name nor a number"),
+    ([*split(), dict(text=None, label='bad')], "column 'text' holds no text in the row {'text': None"),
+    ([*split(), dict(text=7, label='bad')], "column 'text' holds a int, where the model reads text, in the row {'text': 7"),
+    ([*split(), dict(label='bad')], "column 'text' holds no text in the row {'label': 'bad'}"),
+    ([dict(tokens=['a','b'], tags=['X'])]*20, "column 'tokens' holds 2 words for 1 tags in the row {'tokens': ['a', 'b']"),
+    ([dict(tokens=['a','b'], label='XY')]*20, "holds one label for a list of words in the row"),
+    ([dict(tokens=['a'], pos=['b'], tags=['X'])]*20, "have columns tokens, pos, tags; name the one"),
+    (split(9), "9 rows to train on are too few to hold some out")])
+def test_rows_that_cannot_be_used(rows, says):
+    with pytest.raises(DataError) as e: labelled(dict(train=rows, test=rows))
+    assert says in str(e.value) and '\n' not in str(e.value) and len(str(e.value))<400
+
+def test_a_class_that_the_training_rows_do_not_name():
+    named = datasets.Dataset.from_list(split(labels=(0,1))).cast_column('label', datasets.ClassLabel(names=['no','yes']))
+    with pytest.raises(DataError, match="holds a label that is none of the 2 classes in the row"): labelled(dict(train=named, test=split()))
+
+def test_the_first_row_may_be_empty():
+    d = labelled(dict(train=[dict(tokens=[], tags=[]), *[dict(tokens=['a'], tags=['X'])]*20], test=[dict(tokens=['a'], tags=['Y'])]))
+    assert (d.kind, d.inputs, d.names)==('tags', ('tokens',), ['X','Y'])
+    rows = [dict(a=None, label=0), *[dict(a='x', label=1)]*20]
+    with pytest.raises(DataError, match='holds no text'): labelled(dict(train=rows, test=rows))
+
+def test_an_index_error_in_a_row_is_no_end():
+    def encode(x): raise IndexError(x)
+    for keep in (True, False):
+        with pytest.raises(IndexError): list(_Encoded([1,2], encode, keep))
+
+# Which class is which
+
+def floats(labels): Path('r.jsonl').write_text(''.join(json.dumps(r)+'\n' for r in split(40, labels))); return 'r.jsonl'
+
+def heads(*names): return bert(id2label=dict(enumerate(names)), label2id={n:i for i,n in enumerate(names)})
+
+def classes(names, labels):
+    "(labels in the column, names, note) after a head with these names was loaded."
+    d = labelled(dict(train=split(labels=labels), test=split(labels=labels)))
+    load_task_model(heads(*names), d)
+    return d.values,d.names,d.note
+
+def test_names_are_matched_whatever_their_case():
+    assert classes(('POSITIVE','Not_Sure','NEGATIVE'), ('negative','not sure','positive'))==(
+        ['positive','not sure','negative'], ['POSITIVE','Not_Sure','NEGATIVE'], '')
+    assert classes(('10','9'), ('9','10'))[0]==['10','9']
+    assert classes(('A','a'), ('A','a'))[0]==['A','a'] # they differ by case alone
+
+@pytest.mark.parametrize('labels', [('positive','negative'), ('pos','negative'), ('pos','other')])
+def test_names_of_which_some_agree_are_refused(labels):
+    with pytest.raises(ModelError, match='which is which cannot be told') as e: classes(('pos','neg'), labels)
+    assert 'pos, neg' in str(e.value) and '\n' not in str(e.value)
+
+def test_numbers_stand_for_the_labels_of_a_head_without_names():
+    three = 'LABEL_0','LABEL_1','LABEL_2'
+    values,names,note = classes(three, (2,1))
+    assert values[1:]==[1,2] and names==['0','1','2'] and note=='classes are taken by number: 1 is LABEL_1, 2 is LABEL_2'
+    assert classes(three, (0,1,2))==([0,1,2], ['0','1','2'], '')
+    assert 'in order: 1 is LABEL_0, 2 is LABEL_1, 3 is LABEL_2' in classes(three, (1,2,3))[2]
+    with pytest.raises(ModelError, match='has a head for 3 labels; the examples have 2'): classes(three, (2,3))
+
+def test_whole_numbers_are_classes_where_the_head_has_classes():
+    args = '--data', floats((0.,1.)), '--split', 'all'
+    said = hedgehog('evaluate', bert(), *args)
+    assert said.stdout.startswith('accuracy ') and "accuracy on 40 examples, 2 classes in 'label' from 'text'" in said.stderr
+    assert hedgehog('evaluate', bert(num_labels=1), *args).stdout.startswith('spearman ')
+    floats((0.,.5)); assert "column 'label' holds fractions, such as 0.5" in fails('evaluate', bert(), *args)
+    floats([float(i) for i in range(30)]); assert '30 different numbers' in fails('evaluate', bert(), *args)
+    floats((0.,1.))
+    args = '--data', 'r.jsonl', '--label-column', 'label', '--metric', 'accuracy', '--adapt-epochs', .1
+    assert 'accuracy on 2' in hedgehog('linearize', bert(BertModel), *args, '--out', 'out', *FEW).stderr
+
+def test_a_head_of_several_labels_at_once_is_refused():
+    assert 'multi_label_classification' in fails('evaluate', bert(problem_type='multi_label_classification'), '--data', reviews(), '--label-column', 'stars')
+
+def test_evaluate_says_which_columns_and_classes_it_reads():
+    said = hedgehog('evaluate', heads('negative','positive'), '--data', reviews(), '--label-column', 'stars', '--metric', 'f1')
+    assert "f1 of 'good' on 4 examples, 2 classes in 'stars' from 'text'" in said.stderr and said.stdout.startswith("f1 of 'good' ")
+    assert 'matched in order: bad is negative, good is positive' in said.stderr
+
+def test_words_that_are_cut_are_counted():
+    rows = [dict(tokens=WORDS[:10], tags=['X','Y']*5)]*30
+    Path('t.json').write_text(json.dumps(rows))
+    bert(BertForTokenClassification, id2label={0:'X', 1:'Y'}, label2id=dict(X=0, Y=1))
+    said = hedgehog('evaluate', 'bert', '--data', 't.json', '--split', 'all', '--max-length', 6)
+    assert '180 words have no token among the first 6' in said.stderr # two of the six are special
+    assert 'no token' not in hedgehog('evaluate', 'bert', '--data', 't.json', '--split', 'all').stderr
+
+def test_the_command_that_measures_again_names_what_was_measured():
+    Path('new.tsv').write_text(Path(reviews()).read_text())
+    said = hedgehog('linearize', bert(), '--data', 'reviews.tsv', '--eval-data', 'new.tsv', '--label-column', 'stars', '--out', 'out', *FEW).stderr
+    use = next(l for l in said.splitlines() if 'evaluate out' in l).split()[1:]
+    assert use[:6]==['evaluate','out','--data','new.tsv','--split','all']
+    assert json.loads(hedgehog(*use, '--json').stdout)['value']==pytest.approx([r for r in rows_of('out') if r['metric']=='accuracy'][-1]['value'])
+
+@pytest.mark.parametrize('rows,b,steps,passes', [(81,32,3,1), (81,32,6,2), (81,32,4,1+32/81), (8,8,1,1), (72,8,2,16/72)])
+def test_passes_are_counted_in_rows(rows, b, steps, passes):
+    assert _passes(rows, b, steps)==pytest.approx(passes)
+
+def test_the_column_of_labels_may_have_any_name():
+    from PIL import Image
+    picture = lambda i: Image.frombytes('RGB', (16,16), random.Random(i).randbytes(768))
+    ds = datasets.Dataset.from_list([dict(img=picture(i), coarse_label=0, fine_label=i%2) for i in range(24)])
+    for c,names in (('fine_label',['ant','bee']), ('coarse_label',['insect'])): ds = ds.cast_column(c, datasets.ClassLabel(names=names))
+    datasets.DatasetDict(train=ds, test=ds).save_to_disk('insects')
+    ViTForImageClassification(ViTConfig(**SIZE, image_size=16, patch_size=4, id2label={0:'bee', 1:'ant'}, label2id=dict(bee=0, ant=1))).save_pretrained('vit')
+    ViTImageProcessorPil(size=dict(height=16, width=16)).save_pretrained('vit')
+    assert 'columns img, coarse_label, fine_label; name the one that holds the labels (--label-column)' in fails('evaluate', 'vit', '--data', 'insects')
+    args = '--data', 'insects', '--label-column', 'fine_label'
+    hedgehog('linearize', 'vit', *args, '--eval-data', 'insects', '--map', 'elu', '--out', 'out', *FEW)
+    for split,n in (('test',24), ('all',48)):
+        assert json.loads(hedgehog('evaluate', 'out', *args, '--split', split, '--json').stdout)['examples']==n
+
+# Padding
+
+@pytest.mark.parametrize('config', [GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=24, n_positions=64, initializer_range=.3, pad_token_id=5),
+    transformers.LlamaConfig(**SIZE, vocab_size=24, initializer_range=.3, pad_token_id=5)], ids=['gpt2','llama'])
+def test_logits_of_a_text_do_not_depend_on_its_batch(config):
+    bert(folder='gpt')
+    f = Path('gpt/tokenizer_config.json')
+    f.write_text(json.dumps({**json.loads(f.read_text()), 'padding_side':'left', 'pad_token':None, 'eos_token':'[SEP]'}))
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained('gpt')
+    reviews()
+    d = load_labelled('reviews.tsv', label='stars')
+    model,tok,_ = load_task_model('gpt', d)
+    assert (tok.pad_token, tok.padding_side, model.config.pad_token_id)==('[SEP]', 'right', tok.pad_token_id)
+    task = Task(d, tok)
+    for convert in (False, True):
+        if convert: said_of(model)
+        (one,_),(many,_) = (task.predict(model, task.train, b) for b in (1,60))
+        torch.testing.assert_close(one, many, atol=1e-5, rtol=1e-4)
 
 # Attention dropout
 

@@ -128,7 +128,8 @@ class LabelledData:
     def as_classes(self):
         "Take numbers as classes. Raises `DataError` on fractions, and on more than 20 different numbers."
         seen = sorted({*_labels((self.train, self.valid, self.test), self.label)})
-        if odd := [y for y in seen if not float(y).is_integer()]: raise DataError(f"column {self.label!r} holds fractions, such as {odd[0]}, which are no classes")
+        odd = [y for y in seen if not float(y).is_integer()]
+        if odd: raise DataError(f"column {self.label!r} holds fractions, such as {odd[0]}, which are no classes")
         if len(seen)>20: raise DataError(f"column {self.label!r} holds {len(seen)} different numbers, which are too many for classes")
         self.values,self.names = seen,[str(int(y)) for y in seen]
         if self.kind=='numbers': self.kind = 'classes'
@@ -163,7 +164,8 @@ def _find_inputs(row, inputs, label):
     rest = {k:v for k,v in row.items() if k!=label}
     for fits in (_is_image, lambda v: isinstance(v, list) and v and isinstance(v[0], str), lambda v: isinstance(v, str)):
         if found := [k for k,v in rest.items() if fits(v)]: break
-    if not found or len(found)>(2 if isinstance(rest[found[0]], str) else 1): raise DataError(f"the examples have columns {', '.join(row)}; name the one or two that the model reads (--text-column)")
+    if not found or len(found)>(2 if isinstance(rest[found[0]], str) else 1):
+        raise DataError(f"the examples have columns {', '.join(row)}; name the one or two that the model reads (--text-column)")
     return tuple(found)
 
 # %% ../../nbs/92b_labelled_data.ipynb #92b00027
@@ -229,7 +231,8 @@ def _classes(parts, label):
     seen = {*_labels(parts, label)}
     words = [y for y in seen if isinstance(y, str)]
     if words and len(words)<len(seen):
-        raise DataError(f"column {label!r} holds names, such as {words[0]!r}, and numbers, such as {next(y for y in seen if y not in words)!r}: write all as names")
+        number = next(y for y in seen if not isinstance(y, str))
+        raise DataError(f"column {label!r} holds names, such as {words[0]!r}, and numbers, such as {number!r}: write all as names")
     if any(isinstance(y, float) for y in seen): return None,None
     values = sorted(seen, key=int if all(re.fullmatch(r'-?[0-9]+', y) for y in words) else None) # '10' comes after '9'
     return values,[str(v) for v in values]
@@ -252,8 +255,10 @@ def labelled(
     if test is None: test,valid = valid,None
     if test is None: raise DataError("there are no labels to measure with: give a test or a validation split")
     kind = 'images' if _is_image(x[inputs[0]]) else 'tags' if isinstance(x[inputs[0]], (list,tuple)) else 'classes'
-    for rows in (train, test, *([] if valid is None else [valid])):
-        _check_labels(rows, label, (*inputs, label), kind=='tags', len(_class_names(rows, label) or ()))
+    parts = [p for p in (train, valid, test) if p is not None]
+    named = max(len(_class_names(p, label) or ()) for p in parts)
+    for rows in parts:
+        _check_labels(rows, label, (*inputs, label), kind=='tags', named)
         for c in inputs if kind!='images' else (): _check_inputs(rows, c, label, (*inputs, label), kind=='tags')
     if valid is None:
         if len(train)<10: raise DataError(f"{len(train)} rows to train on are too few to hold some out: give 10 or more, or a validation split")
@@ -297,7 +302,7 @@ def load_task_model(
     dtype=None, # Name or `torch.dtype`; None: as saved
     device=None, # Where to put the model; None: CPU
 )->tuple: # (model in eval mode, its tokenizer or image processor, whether its head is new)
-    "Load a model with a head for the labels of `data`, whose classes come in the model's order then. Raises `ModelError` or `DataError`, one line, where it cannot."
+    "Load a model with a head for the labels of `data`, whose classes come in its order then. Raises `ModelError` or `DataError`, one line, where it cannot."
     import transformers
     name,kw = _local_model(spec)
     cls,head = getattr(transformers, _AUTO[data.kind]),dict(num_labels=1, problem_type='regression')
