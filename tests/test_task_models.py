@@ -316,7 +316,7 @@ def test_digits_are_sorted_as_numbers():
     (split(labels=(['a','b'],)), "holds a list, where an example has one label, in the row"),
     (split(labels=({'a':1},)), "neither a name nor a number"),
     ([*split(), dict(text=None, label='bad')], "column 'text' holds no text in the row {'text': None"),
-    ([*split(), dict(text=7, label='bad')], "column 'text' holds a int, where the model reads text, in the row {'text': 7"),
+    ([*split(), dict(text=7, label='bad')], "column 'text' holds 7, where the model reads text, in the row {'text': 7"),
     ([*split(), dict(label='bad')], "column 'text' holds no text in the row {'label': 'bad'}"),
     ([dict(tokens=['a','b'], tags=['X'])]*20, "column 'tokens' holds 2 words for 1 tags in the row {'tokens': ['a', 'b']"),
     ([dict(tokens=['a','b'], label='XY')]*20, "holds one label for a list of words in the row"),

@@ -216,7 +216,7 @@ def _check_inputs(rows, column, label, columns, listed):
     "Raise `DataError` where a column does not hold text, or a list of words with a tag for each."
     tags = _cells(rows, label) if listed else None
     for i,x in enumerate(_cells(rows, column)):
-        if not listed and not isinstance(x, str): bad = f"holds {'no text' if x is None else f'a {type(x).__name__}, where the model reads text,'}"
+        if not listed and not isinstance(x, str): bad = f"holds {'no text' if x is None else f'{shorten(repr(x), 40)}, where the model reads text,'}"
         elif listed and not (isinstance(x, (list,tuple)) and all(isinstance(w, str) for w in x)): bad = "holds no list of words"
         elif listed and len(x)!=len(tags[i]): bad = f"holds {len(x)} words for {len(tags[i])} tags"
         else: continue
