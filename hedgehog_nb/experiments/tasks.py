@@ -72,7 +72,7 @@ def finetuned_base(
                 score = task.score(*task.predict(model, task.valid))
             except FloatingPointError as e: # this rate diverges; others may not
                 score,failed = -math.inf,e
-            if score>max([-math.inf, *tried.values()] if best else [-math.inf]): best = model
+            if score>max(tried.values(), default=-math.inf): best = model
             tried[lr] = score
         if best is None: raise failed
         best.config.tried = {f'{lr:g}':round(x, 2) for lr,x in tried.items() if x>-math.inf}

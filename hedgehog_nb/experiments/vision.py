@@ -143,13 +143,13 @@ def vision_experiment(
     check_variants(variants); parse_dtype(autocast)
     images,work,source = image_data(data),Path(work or Path(path).with_suffix('.work')),Path(str(data)).name
     if rows: images = images.sample(rows)
-    make = (lambda: (*small_vit(images.names), bool(epochs))) if model is None else lambda: load_task_model(model, images)
+    make = (lambda: (*small_vit(images.names), True)) if model is None else lambda: load_task_model(model, images)
     task,kw = Task(images, make()[1], augment=shift_and_mirror),dict(batch_size=batch_size, autocast=autocast)
     names = dict(experiment='vit-cifar10' if source=='cifar10' else 'vit', model='ViT' if model is None else Path(str(model)).name, data=source)
     base_settings = dict(epochs=epochs, base_lrs=base_lrs, **kw)
     def load():
         m,_,new = make()
-        return m.to(device or 'cpu'), new or model is None
+        return m.to(device or 'cpu'), new
     def listen(event, row=None, model=None, **kw):
         if on_event: on_event(event, row=row, model=model, **kw)
         if event=='row' and (row['variant'],row['metric'],row['seed'])==('hedgehog-distilled','accuracy',0):
