@@ -64,7 +64,7 @@ def small_vit(
     patch:int=4, # Pixels of a patch's side
     width:int=192, # Channels
     layers:int=6, # Layers
-    heads:int=6, # Heads
+    heads:int=3, # Heads
 ): # (model with random weights, image processor)
     "A small Vision Transformer, and how pixels become its input."
     config = ViTConfig(image_size=size, patch_size=patch, hidden_size=width, intermediate_size=2*width, num_hidden_layers=layers, num_attention_heads=heads,
@@ -127,7 +127,7 @@ def vision_experiment(
     data='uoft-cs/cifar10', # As for `image_data`
     variants=('softmax','elu','t2r-hh','hedgehog','hedgehog-halves','hedgehog-two','hedgehog-four'), # As for `task_sweep`
     seeds=(0,), # As for `task_sweep`
-    epochs:float=20, # Passes by which a model learns the classes first; 0 where its head knows them
+    epochs:float=30, # Passes by which a model learns the classes first; 0 where its head knows them
     steps:int=400, # Optimiser steps of distillation, and of finetuning
     batch_size:int=64, # Images per step
     base_lrs=(1e-3,), # Rates of these first passes, to choose from
@@ -147,9 +147,13 @@ def vision_experiment(
     task,kw = Task(images, make()[1], augment=shift_and_mirror),dict(batch_size=batch_size, autocast=autocast)
     names = dict(experiment='vit-cifar10' if source=='cifar10' else 'vit', model='ViT' if model is None else Path(str(model)).name, data=source)
     base_settings = dict(epochs=epochs, base_lrs=base_lrs, **kw)
+    def place(m):
+        m = m.to(device or 'cpu')
+        if m.device.type=='cpu': m.set_attn_implementation('eager') # at 65 tokens it takes half of the time of PyTorch's own kernel
+        return m
     def load():
         m,_,new = make()
-        return m.to(device or 'cpu'), new
+        return place(m), new
     def listen(event, row=None, model=None, **kw):
         if on_event: on_event(event, row=row, model=model, **kw)
         if event=='row' and (row['variant'],row['metric'],row['seed'])==('hedgehog-distilled','accuracy',0):
@@ -157,5 +161,5 @@ def vision_experiment(
     with only_command(work):
         open_work(work, {**names, **base_settings, 'data':task.digest()})
         base,tried = finetuned_base(load, task, work, base_lrs, epochs, on_event, **kw)
-        return task_sweep(path, base.to(device or 'cpu'), task, names, variants, seeds, lrs, tried, base_settings, work, command, listen,
+        return task_sweep(path, place(base), task, names, variants, seeds, lrs, tried, base_settings, work, command, listen,
             finetune_steps=steps, **kw, **{**DISTILLATION, 'distill_batch_size':batch_size, 'distill_steps':steps})
