@@ -18,9 +18,12 @@ from transformers import AutoModelForImageClassification, AutoModelForSequenceCl
 from ..analysis.heads import select_softmax_heads
 from ..analysis.report import attention_report
 from ..files import atomic_write
+from ..models.attention import attention_weights
 from ..models.config import LinearizeConfig
+from ..models.interface import capture_attention
 from ..results import check_row, growing_results
 from ..models.linearize import swap_attention
+from ..ops.softmax import softmax_weights
 from ..training.batches import batch_indices, TrainingData
 from ..training.recipe import mixed_precision
 from ..training.tasks import convert_task, finetune_task, Task
@@ -34,7 +37,8 @@ class Variant(NamedTuple):
     softmax_heads:int = 0 # Heads that stay softmax, in all layers together
 
 VARIANTS = {'softmax':None, **{n:Variant(n) for n in ('elu','relu','performer','cosformer')}, 
-    'exp1':Variant('exp', dict(t=1.)), 'exp2':Variant('exp', dict(t=2.)), 'taylor':Variant('taylor'), 't2r':Variant('t2r'), 't2r-hh':Variant('t2r', distilled=True),
+    'exp1':Variant('exp', dict(t=1.)), 'exp2':Variant('exp', dict(t=2.)), 'taylor':Variant('taylor'),
+    't2r':Variant('t2r'), 't2r-hh':Variant('t2r', distilled=True),
     'hedgehog':Variant('hedgehog', dict(form='exp', bias=True), True),
     'hedgehog-halves':Variant('hedgehog', dict(form='softmax_halves', bias=True), True),
     'hedgehog-two':Variant('hedgehog', dict(form='softmax_halves', bias=True, num_maps=2), True),
@@ -116,15 +120,28 @@ def _attention_rows(model, task, n=32):
     own = next(v for k,v in mean.items() if k!='softmax')
     return {'entropy-gap':own['entropy']-mean['softmax']['entropy'], 'rank-correlation':100*own['spearman']}
 
-def hardest_heads(base, task, n, work, on_event, budget)->dict:
-    "`layers` and `softmax_heads` of the `n` heads that the paper's maps copy worst once they are distilled: by KL, on 64 rows held out."
+def _shown(model, task, layer, head, longest=24):
+    "Weights of one head for the first short text held out, with softmax and with the maps."
+    row = next((x for x in (task.valid[i] for i in range(len(task.valid))) if len(x['input_ids'])<=longest), task.valid[0])
+    x = {k:torch.tensor([v], device=model.device) for k,v in row.items() if k!='labels'}
+    c = capture_attention(model, **x)[layer]
+    both = dict(softmax=softmax_weights(c.q, c.k, c.causal, c.scale), hedgehog=attention_weights(model, **x)[layer])
+    weights = {k:[[round(p, 3) for p in ps] for ps in w[0,head].tolist()] for k,w in both.items()}
+    return dict(tokens=task.processor.convert_ids_to_tokens(row['input_ids']), **weights)
+
+def hardest_heads(base, task, n, work, on_event, budget):
+    ("The `n` heads that the paper's maps copy worst once they are distilled, by KL on 64 rows held out: (`layers` and `softmax_heads` that keep them, "
+     "KL of all heads as rows, the worst with what it attends to in a text).")
     model = deepcopy(base)
     tell = lambda event, **kw: on_event(event, **kw) if on_event and event=='progress' else None
     convert_task(model, task, variant_config('hedgehog', task), variant='hedgehog', work=work, on_event=tell, **{**budget, 'finetune_steps':0})
     report = _heads(model, task, [task.valid[i] for i in range(min(64, len(task.valid)))])
     kv = getattr(base.config, 'num_key_value_heads', None) or base.config.num_attention_heads
+    own = sorted((r for r in report if r['variant']!='softmax'), key=lambda r: -r['kl'])
+    rows = [dict(variant='hedgehog', stage='heads', metric='kl', value=r['kl'], layer=r['layer'], head=r['head']) for r in own]
+    if task.data.kind!='images': rows[0]['shown'] = _shown(model, task, own[0]['layer'], own[0]['head'])
     shutil.rmtree(work)
-    return select_softmax_heads(report, n, kv, variant=next(r['variant'] for r in report if r['variant']!='softmax'))
+    return select_softmax_heads(report, n, kv, variant=own[0]['variant']), rows
 
 def _convert(base, task, label, seed, lr, work, kept, distilled, on_event, budget):
     "One run: (rows, score on the rows to choose by)."
@@ -176,7 +193,9 @@ def task_sweep(
         row = next((r for r in done if 'softmax_heads' in r), None)
         if row: return {k:row[k] for k in ('layers','softmax_heads')}
         if on_event: on_event('run', label='the heads that stay softmax')
-        return hardest_heads(base, task, max(v.softmax_heads for v in VARIANTS.values() if v), work/'heads', on_event, dict(budget, teacher_logits=z))
+        kept,rows = hardest_heads(base, task, max(map(keeps, VARIANTS)), work/'heads', on_event, dict(budget, teacher_logits=z))
+        add(rows)
+        return kept
     for seed in seeds:
         for label in VARIANTS if variants is None else variants:
             mine = {r['seed']:r for r in done if (r['variant'],r['stage'])==(label,'finetune')}
