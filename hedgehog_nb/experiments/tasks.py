@@ -131,17 +131,18 @@ def _shown(model, task, layer, head, longest=24):
 
 def hardest_heads(base, task, n, work, on_event, budget):
     ("The `n` heads that the paper's maps copy worst once they are distilled, by KL on 64 rows held out: (`layers` and `softmax_heads` that keep them, "
-     "KL of all heads as rows, the worst with what it attends to in a text).")
+     "row with the KL of every head and what the worst attends to in a text).")
     model = deepcopy(base)
     tell = lambda event, **kw: on_event(event, **kw) if on_event and event=='progress' else None
     convert_task(model, task, variant_config('hedgehog', task), variant='hedgehog', work=work, on_event=tell, **{**budget, 'finetune_steps':0})
     report = _heads(model, task, [task.valid[i] for i in range(min(64, len(task.valid)))])
     kv = getattr(base.config, 'num_key_value_heads', None) or base.config.num_attention_heads
     own = sorted((r for r in report if r['variant']!='softmax'), key=lambda r: -r['kl'])
-    rows = [dict(variant='hedgehog', stage='heads', metric='kl', value=r['kl'], layer=r['layer'], head=r['head']) for r in own]
-    if task.data.kind!='images': rows[0]['shown'] = _shown(model, task, own[0]['layer'], own[0]['head'])
+    row = dict(variant='hedgehog', stage='heads', metric='kl', value=statistics.mean(r['kl'] for r in own),
+        by_head=[(r['layer'], r['head'], round(r['kl'], 4)) for r in own])
+    if task.data.kind!='images': row['shown'] = _shown(model, task, own[0]['layer'], own[0]['head'])
     shutil.rmtree(work)
-    return select_softmax_heads(report, n, kv, variant=own[0]['variant']), rows
+    return select_softmax_heads(report, n, kv, variant=own[0]['variant']), row
 
 def _convert(base, task, label, seed, lr, work, kept, distilled, on_event, budget):
     "One run: (rows, score on the rows to choose by)."
@@ -193,8 +194,8 @@ def task_sweep(
         row = next((r for r in done if 'softmax_heads' in r), None)
         if row: return {k:row[k] for k in ('layers','softmax_heads')}
         if on_event: on_event('run', label='the heads that stay softmax')
-        kept,rows = hardest_heads(base, task, max(map(keeps, VARIANTS)), work/'heads', on_event, dict(budget, teacher_logits=z))
-        add(rows)
+        kept,row = hardest_heads(base, task, max(map(keeps, VARIANTS)), work/'heads', on_event, dict(budget, teacher_logits=z))
+        add([row])
         return kept
     for seed in seeds:
         for label in VARIANTS if variants is None else variants:
