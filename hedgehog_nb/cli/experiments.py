@@ -27,7 +27,8 @@ SeedsOpt = Annotated[int, _opt('--seeds', metavar='N', min=1, help="Seeds 0 to N
 RatesOpt = Annotated[List[float], _opt('--lr', metavar='X', help="Rates of finetuning; each variant's is chosen on seed 0, by rows held out.")]
 BaseRatesOpt = Annotated[List[float], _opt('--base-lr', metavar='X', help="Rates at which softmax learns the task, to choose from.")]
 EpochsOpt = Annotated[Optional[float], _opt('--epochs', metavar='X', min=0,
-    help="Passes by which softmax learns the task, before it is converted; by the task if not given, 0 where the model knows it.")]
+    help="Passes by which softmax learns the task, before it is converted; 0 where the model knows it. If not given: by the task of GLUE; for images 30, "
+        "or 0 for a model that is named.")]
 StepsOpt = Annotated[Optional[int], _opt('--steps', metavar='N', min=1,
     help="Optimiser steps of finetuning, after the conversion; by the task if not given.")]
 DistillStepsOpt = Annotated[int, _opt('--distill-steps', metavar='N', min=1, help="Optimiser steps of distillation, of 8 examples each.")]
@@ -83,20 +84,18 @@ def glue_command(ctx:typer.Context,
 
 # %% ../../nbs/94b_experiments.ipynb #94b00013
 @experiments.command('vision', epilog=_examples('hedgehog experiment vision --out results/vit-cifar10.json',
-    'hedgehog experiment vision google/vit-base-patch16-224 --data ILSVRC/imagenet-1k --epochs 0 --out vit-b.json'))
+    'hedgehog experiment vision google/vit-base-patch16-224 --data ILSVRC/imagenet-1k --out vit-b.json'))
 @_command
 def vision_command(ctx:typer.Context, out:OutOpt,
     model:Annotated[Optional[str], typer.Argument(metavar='[MODEL]', show_default=False,
         help="A folder or hub id of a Vision Transformer; a small one is trained from scratch if not given.")]=None,
     data:Annotated[str, _opt('--data', '-d', metavar='DATA', help="A [cyan]datasets[/] name, or a folder of images, one folder a class.")]='uoft-cs/cifar10',
-    variant:VariantOpt=('softmax','elu','t2r-hh','hedgehog','hedgehog-halves','hedgehog-two','hedgehog-four'),
-    seeds:SeedsOpt=1, lr:RatesOpt=(2e-5,1e-4),
-    base_lr:BaseRatesOpt=(1e-3,), epochs:EpochsOpt=20., steps:StepsOpt=400,
+    variant:VariantOpt=None, seeds:SeedsOpt=1, lr:RatesOpt=(2e-5,1e-4), base_lr:BaseRatesOpt=(1e-3,), epochs:EpochsOpt=None, steps:StepsOpt=400,
     batch_size:Annotated[int, _opt('--batch-size', metavar='N', min=1, help="Images per step.")]=64,
     rows:RowsOpt=None, work:WorkOpt=None, autocast:AutocastOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
     ("[bold]Convert a Vision Transformer[/]: softmax, the fixed map 1+ELU, learned maps.\n\n"
-     "    It learns the classes first ([cyan]--epochs 0[/] where it knows them). Then as in [cyan]hedgehog experiment glue[/].")
+     "    The small one learns the classes first. Then as in [cyan]hedgehog experiment glue[/].")
     from hedgehog_nb.experiments.vision import vision_experiment
     from hedgehog_nb.results import command_line
     screen = Terminal(as_json)

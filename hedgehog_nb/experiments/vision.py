@@ -125,9 +125,9 @@ def vision_experiment(
     path, # File of results to write, and to go on with; beside it a picture, .png, of softmax's attention and Hedgehog's
     model=None, # Folder or hub id of a ViT; if None, `small_vit` is trained from scratch
     data='uoft-cs/cifar10', # As for `image_data`
-    variants=('softmax','elu','t2r-hh','hedgehog','hedgehog-halves','hedgehog-two','hedgehog-four'), # As for `task_sweep`
+    variants=None, # As for `task_sweep`; softmax, 1+ELU and the distilled maps if None
     seeds=(0,), # As for `task_sweep`
-    epochs:float=30, # Passes by which a model learns the classes first; 0 where its head knows them
+    epochs:float=None, # Passes by which a model learns the classes first, 0 where its head knows them; if None 30 for `small_vit`, 0 for others
     steps:int=400, # Optimiser steps of distillation, and of finetuning
     batch_size:int=64, # Images per step
     base_lrs=(1e-3,), # Rates of these first passes, to choose from
@@ -141,6 +141,8 @@ def vision_experiment(
 )->list: # Rows of results
     "Train or load a Vision Transformer, and convert it. Raises `DataError` or `ModelError`, one line, on what cannot be had."
     check_variants(variants); parse_dtype(autocast)
+    variants = ('softmax','elu','t2r-hh','hedgehog','hedgehog-halves','hedgehog-two','hedgehog-four') if variants is None else variants
+    if epochs is None: epochs = 30. if model is None else 0
     images,work,source = image_data(data),Path(work or Path(path).with_suffix('.work')),Path(str(data)).name
     if rows: images = images.sample(rows)
     make = (lambda: (*small_vit(images.names), True)) if model is None else lambda: load_task_model(model, images)
