@@ -4,7 +4,7 @@ again for equal bits; then their time, softmax's and a copy's.
     python tests/gpu_smoke.py --out results/smoke.json      on a GPU; once more with TRITON_PTXAS_PATH for another assembler
     python tests/gpu_smoke.py --small                       in Triton's interpreter: TRITON_INTERPRET=1 before it"""
 import argparse, os, sys, time
-from gpu_parallel import in_parallel, own_cache, ROOT
+from gpu_parallel import in_parallel, own_cache
 import torch
 from hedgehog_nb.experiments.bench import Case, copy_rate, floor_bytes, measure, prepare
 from hedgehog_nb.attentions.base import make_feature_map

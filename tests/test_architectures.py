@@ -1,8 +1,8 @@
 "Every architecture of `architectures.py` converts and passes its checks, or is refused for the reason that is written down; the stored results say the same."
-import copy, json, sys
+import copy, json
 import pytest, torch, transformers
 from helpers import architectures
-from helpers.architectures import ARCHITECTURES, CHECKS, asked, build, draw, examine, generate, outputs, padded, shake
+from helpers.architectures import ARCHITECTURES, CHECKS, asked, build, draw, examine, generate, outputs, shake
 from hedgehog_nb.models.interface import capture_attention
 from hedgehog_nb.models.attention import linear_layers, padding_mask
 from hedgehog_nb.models.linearize import linearize, probe_attention, probe_inputs

@@ -2,7 +2,6 @@
 import importlib.util, math, sys
 import pytest, torch, transformers
 from hypothesis import given, settings, strategies as st
-from torch.nn import functional as F
 from hedgehog_nb.models.interface import use_attention, capture_attention
 from hedgehog_nb.ops.common import autocast_dtype, check_qkv, no_autocast, repeat_kv, make_attention_mask
 from hedgehog_nb.ops.softmax import fused_softmax_attention, softmax_attention, softmax_weights

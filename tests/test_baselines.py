@@ -4,11 +4,10 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 from hedgehog_nb.ops.common import repeat_kv
-from hedgehog_nb.ops.softmax import softmax_attention, softmax_weights
-from hedgehog_nb.attentions.base import Attention, ATTENTIONS, FEATURE_MAPS, FeatureMap, make_attention, make_feature_map, register_attention
+from hedgehog_nb.ops.softmax import softmax_weights
+from hedgehog_nb.attentions.base import ATTENTIONS, FEATURE_MAPS, FeatureMap, make_attention, make_feature_map, register_attention
 from hedgehog_nb.attentions.baselines import _orthogonal_gaussian, _repeats, Taylor
 from hedgehog_nb.functional import linear_attention
-from hedgehog_nb.ops.linear import naive_linear_weights
 from hedgehog_nb.models.linearize import linearize
 from hedgehog_nb.ops.metrics import lognormal_fit
 from helpers.tiny_models import llama, tokens

@@ -219,7 +219,6 @@ def test_by_turns_what_raises_leaves_the_others(contenders, tmp_path):
 
 @pytest.mark.parametrize('kind', ['forward','train','decode'])
 def test_an_error_in_one_head_or_the_last_tokens_is_seen(contenders, kind):
-    from hedgehog_nb.functional import linear_attention
     c = Case(kind,2,4,2,80,16,F32)
     def spoiled(where):
         def f(c, x):

@@ -1,5 +1,5 @@
 "The command line as its users meet it: help, the round trip linearize → evaluate → generate, results files, the demo."
-import json, os, resource, subprocess, sys
+import json, resource, subprocess, sys
 from pathlib import Path
 import pytest
 from typer.testing import CliRunner
@@ -355,7 +355,6 @@ def test_overwritten_and_restarted(here):
 # Implementations, and the check of the kernels
 
 def test_the_implementation_is_an_option(converted, here):
-    from hedgehog_nb.models.loading import load_linearized
     hedgehog('linearize', 'embedded', '--data', 'embedded', '--out', 'plain', '--implementation', 'chunked',
         '--distill-steps', 0, '--finetune-steps', 0, *SHORT)
     assert json.loads((here/'plain'/'config.json').read_text())['hedgehog']['implementation']=='chunked'

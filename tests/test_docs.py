@@ -1,6 +1,6 @@
 "`show_code`: what becomes of exported cells on their page"
 from types import SimpleNamespace
-from fastcore.nbio import mk_cell, NbCell
+from fastcore.nbio import NbCell
 from hedgehog_nb.docs import show_code
 
 def shown(*cells):

@@ -12,7 +12,7 @@ from hedgehog_nb.data.labelled import cut_splits, load_labelled, labelled
 from hedgehog_nb.data.text import DataError
 from hedgehog_nb.experiments import tasks
 from hedgehog_nb.experiments.glue import glue_data, glue_experiment
-from hedgehog_nb.experiments.vision import image_data, shift_and_mirror, vision_experiment
+from hedgehog_nb.experiments.vision import image_data, shift_and_mirror
 from hedgehog_nb.results import read_results
 
 WORDS = 'the a cat dog bird sat ran flew on under mat tree house is was'.split()

@@ -10,7 +10,6 @@ import gpu_models
 from hedgehog_nb.experiments import generation
 from hedgehog_nb.models import cache as caches
 from hedgehog_nb.cli import app
-from hedgehog_nb.data.models import load_embedded
 from hedgehog_nb.models.linearize import linearize
 from hedgehog_nb.experiments.generation import benchmark_models, models_table, ReservedLayer
 from hedgehog_nb.training.distill import distill

@@ -24,7 +24,7 @@ from hedgehog_nb.training.evaluate import perplexity
 from hedgehog_nb.attentions.window import WindowAttention
 from hedgehog_nb.models.hybrid import linear_weight_share, set_branch
 from helpers.decoding import FREE, forward, left_padded
-from helpers.tiny_models import MODELS, VOCAB, bert, corpus, gpt2, inputs, llama, shake, tokens
+from helpers.tiny_models import MODELS, VOCAB, corpus, gpt2, inputs, llama, shake, tokens
 from helpers.training import OnStep
 
 HEADS = '0:0-1;2:2-3'                                # whole groups of the tiny Llama, which has two; the others have none

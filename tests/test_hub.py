@@ -3,7 +3,7 @@ import copy, json, pickle, shutil, subprocess, sys
 from pathlib import Path
 import pytest, torch, transformers
 from huggingface_hub import ModelCard
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, pipeline
 import hedgehog_nb.models.hub as hub
 import hedgehog_nb.models.loading as lin
 from hedgehog_nb.data.models import load_model

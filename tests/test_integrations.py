@@ -2,7 +2,7 @@
 import copy, json, os
 import pytest, torch
 from helpers import integrations
-from helpers.integrations import CASES, REAL, SLOW, SUBJECTS, Subject, examine, installed
+from helpers.integrations import CASES, SLOW, SUBJECTS, Subject, examine, installed
 from hedgehog_nb.models.attention import linear_layers
 
 PAIRS = [(k, n) for k in CASES for n,(kind,_) in SUBJECTS.items() if kind==k[2]]

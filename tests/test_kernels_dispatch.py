@@ -5,7 +5,7 @@ from hedgehog_nb import functional
 from hedgehog_nb.attentions.base import FEATURE_MAPS, make_feature_map
 from hedgehog_nb.ops.hedgehog import FORMS
 from hedgehog_nb.ops.linear import LinearState
-from helpers.interpreter import DEVICE, HERE, kernel, python, under_the_interpreter
+from helpers.interpreter import DEVICE, HERE, kernel, under_the_interpreter
 
 TOL = {torch.float32:1e-5, torch.float16:4e-3, torch.bfloat16:3e-2} # of the largest reference value; the interpreter cuts bf16 where a GPU rounds
 

@@ -3,7 +3,6 @@ import pytest, torch
 from hedgehog_nb import linear_attention
 from hedgehog_nb.attentions.base import make_feature_map
 from hedgehog_nb.ops.linear import LinearState
-from hedgehog_nb.ops.window import WindowState
 from helpers.interpreter import DEVICE, HERE, kernel, under_the_interpreter
 
 if HERE:

@@ -2,7 +2,6 @@
 import json, shutil, subprocess, sys
 from copy import deepcopy
 import pytest
-from pathlib import Path
 from hedgehog_nb import site
 
 HOME = '| Chapter | What it builds |\n|---|---|\n| [First page](01_first.ipynb) | an example |'

@@ -4,10 +4,7 @@ import pytest, torch, transformers
 from torch.nn import functional as F
 from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertForQuestionAnswering, BertForSequenceClassification
 from transformers import BertForTokenClassification
-from hedgehog_nb.models.attention import linear_layers
 from hedgehog_nb.models.linearize import linearize
-from hedgehog_nb.training.batches import Placeholder
-from hedgehog_nb.training.checkpoint import TrainingHistory
 from hedgehog_nb.training.distill import distill
 from hedgehog_nb.training.evaluate import perplexity
 from hedgehog_nb.training.finetune import add_lora, finetune

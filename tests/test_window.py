@@ -7,7 +7,7 @@ from hedgehog_nb.ops.softmax import softmax_attention, softmax_weights
 from hedgehog_nb.training.losses import layer_loss, weight_loss
 from hedgehog_nb.attentions.base import make_attention, make_feature_map
 from hedgehog_nb.ops.hedgehog import FORMS
-from hedgehog_nb.ops.linear import LinearState, naive_linear_attention
+from hedgehog_nb.ops.linear import naive_linear_attention
 from hedgehog_nb.models.attention import linear_layers, set_implementation
 from hedgehog_nb.models.linearize import linearize
 from hedgehog_nb.models.loading import load_linearized, save_linearized

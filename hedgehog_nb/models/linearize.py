@@ -14,7 +14,7 @@ from functools import partial
 from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import eager_mask
 from transformers.models.auto import modeling_auto
-from ..attentions.base import ATTENTIONS, make_attention
+from ..attentions.base import make_attention
 from ..attentions.mixed_heads import MixedHeadAttention
 from ..attentions.specs import parse_heads, parse_layers, format_heads
 from .attention import _check_implementation, check_call, linear_layers, padding_mask, set_implementation

@@ -10,7 +10,7 @@ __all__ = ['teacher_kl', 'ModelTeacher', 'logits_of', 'check_objective', 'Teache
 
 # %% ../../nbs/09c_teacher_logits.ipynb #09c00001
 import hashlib, json, math, torch, transformers
-from contextlib import contextmanager, ExitStack, nullcontext
+from contextlib import contextmanager, ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial

@@ -2,11 +2,11 @@
 
 A case takes a `Subject`, a model in its two forms, and fails where a tool does not do with the converted one what it does with any model.
 What a case returns is what to know of it, or the `Refusal` that it met. Cases whose package is not installed are left out; HEDGEHOG_MODELS adds real models."""
-import copy, functools, importlib.metadata, json, os, subprocess, sys, tempfile, time, warnings
+import functools, importlib.metadata, json, os, subprocess, sys, tempfile, time, warnings
 from pathlib import Path
 import torch, transformers
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification, pipeline
 from hedgehog_nb.data.models import load_model
 from hedgehog_nb.data.text import load_texts, token_blocks
 from hedgehog_nb.models.attention import linear_layers

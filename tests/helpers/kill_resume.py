@@ -3,7 +3,7 @@
     python tests/helpers/kill_resume.py --trials 50 --record results/kill-resume-stories260k.json"""
 import argparse, multiprocessing, random, signal, sys, tempfile, time
 from pathlib import Path
-import torch, transformers
+import torch
 from hedgehog_nb.data.models import load_model
 from hedgehog_nb.data.text import load_texts, token_blocks
 from hedgehog_nb.models.linearize import linearize
