@@ -148,9 +148,9 @@ def _convert(base, task, label, seed, lr, work, kept, distilled, on_event, budge
     "One run: (rows, score on the rows to choose by)."
     model,more = deepcopy(base),[]
     def listen(event, row=None, model=None, **kw):
-        if on_event: on_event(event, row=row, model=model, **kw)
         if event=='row' and row['metric']==task.metric and label!='softmax':
             more.extend({**row, 'metric':m, 'value':v, 'unit':''} for m,v in _attention_rows(model, task).items())
+        if on_event: on_event(event, row=row, model=model, **kw)
     if VARIANTS[label] is None:
         same = {k:budget[k] for k in ('batch_size','autocast','teacher_logits') if k in budget}
         rows = finetune_task(model, task, budget.get('finetune_epochs', 1.), budget.get('finetune_steps'), lr=lr, seed=seed, work=work, on_event=listen, **same)

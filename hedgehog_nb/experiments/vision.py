@@ -6,10 +6,10 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/vit.html.md"""
 
 # %% auto #0
 __all__ = ['CIFAR10', 'image_data', 'shift_and_mirror', 'small_vit', 'class_attention', 'teacher_class_attention',
-           'plot_class_attention', 'vision_experiment']
+           'plot_class_attention', 'looks', 'plot_looks', 'vision_experiment']
 
 # %% ../../nbs/10f_vit.ipynb #10f00004
-import io, math, numpy, torch
+import base64, io, math, numpy, torch
 from contextlib import suppress
 from pathlib import Path
 from PIL import Image
@@ -20,7 +20,6 @@ from ..data.models import parse_dtype
 from ..data.text import DataError
 from .tasks import check_variants, DISTILLATION, finetuned_base, only_command, task_sweep
 from ..training.recipe import open_work
-from ..files import atomic_write
 from ..models.attention import attention_weights
 from ..models.interface import capture_attention
 from ..ops.softmax import softmax_weights
@@ -108,21 +107,34 @@ def plot_class_attention(
     return fig
 
 # %% ../../nbs/10f_vit.ipynb #10f00043
-def _photograph(model, task, path, n=4):
-    "Draw the attention of a distilled model and of its teacher on test images of different classes."
-    from hedgehog_nb.plots import use_style
+def looks(
+    model, # A Vision Transformer that was converted and distilled, but not finetuned
+    task:Task, # Whose test images it sees
+    n:int=4, # Images, of different classes
+)->dict: # images (PNG, at most 64 pixels a side, in base64), and weights of "softmax" and "hedgehog", (n, h, w): for a file of results
+    "What the class token looks at in the middle layer, mean of its heads, in the teacher and in the converted model."
     first = {}
     for i,row in enumerate(task.data.test): first.setdefault(row[task.data.label], i)
     at = sorted(first.values())[:n]
     pixels = torch.stack([task.test[i]['pixel_values'] for i in at]).to(model.device)
-    maps = {'softmax':teacher_class_attention(model, pixels), 'Hedgehog':class_attention(model, pixels)}
-    with use_style():
-        fig = plot_class_attention([task.data.test[i][task.data.inputs[0]] for i in at], {k:w[:,w.shape[1]//2].mean(1).cpu() for k,w in maps.items()})
-        with atomic_write(path) as p: fig.savefig(p, format='png', dpi=150)
+    def small(image):
+        image,f = image.convert('RGB'),io.BytesIO()
+        image.thumbnail((64, 64)); image.save(f, 'PNG')
+        return base64.b64encode(f.getvalue()).decode()
+    def middle(w): return [[[round(x, 4) for x in xs] for xs in ws] for ws in w[:,w.shape[1]//2].mean(1).tolist()]
+    return dict(images=[small(task.data.test[i][task.data.inputs[0]]) for i in at], softmax=middle(teacher_class_attention(model, pixels)),
+        hedgehog=middle(class_attention(model, pixels)))
+
+def plot_looks(
+    seen:dict, # From `looks`
+): # Figure
+    "Images beside what softmax and Hedgehog look at."
+    images = [Image.open(io.BytesIO(base64.b64decode(x))) for x in seen['images']]
+    return plot_class_attention(images, {'softmax':torch.tensor(seen['softmax']), 'Hedgehog':torch.tensor(seen['hedgehog'])})
 
 # %% ../../nbs/10f_vit.ipynb #10f00033
 def vision_experiment(
-    path, # File of results to write, and to go on with; beside it a picture, .png, of softmax's attention and Hedgehog's
+    path, # File of results to write, and to go on with; it holds `looks` as well
     model=None, # Folder or hub id of a ViT; if None, `small_vit` is trained from scratch
     data='uoft-cs/cifar10', # As for `image_data`
     variants=None, # As for `task_sweep`; softmax, 1+ELU and the distilled maps if None
@@ -159,7 +171,7 @@ def vision_experiment(
     def listen(event, row=None, model=None, **kw):
         if on_event: on_event(event, row=row, model=model, **kw)
         if event=='row' and (row['variant'],row['metric'],row['seed'])==('hedgehog-distilled','accuracy',0):
-            with suppress(ValueError): _photograph(model, task, Path(path).with_suffix('.png')) # patches that form no square
+            with suppress(ValueError): row['looks'] = looks(model, task) # not of patches that form no square
     with only_command(work):
         open_work(work, {**names, **base_settings, 'data':task.digest()})
         base,tried = finetuned_base(load, task, work, base_lrs, epochs, on_event, **kw)
