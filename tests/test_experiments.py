@@ -12,7 +12,7 @@ from hedgehog_nb.data.labelled import cut_splits, load_labelled, labelled
 from hedgehog_nb.data.text import DataError
 from hedgehog_nb.experiments import tasks
 from hedgehog_nb.experiments.glue import glue_data, glue_experiment
-from hedgehog_nb.experiments.vision import image_data, shift_and_mirror
+from hedgehog_nb.experiments.vision import image_data, plot_looks, shift_and_mirror
 from hedgehog_nb.results import read_results
 
 WORDS = 'the a cat dog bird sat ran flew on under mat tree house is was'.split()
@@ -29,7 +29,8 @@ def bert(tmp_path_factory):
     (d/'vocab.txt').write_text('\n'.join(['[PAD]','[UNK]','[CLS]','[SEP]','[MASK]',*WORDS]))
     tok = BertTokenizerFast(str(d/'vocab.txt'))
     torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(d)
+    BertModel(BertConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        initializer_range=.3)).save_pretrained(d)
     tok.save_pretrained(d)
     return d
 
@@ -80,6 +81,24 @@ def test_command_goes_on(bert, glue, tmp_path):
     rows = read_results(tmp_path)
     assert tasks.finished(rows, 'cola', 'mcc').keys()=={'softmax','hedgehog','elu'}
     assert all(0<=x for by in tasks.recovery(rows, 'cola', 'mcc').values() for x in by.values())
+
+def test_heads_that_stay_softmax(bert, glue, tmp_path):
+    "They are those of the largest KL, the same for all variants and seeds, and are not looked for again."
+    kw = dict(model=bert, folder=glue, epochs=1, steps=2, distill_steps=5, base_lrs=(1e-3,), lrs=(1e-4,))
+    told = []
+    def listen(event, label=None, **_): told.append(label)
+    glue_experiment(tmp_path/'x.json', 'stsb', variants=['softmax','hedgehog-heads'], on_event=listen, **kw)
+    assert told.count('the heads that stay softmax')==1
+    rows = glue_experiment(tmp_path/'x.json', 'stsb', variants=['softmax','hedgehog-heads','elu-heads'], seeds=(0, 1), on_event=listen, **kw)
+    assert told.count('the heads that stay softmax')==1
+    found, = (r for r in rows if 'by_head' in r)
+    (layer,head,kl),(_,_,less) = found['by_head'] # a layer of two heads, of which one can stay
+    assert kl>less>0 and {r['softmax_heads'] for r in rows if 'heads' in r['variant'] and r['metric']!='ms'}=={f'{layer}:{head}'}
+    shown = found['shown']
+    assert shown['tokens'][0]=='[CLS]' and shown['tokens'].count('[SEP]')==2
+    for w in (torch.tensor(shown[k]) for k in ('softmax','hedgehog')):
+        assert w.shape==(len(shown['tokens']),)*2 and (w.sum(1)-1).abs().max()<.02
+    assert {r['variant'] for r in rows if r['metric']=='ms'}=={'softmax','hedgehog-heads','elu-heads'}
 
 def test_stopped_run_goes_on(bert, glue, tmp_path):
     "A sweep that was stopped in the middle of finetuning ends with the numbers of one that was not."
@@ -133,6 +152,9 @@ def test_vision_command(pictures, tmp_path):
     rows = read_results(tmp_path)
     assert {r['variant'] for r in rows}=={'softmax-zero-shot','softmax','hedgehog-swapped','hedgehog-distilled','hedgehog'}
     assert {r['metric'] for r in rows}=={'accuracy','agreement','correlation','entropy-gap','rank-correlation','ms'}
+    seen, = (r['looks'] for r in rows if 'looks' in r)
+    assert len(seen['images'])==4 and all(numpy.array(seen[k]).shape==(4,8,8) and 0<numpy.array(seen[k]).sum()<4 for k in ('softmax','hedgehog'))
+    assert len(plot_looks(seen).axes)==12
 
 def test_labelled_columns(tmp_path):
     (tmp_path/'x.tsv').write_text('id\tquestion\tanswer\tlabel\n'+''.join(f'{i}\tq{i}\ta{i}\t{"yes" if i%3 else "no"}\n' for i in range(60)))

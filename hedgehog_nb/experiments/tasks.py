@@ -142,7 +142,7 @@ def hardest_heads(base, task, n, work, on_event, budget):
         by_head=[(r['layer'], r['head'], round(r['kl'], 4)) for r in own])
     if task.data.kind!='images': row['shown'] = _shown(model, task, own[0]['layer'], own[0]['head'])
     shutil.rmtree(work)
-    return select_softmax_heads(report, n, kv, variant=own[0]['variant']), row
+    return select_softmax_heads(report, min(n, base.config.num_hidden_layers*kv-1), kv, variant=own[0]['variant']), row
 
 def _convert(base, task, label, seed, lr, work, kept, distilled, on_event, budget):
     "One run: (rows, score on the rows to choose by)."
