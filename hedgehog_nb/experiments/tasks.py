@@ -36,7 +36,7 @@ class Variant(NamedTuple):
     distilled:bool = False # Are its maps distilled before all is finetuned?
     softmax_heads:int = 0 # Heads that stay softmax, in all layers together
 
-VARIANTS = {'softmax':None, **{n:Variant(n) for n in ('elu','relu','performer','cosformer')}, 
+VARIANTS = {'softmax':None, **{n:Variant(n) for n in ('elu','relu','performer','cosformer')},
     'exp1':Variant('exp', dict(t=1.)), 'exp2':Variant('exp', dict(t=2.)), 'taylor':Variant('taylor'),
     't2r':Variant('t2r'), 't2r-hh':Variant('t2r', distilled=True),
     'hedgehog':Variant('hedgehog', dict(form='exp', bias=True), True),
