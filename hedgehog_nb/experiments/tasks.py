@@ -120,13 +120,16 @@ def _attention_rows(model, task, n=32):
     own = next(v for k,v in mean.items() if k!='softmax')
     return {'entropy-gap':own['entropy']-mean['softmax']['entropy'], 'rank-correlation':100*own['spearman']}
 
+def teacher_weights(model, **inputs)->list: # of (B, H, T, T), a layer each
+    "Softmax weights on the queries and keys of a converted model: those of its teacher, where nothing but maps was trained."
+    return [softmax_weights(c.q, c.k, c.causal, c.scale) for c in capture_attention(model, **inputs)]
+
 def _shown(model, task, layer, head, longest=24):
     "Weights of one head for the first short text held out, with softmax and with the maps."
     row = next((x for x in (task.valid[i] for i in range(len(task.valid))) if len(x['input_ids'])<=longest), task.valid[0])
     x = {k:torch.tensor([v], device=model.device) for k,v in row.items() if k!='labels'}
-    c = capture_attention(model, **x)[layer]
-    both = dict(softmax=softmax_weights(c.q, c.k, c.causal, c.scale), hedgehog=attention_weights(model, **x)[layer])
-    weights = {k:[[round(p, 3) for p in ps] for ps in w[0,head].tolist()] for k,w in both.items()}
+    both = dict(softmax=teacher_weights(model, **x), hedgehog=attention_weights(model, **x))
+    weights = {k:[[round(p, 3) for p in ps] for ps in w[layer][0,head].tolist()] for k,w in both.items()}
     return dict(tokens=task.processor.convert_ids_to_tokens(row['input_ids']), **weights)
 
 def hardest_heads(base, task, n, work, on_event, budget):

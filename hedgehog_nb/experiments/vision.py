@@ -18,11 +18,9 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from ..data.labelled import labelled, load_labelled, load_task_model, LabelledData
 from ..data.models import parse_dtype
 from ..data.text import DataError
-from .tasks import check_variants, DISTILLATION, finetuned_base, only_command, task_sweep
+from .tasks import check_variants, DISTILLATION, finetuned_base, only_command, task_sweep, teacher_weights
 from ..training.recipe import open_work
 from ..models.attention import attention_weights
-from ..models.interface import capture_attention
-from ..ops.softmax import softmax_weights
 from ..training.tasks import Task
 
 # %% ../../nbs/10f_vit.ipynb #10f00012
@@ -84,7 +82,7 @@ def teacher_class_attention(
     pixels:Tensor, # (B, C, H, W) images
 )->Tensor: # (B, layers, heads, h, w)
     "Where it looked as the softmax model that it was."
-    return _of_class_token([softmax_weights(c.q, c.k, c.causal, c.scale) for c in capture_attention(model, pixel_values=pixels)])
+    return _of_class_token(teacher_weights(model, pixel_values=pixels))
 
 def _of_class_token(weights):
     w = torch.stack([x[:,:,0,1:] for x in weights], 1)
@@ -163,7 +161,7 @@ def vision_experiment(
     base_settings = dict(epochs=epochs, base_lrs=base_lrs, **kw)
     def place(m):
         m = m.to(device or 'cpu')
-        if m.device.type=='cpu': m.set_attn_implementation('eager') # at 65 tokens it takes half of the time of PyTorch's own kernel
+        if m.device.type=='cpu': m.set_attn_implementation('eager') # PyTorch's own kernel is made for longer sequences
         return m
     def load():
         m,_,new = make()
