@@ -1,4 +1,4 @@
-"The experiments on tasks: GLUE's files, sweeps that go on where they were stopped, and the commands, on models small enough for seconds."
+"The experiments on tasks and on text: GLUE's files, sweeps that go on where they were stopped, and the commands, on models small enough for seconds."
 import json
 import numpy, pytest
 from typer.testing import CliRunner
@@ -12,6 +12,7 @@ from hedgehog_nb.data.labelled import cut_splits, load_labelled, labelled
 from hedgehog_nb.data.text import DataError
 from hedgehog_nb.experiments import tasks
 from hedgehog_nb.experiments.glue import glue_data, glue_experiment
+from hedgehog_nb.experiments.language_model import SCRATCH, scratch_experiment, ScratchSize
 from hedgehog_nb.experiments.vision import image_data, plot_looks, shift_and_mirror
 from hedgehog_nb.results import read_results
 
@@ -155,6 +156,29 @@ def test_vision_command(pictures, tmp_path):
     seen, = (r['looks'] for r in rows if 'looks' in r)
     assert len(seen['images'])==4 and all(numpy.array(seen[k]).shape==(4,8,8) and 0<numpy.array(seen[k]).sum()<4 for k in ('softmax','hedgehog'))
     assert len(plot_looks(seen).axes)==12
+
+def test_from_scratch(tmp_path):
+    "Every attention learns, and seeds differ; a rate is chosen on the first of them, by validation text."
+    kw = dict(data='embedded', size=ScratchSize(1, 32, 2, 96, 4, 6000, 1e-2, 'bpe:300'), evals=2)
+    rows = scratch_experiment(tmp_path/'x.json', **kw)
+    last = {r['variant']:r['value'] for r in rows if (r['metric'],r['stage'])==('ppl','trained')}
+    assert last.keys()==SCRATCH.keys() and all(60<x<80 for x in last.values()) and len({*last.values()})==len(last)
+    told = []
+    def listen(event, label=None, seed=None, lr=None, **_): told.extend([(label, seed, lr)] if event=='run' else ())
+    two = scratch_experiment(tmp_path/'y.json', variants=['elu'], seeds=(0, 1), lrs=(1e-2, 1e-4), on_event=listen, **kw)
+    assert told==[('elu',0,1e-2), ('elu',0,1e-4), ('elu',1,1e-2)]
+    assert {r['value'] for r in two if r['seed']==0}=={r['value'] for r in rows if r['variant']=='elu'} and {r['lr'] for r in two}=={1e-2}
+
+def test_scratch_command(tmp_path):
+    run = lambda *more, **kw: hedgehog('experiment', 'scratch', '--data', 'embedded', '--out', tmp_path/'x.json', *more, **kw)
+    for more,says in ((('--variant','linear'), 'no variant is called'), (('--size','tpu'), 'one of cpu, gpu'), (('--tokenizer','bpe:12'), '300 or more'),
+        (('--data',tmp_path/'none.txt'), 'no such file')):
+        r = run(*more, code=1)
+        assert says in ' '.join(r.stderr.split()) and 'goes on from there' not in r.stderr, r.stderr
+    r = run('--variant', 'hedgehog', '--tokens', 2000, '--batch-size', 2, '--tokenizer', 'bpe:300')
+    assert 'hedgehog, seed 0, rate 0.001' in r.stderr and {r['variant'] for r in read_results(tmp_path)}=={'hedgehog'}
+    r = run('--variant', 'elu', '--tokens', 3000, '--batch-size', 2, '--tokenizer', 'bpe:300', code=1)
+    assert 'keeps another run (tokens was 2000' in ' '.join(r.stderr.split())
 
 def test_labelled_columns(tmp_path):
     (tmp_path/'x.tsv').write_text('id\tquestion\tanswer\tlabel\n'+''.join(f'{i}\tq{i}\ta{i}\t{"yes" if i%3 else "no"}\n' for i in range(60)))

@@ -46,16 +46,16 @@ def _experiment(out, screen):
     try:
         with screen.progress: yield
     except BaseException as e:
-        e.note = "what was done is kept, and the same command goes on from there"
+        if not isinstance(e, ValueError): e.note = "what was done is kept, and the same command goes on from there"
         raise
     n = len(json.loads(out.read_text())['rows'])
     screen.say(f"{n} numbers in [bold]{out}[/]" + (", nothing was left to run" if n==before else ''))
 
-def _listener(screen, metric):
-    "Says which run is on and what it scored, with a bar for each phase."
+def _listener(screen, metric, unit=None):
+    "Says which run is on and what it scored, with a bar for each phase, that counts steps or, in an evaluation, examples; `unit` if all count the same."
     def listen(event, row=None, **kw):
         if event=='run': screen.say(f"[bold]{kw['label']}[/]" + (f", seed {kw['seed']}, rate {kw['lr']:g}" if 'lr' in kw else ''))
-        elif event=='progress': screen.progress.bar(event, unit='examples' if kw['phase']=='evaluate' else 'steps', **kw)
+        elif event=='progress': screen.progress.bar(event, unit=unit or ('examples' if kw['phase']=='evaluate' else 'steps'), **kw)
         elif event=='row' and row['metric']==metric: screen.progress.line('', row['stage'], f"{metric} [bold]{row['value']:.4g}[/]")
     return listen
 
@@ -102,4 +102,32 @@ def vision_command(ctx:typer.Context, out:OutOpt,
     with _experiment(out, screen):
         found = vision_experiment(out, model, data, variant, range(seeds), epochs, steps, batch_size, tuple(base_lr), tuple(lr), autocast, pick_device(device),
             rows, work, command_line(ctx.parent.parent.obj), _listener(screen, 'accuracy'))
+    screen.object(out=str(out), rows=found)
+
+# %% ../../nbs/94b_experiments.ipynb #94b00014
+@experiments.command('scratch', epilog=_examples('hedgehog experiment scratch --out results/scratch-wikitext2.json --autocast bfloat16',
+    'hedgehog experiment scratch --size gpu --data Salesforce/wikitext:wikitext-103-raw-v1 --out scratch-125m.json'))
+@_command
+def scratch_command(ctx:typer.Context, out:OutOpt,
+    data:Annotated[str, _opt('--data', '-d', metavar='DATA', help="Text to learn from and to measure on: a [cyan]datasets[/] name, a file or a folder.")]=
+        'Salesforce/wikitext:wikitext-2-raw-v1',
+    variant:VariantOpt=None, seeds:SeedsOpt=1,
+    size:Annotated[str, _opt('--size', metavar='NAME', help="cpu: 4 layers of 256 channels; gpu: the paper's, 12 of 768.")]='cpu',
+    tokens:Annotated[Optional[int], _opt('--tokens', metavar='N', min=1, help="Tokens that each model learns from; by the size if not given.")]=None,
+    batch_size:Annotated[Optional[int], _opt('--batch-size', metavar='N', min=1, help="Texts per step; by the size if not given.")]=None,
+    tokenizer:Annotated[Optional[str], _opt('--tokenizer', metavar='NAME',
+        help="bpe:N to learn N tokens from the text, or a hub id or folder; by the size if not given.")]=None,
+    lr:Annotated[Optional[List[float]], _opt('--lr', metavar='X',
+        help="Peak rates; each variant's is chosen on seed 0, by validation text. By the size if not given.")]=None,
+    work:WorkOpt=None, autocast:AutocastOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
+):
+    ("[bold]Train a GPT-2 from scratch[/] with every attention: softmax, Hedgehog, the paper's fixed maps, a hybrid.\n\n"
+     "    All start from the same weights and see the same tokens.")
+    from hedgehog_nb.experiments.language_model import scratch_experiment, scratch_size
+    from hedgehog_nb.results import command_line
+    screen = Terminal(as_json)
+    with _experiment(out, screen):
+        sizes = scratch_size(size, tokens=tokens, batch_size=batch_size, tokenizer=tokenizer)
+        found = scratch_experiment(out, data, variant, range(seeds), sizes, lr, autocast=autocast, device=pick_device(device), work=work,
+            command=command_line(ctx.parent.parent.obj), on_event=_listener(screen, 'ppl', 'tokens'))
     screen.object(out=str(out), rows=found)
