@@ -8,7 +8,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/plots.html.md"""
 __all__ = ['style', 'use_style', 'color', 'plot_attention_maps', 'plot_curves', 'save_figure']
 
 # %% ../nbs/93_plots.ipynb #0fa6fcb8
-import colorsys, io, matplotlib as mpl, matplotlib.pyplot as plt, numpy as np, re, zlib
+import colorsys, io, math, matplotlib as mpl, matplotlib.pyplot as plt, numpy as np, re, zlib
 from pathlib import Path
 
 # %% ../nbs/93_plots.ipynb #80a7f800
@@ -107,6 +107,16 @@ def _series(data, x, y, by):
     for n,a,b in pts: res.setdefault(n, {}).setdefault(float(a), []).append(float(b))
     return {n: sorted(s.items()) for n,s in res.items()}
 
+# %% ../nbs/93_plots.ipynb #93a00001
+def _log_ticks(axis):
+    "Numbers written out, as many as there is room for: at round numbers, at 1, 2 and 5 of each power of ten, or at the powers alone."
+    low,high = axis.get_view_interval()
+    wide = math.log10(high/low)
+    axis.set_major_locator(mpl.ticker.MaxNLocator(5, steps=[1,2,5,10]) if wide<1 else mpl.ticker.LogLocator(subs=(1,2,5) if wide<2.5 else (1,)))
+    short = mpl.ticker.EngFormatter(sep='')
+    axis.set_major_formatter(lambda v, i: f'{v:.4g}' if v<1000 or v>=1e15 else short(v))
+    axis.set_minor_formatter(mpl.ticker.NullFormatter())
+
 # %% ../nbs/93_plots.ipynb #a45a9bac
 def plot_curves(
     data, # Rows (list of dicts), or dict: name -> (xs, ys) or name -> ys
@@ -128,6 +138,8 @@ def plot_curves(
         ax.plot(xs, [sum(b)/len(b) for b in ys], label=n, color=color(n), marker=marker if len(xs)<=30 else None)
         if any(len(b)>1 for b in ys): ax.fill_between(xs, [min(b) for b in ys], [max(b) for b in ys], color=color(n), alpha=.15, linewidth=0)
     ax.set(xlabel=xlabel or x, ylabel=ylabel or y, xscale='log' if logx else 'linear', yscale='log' if logy else 'linear')
+    for axis,log in ((ax.xaxis, logx), (ax.yaxis, logy)):
+        if log: _log_ticks(axis)
     if len(series)>1: ax.legend()
     return ax
 
