@@ -135,16 +135,27 @@ def write_results(
     return path
 
 # %% ../nbs/96_records.ipynb #96a00002
+_WHERE = 'commit','device','date'
+
+def _read_run(path):
+    "A file of results, each row with the commit, device and date of its run. Raises `ValueError` that names the file where it is none."
+    try:
+        run = json.loads(Path(path).read_text(encoding='utf-8'))
+        where = {k:run[k] for k in _WHERE}
+        return {**run, 'rows':[check_row({**r, **where, **r}) for r in run['rows']]}
+    except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{path} is no file of results: {type(e).__name__} {e}") from None
+
 def growing_results(
     path, # File of results; what it holds is kept
     command:str=None, # As for `write_results`
     seed:int=0, # As for `write_results`
     device='cpu', # As for `write_results`
 )->tuple: # (rows, in which new ones are put, and a function that writes them)
-    "The rows in a file of results, none if it is not there; the seconds of all runs add up."
+    "The rows in a file of results, none if it is not there; the seconds of all runs add up. Raises `ValueError` that names a file that is no result."
     path,start,commit = Path(path),time.time(),code_version()
-    old = json.loads(path.read_text(encoding='utf-8')) if path.exists() else dict(rows=[], wall_s=0.)
-    return old['rows'], lambda: write_results(path, old['rows'], command, seed, old['wall_s']+time.time()-start, device, commit)
+    old = _read_run(path) if path.exists() else dict(rows=[], wall_s=0., command='')
+    said = '\n'.join(dict.fromkeys([*old['command'].splitlines(), command or command_line()]))
+    return old['rows'], lambda: write_results(path, old['rows'], said, seed, old['wall_s']+time.time()-start, device, commit)
 
 # %% ../nbs/96_records.ipynb #2b708546
 def results_folder()->Path: # May not exist
@@ -157,14 +168,7 @@ def read_results(
     folder=None, # Folder of .json files; `results_folder()` if None
 )->list: # Rows, each with its file, commit, device and date
     "All rows of all runs, in order of file name; none where the folder is empty or absent. Raises `ValueError` naming a file that is no result."
-    rows = []
-    for p in sorted(Path(folder or results_folder()).glob('*.json')):
-        try:
-            run = json.loads(p.read_text(encoding='utf-8'))
-            head = {k:run[k] for k in ('commit','device','date')}
-            rows += [{**check_row(r), 'file':p.name, **head} for r in run['rows']]
-        except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{p.name} is no file of results: {type(e).__name__} {e}") from None
-    return rows
+    return [{**r, 'file':p.name} for p in sorted(Path(folder or results_folder()).glob('*.json')) for r in _read_run(p)['rows']]
 
 # %% ../nbs/96_records.ipynb #c65fe344
 def _paper(where, model, data, **metrics): return dict(where=where, model=model, data=data, metrics=metrics)

@@ -1,5 +1,5 @@
 "The experiments on tasks and on text: GLUE's files, sweeps that go on where they were stopped, and the commands, on models small enough for seconds."
-import json
+import json, math
 import numpy, pytest
 from typer.testing import CliRunner
 from hedgehog_nb.cli import app
@@ -71,10 +71,12 @@ def test_command_goes_on(bert, glue, tmp_path):
     assert all(s in first.stderr.replace('\n', '') for s in ('hedgehog, seed 0, rate 2e-05', 'hedgehog, seed 0, rate 0.0001', f'numbers in {out}'))
     was = json.loads(out.read_text())
     assert was['command'].startswith('hedgehog experiment glue cola') and {r['stage'] for r in was['rows']}=={'teacher','swapped','distill','finetune','step'}
+    assert not any('commit' in r for r in was['rows'])
     second = run('--variant', 'softmax', '--variant', 'hedgehog', '--variant', 'elu', '--seeds', 2)
     now = json.loads(out.read_text())
     kept = [r for r in was['rows'] if r['metric']!='ms'] # times are measured side by side, so again
-    assert now['rows'][:len(kept)]==kept and 'hedgehog, seed 0' not in second.stderr and 'hedgehog, seed 1' in second.stderr
+    assert [{k:r[k] for k in old} for r,old in zip(now['rows'], kept)]==kept and 'hedgehog, seed 0' not in second.stderr and 'hedgehog, seed 1' in second.stderr
+    assert [r.get('commit') for r in now['rows']].count(was['commit'])==len(kept) and len(now['command'].splitlines())==2 # each row has its own commit
     rate = next(r['lr'] for r in was['rows'] if r['variant']=='hedgehog')
     assert {r['lr'] for r in now['rows'] if r['variant']=='hedgehog' and r['seed']==1}=={rate} # chosen on the first seed
     assert second.stderr.count('seed 1')==3 and {r['variant'] for r in now['rows'] if r['metric']=='ms'}=={'softmax','hedgehog','elu'}
@@ -89,9 +91,15 @@ def test_heads_that_stay_softmax(bert, glue, tmp_path):
     told = []
     def listen(event, label=None, **_): told.append(label)
     glue_experiment(tmp_path/'x.json', 'stsb', variants=['softmax','hedgehog-heads'], on_event=listen, **kw)
-    assert told.count('the heads that stay softmax')==1
+    class Stop(Exception): pass
+    def stop(event, label=None, **_):
+        told.append(label)
+        if label=='hedgehog-heads': raise Stop
+    with pytest.raises(Stop): glue_experiment(tmp_path/'y.json', 'stsb', variants=['hedgehog-heads'], on_event=stop, **kw)
+    glue_experiment(tmp_path/'y.json', 'stsb', variants=['hedgehog-heads'], on_event=listen, **kw)
+    assert told.count('the heads that stay softmax')==2 # once a file, also where it was stopped right after
     rows = glue_experiment(tmp_path/'x.json', 'stsb', variants=['softmax','hedgehog-heads','elu-heads'], seeds=(0, 1), on_event=listen, **kw)
-    assert told.count('the heads that stay softmax')==1
+    assert told.count('the heads that stay softmax')==2
     found, = (r for r in rows if 'by_head' in r)
     (layer,head,kl),(_,_,less) = found['by_head'] # a layer of two heads, of which one can stay
     assert kl>less>0 and {r['softmax_heads'] for r in rows if 'heads' in r['variant'] and r['metric']!='ms'}=={f'{layer}:{head}'}
@@ -115,6 +123,46 @@ def test_stopped_run_goes_on(bert, glue, tmp_path):
     with pytest.raises(Stop): glue_experiment(tmp_path/'b.json', 'stsb', **kw) # the base is done now, the run is stopped again
     on = False
     assert values(glue_experiment(tmp_path/'b.json', 'stsb', **kw))==values(whole)
+
+def test_another_model_is_refused(bert, glue, tmp_path):
+    "Also where it has the same name, and works in another folder."
+    other = tmp_path/'other'/bert.name
+    BertModel.from_pretrained(bert).save_pretrained(other)
+    BertTokenizerFast.from_pretrained(bert).save_pretrained(other)
+    kw = dict(folder=glue, variants=['softmax'], epochs=.5, steps=1, base_lrs=(1e-3,), lrs=(1e-4,))
+    path = tmp_path/'x.json'
+    glue_experiment(path, 'stsb', bert, **kw)
+    glue_experiment(path, 'stsb', other, **kw) # a copy
+    changed = BertModel.from_pretrained(bert)
+    changed.embeddings.word_embeddings.weight.data[7] += 1
+    changed.save_pretrained(other)
+    for work in (None, tmp_path/'elsewhere'):
+        with pytest.raises(ValueError, match='holds runs of other settings .weights'): glue_experiment(path, 'stsb', other, work=work, **kw)
+    path.unlink()
+    with pytest.raises(ValueError, match='keeps another run .weights'): glue_experiment(path, 'stsb', other, **kw)
+
+def test_one_process_writes_a_file(tmp_path):
+    with tasks.only_command(tmp_path/'x.json', tmp_path/'a'):
+        for path,work in (('x.json','b'), ('y.json','a')):
+            with pytest.raises(ValueError, match='another command writes'):
+                with tasks.only_command(tmp_path/path, tmp_path/work): pass
+        with tasks.only_command(tmp_path/'y.json', tmp_path/'b'): pass
+
+def test_rates_that_diverge(bert, glue, tmp_path):
+    "They are left out, of the softmax model's and of a map's; where none is left, another may be tried."
+    run = lambda *more, **kw: hedgehog('experiment', 'glue', 'stsb', bert, '--data', glue, '--out', tmp_path/'x.json', '--epochs', 1, '--steps', 3,
+        '--variant', 'elu', *more, **kw)
+    assert 'the loss is nan' in run('--base-lr', 1e30, '--lr', 1e-4, code=1).stderr
+    r = run('--base-lr', 1e30, '--base-lr', 1e-3, '--lr', 1e30, '--lr', 1e-4)
+    assert r.stderr.count('rate 1e+30 is left out: ')==2 and {row['lr'] for row in read_results(tmp_path) if 'lr' in row}=={1e-4}
+    assert {p.name for p in (tmp_path/'x.work').iterdir()}<={'base','settings.json','running.lock'}
+    for rate in (-1, 'nan', 0): assert 'a learning rate is a number above 0' in run('--lr', rate, code=1).stderr
+
+def test_a_damaged_file_is_named(bert, glue, tmp_path):
+    for text in ('', '[]', '{}', '{"rows": ['):
+        (tmp_path/'x.json').write_text(text)
+        r = hedgehog('experiment', 'glue', 'stsb', bert, '--data', glue, '--out', tmp_path/'x.json', code=1)
+        assert 'x.json is no file of results' in r.stderr.replace('\n', '') and 'unexpected' not in r.stderr, (text, r.stderr)
 
 def test_wrong_names(bert, glue, tmp_path):
     for args,says in ((('wnli', bert), 'the task is one of cola, sst2'), (('cola', bert, '--variant', 'linear'), 'no variant is called'),
@@ -178,7 +226,13 @@ def test_scratch_command(tmp_path):
     r = run('--variant', 'hedgehog', '--tokens', 2000, '--batch-size', 2, '--tokenizer', 'bpe:300')
     assert 'hedgehog, seed 0, rate 0.001' in r.stderr and {r['variant'] for r in read_results(tmp_path)}=={'hedgehog'}
     r = run('--variant', 'elu', '--tokens', 3000, '--batch-size', 2, '--tokenizer', 'bpe:300', code=1)
-    assert 'keeps another run (tokens was 2000' in ' '.join(r.stderr.split())
+    assert 'runs of other settings (tokens 2000 there, 3000 here)' in ' '.join(r.stderr.split())
+
+def test_vision_refuses_early(pictures, tmp_path):
+    r = hedgehog('experiment', 'vision', '--data', pictures, '--out', tmp_path/'x.json', '--variant', 'cosformer', code=1)
+    assert 'cosformer' in r.stderr and 'images' in r.stderr and 'steps' not in r.stderr and not (tmp_path/'x.work').exists()
+    (pictures/'x').mkdir(); (pictures/'x'/'train_jpeg.npz').write_bytes(b'x'*99)
+    with pytest.raises(DataError, match='train_jpeg.npz is no file of jpeg bytes'): image_data(pictures/'x')
 
 def test_labelled_columns(tmp_path):
     (tmp_path/'x.tsv').write_text('id\tquestion\tanswer\tlabel\n'+''.join(f'{i}\tq{i}\ta{i}\t{"yes" if i%3 else "no"}\n' for i in range(60)))
@@ -186,4 +240,10 @@ def test_labelled_columns(tmp_path):
     assert d.inputs==('question','answer') and d.names==['no','yes'] and len(d.train)+len(d.valid)+len(d.test)==60
     for kw,says in ((dict(label='class'), "given 'class' for the labels"), (dict(inputs=['text']), 'given text to read')):
         with pytest.raises(DataError, match=says): load_labelled(tmp_path/'x.tsv', **kw)
+    with pytest.raises(DataError, match='one or two'): load_labelled(tmp_path/'x.tsv', inputs=['id','question','answer'])
+    with pytest.raises(DataError, match='one or two'): load_labelled(tmp_path/'x.tsv', inputs=['question','question'])
+    with pytest.raises(DataError, match="holds .a. alone"): labelled(cut_splits([dict(text=f't{i}', label='a') for i in range(60)]))
+    with pytest.raises(DataError, match='holds 2.0 alone'): labelled(cut_splits([dict(text=f't{i}', label=2.) for i in range(60)]))
+    infinite = [dict(text=f't{i}', label=i/2 if i else math.inf) for i in range(60)]
+    with pytest.raises(DataError, match='no number that can be learned'): labelled(cut_splits(infinite))
     with pytest.raises(DataError, match='too few to be cut'): labelled(cut_splits([dict(text='a', label=0)]))

@@ -9,13 +9,14 @@ __all__ = ['experiments', 'OutOpt', 'VariantOpt', 'SeedsOpt', 'RatesOpt', 'BaseR
            'DistillStepsOpt', 'RowsOpt', 'WorkOpt']
 
 # %% ../../nbs/94b_experiments.ipynb #94b00004
-import json, typer
+import typer
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, List, Optional
 from .console import Terminal
 from .inputs import check_output, pick_device
 from .options import _command, _examples, _opt, app, AutocastOpt, DebugOpt, DeviceOpt, JsonOpt, ModelArg
+from ..results import command_line, growing_results
 
 # %% ../../nbs/94b_experiments.ipynb #94b00010
 experiments = typer.Typer(no_args_is_help=True, rich_markup_mode='rich', help="[bold]Run the paper's experiments[/], a command each; what was stopped goes on.")
@@ -42,19 +43,21 @@ def _experiment(out, screen):
     "Check the file first; say afterwards what it holds, or where a stopped run is."
     if out.suffix!='.json': raise ValueError(f"--out is a .json file; given {out.name!r}")
     out = check_output(out, True, folder=False)
-    before = len(json.loads(out.read_text())['rows']) if out.exists() else 0
+    def held(): return len(growing_results(out, '')[0])
+    before = held()
     try:
         with screen.progress: yield
     except BaseException as e:
         if not isinstance(e, ValueError): e.note = "what was done is kept, and the same command goes on from there"
         raise
-    n = len(json.loads(out.read_text())['rows'])
+    n = held()
     screen.say(f"{n} numbers in [bold]{out}[/]" + (", nothing was left to run" if n==before else ''))
 
 def _listener(screen, metric, unit=None):
     "Says which run is on and what it scored, with a bar for each phase, that counts steps or, in an evaluation, examples; `unit` if all count the same."
     def listen(event, row=None, **kw):
         if event=='run': screen.say(f"[bold]{kw['label']}[/]" + (f", seed {kw['seed']}, rate {kw['lr']:g}" if 'lr' in kw else ''))
+        elif event=='diverged': screen.say(f"rate {kw['lr']:g} is left out: {kw['reason']}")
         elif event=='progress': screen.progress.bar(event, unit=unit or ('examples' if kw['phase']=='evaluate' else 'steps'), **kw)
         elif event=='row' and row['metric']==metric: screen.progress.line('', row['stage'], f"{metric} [bold]{row['value']:.4g}[/]")
     return listen
@@ -75,7 +78,6 @@ def glue_command(ctx:typer.Context,
     ("[bold]Convert a BERT that knows a task of GLUE[/] to every map of the paper's table.\n\n"
      "    Softmax is finetuned first. Then each map is swapped in, distilled where it learns, and finetuned; softmax is finetuned as long, as a control.")
     from hedgehog_nb.experiments.glue import glue_experiment, GLUE
-    from hedgehog_nb.results import command_line
     screen = Terminal(as_json)
     with _experiment(out, screen):
         found = glue_experiment(out, task, model, data, variant, range(seeds), epochs, steps, distill_steps, tuple(base_lr), tuple(lr), autocast,
@@ -97,7 +99,6 @@ def vision_command(ctx:typer.Context, out:OutOpt,
     ("[bold]Convert a Vision Transformer[/]: softmax, the fixed map 1+ELU, learned maps.\n\n"
      "    The small one learns the classes first. Then as in [cyan]hedgehog experiment glue[/].")
     from hedgehog_nb.experiments.vision import vision_experiment
-    from hedgehog_nb.results import command_line
     screen = Terminal(as_json)
     with _experiment(out, screen):
         found = vision_experiment(out, model, data, variant, range(seeds), epochs, steps, batch_size, tuple(base_lr), tuple(lr), autocast, pick_device(device),
@@ -124,7 +125,6 @@ def scratch_command(ctx:typer.Context, out:OutOpt,
     ("[bold]Train a GPT-2 from scratch[/] with every attention: softmax, Hedgehog, the paper's fixed maps, a hybrid.\n\n"
      "    All start from the same weights and see the same tokens.")
     from hedgehog_nb.experiments.language_model import scratch_experiment, scratch_size
-    from hedgehog_nb.results import command_line
     screen = Terminal(as_json)
     with _experiment(out, screen):
         sizes = scratch_size(size, tokens=tokens, batch_size=batch_size, tokenizer=tokenizer)

@@ -9,7 +9,7 @@ __all__ = ['load_splits', 'cut_splits', 'LabelledData', 'labelled', 'load_labell
            'task_head']
 
 # %% ../../nbs/92b_labelled_data.ipynb #92b00004
-import random, re
+import math, random, re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
@@ -159,6 +159,7 @@ def _find_label(row, label):
 def _find_inputs(row, inputs, label):
     "The columns that the model reads."
     if inputs:
+        if len(inputs)>2 or len({*inputs})<len(inputs): raise DataError(f"the model reads one or two different columns; given {', '.join(inputs)}")
         if missing := [c for c in inputs if c not in row]: raise DataError(f"the examples have columns {', '.join(row)}; given {', '.join(missing)} to read")
         return tuple(inputs)
     rest = {k:v for k,v in row.items() if k!=label}
@@ -209,6 +210,7 @@ def _check_labels(rows, label, columns, listed, classes):
         if _absent(y) or any(_absent(t) for t in ys): bad = "has no label"
         elif isinstance(y, (list,tuple))!=listed: bad = f"holds {'one label for a list of words' if listed else 'a list, where an example has one label,'}"
         elif any(not isinstance(t, (str,int,float)) for t in ys): bad = "holds a label that is neither a name nor a number"
+        elif any(t in (math.inf, -math.inf) for t in ys): bad = "holds inf, no number that can be learned,"
         elif classes and any(isinstance(t, str) or t not in range(classes) for t in ys): bad = f"holds a label that is none of the {classes} classes"
         if bad: raise DataError(f"column {label!r} {bad} {_row(rows, i, columns)}")
 
@@ -229,6 +231,7 @@ def _classes(parts, label):
     if odd := [n for n in named if n!=named[0]]: raise DataError(f"the splits have different classes: {', '.join(named[0])}, and {', '.join(odd[0])}")
     if named: return list(range(len(named[0]))),list(named[0])
     seen = {*_labels(parts, label)}
+    if len(seen)==1: raise DataError(f"column {label!r} holds {seen.pop()!r} alone, and there is nothing to learn from that")
     words = [y for y in seen if isinstance(y, str)]
     if words and len(words)<len(seen):
         number = next(y for y in seen if not isinstance(y, str))

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from ..data.labelled import labelled, load_splits, load_task_model
 from ..data.text import DataError
-from ..data.models import parse_dtype
-from .tasks import check_variants, DISTILLATION, finetuned_base, only_command, task_sweep
-from ..training.recipe import open_work
+from .tasks import DISTILLATION, task_experiment
 from ..training.tasks import Task
 
 # %% ../../nbs/10d_bert_glue.ipynb #10d00012
@@ -90,15 +88,11 @@ def glue_experiment(
 )->list: # Rows of results
     ("Finetune softmax on a task of GLUE, and convert it to every map of the paper's table. "
      "Raises `DataError`, `ModelError` or `ValueError`, one line, on what cannot be had or does not fit.")
-    check_variants(variants); parse_dtype(autocast)
-    data,glue,work = glue_data(name, folder),GLUE[name],Path(work or Path(path).with_suffix('.work'))
+    data,glue = glue_data(name, folder),GLUE[name]
     if rows: data = data.sample(rows)
     load = lambda: [load_task_model(model, data, device=device)[i] for i in (0, 2)]
     task = Task(data, load_task_model(model, data)[1], glue.metric)
     epochs,steps = glue.epochs if epochs is None else epochs, glue.steps if steps is None else steps
-    names,base_settings = dict(experiment=name, model=Path(str(model)).name, data=glue.title),dict(epochs=epochs, base_lrs=base_lrs, autocast=autocast)
-    with only_command(work):
-        open_work(work, {**names, **base_settings, 'data':task.digest()})
-        base,tried = finetuned_base(load, task, work, base_lrs, epochs, on_event, autocast=autocast)
-        return task_sweep(path, base.to(device or 'cpu'), task, names, variants, seeds, lrs, tried, base_settings, work, command, on_event,
-            autocast=autocast, finetune_steps=steps, **{**DISTILLATION, 'distill_steps':distill_steps})
+    names = dict(experiment=name, model=Path(str(model)).name, data=glue.title)
+    return task_experiment(path, load, task, names, variants, seeds, epochs, base_lrs, lrs, work, command, on_event, autocast=autocast,
+        finetune_steps=steps, **{**DISTILLATION, 'distill_steps':distill_steps})

@@ -16,7 +16,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from ..data.models import parse_dtype
 from ..data.text import load_texts, token_blocks
-from .tasks import only_command
+from .tasks import best_rate, check_settings, only_command
 from ..files import atomic_write
 from ..models.config import LinearizeConfig
 from ..models.linearize import linearize
@@ -102,7 +102,7 @@ def scratch_tokenizer(
 
 # %% ../../nbs/10g_from_scratch.ipynb #10a90032
 def _train(variant, size, tok, train, test, valid, seed, lr, work, evals, autocast, device, on_event):
-    "One model: (rows, perplexity on the rows to choose by)."
+    "One model: (rows, minus its perplexity on the text to choose by)."
     model = scratch_model(variant, size, tok, seed, device)
     log = EvalLog(test, size.batch_size, on_event, work/'measured.json', seed=seed)
     steps = steps_for(size.tokens, train, size.batch_size)
@@ -110,7 +110,7 @@ def _train(variant, size, tok, train, test, valid, seed, lr, work, evals, autoca
     with mixed_precision(device, autocast):
         watch.end(finetune(model, train, steps, size.batch_size, lr, seed=seed, weight_decay=.1, progress=False, callbacks=[watch],
             checkpoint=work/'train.safetensors'))
-        return log.rows, EvalLog(valid, size.batch_size, on_event).evaluate(model, variant, 'valid')['value']
+        return log.rows, -EvalLog(valid, size.batch_size, on_event).evaluate(model, variant, 'valid')['value']
 
 # %% ../../nbs/10g_from_scratch.ipynb #10a90033
 def scratch_experiment(
@@ -133,25 +133,28 @@ def scratch_experiment(
     for v in variants: scratch_config(v, size.seq_len)
     parse_dtype(autocast)
     text = {s:load_texts(data, s) for s in ('train','validation','test')}
-    with only_command(work):
+    source = 'wikitext-2' if 'wikitext-2' in str(data) else Path(str(data)).name
+    same = dict(experiment='scratch-wikitext2' if source=='wikitext-2' else 'scratch', model=f'GPT-2, {size.layers} × {size.width}', data=source)
+    settings = dict(asdict(size), data=str(data), autocast=autocast, evals=evals)
+    with only_command(path, work):
+        check_settings(path, settings)
         tok = scratch_tokenizer(size.tokenizer, text['train'], work)
-        open_work(work, dict(asdict(size), data=str(data), autocast=autocast, evals=evals))
+        open_work(work, settings)
         train,valid,test = (token_blocks(t, tok, size.seq_len) for t in text.values())
         done,save = growing_results(path, command, seeds[0], device)
-        source = 'wikitext-2' if 'wikitext-2' in str(data) else Path(str(data)).name
-        same = dict(experiment='scratch-wikitext2' if source=='wikitext-2' else 'scratch', model=f'GPT-2, {size.layers} × {size.width}', data=source)
         for seed in seeds:
             for v in variants:
-                mine,runs = {r['seed']:r for r in done if r['variant']==v},{}
+                mine = {r['seed']:r for r in done if r['variant']==v}
                 if seed in mine: continue
-                for lr in [mine[min(mine)]['lr']] if mine else lrs:
+                def run(lr):
                     if on_event: on_event('run', label=v, seed=seed, lr=lr)
-                    runs[lr] = _train(v, size, tok, train, test, valid, seed, lr, work/f'{v}-{seed}-{lr:g}', evals, autocast, device, on_event)
-                lr = min(runs, key=lambda lr: runs[lr][1])
-                more = dict(lr=lr, seq_len=size.seq_len, tried={f'{k:g}':round(x, 2) for k,(_,x) in runs.items()})
+                    return _train(v, size, tok, train, test, valid, seed, lr, work/f'{v}-{seed}-{lr:g}', evals, autocast, device, on_event)
+                lr,runs = best_rate([mine[min(mine)]['lr']] if mine else lrs, run, on_event)
+                more = dict(lr=lr, seq_len=size.seq_len, tried={f'{k:g}':round(-x, 2) for k,(_,x) in runs.items()})
                 done.extend(check_row({**same, **r, 'value':round(r['value'], 4), **more}) for r in runs[lr][0])
+                done[0].setdefault('settings', settings)
                 save()
-                for k in runs: shutil.rmtree(work/f'{v}-{seed}-{k:g}', ignore_errors=True)
+                for f in work.glob(f'{v}-{seed}-*'): shutil.rmtree(f)
         return done
 
 # %% ../../nbs/10g_from_scratch.ipynb #10a90034

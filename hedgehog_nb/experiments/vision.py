@@ -14,12 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 from PIL import Image
 from torch import Tensor
+from zipfile import BadZipFile
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 from ..data.labelled import labelled, load_labelled, load_task_model, LabelledData
-from ..data.models import parse_dtype
 from ..data.text import DataError
-from .tasks import check_variants, DISTILLATION, finetuned_base, only_command, task_sweep, teacher_weights
-from ..training.recipe import open_work
+from .tasks import DISTILLATION, task_experiment, teacher_weights
 from ..models.attention import attention_weights
 from ..training.tasks import Task
 
@@ -28,7 +27,9 @@ CIFAR10 = 'airplane','automobile','bird','cat','deer','dog','frog','horse','ship
 
 def _jpegs(path):
     "Rows of a file that holds `jpeg` bytes, the `offsets` at which to cut them, and `labels`."
-    with numpy.load(path, allow_pickle=False) as f: data,at,labels = f['jpeg'].tobytes(),f['offsets'].tolist(),f['labels'].tolist()
+    try:
+        with numpy.load(path, allow_pickle=False) as f: data,at,labels = f['jpeg'].tobytes(),f['offsets'].tolist(),f['labels'].tolist()
+    except (OSError, ValueError, KeyError, BadZipFile) as e: raise DataError(f"{path} is no file of jpeg bytes, offsets and labels: {e}") from e
     ends = at[1:] if len(at)>len(labels) else [*at[1:], len(data)]
     return [dict(image=Image.open(io.BytesIO(data[a:b])), label=CIFAR10[y]) for a,b,y in zip(at, ends, labels)]
 
@@ -150,28 +151,21 @@ def vision_experiment(
     on_event=None, # Listener, as for `task_sweep`
 )->list: # Rows of results
     "Train or load a Vision Transformer, and convert it. Raises `DataError` or `ModelError`, one line, on what cannot be had."
-    check_variants(variants); parse_dtype(autocast)
     variants = ('softmax','elu','t2r-hh','hedgehog','hedgehog-halves','hedgehog-two','hedgehog-four') if variants is None else variants
     if epochs is None: epochs = 30. if model is None else 0
-    images,work,source = image_data(data),Path(work or Path(path).with_suffix('.work')),Path(str(data)).name
+    images,source = image_data(data),Path(str(data)).name
     if rows: images = images.sample(rows)
     make = (lambda: (*small_vit(images.names), True)) if model is None else lambda: load_task_model(model, images)
-    task,kw = Task(images, make()[1], augment=shift_and_mirror),dict(batch_size=batch_size, autocast=autocast)
+    task = Task(images, make()[1], augment=shift_and_mirror)
     names = dict(experiment='vit-cifar10' if source=='cifar10' else 'vit', model='ViT' if model is None else Path(str(model)).name, data=source)
-    base_settings = dict(epochs=epochs, base_lrs=base_lrs, **kw)
-    def place(m):
-        m = m.to(device or 'cpu')
-        if m.device.type=='cpu': m.set_attn_implementation('eager') # PyTorch's own kernel is made for longer sequences
-        return m
     def load():
         m,_,new = make()
-        return place(m), new
+        m = m.to(device or 'cpu')
+        if m.device.type=='cpu': m.set_attn_implementation('eager') # PyTorch's own kernel is made for longer sequences
+        return m, new
     def listen(event, row=None, model=None, **kw):
         if on_event: on_event(event, row=row, model=model, **kw)
         if event=='row' and (row['variant'],row['metric'],row['seed'])==('hedgehog-distilled','accuracy',0):
             with suppress(ValueError): row['looks'] = looks(model, task) # not of patches that form no square
-    with only_command(work):
-        open_work(work, {**names, **base_settings, 'data':task.digest()})
-        base,tried = finetuned_base(load, task, work, base_lrs, epochs, on_event, **kw)
-        return task_sweep(path, place(base), task, names, variants, seeds, lrs, tried, base_settings, work, command, listen,
-            finetune_steps=steps, **kw, **{**DISTILLATION, 'distill_batch_size':batch_size, 'distill_steps':steps})
+    return task_experiment(path, load, task, names, variants, seeds, epochs, base_lrs, lrs, work, command, listen, finetune_steps=steps,
+        batch_size=batch_size, autocast=autocast, **{**DISTILLATION, 'distill_batch_size':batch_size, 'distill_steps':steps})
