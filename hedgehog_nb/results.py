@@ -138,11 +138,10 @@ def write_results(
 _WHERE = 'commit','device','date'
 
 def _read_run(path):
-    "A file of results, each row with the commit, device and date of its run. Raises `ValueError` that names the file where it is none."
+    "(a file of results, where it was measured: commit, device, date). Raises `ValueError` that names the file where it is none."
     try:
         run = json.loads(Path(path).read_text(encoding='utf-8'))
-        where = {k:run[k] for k in _WHERE}
-        return {**run, 'rows':[check_row({**r, **where, **r}) for r in run['rows']]}
+        return {**run, 'rows':[check_row(r) for r in run['rows']]},{k:run[k] for k in _WHERE}
     except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{path} is no file of results: {type(e).__name__} {e}") from None
 
 def growing_results(
@@ -153,9 +152,12 @@ def growing_results(
 )->tuple: # (rows, in which new ones are put, and a function that writes them)
     "The rows in a file of results, none if it is not there; the seconds of all runs add up. Raises `ValueError` that names a file that is no result."
     path,start,commit = Path(path),time.time(),code_version()
-    old = _read_run(path) if path.exists() else dict(rows=[], wall_s=0., command='')
-    said = '\n'.join(dict.fromkeys([*old['command'].splitlines(), command or command_line()]))
-    return old['rows'], lambda: write_results(path, old['rows'], said, seed, old['wall_s']+time.time()-start, device, commit)
+    old,where = _read_run(path) if path.exists() else (dict(rows=[], wall_s=0., command=''), {})
+    rows,earlier,said = old['rows'],[*old['rows']],dict.fromkeys([*old['command'].splitlines(), command or command_line()])
+    def save():
+        for r in earlier: r.update({**where, **r})
+        write_results(path, rows, '\n'.join(said), seed, old['wall_s']+time.time()-start, device, commit)
+    return rows,save
 
 # %% ../nbs/96_records.ipynb #2b708546
 def results_folder()->Path: # May not exist
@@ -168,7 +170,8 @@ def read_results(
     folder=None, # Folder of .json files; `results_folder()` if None
 )->list: # Rows, each with its file, commit, device and date
     "All rows of all runs, in order of file name; none where the folder is empty or absent. Raises `ValueError` naming a file that is no result."
-    return [{**r, 'file':p.name} for p in sorted(Path(folder or results_folder()).glob('*.json')) for r in _read_run(p)['rows']]
+    runs = [(p.name, *_read_run(p)) for p in sorted(Path(folder or results_folder()).glob('*.json'))]
+    return [{**where, **r, 'file':name} for name,run,where in runs for r in run['rows']]
 
 # %% ../nbs/96_records.ipynb #c65fe344
 def _paper(where, model, data, **metrics): return dict(where=where, model=model, data=data, metrics=metrics)

@@ -2,9 +2,8 @@
 import json, resource, subprocess, sys
 from pathlib import Path
 import pytest
-from typer.testing import CliRunner
+from helpers import commands
 from hedgehog_nb.cli import commands as cli
-from hedgehog_nb.cli import app
 from hedgehog_nb.training.recipe import log_spaced, steps_for, tokens_after
 from hedgehog_nb.cli.console import word_wrap
 
@@ -20,11 +19,9 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 def hedgehog(*args, code=0, **kw):
-    "Run the command in this process; stdout and stderr, kept apart. A conversion is by the paper's recipe, where it names none."
+    "Run the command. A conversion is by the paper's recipe, where it names none."
     if args[0]=='linearize' and not {'--recipe','--config','--help'} & {*map(str, args)}: args = *args, '--recipe', 'paper'
-    r = CliRunner().invoke(app, [str(a) for a in args], prog_name='hedgehog', **kw)
-    assert r.exit_code==code, (r.stdout, r.stderr, r.exception)
-    return r
+    return commands.hedgehog(*args, code=code, **kw)
 
 @pytest.fixture(scope='module')
 def converted(tmp_path_factory):

@@ -1,8 +1,7 @@
 "The experiments on tasks and on text: GLUE's files, sweeps that go on where they were stopped, and the commands, on models small enough for seconds."
 import json, math
 import numpy, pytest
-from typer.testing import CliRunner
-from hedgehog_nb.cli import app
+from helpers.commands import hedgehog
 
 torch = pytest.importorskip('torch')
 from io import BytesIO
@@ -17,11 +16,6 @@ from hedgehog_nb.experiments.vision import image_data, plot_looks, shift_and_mir
 from hedgehog_nb.results import read_results
 
 WORDS = 'the a cat dog bird sat ran flew on under mat tree house is was'.split()
-
-def hedgehog(*args, code=0):
-    r = CliRunner().invoke(app, [str(a) for a in args], prog_name='hedgehog')
-    assert r.exit_code==code, (r.stdout, r.stderr, r.exception)
-    return r
 
 @pytest.fixture(scope='module')
 def bert(tmp_path_factory):
@@ -196,7 +190,7 @@ def test_shifts_are_of_four_pixels_at_most():
 
 def test_vision_command(pictures, tmp_path):
     out = tmp_path/'vit.json'
-    r = hedgehog('experiment', 'vision', '--data', pictures, '--out', out, '--rows', 40, '--epochs', 1, '--steps', 1, '--batch-size', 20,
+    hedgehog('experiment', 'vision', '--data', pictures, '--out', out, '--rows', 40, '--epochs', 1, '--steps', 1, '--batch-size', 20,
         '--variant', 'softmax', '--variant', 'hedgehog', '--lr', 1e-4)
     rows = read_results(tmp_path)
     assert {r['variant'] for r in rows}=={'softmax-zero-shot','softmax','hedgehog-swapped','hedgehog-distilled','hedgehog'}

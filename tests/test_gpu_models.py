@@ -5,15 +5,14 @@ from types import SimpleNamespace
 import pytest, torch
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
-from typer.testing import CliRunner
 import gpu_models
+from helpers.commands import hedgehog
 from hedgehog_nb.experiments import generation
 from hedgehog_nb.models import cache as caches
-from hedgehog_nb.cli import app
 from hedgehog_nb.models.linearize import linearize
 from hedgehog_nb.experiments.generation import benchmark_models, models_table, ReservedLayer
 from hedgehog_nb.training.distill import distill
-from hedgehog_nb.training.finetune import finetune, merge_lora
+from hedgehog_nb.training.finetune import merge_lora
 from hedgehog_nb.training.checkpoint import load_state, save_state
 from hedgehog_nb.training.saving import load_trained, save_trained
 from helpers.tiny_models import MODELS, corpus, llama, tokens, vit
@@ -175,11 +174,6 @@ def test_what_was_there_stays_until_it_is_replaced(trained, tmp_path, monkeypatc
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     return save_trained(adapted(linearize(llama()), corpus(8), 1, 4, lora=LORA), tmp_path_factory.mktemp('trained')/'a', base='llama')
-
-def hedgehog(*args, code=0):
-    r = CliRunner().invoke(app, [str(a) for a in args], prog_name='hedgehog')
-    assert r.exit_code==code, (r.stdout, r.stderr, r.exception)
-    return r
 
 def test_the_command_line_saves_it_and_reads_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

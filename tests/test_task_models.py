@@ -2,8 +2,7 @@
 import gzip, json, os, random, warnings
 from pathlib import Path
 import pytest
-from typer.testing import CliRunner
-from hedgehog_nb.cli import app
+from helpers.commands import hedgehog
 
 pytestmark = pytest.mark.processes
 
@@ -30,11 +29,6 @@ WORDS = [f'w{i}' for i in range(20)]
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-def hedgehog(*args, code=0, **kw):
-    r = CliRunner().invoke(app, [str(a) for a in args], prog_name='hedgehog', **kw)
-    assert r.exit_code==code, (r.stdout, r.stderr, r.exception)
-    return r
 
 def fails(*args):
     "What a command that is refused says, in one line, having written nothing."

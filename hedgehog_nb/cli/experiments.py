@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, List, Optional
 from .console import Terminal
 from .inputs import check_output, pick_device
-from .options import _command, _examples, _opt, app, AutocastOpt, DebugOpt, DeviceOpt, JsonOpt, ModelArg
+from .options import _command, _examples, _opt, app, AutocastOpt, DebugOpt, DeviceOpt, DtypeOpt, JsonOpt, ModelArg
 from ..results import command_line, growing_results
 
 # %% ../../nbs/94b_experiments.ipynb #94b00010
@@ -130,4 +130,35 @@ def scratch_command(ctx:typer.Context, out:OutOpt,
         sizes = scratch_size(size, tokens=tokens, batch_size=batch_size, tokenizer=tokenizer)
         found = scratch_experiment(out, data, variant, range(seeds), sizes, lr, autocast=autocast, device=pick_device(device), work=work,
             command=command_line(ctx.parent.parent.obj), on_event=_listener(screen, 'ppl', 'tokens'))
+    screen.object(out=str(out), rows=found)
+
+# %% ../../nbs/94b_experiments.ipynb #94b00015
+@experiments.command('summaries', epilog=_examples(
+    'hedgehog experiment summaries HuggingFaceTB/SmolLM2-135M-Instruct --out results/samsum.json --autocast bfloat16',
+    'hedgehog experiment summaries SmolLM2/ --data samsum/ --variant softmax --variant hedgehog --lr 1e-3 --steps 1000 --out samsum.json'))
+@_command
+def summaries_command(ctx:typer.Context, model:ModelArg, out:OutOpt,
+    data:Annotated[str, _opt('--data', '-d', metavar='DATA',
+        help="Dialogues with summaries: a [cyan]datasets[/] name, or a folder with a table for each split; columns [cyan]dialogue[/] and [cyan]summary[/].")]=
+        'knkarthick/samsum',
+    variant:VariantOpt=None, seeds:SeedsOpt=1,
+    steps:Annotated[int, _opt('--steps', metavar='N', min=1, help="Optimiser steps of the adapters.")]=400,
+    distill_steps:Annotated[int, _opt('--distill-steps', metavar='N', min=1, help="Optimiser steps of the maps before.")]=400,
+    batch_size:Annotated[int, _opt('--batch-size', metavar='N', min=1, help="Dialogues per step; twice as many are summarised at once.")]=8,
+    lr:Annotated[List[float], _opt('--lr', metavar='X', help="Rates of the adapters; each variant's is chosen on seed 0, by summaries held out.")]=(3e-4,1e-3),
+    test_rows:Annotated[Optional[int], _opt('--test-rows', metavar='N', min=1,
+        help="Dialogues to summarise, the same for all. If not given: 200 on a CPU, all on a GPU.")]=None,
+    max_prompt:Annotated[int, _opt('--max-prompt', metavar='N', min=1, help="Tokens of a prompt, at most; a longer dialogue loses its beginning.")]=512,
+    new_tokens:Annotated[int, _opt('--new-tokens', metavar='N', min=1, help="Tokens of a summary, at most.")]=80,
+    work:WorkOpt=None, autocast:AutocastOpt=None, dtype:DtypeOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
+):
+    ("[bold]Convert a chat model and have it summarise dialogues[/], after LoRA: softmax, T2R, Hedgehog, a hybrid; ROUGE of each.\n\n"
+     "    Maps are distilled on the same dialogues first, where they learn. Softmax gets the same adapters, as a control.")
+    from hedgehog_nb.experiments.summarisation import summaries_experiment
+    screen = Terminal(as_json)
+    with _experiment(out, screen):
+        found = summaries_experiment(out, model, data, variant, range(seeds), steps, distill_steps, batch_size, tuple(lr), test_rows, max_prompt, new_tokens,
+            autocast=autocast, dtype=dtype, device=pick_device(device), work=work, command=command_line(ctx.parent.parent.obj),
+            on_event=_listener(screen, 'rouge1'))
+    if found[0]['cut']: screen.say(f"{found[0]['cut']} of {found[0]['dialogues']} dialogues lost their beginning, to fit into {max_prompt} tokens")
     screen.object(out=str(out), rows=found)

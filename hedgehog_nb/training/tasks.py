@@ -173,14 +173,14 @@ class _TaskLog(EvalLog):
             self.tell('progress', phase='evaluate', done=done, total=len(self.test.test), seconds=time.perf_counter()-t)
         return on_step
 
-class _Steps(transformers.TrainerCallback):
-    "Tells an `EvalLog` how far a phase is."
-    def __init__(self, log, phase): self.log,self.phase,self.seconds = log,phase,0.
+class StepEvents(transformers.TrainerCallback):
+    "Tells a listener how far a phase is: ('progress', phase=, done=, total=, seconds=, loss=, metric=)."
+    def __init__(self, tell, phase): self.tell,self.phase,self.seconds = tell,phase,0.
     def on_train_begin(self, args, state, control, **kw): self.seconds = sum(l['seconds'] for l in state.log_history if 'loss' in l) # before it was resumed
     def on_log(self, args, state, control, logs=None, **kw):
         if 'loss' not in (logs or {}): return
         self.seconds += logs['seconds']
-        self.log.tell('progress', phase=self.phase, done=state.global_step, total=state.max_steps, seconds=self.seconds, loss=logs['loss'], metric='loss')
+        self.tell('progress', phase=self.phase, done=state.global_step, total=state.max_steps, seconds=self.seconds, loss=logs['loss'], metric='loss')
 
 # %% ../../nbs/10c_task_models.ipynb #10c00053
 class _TaskRun:
@@ -198,7 +198,7 @@ class _TaskRun:
         o,log,task = self.o,self.log,self.task
         half = {} if o['autocast'] is None else {'bf16' if parse_dtype(o['autocast'])==torch.bfloat16 else 'fp16':True}
         rows = o.get(f'{phase}_batch_size') or o['batch_size']
-        h = fn(model, task.train, batch_size=rows, lr=lr, seed=o['seed'], callbacks=[_Steps(log, phase)], progress=False,
+        h = fn(model, task.train, batch_size=rows, lr=lr, seed=o['seed'], callbacks=[StepEvents(log.tell, phase)], progress=False,
             checkpoint=self.work and self.work/f'{phase}.safetensors', save_steps=o['save_steps'], **self.budget(phase), **task.training(), **half, **kw)
         log.seconds += sum(h.seconds)
         log.tokens += round(tokens_after(len(h.losses), torch.empty(len(task.train), 1), rows)*task.mean_tokens())
