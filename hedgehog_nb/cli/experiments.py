@@ -162,3 +162,36 @@ def summaries_command(ctx:typer.Context, model:ModelArg, out:OutOpt,
             on_event=_listener(screen, 'rouge1'))
     if found[0]['cut']: screen.say(f"{found[0]['cut']} of {found[0]['dialogues']} dialogues lost their beginning, to fit into {max_prompt} tokens")
     screen.object(out=str(out), rows=found)
+
+# %% ../../nbs/94b_experiments.ipynb #94b00016
+@experiments.command('lra', epilog=_examples('hedgehog experiment lra listops --out results/lra-listops.json --autocast bfloat16',
+    'hedgehog experiment lra text --data imdb/ --size gpu --out lra-text.json'))
+@_command
+def lra_command(ctx:typer.Context,
+    task:Annotated[str, typer.Argument(metavar='TASK', show_default=False, help="listops, text, image or pathfinder.")],
+    out:OutOpt,
+    data:Annotated[Optional[str], _opt('--data', '-d', metavar='DATA',
+        help="For text and image: a [cyan]datasets[/] name, or a folder; IMDB and CIFAR-10 of the hub if not given. The other tasks are generated.")]=None,
+    variant:Annotated[Optional[List[str]], _opt('--variant', metavar='NAME',
+        help="An attention; may be given several times. softmax, elu, performer and hedgehog if not given.")]=None, seeds:SeedsOpt=1,
+    size:Annotated[str, _opt('--size', metavar='NAME', help="cpu: 2 layers of 128 channels, shorter sequences; gpu: 4 of 256, the benchmark's lengths.")]='cpu',
+    steps:Annotated[Optional[int], _opt('--steps', metavar='N', min=1, help="Optimiser steps of each model; by the size if not given.")]=None,
+    seq_len:Annotated[Optional[int], _opt('--seq-len', metavar='N', min=8,
+        help="Tokens of a sequence at most; of images the pixels, a square number. By task and size if not given.")]=None,
+    train:Annotated[Optional[int], _opt('--train', metavar='N', min=1, help="Sequences to learn from, at most; by task and size if not given.")]=None,
+    held:Annotated[Optional[int], _opt('--held-out', metavar='N', min=1,
+        help="Sequences to choose by, and as many to measure on, at most; by task and size if not given.")]=None,
+    batch_size:Annotated[Optional[int], _opt('--batch-size', metavar='N', min=1, help="Sequences per step; by the size if not given.")]=None,
+    lr:Annotated[List[float], _opt('--lr', metavar='X',
+        help="Peak rates; each variant's is chosen on seed 0, by sequences held out.")]=(1e-3,3e-4),
+    work:WorkOpt=None, autocast:AutocastOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
+):
+    ("[bold]Train an encoder from scratch on Long Range Arena[/]: softmax, 1+ELU, Performer, Hedgehog, and on request taylor, t2r, cosformer, relu.\n\n"
+     "    All start from the same weights and see the same sequences.")
+    from hedgehog_nb.experiments.long_range_arena import arena_size, lra_experiment
+    screen = Terminal(as_json)
+    with _experiment(out, screen):
+        sizes = arena_size(size, task, steps=steps, seq_len=seq_len, train=train, held=held, batch_size=batch_size)
+        found = lra_experiment(out, task, data, variant, range(seeds), sizes, tuple(lr), autocast=autocast, device=pick_device(device), work=work,
+            command=command_line(ctx.parent.parent.obj), on_event=_listener(screen, 'accuracy'))
+    screen.object(out=str(out), rows=found)

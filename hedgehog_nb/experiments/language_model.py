@@ -9,18 +9,18 @@ __all__ = ['SCRATCH', 'SCRATCH_SIZES', 'scratch_config', 'ScratchSize', 'scratch
            'scratch_experiment', 'gap_closed']
 
 # %% ../../nbs/10g_from_scratch.ipynb #10a90004
-import shutil, torch
+import torch
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from ..data.models import parse_dtype
 from ..data.text import load_texts, token_blocks
-from .tasks import best_rate, check_settings, only_command
+from .tasks import check_settings, only_command, rate_sweep
 from ..files import atomic_write
 from ..models.config import LinearizeConfig
 from ..models.linearize import linearize
-from ..results import check_row, growing_results
+from ..results import growing_results
 from ..training.finetune import finetune
 from ..training.recipe import EvalCallback, EvalLog, mixed_precision, open_work, steps_for
 
@@ -102,7 +102,7 @@ def scratch_tokenizer(
 
 # %% ../../nbs/10g_from_scratch.ipynb #10a90032
 def _train(variant, size, tok, train, test, valid, seed, lr, work, evals, autocast, device, on_event):
-    "One model: (rows, minus its perplexity on the text to choose by)."
+    "One model: (rows, perplexity on the text to choose by)."
     model = scratch_model(variant, size, tok, seed, device)
     log = EvalLog(test, size.batch_size, on_event, work/'measured.json', seed=seed)
     steps = steps_for(size.tokens, train, size.batch_size)
@@ -110,7 +110,7 @@ def _train(variant, size, tok, train, test, valid, seed, lr, work, evals, autoca
     with mixed_precision(device, autocast):
         watch.end(finetune(model, train, steps, size.batch_size, lr, seed=seed, weight_decay=.1, progress=False, callbacks=[watch],
             checkpoint=work/'train.safetensors'))
-        return log.rows, -EvalLog(valid, size.batch_size, on_event).evaluate(model, variant, 'valid')['value']
+        return log.rows, EvalLog(valid, size.batch_size, on_event).evaluate(model, variant, 'valid')['value']
 
 # %% ../../nbs/10g_from_scratch.ipynb #10a90033
 def scratch_experiment(
@@ -142,19 +142,10 @@ def scratch_experiment(
         open_work(work, settings)
         train,valid,test = (token_blocks(t, tok, size.seq_len) for t in text.values())
         done,save = growing_results(path, command, seeds[0], device)
-        for seed in seeds:
-            for v in variants:
-                mine = {r['seed']:r for r in done if r['variant']==v}
-                if seed in mine: continue
-                def run(lr):
-                    if on_event: on_event('run', label=v, seed=seed, lr=lr)
-                    return _train(v, size, tok, train, test, valid, seed, lr, work/f'{v}-{seed}-{lr:g}', evals, autocast, device, on_event)
-                lr,runs = best_rate([mine[min(mine)]['lr']] if mine else lrs, run, on_event)
-                more = dict(lr=lr, seq_len=size.seq_len, tried={f'{k:g}':round(-x, 2) for k,(_,x) in runs.items()})
-                done.extend(check_row({**same, **r, 'value':round(r['value'], 4), **more}) for r in runs[lr][0])
-                done[0].setdefault('settings', settings)
-                save()
-                for f in work.glob(f'{v}-{seed}-*'): shutil.rmtree(f)
+        def run(v, seed, lr, folder):
+            rows,score = _train(v, size, tok, train, test, valid, seed, lr, folder, evals, autocast, device, on_event)
+            return [{**same, **r, 'seq_len':size.seq_len} for r in rows],score
+        rate_sweep(done, save, run, variants, seeds, lrs, work, on_event, min, settings)
         return done
 
 # %% ../../nbs/10g_from_scratch.ipynb #10a90034

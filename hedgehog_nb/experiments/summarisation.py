@@ -13,7 +13,6 @@ import hashlib, json, math, random, shutil, statistics, time, torch
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
-from fastcore.basics import patch
 from transformers import DataCollatorForTokenClassification, StoppingCriteria
 from ..data.labelled import load_splits
 from ..data.models import load_model, parse_dtype
@@ -221,11 +220,11 @@ def _run(base, variant, task, seed, lrs, o, folder, done, on_event):
     def run(lr):
         tell('run', label=variant, seed=seed, lr=lr)
         model,spent = _tuned(base, variant, task, seed, lr, o, folder, tell)
-        return (model, spent),-spent['valid_loss']
-    lr,runs = best_rate([mine[min(mine)]['lr']] if mine else lrs, run, on_event)
+        return (model, spent),spent['valid_loss']
+    lr,runs = best_rate([mine[min(mine)]['lr']] if mine else lrs, run, on_event, min)
     model,spent = runs[lr][0]
     return _measured(model, task, o, folder/'summaries.json', on_event, variant=variant, stage='trained', seed=seed, lr=lr, **spent,
-        tried={f'{k:g}':-x for k,(_,x) in runs.items()})
+        tried={f'{k:g}':x for k,(_,x) in runs.items()})
 
 # %% ../../nbs/10h_summaries.ipynb #10h00072
 def _check(base, variants, lora):

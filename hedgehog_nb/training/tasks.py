@@ -11,13 +11,14 @@ __all__ = ['TASK_METRICS', 'Task', 'fidelity', 'convert_task', 'finetune_task']
 import hashlib, math, statistics, time, torch, transformers
 from copy import deepcopy
 from fastcore.basics import patch
+from functools import partial
 from torch import Tensor
 from ..data.labelled import LabelledData
 from ..data.models import parse_dtype
 from ..models.linearize import swap_attention
 from .distill import distill
 from .finetune import finetune
-from .recipe import EvalLog, get_recipe, open_work, tokens_after, variant_name
+from .recipe import EvalLog, get_recipe, log_spaced, open_work, tokens_after, variant_name
 
 # %% ../../nbs/10c_task_models.ipynb #10c00022
 class _Encoded:
@@ -165,12 +166,19 @@ class _TaskLog(EvalLog):
         for m,x in kept.items(): self.add(model, variant, stage, m, x)
         return self.rows[-1]
 
-    def measuring(self): # Takes the rows of each batch
-        done,t = 0,time.perf_counter()
+    def held_out(self, model, variant):
+        "Score of `model` in training, on the rows to choose by."
+        task,metric = self.test,f'{self.test.metric}-held-out'
+        kept = self.kept.get((variant, 'train', metric, self.tokens))
+        x = kept['value'] if kept else task.score(*task.predict(model, task.valid, 2*self.batch_size, self.measuring(task.valid)))
+        self.add(model, variant, 'train', metric, x)
+
+    def measuring(self, rows=None): # Takes the rows of each batch
+        done,t,total = 0,time.perf_counter(),len(self.test.test if rows is None else rows)
         def on_step(n):
             nonlocal done
             done += n
-            self.tell('progress', phase='evaluate', done=done, total=len(self.test.test), seconds=time.perf_counter()-t)
+            self.tell('progress', phase='evaluate', done=done, total=total, seconds=time.perf_counter()-t)
         return on_step
 
 class StepEvents(transformers.TrainerCallback):
@@ -193,15 +201,19 @@ class _TaskRun:
         if steps is not None: return dict(steps=steps) if steps else None
         return dict(epochs=epochs) if epochs else None
 
-    def train(self, fn, model, phase, lr, **kw):
-        "One phase; counts its tokens (of images, the images) and seconds."
+    def seen(self, steps, rows):
+        "Tokens of so many steps of `rows` rows; of images, the images."
+        return round(tokens_after(steps, torch.empty(len(self.task.train), 1), rows)*self.task.mean_tokens())
+
+    def train(self, fn, model, phase, lr, watch=StepEvents, **kw):
+        "One phase; counts its tokens and seconds."
         o,log,task = self.o,self.log,self.task
         half = {} if o['autocast'] is None else {'bf16' if parse_dtype(o['autocast'])==torch.bfloat16 else 'fp16':True}
         rows = o.get(f'{phase}_batch_size') or o['batch_size']
-        h = fn(model, task.train, batch_size=rows, lr=lr, seed=o['seed'], callbacks=[StepEvents(log.tell, phase)], progress=False,
+        h = fn(model, task.train, batch_size=rows, lr=lr, seed=o['seed'], callbacks=[watch(log.tell, phase)], progress=False,
             checkpoint=self.work and self.work/f'{phase}.safetensors', save_steps=o['save_steps'], **self.budget(phase), **task.training(), **half, **kw)
         log.seconds += sum(h.seconds)
-        log.tokens += round(tokens_after(len(h.losses), torch.empty(len(task.train), 1), rows)*task.mean_tokens())
+        log.tokens += self.seen(len(h.losses), rows)
         log.same['step_s'] = round(statistics.median(h.seconds), 4)
 
     def finetune(self, model, **kw):
@@ -261,6 +273,33 @@ def convert_task(
     _TaskRun(log, task, dict(o, save_steps=save_steps), work).phases(model, config)
     return log.rows
 
+# %% ../../nbs/10c_task_models.ipynb #10c00058
+class _Curve(StepEvents):
+    "Scores the rows held out too, at steps that double; what was scored before the run was resumed is known."
+    def __init__(self, tell, phase, run, model, variant, evals):
+        super().__init__(tell, phase)
+        self.run,self.model,self.variant,self.evals,self.losses = run,model,variant,evals,[]
+
+    def on_train_begin(self, args, state, control, **kw):
+        self.at = log_spaced(state.max_steps, self.evals)
+        for logs in state.log_history: # before it was resumed
+            if 'loss' in logs: self.seconds += logs['seconds']; self.note(logs['step'], logs['loss'])
+
+    def on_log(self, args, state, control, logs=None, **kw):
+        super().on_log(args, state, control, logs, **kw)
+        if 'loss' in (logs or {}): self.note(state.global_step, logs['loss'])
+
+    def note(self, step, loss):
+        "One step, and where that is due the mean loss since the last measurement, and the score."
+        log,was = self.run.log,(self.run.log.tokens,self.run.log.seconds)
+        self.losses.append(loss)
+        if step not in self.at: return
+        log.tokens,log.seconds = was[0]+self.run.seen(step, self.run.o['batch_size']),was[1]+self.seconds
+        log.add(self.model, self.variant, 'train', 'loss', sum(self.losses)/len(self.losses))
+        log.held_out(self.model, self.variant)
+        log.tokens,log.seconds = was
+        self.losses.clear()
+
 # %% ../../nbs/10c_task_models.ipynb #10c00057
 def finetune_task(
     model, # A model with a head; trained in place
@@ -276,11 +315,13 @@ def finetune_task(
     on_event=None, # Listener; see `EvalLog`
     work=None, # Folder that keeps what is done; the same call goes on from there
     save_steps:int=100, # Steps between two writings of it
+    evals:int=0, # Scores of the rows held out while it trains, and losses before them, at steps that double; the last at the end
 )->list: # Rows of results
     "Finetune on labels with the schedule of `convert_task`, and measure. Raises what `finetune` raises."
     o = dict(finetune_epochs=epochs, finetune_steps=steps, batch_size=batch_size, finetune_lr=lr, autocast=autocast, seed=seed)
-    if work: work = open_work(work, {**o, 'data':task.digest()})
+    if work: work = open_work(work, {**o, **(dict(evals=evals) if evals else {}), 'data':task.digest()})
     log = _TaskLog(task, batch_size, on_event, work and work/'measured.json', teacher_logits, seed=seed)
-    _TaskRun(log, task, dict(o, save_steps=save_steps), work).finetune(model)
+    run = _TaskRun(log, task, dict(o, save_steps=save_steps), work)
+    run.finetune(model, **(dict(watch=partial(_Curve, run=run, model=model, variant=variant, evals=evals)) if evals else {}))
     log.evaluate(model, variant, 'finetune')
     return log.rows
