@@ -161,8 +161,8 @@ def check_settings(
 ):
     "Raise `ValueError` where the file holds runs with other settings."
     rows = growing_results(path, '')[0]
-    theirs,ours = rows[0].get('settings', {}) if rows else settings,json.loads(json.dumps(settings))
-    odd = [f"{k} {theirs.get(k)} there, {x} here" for k,x in ours.items() if rows and theirs.get(k)!=x]
+    theirs,ours = rows[0].get('settings', {}) if rows else {},json.loads(json.dumps(settings))
+    odd = [f"{k} {theirs[k]} there, {x} here" for k,x in ours.items() if theirs.get(k, x)!=x] # what an older file does not say is no reason
     if odd: raise ValueError(f"{path} holds runs of other settings ({'; '.join(odd[:3])}): repeat that command, or give another file")
 
 # %% ../../nbs/10d_bert_glue.ipynb #10d00042
