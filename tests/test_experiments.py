@@ -214,6 +214,7 @@ def test_from_scratch(tmp_path):
 def test_scratch_command(tmp_path):
     run = lambda *more, **kw: hedgehog('experiment', 'scratch', '--data', 'embedded', '--out', tmp_path/'x.json', *more, **kw)
     for more,says in ((('--variant','linear'), 'no variant is called'), (('--size','tpu'), 'one of cpu, gpu'), (('--tokenizer','bpe:12'), '300 or more'),
+        (('--lr',-1,'--tokenizer','bpe:300'), 'a number above 0; given -1'),
         (('--data',tmp_path/'none.txt'), 'no such file')):
         r = run(*more, code=1)
         assert says in ' '.join(r.stderr.split()) and 'goes on from there' not in r.stderr, r.stderr

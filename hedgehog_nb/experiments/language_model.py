@@ -16,7 +16,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from ..data.models import parse_dtype
 from ..data.text import load_texts, token_blocks
-from .tasks import check_settings, only_command, rate_sweep
+from .tasks import check_rates, check_settings, only_command, rate_sweep
 from ..files import atomic_write
 from ..models.config import LinearizeConfig
 from ..models.linearize import linearize
@@ -131,7 +131,7 @@ def scratch_experiment(
      "Raises `DataError` or `ValueError`, one line, on what cannot be had or does not fit.")
     variants,work,lrs = list(SCRATCH if variants is None else variants),Path(work or Path(path).with_suffix('.work')),tuple(lrs or (size.lr,))
     for v in variants: scratch_config(v, size.seq_len)
-    parse_dtype(autocast)
+    check_rates(lrs); parse_dtype(autocast)
     text = {s:load_texts(data, s) for s in ('train','validation','test')}
     source = 'wikitext-2' if 'wikitext-2' in str(data) else Path(str(data)).name
     same = dict(experiment='scratch-wikitext2' if source=='wikitext-2' else 'scratch', model=f'GPT-2, {size.layers} × {size.width}', data=source)

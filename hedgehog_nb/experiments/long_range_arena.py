@@ -19,7 +19,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from ..data.labelled import LabelledData, load_labelled
 from ..data.models import parse_dtype
 from ..data.text import DataError
-from .tasks import check_settings, only_command, rate_sweep, variant_config
+from .tasks import check_rates, check_settings, only_command, rate_sweep, variant_config
 from .vision import image_data
 from ..models.linearize import linearize
 from ..results import final_value, growing_results, PAPER, Table
@@ -278,7 +278,7 @@ def lra_experiment(
     ("Train an encoder with every attention on a task, writing each as it ends; what is in the file is not run again. "
      "Raises `DataError` or `ValueError`, one line, on what cannot be had or does not fit.")
     variants,size,work = list(variants or ARENA_VARIANTS[:4]),size or arena_size('cpu', task),Path(work or Path(path).with_suffix('.work'))
-    check_arena_variants(variants); parse_dtype(autocast)
+    check_arena_variants(variants); check_rates(lrs); parse_dtype(autocast)
     examples = arena_data(task, size, data)
     same = dict(experiment=f'lra-{task}', model=f'BERT, {size.layers} × {size.width}', data=task, seq_len=size.seq_len, examples=len(examples.train),
         steps=size.steps)

@@ -17,7 +17,7 @@ from transformers import DataCollatorForTokenClassification, StoppingCriteria
 from ..data.labelled import load_splits
 from ..data.models import load_model, parse_dtype
 from ..data.text import DataError
-from .tasks import best_rate, check_settings, only_command, Variant, weights_digest
+from .tasks import best_rate, check_rates, check_settings, only_command, Variant, weights_digest
 from ..files import atomic_write
 from ..models.cache import cache_bytes
 from ..models.config import LinearizeConfig
@@ -262,7 +262,7 @@ def summaries_experiment(
     ("Convert a model to every attention, finetune it with LoRA on dialogues, and judge its summaries; what is in the file is not run again. "
      "Raises `DataError`, `ModelError` or `ValueError`, one line, on what cannot be had or does not fit, and `FloatingPointError` where every rate diverges.")
     variants,work,lora = list(SUMMARIES if variants is None else variants),Path(work or Path(path).with_suffix('.work')),lora or get_recipe('lolcats').lora
-    parse_dtype(autocast)
+    check_rates(lrs); parse_dtype(autocast)
     base,tok = load_model(model, dtype, device)
     _check(base, variants, lora)
     if test_rows is None and base.device.type=='cpu': test_rows = 200
