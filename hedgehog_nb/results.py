@@ -155,7 +155,9 @@ def growing_results(
     old,where = _read_run(path) if path.exists() else (dict(rows=[], wall_s=0., command=''), {})
     rows,earlier,said = old['rows'],[*old['rows']],dict.fromkeys([*old['command'].splitlines(), command or command_line()])
     def save():
-        for r in earlier: r.update({**where, **r})
+        now = provenance(command, device, commit)
+        if any(where.get(k, now[k])!=now[k] for k in ('commit','device')):
+            for r in earlier: r.update({**where, **r})
         write_results(path, rows, '\n'.join(said), seed, old['wall_s']+time.time()-start, device, commit)
     return rows,save
 
