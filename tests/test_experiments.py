@@ -104,6 +104,14 @@ def test_heads_that_stay_softmax(bert, glue, tmp_path):
         assert w.shape==(len(shown['tokens']),)*2 and (w.sum(1)-1).abs().max()<.02
     assert {r['variant'] for r in rows if r['metric']=='ms'}=={'softmax','hedgehog-heads','elu-heads'}
 
+def test_a_model_of_one_head_keeps_none(bert, glue, tmp_path):
+    cfg = BertConfig.from_pretrained(bert, num_attention_heads=1)
+    BertModel(cfg).save_pretrained(tmp_path/'one')
+    BertTokenizerFast.from_pretrained(bert).save_pretrained(tmp_path/'one')
+    with pytest.raises(ValueError, match='hedgehog-heads keeps heads beside linear ones, and the model has one head: leave it out'):
+        glue_experiment(tmp_path/'x.json', 'stsb', model=tmp_path/'one', folder=glue, variants=['elu','hedgehog-heads'], epochs=1, steps=2, distill_steps=5)
+    assert not (tmp_path/'x.json').exists()
+
 def test_stopped_run_goes_on(bert, glue, tmp_path):
     "A sweep that was stopped in the middle of finetuning ends with the numbers of one that was not."
     class Stop(Exception): pass

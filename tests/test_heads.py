@@ -3,14 +3,14 @@ import copy, json, math
 import pytest, torch
 from transformers import (AutoModel, AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, DynamicCache,
     GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM)
-from hedgehog_nb.models.interface import use_attention
+from hedgehog_nb.models.interface import capture_attention, use_attention
 from hedgehog_nb.ops.common import repeat_kv
 from hedgehog_nb.ops.softmax import softmax_attention, softmax_weights
 from hedgehog_nb.training.losses import layer_loss, LOSSES
 from hedgehog_nb.attentions.base import make_attention
 from hedgehog_nb.attentions.mixed_heads import MixedHeadAttention, MixedHeadState
 from hedgehog_nb.attentions.specs import parse_heads, format_heads
-from hedgehog_nb.analysis.heads import select_softmax_heads
+from hedgehog_nb.models.heads import keep_softmax_heads, keep_worst_heads, kl_by_head, select_softmax_heads
 from hedgehog_nb.models.hub import model_card
 from hedgehog_nb.models.attention import linear_layers, padding_mask, set_implementation
 from hedgehog_nb.models.config import LinearizeConfig
@@ -486,6 +486,74 @@ def test_heads_are_picked_by_what_was_measured():
         with pytest.raises(ValueError, match='there are hedgehog, softmax'): select_softmax_heads(report, 1, 2, **kw)
     model,x = llama(),tokens(2, 24); choice = select_softmax_heads(attention_report(linearize(llama()), x, min_keys=4), 3, 2)
     assert sum(len(m.feature_map.softmax_heads)//2 for m in linear_layers(linearize(model, **choice)).values())+2*(3-len(choice['layers']))==3
+
+@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('kw', [*KINDS, dict(attention='performer'), dict(attention='rfa'), dict(layers='0,2')], ids=ids)
+@pytest.mark.parametrize('layers,heads', [(None, '0:0-1;2:2-3'), ('0', '0:2-3'), ('0,2', None)])
+def test_heads_that_get_softmax_back(name, kw, layers, heads):
+    "The others keep their maps, buffers included: each head gives what it gave, on the queries and keys of the softmax model."
+    if 'window' in kw and name not in CAUSAL: return
+    model = shake(linearize(MODELS[name]().double(), **kw)).double().eval()
+    x,was = inputs(model),linear_layers(model)
+    maps = {n:m.feature_map for n,m in was.items()}
+    seen = {c.name:c for c in capture_attention(model, **x)}
+    assert keep_softmax_heads(model, layers, heads) is model
+    numbers,kept = model.config.hedgehog['layers'],parse_heads(heads, [(4, module_kv(m, 4)) for m in was.values()]*3, [0,1,2])
+    assert [*linear_layers(model)]==[n for i,n in zip([0,2] if 'layers' in kw else [0,1,2], was) if i in numbers]
+    assert model.config.hedgehog.get('softmax_heads')==heads
+    for i,(n,m) in zip(numbers, linear_layers(model).items()):
+        c,att = seen[n],m.feature_map
+        want = maps[n].weights(c.q, c.k, c.causal)
+        if i in kept: want[:,kept[i]] = softmax_weights(c.q, c.k, c.causal, c.scale)[:,kept[i]]
+        same(att.weights(c.q, c.k, c.causal), want)
+        assert att.softmax_heads==kept.get(i, ()) and not att.training
+    same(logits(model, **x), by_definition(model, name, **x))
+
+@pytest.mark.parametrize('n', [1, 3, 5])
+def test_a_model_with_heads_given_back_is_saved_and_writes(n, tmp_path):
+    model,x,mask = shake(linearize(llama())).eval(),tokens(2, 12),torch.ones(2, 12, dtype=torch.long); mask[0,:5] = 0
+    rows = kl_by_head(model, input_ids=x, attention_mask=mask)
+    report = {(r['layer'],r['head']):r['kl'] for r in attention_report(model, dict(input_ids=x, attention_mask=mask)) if r['variant']=='hedgehog'}
+    assert {(r['layer'],r['head']):r['kl'] for r in rows}==pytest.approx(report, rel=1e-6) and len(rows)==12
+    choice = keep_worst_heads(model, n, input_ids=x, attention_mask=mask)
+    assert choice==select_softmax_heads(rows, n, 2) and model.config.hedgehog['layers']==choice['layers']
+    again,kw = load_linearized(save_linearized(model, tmp_path/'x')),dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, attention_mask=mask)
+    outs = model.generate(x, **kw)
+    for m in (model, again, copy.deepcopy(model)): assert torch.equal(m.generate(x, **kw, use_cache=False), outs) and torch.equal(m.generate(x, **kw), outs)
+    cache = DynamicCache(config=model.config)
+    model(x, past_key_values=cache)
+    assert [type(l).__name__=='RecurrentLayer' for l in cache.layers]==[i in choice['layers'] for i in range(3)]
+
+def test_short_and_shared_layers_are_measured():
+    assert all(math.isfinite(r['kl']) for r in kl_by_head(linearize(llama()), input_ids=tokens(2, 3)))
+    from transformers import AlbertConfig, AlbertModel
+    torch.manual_seed(0)
+    model = linearize(AlbertModel(AlbertConfig(hidden_size=32, embedding_size=16, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=VOCAB)).eval())
+    rows = kl_by_head(model, input_ids=tokens())
+    assert [(r['layer'], r['head']) for r in rows]==[(0, h) for h in range(4)] # one module, three times
+    keep_worst_heads(model, 2, input_ids=tokens())
+    assert len(next(iter(linear_layers(model).values())).feature_map.softmax_heads)==2
+
+@pytest.mark.parametrize('kw,given,says', [({}, dict(softmax_heads='0:0'), 'head 0 shares its keys with head 1'),
+    ({}, dict(layers='0,7'), 'layer 7 has no maps'),
+    (dict(layers='0-1'), dict(layers='2', softmax_heads='2:0-1'), 'layer 2 has no maps; linear are the layers 0, 1'),
+    (dict(softmax_heads='0:0-1'), dict(softmax_heads='1:0-1'), 'keeps softmax in heads 0:0-1 already'), ({}, dict(softmax_heads=2), 'is a number')], ids=ids)
+def test_a_model_whose_heads_are_refused_is_as_it_was(kw, given, says):
+    model = shake(linearize(llama(), **kw)); before,x = copy.deepcopy(model),tokens()
+    with pytest.raises(ValueError, match=says): keep_softmax_heads(model, **given)
+    assert torch.equal(logits(model, input_ids=x), logits(before, input_ids=x)) and model.config.hedgehog==before.config.hedgehog
+    with pytest.raises(ValueError, match='this model is not converted'): keep_softmax_heads(llama(), softmax_heads='0:0-1')
+
+@pytest.mark.parametrize('given,n', [(2,2), ('2',2), (' 12 ',12), (0,0), ('0',0), ('0:1',0), (None,0)])
+def test_heads_are_named_or_counted(given, n):
+    config = LinearizeConfig(softmax_heads=given)
+    assert config.heads_to_choose==n and LinearizeConfig.from_dict(json.loads(json.dumps(config.to_dict())))==config
+    assert (config.all_linear().softmax_heads is None)==(given!='0:1')
+    if n:
+        with pytest.raises(ValueError, match='is a number, for convert'): linearize(llama(), config)
+    for bad in (-1, True, 1.5, '-1', '1.5'):
+        with pytest.raises(ValueError): LinearizeConfig(softmax_heads=bad)
 
 def test_reports_and_pictures():
     from hedgehog_nb.models.attention import attention_weights

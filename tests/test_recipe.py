@@ -53,6 +53,37 @@ def test_blocks_of_two_lengths(tmp_path):
     assert drop(run(work=tmp_path/'run'))==drop(rows)
     with pytest.raises(ValueError, match='keeps another run .long_blocks was 2, is 3'): go(long_blocks=3, batch_size=2, evals=2, work=tmp_path/'run')
 
+@pytest.mark.parametrize('attention', ['hedgehog','elu'])
+def test_softmax_heads_are_chosen_on_the_way(attention, tmp_path):
+    "Those whose maps are furthest from softmax once they are distilled; killed at any later moment, a run ends with the same."
+    from hedgehog_nb.models.heads import kl_by_head, select_softmax_heads
+    kw,rows,seen = dict(config=LinearizeConfig(attention, softmax_heads=3), save_steps=1, evals=2, distill_steps=4 if attention=='hedgehog' else 0),[],{}
+    def listen(event, row=None, model=None, **_):
+        if event=='row' and row['stage']==('distilled' if attention=='hedgehog' else 'swapped'): seen['kl'] = kl_by_head(model, input_ids=TRAIN[-4:])
+    def run(on_event=None, **more):
+        model = llama()
+        return model,convert(model, TRAIN, TEST, **{**SHORT, **kw}, on_event=on_event, **more)
+    model,rows = run(listen)
+    choice = select_softmax_heads(seen['kl'], 3, 2, variant=attention)
+    assert (model.config.hedgehog['layers'], model.config.hedgehog.get('softmax_heads', ''))==(choice['layers'], choice['softmax_heads'])
+    stages = [r['stage'] for r in rows if r['metric']=='ppl']
+    assert stages==['teacher','swapped',*['distill','distilled']*(attention=='hedgehog'),'heads','finetune','finetuned']
+    drop,weights = lambda rows: [{k:v for k,v in r.items() if k!='seconds'} for r in rows],model.state_dict()
+    class Stop(Exception): pass
+    for i,at in enumerate((lambda row=None, **_: row is not None and row['stage']=='heads', lambda phase=None, done=0, **_: phase=='finetune' and done)):
+        def stop(event, **kw):
+            if at(**kw): raise Stop
+        with pytest.raises(Stop): run(stop, work=tmp_path/f'{i}')
+        model,again = run(work=tmp_path/f'{i}')
+        assert drop(again)==drop(rows) and all(torch.equal(x, weights[n]) for n,x in model.state_dict().items())
+
+@pytest.mark.parametrize('n', [6, 100])
+def test_too_many_softmax_heads_are_refused_before_anything_is_measured(n):
+    events = []
+    with pytest.raises(ValueError, match=f'softmax_heads={n}: of 6 key-value heads up to 5 can stay softmax'):
+        go(config=LinearizeConfig(softmax_heads=n), on_event=lambda *a, **kw: events.append(a))
+    assert not events
+
 def test_the_best_state_is_chosen_at_both_lengths(monkeypatch):
     "Where half of the training text is in long blocks, half of what is held out is too; all of it is read."
     import hedgehog_nb.training.recipe as recipe

@@ -167,6 +167,34 @@ def test_classes_of_other_names_are_matched_in_order_and_said():
     reviews(labels=('positive','negative')); assert 'in order' not in said()
     bert(); reviews(labels=('0','1')); assert 'in order' not in said()
 
+# Heads that stay softmax
+
+def test_heads_are_chosen_by_their_number(converted, monkeypatch):
+    "The worst two of four, after distillation; stopped after that, the run ends with the same file."
+    from hedgehog_nb.cli.console import Progress
+    from hedgehog_nb.cli.options import Terminated
+    args = ['linearize', bert(), '--data', reviews(), '--label-column', 'stars', '--softmax-heads', 2, *FEW, '--save-every', 1]
+    r = hedgehog(*args, '--out', 'out')
+    kept = converted[0].config.hedgehog
+    assert kept.get('softmax_heads', '').count(':')+2*(2-len(kept['layers']))==2
+    assert 'softmax again in 2 key-value heads once maps are distilled' in r.stderr and 'softmax is back where the maps were furthest from it: ' in r.stderr
+    assert 'Hedgehog, some heads softmax' in r.stdout
+    assert [x['stage'] for x in rows_of('out') if x['metric']=='accuracy']==['teacher','swapped','distilled','heads','finetuned']
+    bar = Progress.bar
+    def stop(self, event, **kw):
+        bar(self, event, **kw)
+        if (kw['phase'], kw['done'])==('finetune', 1): raise Terminated(15)
+    with monkeypatch.context() as m:
+        m.setattr(Progress, 'bar', stop)
+        hedgehog(*args, '--out', 'stopped', code=143)
+    hedgehog(*args, '--out', 'stopped')
+    assert Path('out/model.safetensors').read_bytes()==Path('stopped/model.safetensors').read_bytes()
+    Path('run.yaml').write_text('softmax-heads: 2\n')
+    args[6:8] = ['--config', 'run.yaml']
+    hedgehog(*args, '--out', 'file')
+    assert json.loads(Path('file/config.json').read_text())['hedgehog']==kept
+    assert 'of 4 key-value heads up to 3 can stay softmax' in fails(*args, '--softmax-heads', 4, '--out', 'many')
+
 # A run that was stopped
 
 @pytest.mark.parametrize('phase,step', [('adapt',2), ('distill',3), ('finetune',2)])

@@ -83,7 +83,7 @@ def label(row):
     m = {'hedgehog':'Hedgehog', 'elu':'1+ELU', 'hedgehog-window':'hybrid', 'window':'window alone'}.get(row['map'], row['map'])
     if row['variant'].startswith('softmax'):
         return {'teacher':'softmax, the teacher', 'adapted':'softmax, finetuned first'}.get(row['stage'], 'softmax, finetuned')
-    return f"{m}, {dict(swapped='untrained').get(row['stage'], row['stage'])}"
+    return f"{m}, {dict(swapped='untrained', heads='some heads softmax').get(row['stage'], row['stage'])}"
 
 def human_readable(n):
     "A number of tokens, parameters or bytes a second, short."

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, List, Optional
 from .console import AttentionSnapshots, perplexity_table, tee, Terminal
-from .inputs import block_start, check_output, describe_start, is_converted, map_plan, model_name, open_blocks, open_model
+from .inputs import block_start, check_output, conversion_line, describe_start, is_converted, map_plan, model_name, open_blocks, open_model
 from .options import (
     _command, _examples, _expand_config, _opt, app, AutocastOpt, BlockBosOpt, ColumnOpt, ConfigOpt, DataOpt, DebugOpt, DeviceOpt, EvalOpt,
     ImplOpt, imported, JsonOpt, ModelArg, SeedOpt)
@@ -61,8 +61,7 @@ def _plan(model, spec, how, layers, extra, lost, train, test, steps, batches, lo
     from hedgehog_nb.training.recipe import MixedBatches, tokens_after
     n,(_,T) = model.num_parameters(),test.shape
     lines = [('convert', f"[bold]{model_name(spec)}[/], {type(model).__name__}, {n:,} parameters, {str(model.dtype)[6:]} on {model.device.type}"),
-        ('to', f"[bold]{how.attention}[/] attention in {layers} layers{f' but for heads {how.softmax_heads}' if how.softmax_heads else ''}, "
-            f"{extra:,} parameters of maps ({extra/n:.2%}), by the recipe {recipe}"), *[('note', lost)]*bool(lost)]
+        ('to', conversion_line(how, layers, extra, n, recipe)), *[('note', lost)]*bool(lost)]
     for w,s,b in zip(('adapt','distill','align','finetune'), steps, batches):
         text = MixedBatches(s, train, b, long, seed) if long>1 else ()
         joined = sum(x.numel() for x in text if x.shape[1]>T)/max(1, n := tokens_after(s, train, b, long, seed))
@@ -210,7 +209,8 @@ BranchOpt = Annotated[Optional[str], _opt('--branch', panel='Conversion', metava
 LayersOpt = Annotated[str, _opt('--layers', panel='Conversion', metavar='LIST',
     help="Layers to convert, such as [cyan]0-5,8[/], or [cyan]1-29:2[/] for every other; the rest stays softmax.")]
 SoftmaxHeadsOpt = Annotated[Optional[str], _opt('--softmax-heads', panel='Conversion', metavar='LIST',
-    help="Heads of these layers that stay softmax too, such as [cyan]3:0,2;7:4-5[/] for two of layer 3 and two of layer 7, in quotes.")]
+    help="Heads of these layers that stay softmax too, such as [cyan]3:0,2;7:4-5[/] for two of layer 3 and two of layer 7, in quotes; or how many, such as "
+        "[cyan]4[/]: once maps are distilled, the key-value heads that are furthest from softmax get it back.")]
 RecipeOpt = Annotated[str, _opt('--recipe', panel='Conversion', metavar='NAME',
     help="Settings that belong together: the [cyan]paper[/]'s, [cyan]lolcats[/]', or the [cyan]best[/] we know. What is given beside it wins.")]
 ObjectiveOpt = Annotated[Optional[str], _opt('--objective', panel='Conversion', metavar='NAME',

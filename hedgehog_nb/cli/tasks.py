@@ -13,7 +13,7 @@ import math, time
 from pathlib import Path
 from typing import Annotated, Optional
 from .console import label
-from .inputs import is_converted, map_plan, model_name, pick_device
+from .inputs import conversion_line, is_converted, map_plan, model_name, pick_device
 from .options import _opt
 
 # %% ../../nbs/94c_task_models_cli.ipynb #94c00012
@@ -126,8 +126,7 @@ def _plan(o, model, task, how, layers, maps, lost, budgets):
     "What is about to happen, a line each."
     n = model.num_parameters()
     lines = [('convert', f"[bold]{model_name(o.model)}[/], {type(model).__name__}, {n:,} parameters, {str(model.dtype)[6:]} on {model.device.type}"),
-        ('to', f"[bold]{how.attention}[/] attention in {layers} layers{f' but for heads {how.softmax_heads}' if how.softmax_heads else ''}, "
-            f"{maps:,} parameters of maps ({maps/n:.2%}), by the recipe {o.recipe}")]
+        ('to', conversion_line(how, layers, maps, n, o.recipe))]
     if lost: lines.append(('note', lost))
     for w,(epochs,steps) in budgets.items():
         b,rows = min(o.batch_size, len(task.train)),len(task.train)
@@ -150,6 +149,7 @@ def _listener(screen, metric, name, phase=None):
             screen.progress.bar(event, unit='examples' if kw['phase']=='evaluate' else 'steps', **kw)
         elif event=='row' and row['metric']==metric:
             screen.progress.line('measure', label(_staged(row, name)), f"{metric} [bold]{row['value']:.4g}[/]")
+        elif event=='verdict': screen.progress(event, **kw)
     return listen
 
 # %% ../../nbs/94c_task_models_cli.ipynb #94c00033

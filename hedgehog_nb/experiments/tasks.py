@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import NamedTuple
 from filelock import FileLock, Timeout
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, default_data_collator
-from ..analysis.heads import select_softmax_heads
 from ..analysis.report import attention_report
 from ..data.models import parse_dtype
 from ..files import atomic_write
 from ..models.attention import attention_weights
 from ..models.config import LinearizeConfig
+from ..models.heads import kl_by_head, select_softmax_heads
 from ..models.interface import capture_attention
 from ..results import check_row, growing_results
 from ..models.linearize import swap_attention
@@ -175,8 +175,7 @@ def check_settings(
 @torch.no_grad()
 def _heads(model, task, rows):
     "How the heads of a converted model attend, beside softmax on the same queries and keys."
-    rows = [{k:v for k,v in row.items() if k!='labels'} for row in rows]
-    return attention_report(model, {**task.training().get('collator', default_data_collator)(rows)})
+    return attention_report(model, task.inputs(rows))
 
 def _attention_rows(model, task, n=32):
     "Entropy above softmax's (nats), and rank correlation with it (percent), of a converted model on `n` rows."
@@ -204,13 +203,12 @@ def hardest_heads(base, task, n, work, on_event, budget):
     model = deepcopy(base)
     tell = lambda event, **kw: on_event(event, **kw) if on_event and event=='progress' else None
     convert_task(model, task, variant_config('hedgehog', task), variant='hedgehog', work=work, on_event=tell, **{**budget, 'finetune_steps':0})
-    report = _heads(model, task, [task.valid[i] for i in range(min(64, len(task.valid)))])
+    own = sorted(kl_by_head(model, **task.inputs([task.valid[i] for i in range(min(64, len(task.valid)))])), key=lambda r: -r['kl'])
     kv = _kv_heads(base.config)
-    own = sorted((r for r in report if r['variant']!='softmax'), key=lambda r: -r['kl'])
     row = dict(variant='hedgehog', stage='heads', metric='kl', value=statistics.mean(r['kl'] for r in own),
         by_head=[(r['layer'], r['head'], round(r['kl'], 4)) for r in own])
     if task.data.kind!='images': row['shown'] = _shown(model, task, own[0]['layer'], own[0]['head'])
-    return select_softmax_heads(report, min(n, base.config.num_hidden_layers*kv-1), kv, variant=own[0]['variant']), row
+    return select_softmax_heads(own, min(n, base.config.num_hidden_layers*kv-1), kv, variant=own[0]['variant']), row
 
 def _convert(base, task, label, seed, lr, work, kept, distilled, on_event, budget):
     "One run: (rows, score on the rows to choose by)."

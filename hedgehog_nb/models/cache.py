@@ -91,11 +91,18 @@ def _attach_cache(linear, module, args, kwargs):
             "function")
     return args, {**kwargs, 'recurrent_layer':layer}
 
+def _detach_cache(model):
+    "Undo `use_recurrent_cache`."
+    for m in model.modules():
+        for i in [i for i,h in m._forward_pre_hooks.items() if getattr(h, 'func', None) is _attach_cache]:
+            for hooks in (m._forward_pre_hooks, m._forward_pre_hooks_with_kwargs): hooks.pop(i, None)
+
 def use_recurrent_cache(
     model, # A model whose converted attention modules have a `feature_map`
 ):
     "Let the converted layers of `model` keep their states in whatever `Cache` they are called with. `linearize` does this."
     ms = [m for m in model.modules() if hasattr(m, 'feature_map') and hasattr(m, 'layer_idx')]
+    _detach_cache(model)
     for m in ms:
         m.register_forward_pre_hook(partial(_attach_cache, {m.layer_idx for m in ms}), with_kwargs=True)
 

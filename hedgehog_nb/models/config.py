@@ -8,19 +8,27 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/linearize.html.md"""
 __all__ = ['LinearizeConfig']
 
 # %% ../../nbs/08_linearize.ipynb #858b65i9
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Integral
 from typing import Any
 from ..attentions.base import ATTENTIONS, check_attention, make_attention
 from ..attentions.specs import format_heads, parse_numbers, split_heads
 from ..functional import LINEAR, WINDOW
 
 # %% ../../nbs/08_linearize.ipynb #cfg00002
+def _heads(given):
+    "Heads by name, or how many."
+    if isinstance(given, str) and given.strip().isdecimal(): given = int(given)
+    if isinstance(given, Integral) and not isinstance(given, bool) and given>=0: return int(given)
+    heads = split_heads(given) # raises on another form
+    return given if isinstance(given, str) else format_heads(heads)
+
 @dataclass
 class LinearizeConfig:
     "How a model is converted. Raises `ValueError` on an unknown name or setting; `linearize` checks what depends on the model."
     attention:str='hedgehog' # A registered attention (`ATTENTIONS`): "hedgehog", "hedgehog-window", "elu" …
     layers:Any='all' # Attention layers to convert: "0-5,8", "1-29:2", a list of integers, or "all", without sliding-window layers where a model has both kinds
-    softmax_heads:Any=None # Heads of these layers that stay softmax: "3:0,2;7:4-5", or {layer: heads}
+    softmax_heads:Any=None # Heads of these layers that stay softmax: "3:0,2;7:4-5", or {layer: heads}; or a number, see `heads_to_choose`
     attention_kwargs:dict=field(default_factory=dict) # Settings of the attention, such as dict(num_maps=2)
     implementation:str=None # Backend of the converted layers; chosen by the input if None
 
@@ -32,12 +40,20 @@ class LinearizeConfig:
             raise ValueError(f"{self.attention!r} keeps no state, so a converted model could not write with it; "
                 f"there are {', '.join(n for n in sorted(ATTENTIONS) if ATTENTIONS[n].is_recurrent)}")
         if ATTENTIONS[self.attention].__module__.startswith('hedgehog_nb.'): make_attention(self.attention, 64, **self.attention_kwargs) # checks their values
-        layers,heads,names = parse_numbers(self.layers),split_heads(self.softmax_heads),dict.fromkeys([*LINEAR, *WINDOW])
+        layers,heads,names = parse_numbers(self.layers),_heads(self.softmax_heads),dict.fromkeys([*LINEAR, *WINDOW])
         if not isinstance(self.layers, str): self.layers = layers
-        if not isinstance(self.softmax_heads, str): self.softmax_heads = format_heads(heads)
-        self.softmax_heads = self.softmax_heads or None
+        self.softmax_heads = heads or None
         if self.implementation not in (None, *names):
             raise ValueError(f"implementation is one of {', '.join(names)}, or None to choose by the input; given {self.implementation!r}")
+
+    @property
+    def heads_to_choose(self)->int: # 0 where they are named, or none stay softmax
+        "Key-value heads, in all layers together, to which `convert` gives softmax back once maps are distilled: those furthest from it."
+        return self.softmax_heads if isinstance(self.softmax_heads, int) else 0
+
+    def all_linear(self): # A `LinearizeConfig`
+        "What is converted before such a choice."
+        return replace(self, softmax_heads=None) if self.heads_to_choose else self
 
     def to_dict(self)->dict: # What differs from the defaults, beside `attention` and `layers`
         "As config.json holds it."

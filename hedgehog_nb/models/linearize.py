@@ -54,6 +54,9 @@ def swap_attention(
     inputs:dict=None, # As for `linearize`
 )->dict: # {attention module: its replacement}
     "What `linearize` does, without a warning. Raises what it raises."
+    if config.heads_to_choose:
+        raise ValueError(f"softmax_heads={config.softmax_heads} is a number, for convert, convert_task and hedgehog linearize, which choose heads once "
+            "maps are distilled; name them here, such as '3:0,2;7:4-5'")
     owners = _owners(model)
     which,maps = build_attentions(model, config, inputs)
     for module,m in maps.items(): module.feature_map = m
@@ -217,7 +220,8 @@ def build_attentions(
     if not calls: raise ValueError(f"no attention call was seen in {type(model).__name__}")
     which = parse_layers(config.layers, len(calls))
     if config.layers=='all' and not all(c.window for c in calls): which = [i for i in which if not calls[i].window]
-    kept = parse_heads(config.softmax_heads, [(c.q.shape[1], c.k.shape[1]) for c in calls], which)
+    kept,n = parse_heads(config.all_linear().softmax_heads, [(c.q.shape[1], c.k.shape[1]) for c in calls], which),sum(calls[i].k.shape[1] for i in which)
+    if config.heads_to_choose>=n: raise ValueError(f"softmax_heads={config.softmax_heads}: of {n} key-value heads up to {n-1} can stay softmax")
     maps = {calls[i].module: _make(config.attention, calls[i], config.attention_kwargs, kept.get(i, ())) for i in which}
     _check_implementation(maps.values(), config.implementation)
     return which, maps

@@ -22,6 +22,7 @@ from fastcore.basics import patch
 from ..files import atomic_write
 from ..data.models import parse_dtype
 from ..models.config import LinearizeConfig
+from ..models.heads import keep_softmax_heads, keep_worst_heads
 from ..models.linearize import build_attentions, linearize
 from .align import align, check_alignable
 from .batches import distributed_info
@@ -382,10 +383,24 @@ class _Run:
             callbacks=[watch], **self.keep(file or phase)))
         return tuned
 
+# %% ../../nbs/10_recipe.ipynb #heads002
+def choose_heads(model, n, inputs, work=None, tell=None):
+    "`keep_worst_heads`, by `inputs`; the choice is kept in `work`, and told as a verdict."
+    f,before = work and work/'heads.json',model.config.hedgehog['layers']
+    if f and f.exists(): keep_softmax_heads(model, **(choice := json.loads(f.read_text())))
+    else:
+        choice = keep_worst_heads(model, n, **inputs)
+        if f and is_main_process():
+            with atomic_write(f) as p: p.write_text(json.dumps(choice))
+    whole = [str(i) for i in before if i not in choice['layers']]
+    which = [f"heads {choice['softmax_heads']} (layer:heads)"]*bool(choice['softmax_heads'])
+    if whole: which.append(f"all of layer{'s'*(len(whole)>1)} {', '.join(whole)}")
+    if tell: tell('verdict', text=f"softmax is back where the maps were furthest from it: {' and '.join(which)}")
+
 # %% ../../nbs/10_recipe.ipynb #f1151ba2
 @patch
 def phases(self:_Run, model, config, base):
-    "Evaluate the teacher → finetune it → swap → evaluate → distil → evaluate → align → evaluate → finetune → evaluate."
+    "Evaluate the teacher → finetune it → swap → evaluate → distil → evaluate → choose softmax heads → evaluate → align → evaluate → finetune → evaluate."
     o,log = self.o,self.log
     name = variant_name(config)
     if o.measure_teacher: log.evaluate(model, 'softmax-zero-shot', 'teacher')
@@ -397,8 +412,11 @@ def phases(self:_Run, model, config, base):
         if tuned is not model: merge_lora(tuned)
     teacher = deepcopy(model) if o.align_steps and o.finetune_steps and o.finetune_on!='labels' else None # whose projections stay as they are
     torch.manual_seed(o.seed)
-    log.evaluate(linearize(model, config), 'swapped', 'swapped')
+    log.evaluate(linearize(model, config.all_linear()), 'swapped', 'swapped')
     if o.distill_steps: self.distill(model, name)
+    if config.heads_to_choose:
+        choose_heads(model, config.heads_to_choose, dict(input_ids=(self.train if o.valid is None else o.valid)[-4:,:512]), self.work, log.tell)
+        log.evaluate(model, f'{name}-heads', 'heads')
     if o.align_steps: self.align(model, name)
     tuned = self.finetune(model, name, objective=o.finetune_on, teacher=teacher) if o.finetune_steps else model
     if o.trained and is_main_process(): save_trained(tuned, Path(o.trained).expanduser(), base)

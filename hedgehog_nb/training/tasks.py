@@ -15,10 +15,10 @@ from functools import partial
 from torch import Tensor
 from ..data.labelled import LabelledData
 from ..data.models import parse_dtype
-from ..models.linearize import swap_attention
+from ..models.linearize import build_attentions, swap_attention
 from .distill import distill
 from .finetune import finetune
-from .recipe import EvalLog, get_recipe, log_spaced, open_work, tokens_after, variant_name
+from .recipe import choose_heads, EvalLog, get_recipe, log_spaced, open_work, tokens_after, variant_name
 
 # %% ../../nbs/10c_task_models.ipynb #10c00022
 class _Encoded:
@@ -113,6 +113,13 @@ def score(self:Task,
     "How well outputs fit labels."
     x = TASK_METRICS[metric or self.metric][1]()(labels.numpy(), logits.float().numpy())
     return 100*float(x) if math.isfinite(x) else 0. # correlation with a constant
+
+@patch
+def inputs(self:Task,
+    rows, # Some of `train`, `valid` or `test`
+)->dict: # What a model takes, without labels
+    "Rows as one batch, padded."
+    return {**self.training().get('collator', transformers.default_data_collator)([{k:v for k,v in row.items() if k!='labels'} for row in rows])}
 
 @patch
 @torch.no_grad()
@@ -222,16 +229,20 @@ class _TaskRun:
 # %% ../../nbs/10c_task_models.ipynb #10c00054
 @patch
 def phases(self:_TaskRun, model, config):
-    "Swap → measure → distil → measure → finetune → measure."
+    "Swap → measure → distil → measure → choose softmax heads → measure → finetune → measure."
     o,log = self.o,self.log
     name = o['variant'] or variant_name(config)
     teacher = deepcopy(model) if o['finetune_on']!='labels' else None
     torch.manual_seed(o['seed'])
-    swap_attention(model, config)
+    swap_attention(model, config.all_linear())
     log.evaluate(model, f'{name}-swapped', 'swapped')
     if self.budget('distill'):
         self.train(distill, model, 'distill', o['lr'], objective=o['objective'], **o['distill_args'])
         log.evaluate(model, f'{name}-distilled', 'distill')
+    if config.heads_to_choose:
+        rows = self.task.valid
+        choose_heads(model, config.heads_to_choose, self.task.inputs([rows[i] for i in range(min(64, len(rows)))]), self.work, log.tell)
+        log.evaluate(model, f'{name}-heads', 'heads')
     if self.budget('finetune'):
         self.finetune(model, objective=o['finetune_on'], teacher=teacher)
         log.evaluate(model, name, 'finetune')
@@ -268,6 +279,7 @@ def convert_task(
         finetune_on=finetune_on, objective=r.objective,
         distill_args=r.distill_args, autocast=autocast, variant=variant, seed=seed)
     if work: work = open_work(work, {'config':config.to_dict(), **o, 'data':task.digest()})
+    if config.heads_to_choose: build_attentions(model, config) # refused before anything is measured
     if teacher_logits is None: teacher_logits = task.predict(model, batch_size=2*batch_size)[0]
     log = _TaskLog(task, batch_size, on_event, work and work/'measured.json', teacher_logits, seed=seed)
     _TaskRun(log, task, dict(o, save_steps=save_steps), work).phases(model, config)
