@@ -85,6 +85,20 @@ def label(row):
         return {'teacher':'softmax, the teacher', 'adapted':'softmax, finetuned first'}.get(row['stage'], 'softmax, finetuned')
     return f"{m}, {dict(swapped='untrained', heads='some heads softmax').get(row['stage'], row['stage'])}"
 
+def counted(n, things): return f"{n:,} {things if n!=1 else things.removesuffix('s')}" # 1 step, 2 steps
+
+def conversion_line(
+    config, # A `LinearizeConfig`
+    layers:int, # How many are converted
+    maps:int, # Parameters of their maps
+    of:int, # Parameters of the model
+    recipe:str, # Its name
+)->str:
+    "What a model is converted to, in words."
+    n,named = config.heads_to_choose,config.softmax_heads
+    but = f", softmax again in {counted(n, 'key-value heads')} once maps are distilled" if n else f' but for heads {named}' if named else ''
+    return f"[bold]{config.attention}[/] attention in {layers} layers{but}, {maps:,} parameters of maps ({maps/of:.2%}), by the recipe {recipe}"
+
 def human_readable(n):
     "A number of tokens, parameters or bytes a second, short."
     for unit in ('','k','M'):
@@ -117,11 +131,11 @@ class Progress:
         if 'id' not in t: t.update(id=self.bars.add_task(phase, info='', total=total), first=loss, mean=loss)
         if loss is not None: t['mean'] = .9*t['mean']+.1*loss
         speed,name = f'{human_readable(done/max(seconds,1e-9))} {unit}/s',{'kl':'KL'}.get(metric, metric)
-        t['at'] = f'{phase} had done {done:,} of {total:,} {unit}; '
+        t['at'] = f'{phase} had done {done:,} of {counted(total, unit)}; '
         self.bars.update(t['id'], completed=done, info=speed if loss is None else f"{name} {t['mean']:.3f}  {speed}")
         if done<total: return
         self.bars.remove_task(self.tasks.pop(phase)['id'])
-        if loss is not None: self.line(phase, f"{done:,} {unit}", f"{name} {t['first']:.3f} → {t['mean']:.3f}", speed, f'{seconds:.0f} s')
+        if loss is not None: self.line(phase, counted(done, unit), f"{name} {t['first']:.3f} → {t['mean']:.3f}", speed, f'{seconds:.0f} s')
 
     def where(self): # How far the phase is that runs, in words
         return next((t['at'] for t in self.tasks.values()), '')

@@ -150,18 +150,6 @@ def describe_start(start):
     from rich.markup import escape
     return f" that begin with {escape(start)}" if start else ''
 
-def conversion_line(
-    config, # A `LinearizeConfig`
-    layers:int, # How many are converted
-    maps:int, # Parameters of their maps
-    of:int, # Parameters of the model
-    recipe:str, # Its name
-)->str:
-    "What a model is converted to, in words."
-    n,named = config.heads_to_choose,config.softmax_heads
-    but = f", softmax again in {n} key-value head{'s'*(n>1)} once maps are distilled" if n else f' but for heads {named}' if named else ''
-    return f"[bold]{config.attention}[/] attention in {layers} layers{but}, {maps:,} parameters of maps ({maps/of:.2%}), by the recipe {recipe}"
-
 def map_plan(
     model, # A model not converted yet; it stays so
     config, # A `LinearizeConfig`

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, List, Optional
-from .console import AttentionSnapshots, perplexity_table, tee, Terminal
-from .inputs import block_start, check_output, conversion_line, describe_start, is_converted, map_plan, model_name, open_blocks, open_model
+from .console import AttentionSnapshots, conversion_line, counted, perplexity_table, tee, Terminal
+from .inputs import block_start, check_output, describe_start, is_converted, map_plan, model_name, open_blocks, open_model
 from .options import (
     _command, _examples, _expand_config, _opt, app, AutocastOpt, BlockBosOpt, ColumnOpt, ConfigOpt, DataOpt, DebugOpt, DeviceOpt, EvalOpt,
     ImplOpt, imported, JsonOpt, ModelArg, SeedOpt)
@@ -66,7 +66,7 @@ def _plan(model, spec, how, layers, extra, lost, train, test, steps, batches, lo
         text = MixedBatches(s, train, b, long, seed) if long>1 else ()
         joined = sum(x.numel() for x in text if x.shape[1]>T)/max(1, n := tokens_after(s, train, b, long, seed))
         mixed = f', {joined:.0%} of the tokens in blocks of {long*T:,}' if joined else ''
-        if s: lines.append((w, f"{n:,} tokens, {s} steps of {min(b, len(train))} × {T}{mixed}"))
+        if s: lines.append((w, f"{n:,} tokens, {counted(s, 'steps')} of {min(b, len(train))} × {T}{mixed}"))
     if lora and steps[-1]: lines[-1] = (lines[-1][0], f"{lines[-1][1]}; adapters of rank {lora['r']} and the maps")
     return '\n'.join(f'  [dim]{w:<9}[/] {l}' for w,l in [*lines, ('measure', f'{test.numel():,} tokens in blocks of {T}{start}')])+'\n'
 

@@ -12,8 +12,8 @@ __all__ = ['LabelOpt', 'MetricOpt', 'EpochsOpt', 'DistillEpochsOpt', 'AdaptEpoch
 import math, time
 from pathlib import Path
 from typing import Annotated, Optional
-from .console import label
-from .inputs import conversion_line, is_converted, map_plan, model_name, pick_device
+from .console import conversion_line, counted, label
+from .inputs import is_converted, map_plan, model_name, pick_device
 from .options import _opt
 
 # %% ../../nbs/94c_task_models_cli.ipynb #94c00012
@@ -132,7 +132,7 @@ def _plan(o, model, task, how, layers, maps, lost, budgets):
         b,rows = min(o.batch_size, len(task.train)),len(task.train)
         if steps is None: steps = math.ceil(epochs*math.ceil(rows/b))
         passes = f'{_passes(rows, b, steps):.2g}'
-        if steps: lines.append((w, f"{steps} steps of {b} examples, {passes} pass{'es'*(passes!='1')} over {rows:,}"))
+        if steps: lines.append((w, f"{counted(steps, 'steps')} of {counted(b, 'examples')}, {passes} pass{'es'*(passes!='1')} over {rows:,}"))
     return _show(lines+_measured(task, task.test))
 
 # %% ../../nbs/94c_task_models_cli.ipynb #94c00032
