@@ -64,7 +64,7 @@ def keep_softmax_heads(
         raise ValueError(f"layer {new[0]} has no maps; linear are the layers {', '.join(map(str, config.layers))}")
     for m in maps: del m.feature_map
     try: found = swap_attention(model, replace(config, layers=config.layers if layers is None else layers, softmax_heads=softmax_heads))
-    except ValueError:
+    except BaseException:
         for m,f in maps.items(): m.feature_map = f
         raise
     for m,att in found.items():
