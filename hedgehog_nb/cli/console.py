@@ -67,11 +67,18 @@ class AttentionSnapshots:
     def curve(self, path):
         "Save perplexity over tokens; nothing where there are fewer than two points."
         from hedgehog_nb.plots import color, plot_curves, use_style
-        name,pts = self.rows[0]['map'],[(r['tokens'], r['value']) for r in self.rows if r['tokens']]
-        if len(pts)<2: return
+        name,curves = self.rows[0]['map'],{}
+        for r in self.rows:
+            if r['stage']=='heads': name += ', some heads softmax'
+            if r['tokens']: curves.setdefault(name, []).append((r['tokens'], r['value']))
+        at = sorted({t for pts in curves.values() for t,_ in pts})
+        if len(at)<2: return
+        shown = [at[-1]]
+        for t in at[::-1]: # ticks that do not overlap
+            if math.log(shown[-1]/t)>.12*math.log(at[-1]/at[0]): shown.append(t)
         with use_style():
-            ax = plot_curves({name: tuple(zip(*pts))}, logx=True, xlabel='tokens of training', ylabel='perplexity')
-            ax.set_xticks([t for t,_ in pts], [human_readable(t) for t,_ in pts])
+            ax = plot_curves({n: tuple(zip(*pts)) for n,pts in curves.items()}, logx=True, xlabel='tokens of training', ylabel='perplexity')
+            ax.set_xticks(shown, [human_readable(t) for t in shown])
             ax.minorticks_off()
             ax.axhline(self.rows[0]['value'], color=color('softmax'), linestyle='--', label='softmax, the teacher')
             ax.legend()
