@@ -37,7 +37,7 @@ NBS   := $(TEST) nbdev-test --n-workers $(WORKERS) --timing
 # The notebooks that take longest go first: one that starts last keeps one worker only
 LONG  := ^(09_training|94_cli)
 
-.PHONY: help demo test test-slow test-lowest test-all wheel-check run-all gpu gpu-smoke gpu-tests gpu-sanitize gpu-bench gpu-models gpu-files sync site-check preview docs readme hooks clean
+.PHONY: help demo test test-slow test-lowest test-all wheel-check run-all gpu gpu-smoke gpu-tests gpu-sanitize gpu-bench gpu-models gpu-files sync site-check preview docs readme results hooks clean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -96,6 +96,10 @@ preview: $(VENV)/.stamp-dev  ## The site as HTML in _preview, without Quarto (ne
 docs: $(VENV)/.stamp-dev  ## Build the site into _docs (needs Quarto)
 	@command -v quarto >/dev/null || { echo "make docs needs Quarto, which pip cannot install: see https://quarto.org/docs/get-started, then run make docs again." >&2; exit 1; }
 	@PATH="$(BIN):$$PATH" nbdev-docs
+
+results: $(VENV)/.stamp-dev  ## Check the numbers in the text of pages and README against results/: tests of the pages, then what no test or table shows
+	@$(NBS) nbs --file-re "^(`cd nbs && grep -l read_results *.ipynb | sed 's/\.ipynb$$//' | paste -sd'|'`)\.ipynb$$"
+	@$(TEST) python -m pytest -q tests/test_results.py -k "numbers or readme"
 
 readme: $(VENV)/.stamp-dev  ## Write README.md from nbs/index.ipynb (Quarto is not needed)
 	@$(BIN)/python -c 'from hedgehog_nb.docs import write_readme; write_readme()'

@@ -7,7 +7,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/records.html.md"""
 # %% auto #0
 __all__ = ['PAPER', 'EXPERIMENTS', 'command_line', 'source_hash', 'code_version', 'device_name', 'provenance', 'measured_on',
            'check_row', 'write_results', 'growing_results', 'results_folder', 'read_results', 'Table', 'results_table',
-           'final_value', 'experiment_names', 'metrics_of', 'runs_table', 'trend_rows']
+           'final_value', 'experiment_names', 'metrics_of', 'runs_table', 'trend_rows', 'unproved_numbers']
 
 # %% ../nbs/96_records.ipynb #00f8ee01
 import hashlib, hedgehog_nb, json, math, platform, re, shlex, subprocess, sys, time
@@ -319,4 +319,38 @@ def trend_rows(
         mine = [r for r in rows if (r['experiment'],r['metric'])==(e,metric) and r['tokens']>0]
         more = {v for v in {r['variant'] for r in mine} if len({r['tokens'] for r in mine if r['variant']==v})>1}
         if more: res[e] = [r for r in mine if r['variant'] in more]
+    return res
+
+# %% ../nbs/96_records.ipynb #96n00003
+_NO_PROSE = re.compile(r'```.*?```|<!--.*?-->|\$\$.*?\$\$|\$[^$]*\$|`[^`]*`|\]\([^)]*\)|https?://\S+|arXiv\W\S+|(?:Sections?|Python) [\d.]+|et al\. \d+', re.S)
+_NUMBER = re.compile(r'(?<![\w.,:/-])(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?(%| percent| thousand| million| billion|M\b|k\b)?(?![\w:/]|[.,]\d)')
+_TIMES = {'%':.01, ' percent':.01, ' thousand':1e3, 'k':1e3, ' million':1e6, 'M':1e6, ' billion':1e9}
+
+def _written(text):
+    "(number as written, its value, half a unit of its last digit) of each in a text."
+    for m in _NUMBER.finditer(text):
+        whole,part,unit = m.groups()
+        zeros = 0 if part else len(whole)-len(whole.rstrip('0')) if len(whole.rstrip('0'))>1 else 0
+        yield m, float(whole.replace(',', '')+(part or '')), .5*10.**(zeros-len(part or '.')+1), _TIMES.get(unit, 1)
+
+# %% ../nbs/96_records.ipynb #96n00004
+def unproved_numbers(
+    notebook:dict, # A notebook, as JSON
+)->list: # (number, words around it)
+    "Numbers in the text of a page that neither an output nor the code of it shows."
+    code = [c for c in notebook['cells'] if c['cell_type']=='code']
+    text = [''.join(c['source']) for c in notebook['cells'] if c['cell_type']=='markdown']
+    source,shown = '\n'.join(''.join(c['source']) for c in code),[f for t in text for f in re.findall(r'<!-- facts: (.*?) -->', t)]
+    for o in (o for c in code for o in c.get('outputs', [])):
+        data = o.get('data', {})
+        shown.append(''.join(next((data[k] for k in ('text/markdown','text/html','text/plain') if k in data), o.get('text', ''))))
+    grouped,plain = r'(?<![\w.])((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e-?\d+)?)(?!\w)', r'(?<![\w.])(\d[\d_]*(?:\.\d+)?(?:e-?\d+)?|\.\d+)(?:\*\*(\d+))?(?!\w)'
+    values,res = [float(x.replace(',', '')) for x in re.findall(grouped, '\n'.join([source, *shown]))],[]
+    values += [float(x)**int(power or 1) for x,power in re.findall(plain, source)]
+    for t in text:
+        t = _NO_PROSE.sub(lambda m: ' '*len(m.group()), t)
+        for m,x,half,times in _written(t):
+            if times==1 and x<20 and x==int(x): continue
+            if any(abs(a-x*k)<=half*k*(1+1e-9) for a in values for k in {1, times, .01}): continue
+            res.append((m.group(), ' '.join(t[max(0, m.start()-40):m.end()+30].split())))
     return res

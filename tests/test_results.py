@@ -3,7 +3,8 @@ import json, os, re, subprocess, sys
 from datetime import datetime, timezone
 import pytest
 from hedgehog_nb import results
-from hedgehog_nb.results import code_version, command_line, PAPER, provenance, read_results, results_folder, results_table, write_results
+from pathlib import Path
+from hedgehog_nb.results import code_version, command_line, PAPER, provenance, read_results, results_folder, results_table, unproved_numbers, write_results
 
 ROW = dict(experiment='pretrained-wikitext2', model='smollm2-135m', data='wikitext-2',
     variant='hedgehog', metric='ppl', value=30.25, unit='', tokens=1000, seed=0)
@@ -137,3 +138,20 @@ def test_the_papers_numbers():
 def test_import_is_light():
     code = 'import sys, hedgehog_nb.results as r; assert "torch" not in sys.modules and "matplotlib" not in sys.modules'
     subprocess.run([sys.executable, '-c', code], check=True)
+
+
+PAGES = [p for p in sorted((Path(__file__).parent.parent/'nbs').glob('*.ipynb')) if 'read_results' in p.read_text(encoding='utf-8')]
+
+@pytest.mark.parametrize('page', PAGES, ids=[p.stem for p in PAGES])
+def test_numbers_in_the_text_are_shown_or_tested(page):
+    "After a run that changed a file of results, this is where the text is behind it."
+    assert unproved_numbers(json.loads(page.read_text(encoding='utf-8')))==[]
+
+@pytest.mark.parametrize('text,code,output,said', [('it is 98.3%', '', '98.27', []), ('it is 98.4%', '', '98.27', ['98.4%']),
+    ('23% and 27%', 'x==[23,27]', '', []), ('256 tokens, 512 and 1,024', 'n = 256,512,1024', '', []), ('131,072 tokens', 'n = 2**17', '', []),
+    ('about 260,000', '', '260,032', []), ('about 270,000', '', '260,032', ['270,000']), ('0.26 million, 3.1M', '', '260,032 3,112,000', []),
+    ('1.4 nats', '', '1.44', []), ('1.40 nats', '', '1.44', ['1.40']), ('**95.8%** of $x=37$, `n=41`, [a](x/53.html), Section 5.3', '', '95.80', []),
+    ('19 heads of 72', '', '', ['72']), ('72 <!-- facts: 72 -->', '', '', []), ('"30%"', 'assert f"{x:.0%}"=="30%"', '', []), ('5e-5, 3.14.2', '', '', [])])
+def test_what_counts_as_shown(text, code, output, said):
+    page = dict(cells=[dict(cell_type='markdown', source=text), dict(cell_type='code', source=[code], outputs=[dict(output_type='stream', text=[output])])])
+    assert [n for n,_ in unproved_numbers(page)]==said
