@@ -524,6 +524,24 @@ def test_a_model_with_heads_given_back_is_saved_and_writes(n, tmp_path):
     model(x, past_key_values=cache)
     assert [type(l).__name__=='RecurrentLayer' for l in cache.layers]==[i in choice['layers'] for i in range(3)]
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_maps_of_other_heads_stay_as_they_are(dtype):
+    "Their dtype, and whether they are trained."
+    model = shake(linearize(llama())).to(dtype)
+    for i,p in enumerate(model.parameters()): p.requires_grad_('feature_map.w_q' in [n for n,_ in model.named_parameters()][i])
+    keep_softmax_heads(model, softmax_heads='0:0-1')
+    assert {p.dtype for p in model.parameters()}=={dtype}
+    assert {n.split('.')[-1] for n,p in model.named_parameters() if p.requires_grad}=={'w_q'}
+    x = tokens(2, 12)
+    assert logits(model, input_ids=x).isfinite().all()
+
+def test_a_number_or_a_model_that_is_none():
+    for call in (lambda: kl_by_head(llama(), input_ids=tokens()), lambda: keep_worst_heads(llama(), 1, input_ids=tokens())):
+        with pytest.raises(ValueError, match='this model is not converted'): call()
+    for n in (6, -1, 2.5):
+        with pytest.raises(ValueError, match=f'of 6 key-value heads 0 to 5 can be kept; given {n}'): keep_worst_heads(linearize(llama()), n, input_ids=tokens())
+    with pytest.raises(ValueError, match='how many, such as 4; given .2.5.'): LinearizeConfig(softmax_heads='2.5')
+
 def test_short_and_shared_layers_are_measured():
     assert all(math.isfinite(r['kl']) for r in kl_by_head(linearize(llama()), input_ids=tokens(2, 3)))
     from transformers import AlbertConfig, AlbertModel

@@ -84,6 +84,12 @@ def test_too_many_softmax_heads_are_refused_before_anything_is_measured(n):
         go(config=LinearizeConfig(softmax_heads=n), on_event=lambda *a, **kw: events.append(a))
     assert not events
 
+def test_heads_are_not_chosen_where_a_window_hides_their_maps():
+    kw = dict(window=T)
+    with pytest.raises(ValueError, match=f'blocks of {T} tokens are within the window of {T}: give longer blocks, or name the heads'):
+        go(config=LinearizeConfig('hedgehog-window', softmax_heads=2, attention_kwargs=kw))
+    go(config=LinearizeConfig('hedgehog-window', softmax_heads=2, attention_kwargs=dict(window=T-1)))
+
 def test_the_best_state_is_chosen_at_both_lengths(monkeypatch):
     "Where half of the training text is in long blocks, half of what is held out is too; all of it is read."
     import hedgehog_nb.training.recipe as recipe

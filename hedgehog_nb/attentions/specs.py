@@ -82,7 +82,7 @@ def split_heads(
     else: heads = None
     if heads is None:
         raise ValueError("softmax_heads is like '3:0,2;7:4-5', for heads 0 and 2 of layer 3 and heads 4 and 5 of layer 7, or {layer: heads}; "
-            f"given {given!r}")
+            f"or, where a conversion is to choose, how many, such as 4; given {given!r}")
     res = {}
     for i,_,h in heads:
         h = parse_numbers(h, 'heads')

@@ -31,7 +31,7 @@ def select_softmax_heads(
     if not rows: raise ValueError(f"no rows of {variant!r} with {by!r}; there are {', '.join(sorted({r['variant'] for r in report}))}")
     size = (1+max(r['head'] for r in rows))//num_kv_heads
     for r in rows: groups.setdefault((r['layer'], r['head']//size), []).append(r[by])
-    if not 0<=n<len(groups): raise ValueError(f"of {len(groups)} key-value heads 0 to {len(groups)-1} can be kept; given {n}")
+    if not (isinstance(n, int) and 0<=n<len(groups)): raise ValueError(f"of {len(groups)} key-value heads 0 to {len(groups)-1} can be kept; given {n}")
     kept = {}
     for i,g in sorted(groups, key=lambda x: sum(groups[x])/len(groups[x]), reverse=largest)[:n]: kept.setdefault(i, []).extend(range(g*size, g*size+size))
     layers = [i for i in sorted({i for i,_ in groups}) if len(kept.get(i, []))<num_kv_heads*size]
@@ -46,7 +46,8 @@ def _copy_heads(maps, att):
     for n,x in own(att.linear_part()[0]).items():
         y = theirs[n]
         if y.shape!=x.shape: y = y[q if len(y)==att.num_heads else [h//G for h in q[::G]]]
-        x.copy_(y)
+        x.data = y.detach().clone() # of its dtype
+        x.requires_grad_(y.requires_grad)
 
 # %% ../../nbs/13_heads.ipynb #13a0005b
 @torch.no_grad()
@@ -82,6 +83,7 @@ def kl_by_head(
     was,_ = model.training,model.eval()
     try: calls = [c for c in capture_attention(model, **{k:x.to(model.device) for k,x in inputs.items()}) if hasattr(c.module, 'feature_map')]
     finally: model.train(was)
+    if not calls: raise ValueError("this model is not converted, so none of its heads is linear: linearize(model) converts it")
     mask,by,rows = inputs.get('attention_mask'),{},[]
     for c in calls: by.setdefault(c.module, []).append(c)
     for layer,(m,seen) in zip(model.config.hedgehog['layers'], by.items()):
@@ -97,7 +99,7 @@ def keep_worst_heads(
     **inputs # As for `kl_by_head`
 )->dict: # `layers` and `softmax_heads`, as for `keep_softmax_heads`
     "Give softmax back to the heads whose maps are furthest from it."
-    choice = select_softmax_heads(rows := kl_by_head(model, **inputs), n, next(iter(linear_layers(model).values())).feature_map.num_kv_heads,
-        variant=rows[0]['variant'])
+    rows = kl_by_head(model, **inputs)
+    choice = select_softmax_heads(rows, n, next(iter(linear_layers(model).values())).feature_map.num_kv_heads, variant=rows[0]['variant'])
     keep_softmax_heads(model, **choice)
     return choice
