@@ -44,10 +44,10 @@ def _copy_heads(maps, att):
     theirs,G = own(maps),att.num_heads//att.num_kv_heads
     q = [h for h in range(att.num_heads) if h not in att.softmax_heads]
     for n,x in own(att.linear_part()[0]).items():
-        y = theirs[n]
+        y,learns = theirs[n],theirs[n].requires_grad
         if y.shape!=x.shape: y = y[q if len(y)==att.num_heads else [h//G for h in q[::G]]]
         x.data = y.detach().clone() # of its dtype
-        x.requires_grad_(y.requires_grad)
+        x.requires_grad_(learns)
 
 # %% ../../nbs/13_heads.ipynb #13a0005b
 @torch.no_grad()

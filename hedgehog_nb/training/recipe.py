@@ -309,7 +309,7 @@ def _check_settings(model, config, o):
         try: LoraConfig(**o['lora'])
         except TypeError as e: raise ValueError(f"lora is settings of peft.LoraConfig; given {o['lora']!r} ({e})") from None
     maps = build_attentions(model, config)[1].values()
-    window = max(getattr(m.linear_part()[0], 'window', 0) for m in maps)
+    window = max(getattr(m.linear_part()[0], 'window', None) or 0 for m in maps)
     if config.heads_to_choose and T<=window:
         raise ValueError(f"softmax_heads={config.softmax_heads} chooses heads by their maps, and blocks of {T} tokens are within the window of {window}: "
             "give longer blocks, or name the heads")
