@@ -451,7 +451,7 @@ def test_a_config_says_all():
     (dict(layers='9-2'), "given '9-2'"),
     (dict(layers='0-99999999999'), 'layers is'),
     (dict(implementation='tritn'), 'c, triton, or None.*tritn'),
-    *((dict(softmax_heads=h), 'softmax_heads is like') for h in ('x', 3, {'x':1}, '0:')),
+    *((dict(softmax_heads=h), 'softmax_heads is like') for h in ('x', -3, {'x':1}, '0:')),
     (dict(softmax_heads={0:'a'}), "heads is .*given 'a'")], ids=str)
 def test_a_config_is_checked_where_it_is_made(bad, says):
     "Whatever needs no model to be seen."
