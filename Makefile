@@ -97,9 +97,9 @@ docs: $(VENV)/.stamp-dev  ## Build the site into _docs (needs Quarto)
 	@command -v quarto >/dev/null || { echo "make docs needs Quarto, which pip cannot install: see https://quarto.org/docs/get-started, then run make docs again." >&2; exit 1; }
 	@PATH="$(BIN):$$PATH" nbdev-docs
 
-results: $(VENV)/.stamp-dev  ## Check the numbers in the text of pages and README against results/: tests of the pages, then what no test or table shows
+results: $(VENV)/.stamp-dev  ## Check the numbers in the text of pages and README: tests of the pages on results/, then what no test or saved table shows
 	@$(NBS) nbs --file-re "^(`cd nbs && grep -l read_results *.ipynb | sed 's/\.ipynb$$//' | paste -sd'|'`)\.ipynb$$"
-	@$(TEST) python -m pytest -q tests/test_results.py -k "numbers or readme"
+	@$(TEST) python -m pytest -q tests/test_results.py tests/test_packaging.py -k "numbers or readme"
 
 readme: $(VENV)/.stamp-dev  ## Write README.md from nbs/index.ipynb (Quarto is not needed)
 	@$(BIN)/python -c 'from hedgehog_nb.docs import write_readme; write_readme()'

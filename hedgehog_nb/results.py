@@ -351,6 +351,6 @@ def unproved_numbers(
         t = _NO_PROSE.sub(lambda m: ' '*len(m.group()), t)
         for m,x,half,times in _written(t):
             if times==1 and x<20 and x==int(x): continue
-            if any(abs(a-x*k)<=half*k*(1+1e-9) for a in values for k in {1, times, .01}): continue
+            if any(abs(a-x*k)<=half*k*(1+1e-9) for a in values for k in (1, times)): continue
             res.append((m.group(), ' '.join(t[max(0, m.start()-40):m.end()+30].split())))
     return res

@@ -144,7 +144,7 @@ PAGES = [p for p in sorted((Path(__file__).parent.parent/'nbs').glob('*.ipynb'))
 
 @pytest.mark.parametrize('page', PAGES, ids=[p.stem for p in PAGES])
 def test_numbers_in_the_text_are_shown_or_tested(page):
-    "After a run that changed a file of results, this is where the text is behind it."
+    "After a page was saved with new results, this is where its text is behind them."
     assert unproved_numbers(json.loads(page.read_text(encoding='utf-8')))==[]
 
 @pytest.mark.parametrize('text,code,output,said', [('it is 98.3%', '', '98.27', []), ('it is 98.4%', '', '98.27', ['98.4%']),

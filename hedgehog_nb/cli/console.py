@@ -71,15 +71,9 @@ class AttentionSnapshots:
         for r in self.rows:
             if r['stage']=='heads': name += ', some heads softmax'
             if r['tokens']: curves.setdefault(name, []).append((r['tokens'], r['value']))
-        at = sorted({t for pts in curves.values() for t,_ in pts})
-        if len(at)<2: return
-        shown = [at[-1]]
-        for t in at[::-1]: # ticks that do not overlap
-            if math.log(shown[-1]/t)>.12*math.log(at[-1]/at[0]): shown.append(t)
+        if len({t for pts in curves.values() for t,_ in pts})<2: return
         with use_style():
             ax = plot_curves({n: tuple(zip(*pts)) for n,pts in curves.items()}, logx=True, xlabel='tokens of training', ylabel='perplexity')
-            ax.set_xticks(shown, [human_readable(t) for t in shown])
-            ax.minorticks_off()
             ax.axhline(self.rows[0]['value'], color=color('softmax'), linestyle='--', label='softmax, the teacher')
             ax.legend()
         save_picture(ax.figure, path)
