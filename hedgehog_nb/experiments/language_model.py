@@ -74,6 +74,7 @@ def scratch_model(
     torch.manual_seed(seed)
     end = tokenizer.eos_token_id
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=size.seq_len, n_embd=size.width, n_layer=size.layers, n_head=size.heads,
+        activation_function='gelu_pytorch_tanh', # GPT-2's "gelu_new" in one operation
         resid_pdrop=0., embd_pdrop=0., attn_pdrop=0., bos_token_id=end, eos_token_id=end,
         attn_implementation='eager' if torch.device(device).type=='cpu' else 'sdpa')).to(device)
     model.loss_type = 'ForCausalLM' # which transformers does not see in the name of the class, and says so
