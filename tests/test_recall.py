@@ -17,7 +17,7 @@ def tasks(draw):
     K = draw(st.integers(2, 12))
     if draw(st.booleans()): return RecallTask(2*K, 2*draw(st.integers(2, 20)))
     N = draw(st.integers(1, K))
-    return RecallTask(2*K, 2*(N+draw(st.integers(1, N))), N)
+    return RecallTask(2*K, 2*(N+draw(st.integers(1, 2*N))), N)
 
 
 @given(tasks(), st.integers(0, 2**31))
@@ -25,16 +25,27 @@ def test_labels_are_the_dictionarys(task, seed):
     x,y = recall_sequences(task, 5, torch.Generator().manual_seed(seed))
     assert x.shape==y.shape==(5, task.seq_len-1)
     for a,b in zip(x.tolist(), y.tolist()):
-        book,K = {},task.num_keys
+        book,K,asked = {},task.num_keys,[]
         for i in range(0, task.seq_len-1, 2):
+            if a[i]==2*K:                                    # a filler stands for a key and its value
+                assert task.num_tokens==2*K+1 and b[i]==-100 and (i+1==len(a) or a[i+1]==2*K and b[i+1]==-100)
+                continue
             assert 0<=a[i]<K and b[i]==book.get(a[i], -100)  # a label exactly where the key has been there
+            if b[i]>=0: asked.append(a[i])
             if i+1==len(a): break
             assert K<=a[i+1]<2*K and b[i+1]==-100
             assert book.setdefault(a[i], a[i+1])==a[i+1]     # a key keeps its value
-        assert b[-1]!=-100                                   # the last query can be answered
-        if task.num_pairs:
-            asked = a[2*task.num_pairs::2]
-            assert len(book)==task.num_pairs and len({*asked})==len(asked)
+        if not task.num_pairs: assert b[-1]!=-100            # the last query can be answered
+        else: assert len(book)==task.num_pairs and len({*asked})==len(asked)==min(task.num_pairs, task.seq_len//2-task.num_pairs)
+
+
+def test_queries_follow_the_power_law():
+    "Of one query among S places, place s is drawn as often as s^-0.99."
+    task = RecallTask(20, 22, 1)
+    _,y = recall_sequences(task, 20_000, torch.Generator().manual_seed(0))
+    found = (y>=0).float().mean(0)[2::2]
+    p = torch.arange(1, 11.)**-.99
+    torch.testing.assert_close(found, p/p.sum(), rtol=0, atol=.015)
 
 
 @settings(max_examples=20)
@@ -54,17 +65,18 @@ def test_disjoint_where_draws_collide():
     assert len(rows.unique(dim=0))==len(rows)==45
 
 
-@pytest.mark.parametrize('task', [RecallTask(20, 24), RecallTask(20, 24, 8)])
+@pytest.mark.parametrize('task', [RecallTask(20, 24), RecallTask(20, 24, 8), RecallTask(20, 24, 4)])
 def test_balanced(task):
     x,y = recall_sequences(task, 20_000, torch.Generator().manual_seed(0))
-    for t in (x[:,-1], y[:,-1]-10, x[:,0], x[:,1]-10):
+    last = (y>=0).cumsum(1).argmax(1, keepdim=True)  # where the last query is
+    for t in (x.gather(1, last)[:,0], y.gather(1, last)[:,0]-10, x[:,0], x[:,1]-10):
         n = torch.bincount(t, minlength=10)
         assert len(n)==10 and ((n-2000).abs()<5*(2000*.9)**.5).all()  # five standard deviations
 
 
 @pytest.mark.parametrize('kw,word', [(dict(seq_len=7), 'seq_len'), (dict(seq_len=2), 'seq_len'),
-    (dict(vocab_size=9), 'vocab_size'), (dict(vocab_size=2), 'vocab_size'), (dict(vocab_size=8, seq_len=16, num_pairs=5), '4 to 4'),
-    (dict(seq_len=16, num_pairs=8), '4 to 7'), (dict(seq_len=16, num_pairs=3), '4 to 7'), (dict(num_pairs=0), 'num_pairs')])
+    (dict(vocab_size=9), 'vocab_size'), (dict(vocab_size=2), 'vocab_size'), (dict(vocab_size=8, seq_len=16, num_pairs=5), '1 to 4'),
+    (dict(seq_len=16, num_pairs=8), '1 to 7'), (dict(num_pairs=0), 'num_pairs')])
 def test_sizes_that_do_not_fit(kw, word):
     with pytest.raises(ValueError, match=word): RecallTask(**kw)
 

@@ -6,7 +6,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/experiments.html.md"""
 
 # %% auto #0
 __all__ = ['experiments', 'OutOpt', 'VariantOpt', 'SeedsOpt', 'RatesOpt', 'BaseRatesOpt', 'EpochsOpt', 'StepsOpt',
-           'DistillStepsOpt', 'RowsOpt', 'WorkOpt']
+           'DistillStepsOpt', 'RowsOpt', 'WorkOpt', 'mqar_command']
 
 # %% ../../nbs/94b_experiments.ipynb #94b00004
 import typer
@@ -194,4 +194,28 @@ def lra_command(ctx:typer.Context,
         sizes = arena_size(size, task, steps=steps, seq_len=seq_len, train=train, held=held, batch_size=batch_size)
         found = lra_experiment(out, task, data, variant, range(seeds), sizes, tuple(lr), autocast=autocast, device=pick_device(device), work=work,
             command=command_line(ctx.parent.parent.obj), on_event=_listener(screen, 'accuracy'))
+    screen.object(out=str(out), rows=found)
+
+# %% ../../nbs/94b_experiments.ipynb #94b00017
+@experiments.command('mqar', epilog=_examples('hedgehog experiment mqar --out results/mqar.json',
+    'hedgehog experiment mqar --variant softmax --variant hedgehog --dim 64 --lr 3e-3 --out mqar.json'))
+@_command
+def mqar_command(ctx:typer.Context, out:OutOpt,
+    variant:Annotated[Optional[List[str]], _opt('--variant', metavar='NAME',
+        help="softmax, hedgehog, hedgehog-window, taylor or elu; may be given several times. All if not given.")]=None,
+    dim:Annotated[Optional[List[int]], _opt('--dim', metavar='N', min=2, help="Channels of a model; may be given several times. By the size if not given.")]=None,
+    seeds:SeedsOpt=1,
+    size:Annotated[str, _opt('--size', metavar='NAME', help="cpu: 16 pairs in 64 tokens; gpu: Zoology's, 64 pairs in 512.")]='cpu',
+    steps:Annotated[Optional[int], _opt('--steps', metavar='N', min=1, help="Optimiser steps of each model; by the size if not given.")]=None,
+    lr:Annotated[List[float], _opt('--lr', metavar='X',
+        help="Peak rates; each variant's is chosen for each width on seed 0, by sequences held out.")]=(3e-3,1e-2),
+    work:WorkOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
+):
+    ("[bold]Multi-query associative recall from scratch[/]: accuracy of every attention against the bytes of its state.\n\n"
+     "    Models of several widths learn to look up one of many keys. What a stopped run had of a model is trained again; models that ended are kept.")
+    from hedgehog_nb.experiments.mqar import mqar_experiment, mqar_size
+    screen = Terminal(as_json)
+    with _experiment(out, screen):
+        found = mqar_experiment(out, variant, range(seeds), mqar_size(size, dims=tuple(dim) if dim else None, steps=steps), tuple(lr), pick_device(device),
+            work, command_line(ctx.parent.parent.obj), _listener(screen, 'accuracy'))
     screen.object(out=str(out), rows=found)

@@ -31,28 +31,38 @@ class RecallTask:
         if self.seq_len<4 or self.seq_len%2: raise ValueError(f"seq_len is even and at least 4, in pairs of key and value; given {self.seq_len}")
         if self.num_pairs is None: return
         most = min(self.num_keys, self.seq_len//2-1)
-        if not self.seq_len/4<=self.num_pairs<=most:
-            raise ValueError("num_pairs leaves room for at least one query, and has a key for each query and no more than there are: "
-                f"{-(-self.seq_len//4)} to {most} for {self}")
+        if not 1<=self.num_pairs<=most:
+            raise ValueError(f"num_pairs has a key for each pair and leaves room for at least one query: 1 to {most} for {self}")
     @property
     def num_keys(self): return self.vocab_size//2
+    @property
+    def num_tokens(self): return self.vocab_size + (self.num_pairs is not None and self.seq_len>4*self.num_pairs) # with the one that fills gaps, if any
     def __str__(self): return f"vocab_size={self.vocab_size}, seq_len={self.seq_len}" + (f", num_pairs={self.num_pairs}" if self.num_pairs else '')
 
 # %% ../../nbs/07_associative_recall.ipynb #8a6b19eb
-def _recall_keys(
-    task:RecallTask, # What to draw
-    n:int, # Sequences
-    g, # torch.Generator
-)->Tensor: # (n, seq_len/2) keys; the last has been there before
-    "The keys of `n` sequences."
-    K,P,N = task.num_keys,task.seq_len//2,task.num_pairs
-    if N is None:
-        keys = torch.randint(K, (n,P), generator=g)
-        back = torch.randint(P-1, (n,1), generator=g)
-        return torch.cat([keys[:,:-1], keys.gather(1, back)], 1)
-    some = lambda m: torch.rand(n, m, generator=g).argsort(1)  # a shuffle of 0 … m-1 per row
-    first = some(K)[:,:N]
-    return torch.cat([first, first.gather(1, some(N)[:,:P-N])], 1)
+def _single_query(task, n, g):
+    "Pairs whose keys come as they like; the last has been there before."
+    K,P = task.num_keys,task.seq_len//2
+    keys = torch.randint(K, (n,P), generator=g)
+    back = torch.randint(P-1, (n,1), generator=g)
+    keys = torch.cat([keys[:,:-1], keys.gather(1, back)], 1)
+    value = K + torch.randint(K, (n,K), generator=g)
+    x = torch.stack([keys, value.gather(1, keys)], -1).flatten(1)
+    y,seen = torch.full_like(x, -100),(keys[:,:,None]==keys[:,None]).tril(-1).any(-1)
+    y[:,::2] = x[:,1::2].where(seen, -100)
+    return x, y
+
+def _multi_query(task, n, g):
+    "Pairs with a key each, then queries, each of another key; a near place is likelier than a far one, by Zoology's power law."
+    K,N,S = task.num_keys,task.num_pairs,task.seq_len//2-task.num_pairs # S places for queries
+    some = lambda m, k: torch.cat([torch.rand(len(r), m, generator=g).topk(k).indices for r in torch.arange(n).split(max(1, 2**22//m))]) # k different of m
+    keys,values,asked = some(K, N),K+torch.randint(K, (n,N), generator=g),some(N, min(N, S))
+    near = -.99*torch.arange(1, S+1).log()
+    place = 2*(N + (near-torch.rand(n, S, generator=g).log().neg().log()).topk(min(N, S)).indices) # a draw without replacement (Gumbel's trick)
+    x = torch.full((n, task.seq_len), task.num_tokens-1)
+    x[:,:2*N] = torch.stack([keys, values], -1).flatten(1)
+    y = torch.full_like(x, -100).scatter_(1, place, values.gather(1, asked))
+    return x.scatter_(1, place, keys.gather(1, asked)).scatter_(1, place+1, values.gather(1, asked)), y
 
 def recall_sequences(
     task:RecallTask, # What to draw
@@ -60,12 +70,7 @@ def recall_sequences(
     g, # torch.Generator
 ): # (n, seq_len-1) tokens without the last answer, and (n, seq_len-1) labels: the value where a key returns, -100 elsewhere
     "Draw `n` sequences, each with its own dictionary."
-    keys = _recall_keys(task, n, g)
-    value = task.num_keys + torch.randint(task.num_keys, (n,task.num_keys), generator=g)
-    x = torch.stack([keys, value.gather(1, keys)], -1).flatten(1)
-    seen = (keys[:,:,None]==keys[:,None]).tril(-1).any(-1)
-    y = torch.full_like(x, -100)
-    y[:,::2] = x[:,1::2].where(seen, -100)
+    x,y = (_multi_query if task.num_pairs else _single_query)(task, n, g)
     return x[:,:-1], y[:,:-1]
 
 # %% ../../nbs/07_associative_recall.ipynb #6c933e18
@@ -101,14 +106,16 @@ def _rotate(
 # %% ../../nbs/07_associative_recall.ipynb #f64f7498
 class _RecallLayer(nn.Module):
     "Attention around a residual; the attention is pluggable."
-    def __init__(self, dim, num_heads, attention, **settings):
+    def __init__(self, dim, num_heads, attention, conv, **settings):
         super().__init__()
         if dim%(2*num_heads): raise ValueError(f"dim must be a multiple of 2·num_heads; given {dim} and {num_heads}")
         self.norm,self.qkv,self.out = nn.LayerNorm(dim),nn.Linear(dim, 3*dim, bias=False),nn.Linear(dim, dim, bias=False)
+        self.conv = nn.Conv1d(dim, dim, conv, groups=dim, padding=conv-1) if conv else None
         self.attention = make_attention(attention, dim//num_heads, num_heads, **settings)
     def project(self, x): # (B, T, dim) -> rotated queries, rotated keys, values: (B, H, T, D) each
-        a = self.attention
-        q,k,v = self.qkv(self.norm(x)).unflatten(-1, (3,a.num_heads,-1)).permute(2,0,3,1,4)
+        a,h = self.attention,self.norm(x)
+        if self.conv: h = self.conv(h.mT)[...,:h.shape[1]].mT
+        q,k,v = self.qkv(h).unflatten(-1, (3,a.num_heads,-1)).permute(2,0,3,1,4)
         turns = _rotary(x.shape[1], a.head_dim).to(x.device)
         return _rotate(q, turns), _rotate(k, turns), v
     def forward(self, x): return x + self.out(self.attention.attend(*self.project(x)).transpose(1,2).flatten(2))
@@ -122,11 +129,12 @@ class RecallModel(nn.Module):
         dim:int=128, # Channels
         num_heads:int=2, # Heads of a layer
         num_layers:int=2, # Layers
+        conv:int=0, # Tokens of a short causal convolution, channel by channel, before queries, keys and values; none if 0
         **settings # Of the attention
     ):
         super().__init__()
         self.embed = nn.Embedding(vocab_size, dim)
-        self.layers = nn.ModuleList(_RecallLayer(dim, num_heads, attention, **settings) for _ in range(num_layers))
+        self.layers = nn.ModuleList(_RecallLayer(dim, num_heads, attention, conv, **settings) for _ in range(num_layers))
         self.norm,self.head = nn.LayerNorm(dim),nn.Linear(dim, vocab_size, bias=False)
         a = self.layers[0].attention
         if True not in a.directions: raise ValueError(f"recall reads from left to right; {type(a).__name__} is bidirectional only")
@@ -145,7 +153,7 @@ def recall_accuracy(
     batch_size:int=500, # Sequences at a time
 )->float: # Percent
     "How many queries are answered right."
-    if last: y = torch.full_like(y, -100).index_copy_(1, torch.tensor([y.shape[1]-1]), y[:,-1:])
+    if last: y = torch.full_like(y, -100).index_copy_(1, torch.tensor([y.shape[1]-1], device=y.device), y[:,-1:])
     right = sum((model(a, b>=0).argmax(-1)==b[b>=0]).sum().item() for a,b in zip(x.split(batch_size), y.split(batch_size)))
     return 100*right/(y>=0).sum().item()
 
@@ -176,12 +184,15 @@ def train_recall(
     progress:bool=False, # Show a progress bar?
     sizes:dict=dict(dim=128, num_heads=2), # Of the model, see `RecallModel`
     model:nn.Module=None, # Train this one on, instead of a new one
+    on_step=None, # Called after each step with its number, the loss and the seconds so far
+    device='cpu', # Where to train
     **settings # Of the attention
 )->dict: # model, accuracy (test, %), valid (%), steps, tokens, wall_s, curve: [(step, validation accuracy in %), …]
     ("Train a two-layer model from scratch until it recalls or the steps are used up (paper's associative recall). "
      "Raises `ValueError` on settings that do not fit.")
     torch.manual_seed(seed); start = time.time()
-    data,model = data or recall_data(task, seed=seed),model or RecallModel(attention, task.vocab_size, **sizes, **settings)
+    data = {k: (x.to(device), y.to(device)) for k,(x,y) in (data or recall_data(task, seed=seed)).items()}
+    model = (model or RecallModel(attention, task.num_tokens, **sizes, **settings)).to(device)
     opt,curve,last = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=.01),[],task.num_pairs is None
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=.1)
     bar = tqdm(range(1, steps+1), desc=attention, leave=False, disable=not progress)
@@ -189,6 +200,7 @@ def train_recall(
         loss = F.cross_entropy(model(x, y>=0), y[y>=0])
         opt.zero_grad(); loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.); opt.step(); sched.step()
+        if on_step: on_step(step, loss.item(), time.time()-start)
         if step%every and step<steps: continue
         curve.append((step, recall_accuracy(model, *data['valid'], last)))
         bar.set_postfix(loss=f'{loss.item():.3f}', valid=f'{curve[-1][1]:.1f}%')
