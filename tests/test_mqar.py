@@ -47,7 +47,8 @@ def test_goes_on_and_adds(tmp_path):
     assert ran==['softmax-32','elu-32','elu-32'] and strip(again)==strip(mqar_experiment(tmp_path/'b.json', **kw))
     more = mqar_experiment(tmp_path/'a.json', **{**kw, 'size':mqar_size('cpu', **{**vars(TINY), 'dims':(16,)})})
     assert [(r['attention'],r['dim']) for r in more]==[('softmax',32),('elu',32),('softmax',16),('elu',16)]
-    with pytest.raises(ValueError, match='steps 4 there, 5 here'): mqar_experiment(tmp_path/'a.json', **{**kw, 'size':mqar_size('cpu', **{**vars(TINY), 'steps':5})})
+    longer = {**kw, 'size':mqar_size('cpu', **{**vars(TINY), 'steps':5})}
+    with pytest.raises(ValueError, match='steps 4 there, 5 here'): mqar_experiment(tmp_path/'a.json', **longer)
     assert [r[:2] for r in mqar_table(more).rows]==[['softmax','16'],['softmax','32'],['elu','16'],['elu','32']]
 
 

@@ -18,7 +18,8 @@ from ..results import growing_results, Table
 from ..training.recipe import open_work
 
 # %% ../../nbs/07b_state_size.ipynb #07b00032
-MQAR = {'softmax':('softmax', {}), 'hedgehog':('hedgehog', {}), 'hedgehog-window':('hedgehog-window', dict(window=16)), 'taylor':('taylor', {}), 'elu':('elu', {})}
+MQAR = {'softmax':('softmax', {}), 'hedgehog':('hedgehog', {}), 'hedgehog-window':('hedgehog-window', dict(window=16)),
+    'taylor':('taylor', {}), 'elu':('elu', {})}
 
 # %% ../../nbs/07b_state_size.ipynb #07b00033
 def mqar_heads(
