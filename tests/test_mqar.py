@@ -40,13 +40,14 @@ def test_goes_on_and_adds(tmp_path):
     kw,ran = dict(variants=['softmax','elu'], size=TINY, lrs=(1e-2,)),[]
     def stop(event, label=None, **_):
         if event=='run': ran.append(label)
-        if ran==['softmax-32','elu-32']: raise Stop
+        if ran==['softmax, 32 channels','elu, 32 channels']: raise Stop
     strip = lambda rows: [{k:v for k,v in r.items() if k!='wall_s'} for r in rows]
     with pytest.raises(Stop): mqar_experiment(tmp_path/'a.json', on_event=stop, **kw)
     again = mqar_experiment(tmp_path/'a.json', on_event=stop, **kw)
-    assert ran==['softmax-32','elu-32','elu-32'] and strip(again)==strip(mqar_experiment(tmp_path/'b.json', **kw))
+    assert ran==['softmax, 32 channels','elu, 32 channels','elu, 32 channels']
+    assert strip(again)==strip(mqar_experiment(tmp_path/'b.json', **kw))
     more = mqar_experiment(tmp_path/'a.json', **{**kw, 'size':mqar_size('cpu', **{**vars(TINY), 'dims':(16,)})})
-    assert [(r['attention'],r['dim']) for r in more]==[('softmax',32),('elu',32),('softmax',16),('elu',16)]
+    assert [(r['variant'],r['dim']) for r in more]==[('softmax',32),('elu',32),('softmax',16),('elu',16)]
     longer = {**kw, 'size':mqar_size('cpu', **{**vars(TINY), 'steps':5})}
     with pytest.raises(ValueError, match='steps 4 there, 5 here'): mqar_experiment(tmp_path/'a.json', **longer)
     assert [r[:2] for r in mqar_table(more).rows]==[['softmax','16'],['softmax','32'],['elu','16'],['elu','32']]
@@ -56,7 +57,7 @@ def test_rate_of_each_width(tmp_path):
     told = []
     def listen(event, label=None, seed=None, lr=None, **_): told.extend([(label, seed, lr)] if event=='run' else ())
     rows = mqar_experiment(tmp_path/'x.json', ['elu'], (0,1), TINY, (1e-2,1e-7), on_event=listen)
-    assert told==[('elu-32',0,1e-2), ('elu-32',0,1e-7), ('elu-32',1,rows[0]['lr'])]
+    assert told==[('elu, 32 channels',0,1e-2), ('elu, 32 channels',0,1e-7), ('elu, 32 channels',1,rows[0]['lr'])]
 
 
 def test_command(tmp_path):
@@ -67,6 +68,6 @@ def test_command(tmp_path):
     for args,says in ((('--variant','linear'), 'there are softmax, hedgehog'), (('--size','tpu'), 'one of cpu, gpu'), (('--dim',7), 'come in pairs; given 7'),
             (('--lr',-1), 'rate')):
         assert says in run(*args, '--steps', 1, code=1) and not (tmp_path/'x.json').exists()
-    assert 'elu-16, seed 0, rate 0.01' in run('--variant', 'elu', '--dim', 16, '--steps', 1, '--lr', 1e-2)
+    assert 'elu, 16 channels, seed 0, rate 0.01' in run('--variant', 'elu', '--dim', 16, '--steps', 1, '--lr', 1e-2)
     row, = read_results(tmp_path)
     assert (row['experiment'],row['dim'],row['seq_len'],row['num_pairs'])==('mqar',16,64,16)

@@ -10,6 +10,7 @@ __all__ = ['MQAR', 'MQAR_SIZES', 'mqar_heads', 'mqar_state', 'MQARSize', 'mqar_s
 # %% ../../nbs/07b_state_size.ipynb #07b00004
 import torch
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from ..attentions.base import make_attention
 from .recall import recall_data, RecallTask, train_recall
@@ -89,23 +90,23 @@ def mqar_experiment(
     settings,data = asdict(size),{}
     settings.pop('dims') # those of another command are added to the same file
     same = dict(experiment='mqar', model='2 layers', data=f'vocabulary {size.vocab_size}', metric='accuracy', seq_len=size.seq_len, num_pairs=size.num_pairs)
-    def run(label, seed, lr, folder):
-        v,dim = label.rsplit('-', 1)
+    def run(dim, v, seed, lr, folder):
         if seed not in data: data.clear(); data[seed] = recall_data(task, dict(train=size.examples, valid=500, test=2000), seed)
         def on_step(step, loss, seconds):
             if on_event: on_event('progress', phase='train', done=step, total=size.steps, seconds=seconds, loss=loss, metric='loss')
         name,kw = MQAR[v]
         r = train_recall(name, task, seed, lr, size.steps, size.batch_size, every=max(1, size.steps//20), patience=None, target=99.9, data=data[seed],
-            sizes=dict(dim=int(dim), num_heads=mqar_heads(v, int(dim)), conv=4), on_step=on_step, device=device, **kw)
-        row = dict(same, variant=label, attention=v, dim=int(dim), state_bytes=mqar_state(v, int(dim), size.seq_len), stage='trained', value=r['accuracy'],
-            seed=seed, tokens=r['tokens'], steps=r['steps'], wall_s=round(r['wall_s'], 1), curve=[[s,round(a, 1)] for s,a in r['curve']])
+            sizes=dict(dim=dim, num_heads=mqar_heads(v, dim), conv=4), on_step=on_step, device=device, **kw)
+        row = dict(same, variant=v, dim=dim, state_bytes=mqar_state(v, dim, size.seq_len), stage='trained', value=r['accuracy'], seed=seed,
+            tokens=r['tokens'], steps=r['steps'], wall_s=round(r['wall_s'], 1), curve=[[s,round(a, 1)] for s,a in r['curve']])
         if on_event: on_event('row', row=row, model=r['model'])
         return [row],r['valid']
+    def listen(dim): return on_event and (lambda event, label=None, **o: on_event(event, **o, **(dict(label=f'{label}, {dim} channels') if label else {})))
     with only_command(path, work):
         check_settings(path, settings)
         open_work(work, settings)
         done,save = growing_results(path, command, seeds[0], device)
-        rate_sweep(done, save, run, [f'{v}-{d}' for d in size.dims for v in variants], seeds, lrs, work, on_event, settings=settings)
+        for dim in size.dims: rate_sweep(done, save, partial(run, dim), variants, seeds, lrs, work, listen(dim), settings=settings, dim=dim)
         return done
 
 # %% ../../nbs/07b_state_size.ipynb #07b00062
@@ -114,7 +115,7 @@ def mqar_table(
 )->Table: # A row for each attention and width
     "Accuracy beside the bytes of the state; the mean of the seeds."
     by = {}
-    for r in rows: by.setdefault((r['attention'], r['dim'], r['state_bytes'], r['seq_len'], r['num_pairs']), []).append(r)
+    for r in rows: by.setdefault((r['variant'], r['dim'], r['state_bytes'], r['seq_len'], r['num_pairs']), []).append(r)
     mean = lambda rs, k: sum(r[k] for r in rs)/len(rs)
     return Table(['attention','channels','pairs','tokens','state, KiB','accuracy, %','steps','rate'],
         [[v, d, n, T, f'{b/1024:,.0f}', f"{mean(rs, 'value'):.1f}", f"{mean(rs, 'steps'):,.0f}", f"{rs[0]['lr']:g}"]

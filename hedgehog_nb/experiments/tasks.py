@@ -97,11 +97,12 @@ def rate_sweep(
     on_event=None, # Listener; told ('run', label=, seed=, lr=) and what `best_rate` tells
     best=max, # As for `best_rate`
     settings:dict=None, # For the first row, where none are there; see `check_settings`
+    **where # Fields of these runs, where the file has others too
 ):
     "Run what `done` lacks, and write each variant as it ends. Raises `FloatingPointError` where all rates of one diverge."
     for seed in seeds:
         for v in variants:
-            mine = {r['seed']:r for r in done if r['variant']==v and 'lr' in r}
+            mine = {r['seed']:r for r in done if 'lr' in r and all(r.get(k)==x for k,x in dict(where, variant=v).items())}
             if seed in mine: continue
             def at(lr):
                 if on_event: on_event('run', label=v, seed=seed, lr=lr)
