@@ -213,6 +213,7 @@ EXPERIMENTS = {'recall':'associative recall', 'recall-converted':'associative re
     'samsum':'conversion with LoRA, summaries', 'vit-cifar10':'ViT converted, CIFAR-10',
     'lra-listops':'Long Range Arena, ListOps', 'lra-text':'Long Range Arena, Text',
     'lra-image':'Long Range Arena, Image', 'lra-pathfinder':'Long Range Arena, Pathfinder', 'kl-transfer':'maps evaluated on other text and lengths',
+    'longer-contexts':'perplexity by position, past the trained context',
     'bench-forward':'speed of the forward pass', 'bench-train':'speed of forward and backward', 'bench-decode':'speed of decoding',
     'bench-distill':'speed of the distillation loss',
     'prefill-model':'speed of a whole model, prefill', 'decode-model':'speed of a whole model, decoding',
@@ -241,7 +242,8 @@ class Table:
 
 # %% ../nbs/96_records.ipynb #4958f67f
 # What a row may add that makes it a measurement of its own
-_SETTING = 'state','B','H','T','D','dtype','causal','seq_len','context','layers','form','num_maps','objective','floor','train_data','train_len','phase','recipe'
+_SETTING = ('state','B','H','T','D','dtype','causal','seq_len','num_pairs','dim','position','context','layers','form','num_maps','objective','floor',
+    'train_data','train_len','phase','recipe')
 
 def _final(rows, key):
     "{key: values, one per seed}: the newest of the rows with the most tokens."
