@@ -174,16 +174,18 @@ def train_recall(
     attention:str, # A registered name; see `ATTENTIONS`
     task:RecallTask=RecallTask(), # What to learn
     seed:int=0, # Of the data, the start and the order
-    lr:float=1.5e-3, # Peak learning rate
-    steps:int=800, # Most steps; the learning rate reaches 0 there
+    lr:float=3e-3, # Peak learning rate
+    steps:int=2000, # Most steps; the learning rate reaches 0 there
     batch_size:int=32, # Sequences per step
     every:int=50, # Steps between two looks at the validation set
     target:float=100., # Validation accuracy in % that ends the run when met twice in a row
-    patience:int=300, # Steps without a better validation accuracy that end it; never if None
+    patience:int=600, # Steps without a better validation accuracy that end it; never if None
     data:dict=None, # Splits, from `recall_data(task, seed=seed)` if None
     progress:bool=False, # Show a progress bar?
     sizes:dict=dict(dim=128, num_heads=2), # Of the model, see `RecallModel`
     model:nn.Module=None, # Train this one on, instead of a new one
+    map_lr:float=None, # Peak learning rate of what the attention itself learns, such as a feature map; a tenth of `lr` if None
+    weight_decay:float=.1, # AdamW's
     on_step=None, # Called after each step with its number, the loss and the seconds so far
     device='cpu', # Where to train
     **settings # Of the attention
@@ -193,8 +195,11 @@ def train_recall(
     torch.manual_seed(seed); start = time.time()
     data = {k: (x.to(device), y.to(device)) for k,(x,y) in (data or recall_data(task, seed=seed)).items()}
     model = (model or RecallModel(attention, task.num_tokens, **sizes, **settings)).to(device)
-    opt,curve,last = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=.01),[],task.num_pairs is None
-    sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=.1)
+    maps = {p for l in model.layers for p in l.attention.parameters()}
+    groups = [([p for p in model.parameters() if p not in maps], lr), ([*maps], lr/10 if map_lr is None else map_lr)]
+    groups,rates = zip(*((dict(params=ps), r) for ps,r in groups if ps))
+    opt,curve,last = torch.optim.AdamW(groups, weight_decay=weight_decay),[],task.num_pairs is None
+    sched = torch.optim.lr_scheduler.OneCycleLR(opt, [*rates], total_steps=steps, pct_start=.1)
     bar = tqdm(range(1, steps+1), desc=attention, leave=False, disable=not progress)
     for step,(x,y) in zip(bar, _recall_batches(*data['train'], batch_size, torch.Generator().manual_seed(seed))):
         loss = F.cross_entropy(model(x, y>=0), y[y>=0])
@@ -265,7 +270,7 @@ def recall_sweep(
     task:RecallTask=RecallTask(), # What to learn
     experiment:str='recall', # Its name in results
     seeds=(0,), # Of data, start and order
-    lrs=(1.5e-3,), # Learning rates to choose from
+    lrs=(3e-3,), # Learning rates to choose from
     command:str=None, # What was typed, for the record
     on_row=None, # Called with each finished row
     **kwargs # Of `train_recall`: steps, batch_size, sizes, progress, …
