@@ -200,6 +200,7 @@ PAPER = {
 
 # %% ../nbs/96_records.ipynb #957a11fc
 EXPERIMENTS = {'recall':'associative recall', 'recall-converted':'associative recall, a softmax model converted',
+    'recall-settings':'associative recall, rate of the maps and weight decay',
     'mqar':'multi-query associative recall', 'entropy':'entropy of the weights', 'monotonicity':'monotonicity in q·k',
     'comparison':'every attention on the same queries and keys',
     'cola':'BERT converted, CoLA', 'sst2':'BERT converted, SST-2', 'mrpc':'BERT converted, MRPC', 'stsb':'BERT converted, STS-B',
