@@ -6,7 +6,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/experiments.html.md"""
 
 # %% auto #0
 __all__ = ['experiments', 'OutOpt', 'VariantOpt', 'SeedsOpt', 'RatesOpt', 'BaseRatesOpt', 'EpochsOpt', 'StepsOpt',
-           'DistillStepsOpt', 'RowsOpt', 'WorkOpt', 'mqar_command']
+           'DistillStepsOpt', 'RowsOpt', 'WorkOpt']
 
 # %% ../../nbs/94b_experiments.ipynb #94b00004
 import typer
