@@ -136,6 +136,18 @@ def test_stops_early():
     assert again['curve']==full['curve'] and again['accuracy']==full['accuracy']
 
 
+def test_maps_have_a_rate_of_their_own():
+    "A tenth of the others' if not said; at 0 the maps stay where they began, and all else moves."
+    data = recall_data(TINY, FEW)
+    def moved(**kw):
+        torch.manual_seed(0)
+        start,m = RecallModel('hedgehog', 8, dim=8, num_heads=1).state_dict(),train_recall('hedgehog', TINY, data=data, weight_decay=0., **FAST, **kw)['model']
+        far = {n: (p-start[n]).abs().max().item() for n,p in m.state_dict().items()}
+        return [max(x for n,x in far.items() if ('.w_' in n)==maps) for maps in (True, False)]
+    (same,others),(still,_),(tenth,_) = moved(map_lr=3e-3),moved(map_lr=0.),moved()
+    assert still==0 and others>same/2 and 5<same/tenth<20
+
+
 def test_sweep_goes_on_after_a_kill(tmp_path):
     rows = dict(softmax=('softmax',{}), exp2=('exp',dict(t=2.)), linformer=('linformer',{}), elu=('elu',{}))
     args = dict(rows=rows, task=RecallTask(40, 8), seeds=(0,1), lrs=(1e-3,1e-2), command='a test', **FAST)
