@@ -66,7 +66,7 @@ def test_command(tmp_path):
         assert r.exit_code==code, (r.output, r.exception)
         return ' '.join(r.stderr.split())
     for args,says in ((('--variant','linear'), 'there are softmax, hedgehog'), (('--size','tpu'), 'one of cpu, gpu'), (('--dim',7), 'come in pairs; given 7'),
-            (('--lr',-1), 'rate')):
+            (('--variant','taylor','--dim',40), 'a multiple of 16; given 40'), (('--lr',-1), 'rate')):
         assert says in run(*args, '--steps', 1, code=1) and not (tmp_path/'x.json').exists()
     assert 'elu, 16 channels, seed 0, rate 0.01' in run('--variant', 'elu', '--dim', 16, '--steps', 1, '--lr', 1e-2)
     row, = read_results(tmp_path)

@@ -27,9 +27,11 @@ def mqar_heads(
     variant:str, # A name of `MQAR`
     dim:int, # Channels of the model
 )->int: # Heads of a layer: one, or those of 16 channels
-    "Heads of a variant. Raises `ValueError` that lists the names."
+    "Heads of a variant. Raises `ValueError` that lists the names, or on a width that does not fit."
     if variant not in MQAR: raise ValueError(f"no variant is called {variant!r}; there are {', '.join(MQAR)}")
-    return max(1, dim//16) if variant=='taylor' else 1
+    if variant!='taylor' or dim<=16: return 1
+    if dim%16: raise ValueError(f"Taylor's heads have 16 channels: give a multiple of 16; given {dim}")
+    return dim//16
 
 def mqar_state(
     variant:str, # A name of `MQAR`
