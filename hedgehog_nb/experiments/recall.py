@@ -195,8 +195,9 @@ def train_recall(
     torch.manual_seed(seed); start = time.time()
     data = {k: (x.to(device), y.to(device)) for k,(x,y) in (data or recall_data(task, seed=seed)).items()}
     model = (model or RecallModel(attention, task.num_tokens, **sizes, **settings)).to(device)
-    maps = {p for l in model.layers for p in l.attention.parameters()}
-    groups = [([p for p in model.parameters() if p not in maps], lr), ([*maps], lr/10 if map_lr is None else map_lr)]
+    maps = [p for l in model.layers for p in l.attention.parameters()]
+    others = [p for p in model.parameters() if all(p is not m for m in maps)]
+    groups = (others, lr), (maps, lr/10 if map_lr is None else map_lr)
     groups,rates = zip(*((dict(params=ps), r) for ps,r in groups if ps))
     opt,curve,last = torch.optim.AdamW(groups, weight_decay=weight_decay),[],task.num_pairs is None
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, [*rates], total_steps=steps, pct_start=.1)
