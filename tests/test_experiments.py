@@ -220,6 +220,20 @@ def test_from_scratch(tmp_path):
     assert told==[('elu',0,1e-2), ('elu',0,1e-4), ('elu',1,1e-2)]
     assert {r['value'] for r in two if r['seed']==0}=={r['value'] for r in rows if r['variant']=='elu'} and {r['lr'] for r in two}=={1e-2}
 
+def test_scratch_map_rates(tmp_path):
+    "The rate of the maps is chosen by validation text on the first seed, where there are maps; it changes nothing else."
+    kw = dict(data='embedded', size=ScratchSize(1, 32, 2, 96, 4, 20_000, 1e-2, 'bpe:300'), evals=2, map_lrs=(1e-6, .3))
+    rows = scratch_experiment(tmp_path/'x.json', variants=['hedgehog','elu'], seeds=(0, 1), **kw)
+    hedgehog,elu = ([r for r in rows if r['variant']==v] for v in ('hedgehog','elu'))
+    tried, = {tuple(r['tried_maps'].items()) for r in hedgehog if r['seed']==0}
+    best = min(tried, key=lambda x: x[1])
+    assert [k for k,_ in tried]==['1e-06','0.3'] and tried[0][1]!=tried[1][1] and {f"{r['map_lr']:g}" for r in hedgehog}=={best[0]}
+    assert {tuple(r['tried_maps']) for r in hedgehog if r['seed']==1}=={(best[0],)} and not any('map_lr' in r for r in elu)
+    alone = scratch_experiment(tmp_path/'y.json', variants=['hedgehog'], **{**kw, 'map_lrs':(float(best[0]),)})
+    values = lambda rows: [(r['tokens'], r['metric'], r['value']) for r in rows if r['seed']==0]
+    assert values(alone)==values(hedgehog)
+    with pytest.raises(ValueError, match='a number above 0; given -1'): scratch_experiment(tmp_path/'z.json', **{**kw, 'map_lrs':(-1,)})
+
 def test_scratch_command(tmp_path):
     run = lambda *more, **kw: hedgehog('experiment', 'scratch', '--data', 'embedded', '--out', tmp_path/'x.json', *more, **kw)
     for more,says in ((('--variant','linear'), 'no variant is called'), (('--size','tpu'), 'one of cpu, gpu'), (('--tokenizer','bpe:12'), '300 or more'),

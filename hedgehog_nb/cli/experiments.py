@@ -120,6 +120,7 @@ def scratch_command(ctx:typer.Context, out:OutOpt,
         help="bpe:N to learn N tokens from the text, or a hub id or folder; by the size if not given.")]=None,
     lr:Annotated[Optional[List[float]], _opt('--lr', metavar='X',
         help="Peak rates; each variant's is chosen on seed 0, by validation text. By the size if not given.")]=None,
+    map_lr:Annotated[Optional[List[float]], _opt('--map-lr', metavar='X', help="The same for feature maps, where a variant learns some.")]=None,
     work:WorkOpt=None, autocast:AutocastOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
     ("[bold]Train a GPT-2 from scratch[/] with every attention: softmax, Hedgehog, the paper's fixed maps, a hybrid.\n\n"
@@ -129,7 +130,7 @@ def scratch_command(ctx:typer.Context, out:OutOpt,
     with _experiment(out, screen):
         sizes = scratch_size(size, tokens=tokens, batch_size=batch_size, tokenizer=tokenizer)
         found = scratch_experiment(out, data, variant, range(seeds), sizes, lr, autocast=autocast, device=pick_device(device), work=work,
-            command=command_line(ctx.parent.parent.obj), on_event=_listener(screen, 'ppl', 'tokens'))
+            command=command_line(ctx.parent.parent.obj), on_event=_listener(screen, 'ppl', 'tokens'), map_lrs=map_lr)
     screen.object(out=str(out), rows=found)
 
 # %% ../../nbs/94b_experiments.ipynb #94b00015

@@ -16,8 +16,9 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from ..data.models import parse_dtype
 from ..data.text import load_texts, token_blocks
-from .tasks import check_rates, check_settings, only_command, rate_sweep
+from .tasks import best_rate, check_rates, check_settings, only_command, rate_sweep
 from ..files import atomic_write
+from ..models.attention import linear_layers
 from ..models.config import LinearizeConfig
 from ..models.linearize import linearize
 from ..results import growing_results
@@ -51,9 +52,10 @@ class ScratchSize:
     tokens:int # Tokens to learn from
     lr:float # Peak learning rate
     tokenizer:str # "bpe:N", learned from the training text, or a name or folder
+    map_lr:float=5e-3 # Peak learning rate of feature maps
 
 SCRATCH_SIZES = dict(cpu=ScratchSize(4, 256, 4, 256, 16, 5_000_000, 1e-3, 'bpe:4096'),
-    gpu=ScratchSize(12, 768, 12, 1024, 32, 100_000_000, 6e-4, 'openai-community/gpt2'))
+    gpu=ScratchSize(12, 768, 12, 1024, 32, 100_000_000, 6e-4, 'openai-community/gpt2', 3e-3))
 
 def scratch_size(
     name:str, # "cpu" or "gpu"
@@ -102,7 +104,12 @@ def scratch_tokenizer(
     return tok
 
 # %% ../../nbs/10g_from_scratch.ipynb #10a90032
-def _train(variant, size, tok, train, test, valid, seed, lr, work, evals, autocast, device, on_event):
+def _has_maps(variant, size, tok):
+    "Does this variant learn feature maps?"
+    layers = linear_layers(scratch_model(variant, replace(size, layers=1), tok))
+    return any(True for m in layers.values() for _ in m.feature_map.parameters())
+
+def _train(variant, size, tok, train, test, valid, seed, lr, map_lr, work, evals, autocast, device, on_event):
     "One model: (rows, perplexity on the text to choose by)."
     model = scratch_model(variant, size, tok, seed, device)
     log = EvalLog(test, size.batch_size, on_event, work/'measured.json', seed=seed)
@@ -110,7 +117,7 @@ def _train(variant, size, tok, train, test, valid, seed, lr, work, evals, autoca
     watch = EvalCallback(log, model, 'train', variant, steps, train, size.batch_size, evals)
     with mixed_precision(device, autocast):
         watch.end(finetune(model, train, steps, size.batch_size, lr, seed=seed, weight_decay=.1, progress=False, callbacks=[watch],
-            checkpoint=work/'train.safetensors'))
+            checkpoint=work/'train.safetensors', map_lr=map_lr))
         return log.rows, EvalLog(valid, size.batch_size, on_event).evaluate(model, variant, 'valid')['value']
 
 # %% ../../nbs/10g_from_scratch.ipynb #10a90033
@@ -127,12 +134,14 @@ def scratch_experiment(
     work=None, # Folder for the tokenizer and unfinished runs; beside `path` if None
     command:str=None, # What was typed, for the record
     on_event=None, # Listener, as for `task_sweep`
+    map_lrs=None, # Rates of feature maps to choose from, in the same way, where a variant learns some; `size.map_lr` if None
 )->list: # Rows of results
     ("Train a GPT-2 with every attention, writing each as it ends; what is in the file is not run again. "
      "Raises `DataError` or `ValueError`, one line, on what cannot be had or does not fit.")
     variants,work,lrs = list(SCRATCH if variants is None else variants),Path(work or Path(path).with_suffix('.work')),tuple(lrs or (size.lr,))
+    map_lrs = tuple(map_lrs or (size.map_lr,))
     for v in variants: scratch_config(v, size.seq_len)
-    check_rates(lrs); parse_dtype(autocast)
+    check_rates(lrs); check_rates(map_lrs); parse_dtype(autocast)
     text = {s:load_texts(data, s) for s in ('train','validation','test')}
     source = 'wikitext-2' if 'wikitext-2' in str(data) else Path(str(data)).name
     same = dict(experiment='scratch-wikitext2' if source=='wikitext-2' else 'scratch', model=f'GPT-2, {size.layers} × {size.width}', data=source)
@@ -143,9 +152,16 @@ def scratch_experiment(
         open_work(work, settings)
         train,valid,test = (token_blocks(t, tok, size.seq_len) for t in text.values())
         done,save = growing_results(path, command, seeds[0], device)
-        def run(v, seed, lr, folder):
-            rows,score = _train(v, size, tok, train, test, valid, seed, lr, folder, evals, autocast, device, on_event)
+        def train_at(v, seed, lr, map_lr, folder):
+            if map_lr and len(map_lrs)>1 and on_event: on_event('run', label=f'{v}, maps at {map_lr:g}')
+            rows,score = _train(v, size, tok, train, test, valid, seed, lr, map_lr, folder, evals, autocast, device, on_event)
             return [{**same, **r, 'seq_len':size.seq_len} for r in rows],score
+        def run(v, seed, lr, folder):
+            if not _has_maps(v, size, tok): return train_at(v, seed, lr, None, folder)
+            chosen = [r['map_lr'] for r in done if r['variant']==v][:1]
+            m,runs = best_rate(chosen or map_lrs, lambda m: train_at(v, seed, lr, m, folder/f'maps-{m:g}'), on_event, min)
+            tried = {f'{k:g}':round(x, 2) for k,(_,x) in runs.items()}
+            return [{**r, 'map_lr':m, 'tried_maps':tried} for r in runs[m][0]],runs[m][1]
         rate_sweep(done, save, run, variants, seeds, lrs, work, on_event, min, settings)
         return done
 
