@@ -10,10 +10,12 @@ __all__ = ['add_lora', 'merge_lora', 'finetune']
 # %% ../../nbs/09_training.ipynb #11a00003
 import tempfile, torch, transformers
 from contextlib import contextmanager, nullcontext
+from inspect import signature
 from types import SimpleNamespace
 from fastcore.basics import patch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import find_labels
 from ..models.attention import linear_layers
@@ -23,6 +25,17 @@ from .distill import float_maps
 from .lr_finder import default_lr, find_lr
 from .teacher import check_objective, is_causal_lm, is_tokenwise, TeacherLoss
 from .trainer import found_lr, kept_settings, ResumableTrainer, training_arguments
+
+# %% ../../nbs/09_training.ipynb #09e00001
+def _labelled_logits(model, batch):
+    "`batch`, asking for logits only at positions where a label counts; as it is, where that saves little or the model's loss is not the usual one."
+    inner,y = model.get_base_model() if hasattr(model, 'get_base_model') else model,batch.get('labels')
+    if any(c.is_prompt_learning for c in getattr(model, 'peft_config', {}).values()): return batch # adds tokens of its own
+    if not isinstance(y, Tensor) or y.dim()!=2 or {'logits_to_keep','shift_labels'}&{*batch}: return batch
+    if getattr(inner, 'loss_function', None) is not ForCausalLMLoss or 'logits_to_keep' not in signature(type(inner).forward).parameters: return batch
+    keep = y[:,1:].ne(-100).any(0).nonzero().flatten()
+    if not 0<len(keep)<=.75*y.shape[1]: return batch
+    return {**batch, 'logits_to_keep':keep, 'shift_labels':y[:,keep+1]}
 
 # %% ../../nbs/09_training.ipynb #cd2f1daf
 class _FinetuneTrainer(ResumableTrainer):
@@ -41,6 +54,7 @@ class _FinetuneTrainer(ResumableTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, **kw):
         share = self.share(inputs) if model.training else None # before the labels are taken out, to be smoothed
+        if not return_outputs: inputs = self.needed_logits(inputs)
         loss,outputs = (super().compute_loss if self.teacher is None else self.loss_with_teacher)(model, inputs, return_outputs=True)
         if share==0: loss = loss.nan_to_num()*0. # a mean over no labels
         elif share: loss = loss*(share*self.args.gradient_accumulation_steps*self.args.world_size) # the Trainer takes a plain mean
@@ -58,7 +72,12 @@ class _FinetuneTrainer(ResumableTrainer):
         if not model.training: self.parts = {k:v for k,v in (('label_loss', labels), ('teacher_loss', kl)) if v is not None}
         return self.teacher.combined(labels, kl),outputs
 
+    def needed_logits(self, inputs):
+        "Inputs for the loss alone."
+        return inputs if self.teacher or self.label_smoother else _labelled_logits(self.whole, inputs)
+
     def predict_loss(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if prediction_loss_only: inputs = self.needed_logits(inputs)
         if self.teacher is None or isinstance(inputs.get('labels'), Tensor):
             return super().predict_loss(model, inputs, prediction_loss_only, ignore_keys)
         with torch.no_grad(), self.compute_loss_context_manager():
