@@ -215,6 +215,7 @@ EXPERIMENTS = {'recall':'associative recall', 'recall-converted':'associative re
     'lra-listops':'Long Range Arena, ListOps', 'lra-text':'Long Range Arena, Text',
     'lra-image':'Long Range Arena, Image', 'lra-pathfinder':'Long Range Arena, Pathfinder', 'kl-transfer':'maps evaluated on other text and lengths',
     'longer-contexts':'perplexity by position, past the trained context',
+    'scratch-map-rates':'training from scratch, maps at the rate of all weights',
     'bench-forward':'speed of the forward pass', 'bench-train':'speed of forward and backward', 'bench-decode':'speed of decoding',
     'bench-distill':'speed of the distillation loss',
     'prefill-model':'speed of a whole model, prefill', 'decode-model':'speed of a whole model, decoding',

@@ -17,7 +17,7 @@ def test_state_is_counted(variant, dim):
     H,d = mqar_heads(variant, dim),dim//mqar_heads(variant, dim)
     F = dict(hedgehog=2*d, taylor=(d+1)*(d+2)//2, elu=d).get(variant, 2*d)
     linear = H*(F*d + F + 1)
-    by_hand = dict(softmax=2*100*dim, **{'hedgehog-window':linear + 2*16*dim + 16}).get(variant, linear)
+    by_hand = dict(softmax=2*100*dim, **{'hedgehog-window':linear + 2*8*dim + 8}).get(variant, linear)
     assert mqar_state(variant, dim, 100, layers=3)==3*4*by_hand
 
 
@@ -70,4 +70,15 @@ def test_command(tmp_path):
         assert says in run(*args, '--steps', 1, code=1) and not (tmp_path/'x.json').exists()
     assert 'elu, 16 channels, seed 0, rate 0.01' in run('--variant', 'elu', '--dim', 16, '--steps', 1, '--lr', 1e-2)
     row, = read_results(tmp_path)
-    assert (row['experiment'],row['dim'],row['seq_len'],row['num_pairs'])==('mqar',16,64,16)
+    assert (row['experiment'],row['dim'],row['seq_len'],row['num_pairs'])==('mqar',16,32,8)
+
+
+def test_without_rotary():
+    "Equal tokens give equal queries and keys wherever they stand, without a convolution."
+    x = torch.tensor([[3,1,3,2,3]])
+    for rotary in (True, False):
+        torch.manual_seed(0)
+        m = RecallModel('hedgehog', 8, dim=16, rotary=rotary)
+        q,k,v = m.layers[0].project(m.embed(x))
+        same = lambda a: torch.allclose(a[:,:,0], a[:,:,4], rtol=0, atol=1e-6)
+        assert same(q)!=rotary and same(k)!=rotary and same(v)

@@ -210,6 +210,30 @@ def test_a_batch_without_labels_counts_nothing():
     history = finetune(made(), [none, BLOCKS[:4]], 2, eval_data=[none])
     assert history.losses[0]==0 and history.losses[1]>1 and math.isnan(history.evaluations[0]['loss'])
 
+@pytest.mark.parametrize('make', [made, llama, gpt2], ids=['converted','llama','gpt2'])
+@pytest.mark.parametrize('kw', [{}, dict(gradient_accumulation_steps=2), dict(lora=dict(r=2, target_modules='all-linear'))], ids=['plain','pieces','lora'])
+def test_logits_only_where_a_label_counts(make, kw, monkeypatch):
+    "The same losses, from fewer logits; all of them for metrics, and where most tokens have a label."
+    from hedgehog_nb.training import finetune as module
+    T = BLOCKS.shape[1]
+    y = BLOCKS.clone(); y[:,:T-8] = -100; y[0,:T-2] = -100; y[1] = -100
+    data,seen,metrics = [dict(input_ids=a, labels=b) for a,b in zip(BLOCKS, y)],[],[]
+    def run(data, compute_metrics=None):
+        torch.manual_seed(0)
+        model = make().eval()
+        model.get_output_embeddings().register_forward_pre_hook(lambda m, a: seen.append(a[0].shape[1]))
+        seen.clear()
+        h = finetune(model, data, 3, batch_size=4, eval_data=data, eval_steps=3, compute_metrics=compute_metrics, **kw)
+        return h.losses,[e['loss'] for e in h.evaluations],{*seen}
+    few = run(data)
+    full = run(data, lambda p: metrics.append(p.predictions.shape) or {})
+    assert few[2]=={8} and full[2]=={8, T} and {m[1] for m in metrics}=={T}
+    assert run([dict(input_ids=b, labels=b) for b in BLOCKS])[2]=={T}
+    monkeypatch.setattr(module, '_labelled_logits', lambda model, batch: batch)
+    old = run(data)
+    assert old[2]=={T}
+    for new in (few, full): assert new[0]==pytest.approx(old[0], rel=1e-5) and new[1]==pytest.approx(old[1], rel=1e-5)
+
 @pytest.mark.parametrize('pieces', [1,2])
 def test_smoothed_labels_are_a_mean_over_labels_too(pieces):
     run = lambda **kw: finetune(made(), BLOCKS[:4], 1, 4, lr=0., gradient_accumulation_steps=pieces, **kw).losses[0]

@@ -19,7 +19,7 @@ from ..results import growing_results, Table
 from ..training.recipe import open_work
 
 # %% ../../nbs/07b_state_size.ipynb #07b00032
-MQAR = {'softmax':('softmax', {}), 'hedgehog':('hedgehog', {}), 'hedgehog-window':('hedgehog-window', dict(window=16)),
+MQAR = {'softmax':('softmax', {}), 'hedgehog':('hedgehog', dict(form='exp')), 'hedgehog-window':('hedgehog-window', dict(window=8, form='exp')),
     'taylor':('taylor', {}), 'elu':('elu', {})}
 
 # %% ../../nbs/07b_state_size.ipynb #07b00033
@@ -59,7 +59,7 @@ class MQARSize:
     steps:int # Optimiser steps, at most
     vocab_size:int=8192 # Tokens, half of them keys
 
-MQAR_SIZES = dict(cpu=MQARSize(64, 16, (32,64,128), 50_000, 64, 3000, 2048), gpu=MQARSize(512, 64, (64,128,256,512), 100_000, 128, 50_000))
+MQAR_SIZES = dict(cpu=MQARSize(32, 8, (32,64,128), 50_000, 64, 2000, 256), gpu=MQARSize(512, 64, (64,128,256,512), 100_000, 128, 50_000))
 
 def mqar_size(
     name:str, # "cpu" or "gpu"
@@ -98,7 +98,7 @@ def mqar_experiment(
             if on_event: on_event('progress', phase='train', done=step, total=size.steps, seconds=seconds, loss=loss, metric='loss')
         name,kw = MQAR[v]
         r = train_recall(name, task, seed, lr, size.steps, size.batch_size, every=max(1, size.steps//20), patience=None, target=99.9, data=data[seed],
-            sizes=dict(dim=dim, num_heads=mqar_heads(v, dim), conv=4), on_step=on_step, device=device, **kw)
+            sizes=dict(dim=dim, num_heads=mqar_heads(v, dim), conv=4, rotary=False), on_step=on_step, device=device, **kw)
         row = dict(same, variant=v, dim=dim, state_bytes=mqar_state(v, dim, size.seq_len), stage='trained', value=r['accuracy'], seed=seed,
             tokens=r['tokens'], steps=r['steps'], wall_s=round(r['wall_s'], 1), curve=[[s,round(a, 1)] for s,a in r['curve']])
         if on_event: on_event('row', row=row, model=r['model'])

@@ -106,16 +106,17 @@ def _rotate(
 # %% ../../nbs/07_associative_recall.ipynb #f64f7498
 class _RecallLayer(nn.Module):
     "Attention around a residual; the attention is pluggable."
-    def __init__(self, dim, num_heads, attention, conv, **settings):
+    def __init__(self, dim, num_heads, attention, conv, rotary, **settings):
         super().__init__()
         if dim%(2*num_heads): raise ValueError(f"dim must be a multiple of 2·num_heads; given {dim} and {num_heads}")
         self.norm,self.qkv,self.out = nn.LayerNorm(dim),nn.Linear(dim, 3*dim, bias=False),nn.Linear(dim, dim, bias=False)
         self.conv = nn.Conv1d(dim, dim, conv, groups=dim, padding=conv-1) if conv else None
-        self.attention = make_attention(attention, dim//num_heads, num_heads, **settings)
-    def project(self, x): # (B, T, dim) -> rotated queries, rotated keys, values: (B, H, T, D) each
+        self.attention,self.rotary = make_attention(attention, dim//num_heads, num_heads, **settings),rotary
+    def project(self, x): # (B, T, dim) -> queries, keys, values: (B, H, T, D) each
         a,h = self.attention,self.norm(x)
         if self.conv: h = self.conv(h.mT)[...,:h.shape[1]].mT
         q,k,v = self.qkv(h).unflatten(-1, (3,a.num_heads,-1)).permute(2,0,3,1,4)
+        if not self.rotary: return q,k,v
         turns = _rotary(x.shape[1], a.head_dim).to(x.device)
         return _rotate(q, turns), _rotate(k, turns), v
     def forward(self, x): return x + self.out(self.attention.attend(*self.project(x)).transpose(1,2).flatten(2))
@@ -130,11 +131,12 @@ class RecallModel(nn.Module):
         num_heads:int=2, # Heads of a layer
         num_layers:int=2, # Layers
         conv:int=0, # Tokens of a short causal convolution, channel by channel, before queries, keys and values; none if 0
+        rotary:bool=True, # Turn queries and keys by their position?
         **settings # Of the attention
     ):
         super().__init__()
         self.embed = nn.Embedding(vocab_size, dim)
-        self.layers = nn.ModuleList(_RecallLayer(dim, num_heads, attention, conv, **settings) for _ in range(num_layers))
+        self.layers = nn.ModuleList(_RecallLayer(dim, num_heads, attention, conv, rotary, **settings) for _ in range(num_layers))
         self.norm,self.head = nn.LayerNorm(dim),nn.Linear(dim, vocab_size, bias=False)
         a = self.layers[0].attention
         if True not in a.directions: raise ValueError(f"recall reads from left to right; {type(a).__name__} is bidirectional only")
