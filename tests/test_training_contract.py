@@ -234,6 +234,14 @@ def test_logits_only_where_a_label_counts(make, kw, monkeypatch):
     assert old[2]=={T}
     for new in (few, full): assert new[0]==pytest.approx(old[0], rel=1e-5) and new[1]==pytest.approx(old[1], rel=1e-5)
 
+def test_a_model_with_a_loss_of_its_own_keeps_all_logits():
+    "BART's decoder takes `logits_to_keep`, and compares logits with labels itself."
+    x = corpus(4)
+    y = x.clone(); y[:,:-4] = -100
+    config = transformers.BartConfig(vocab_size=VOCAB, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16, max_position_embeddings=128)
+    bart = transformers.BartForCausalLM(config)
+    assert len(finetune(bart, [dict(input_ids=a, labels=b) for a,b in zip(x, y)], 2, batch_size=2).losses)==2
+
 @pytest.mark.parametrize('pieces', [1,2])
 def test_smoothed_labels_are_a_mean_over_labels_too(pieces):
     run = lambda **kw: finetune(made(), BLOCKS[:4], 1, 4, lr=0., gradient_accumulation_steps=pieces, **kw).losses[0]

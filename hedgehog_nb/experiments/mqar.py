@@ -98,7 +98,7 @@ def mqar_experiment(
             if on_event: on_event('progress', phase='train', done=step, total=size.steps, seconds=seconds, loss=loss, metric='loss')
         name,kw = MQAR[v]
         r = train_recall(name, task, seed, lr, size.steps, size.batch_size, every=max(1, size.steps//20), patience=None, target=99.9, data=data[seed],
-            sizes=dict(dim=dim, num_heads=mqar_heads(v, dim), conv=4, rotary=False), on_step=on_step, device=device, **kw)
+            sizes=dict(dim=dim, num_heads=mqar_heads(v, dim), conv=4, rotary=False), map_lr=lr/100, on_step=on_step, device=device, **kw)
         row = dict(same, variant=v, dim=dim, state_bytes=mqar_state(v, dim, size.seq_len), stage='trained', value=r['accuracy'], seed=seed,
             tokens=r['tokens'], steps=r['steps'], wall_s=round(r['wall_s'], 1), curve=[[s,round(a, 1)] for s,a in r['curve']])
         if on_event: on_event('row', row=row, model=r['model'])

@@ -10,7 +10,7 @@ __all__ = ['add_lora', 'merge_lora', 'finetune']
 # %% ../../nbs/09_training.ipynb #11a00003
 import tempfile, torch, transformers
 from contextlib import contextmanager, nullcontext
-from inspect import signature
+from inspect import signature, unwrap
 from types import SimpleNamespace
 from fastcore.basics import patch
 from torch import Tensor
@@ -27,12 +27,16 @@ from .teacher import check_objective, is_causal_lm, is_tokenwise, TeacherLoss
 from .trainer import found_lr, kept_settings, ResumableTrainer, training_arguments
 
 # %% ../../nbs/09_training.ipynb #09e00001
+def _takes_positions(forward):
+    "Can a model's `forward` be asked for some logits, and does it leave the loss to `loss_function`?"
+    return 'logits_to_keep' in signature(forward).parameters and 'loss_function' in forward.__code__.co_names
+
 def _labelled_logits(model, batch):
     "`batch`, asking for logits only at positions where a label counts; as it is, where that saves little or the model's loss is not the usual one."
     inner,y = model.get_base_model() if hasattr(model, 'get_base_model') else model,batch.get('labels')
     if any(c.is_prompt_learning for c in getattr(model, 'peft_config', {}).values()): return batch # adds tokens of its own
     if not isinstance(y, Tensor) or y.dim()!=2 or {'logits_to_keep','shift_labels'}&{*batch}: return batch
-    if getattr(inner, 'loss_function', None) is not ForCausalLMLoss or 'logits_to_keep' not in signature(type(inner).forward).parameters: return batch
+    if getattr(inner, 'loss_function', None) is not ForCausalLMLoss or not _takes_positions(unwrap(type(inner).forward)): return batch
     keep = y[:,1:].ne(-100).any(0).nonzero().flatten()
     if not 0<len(keep)<=.75*y.shape[1]: return batch
     return {**batch, 'logits_to_keep':keep, 'shift_labels':y[:,keep+1]}
