@@ -210,7 +210,7 @@ def mqar_command(ctx:typer.Context, out:OutOpt,
     size:Annotated[str, _opt('--size', metavar='NAME', help="cpu: 8 pairs in 32 tokens; gpu: Zoology's, 64 pairs in 512.")]='cpu',
     steps:Annotated[Optional[int], _opt('--steps', metavar='N', min=1, help="Optimiser steps of each model; by the size if not given.")]=None,
     lr:Annotated[List[float], _opt('--lr', metavar='X',
-        help="Peak rates; each variant's is chosen for each width on seed 0, by sequences held out.")]=(3e-3,1e-2),
+        help="Peak rates; each variant's is chosen for each width on seed 0, by sequences held out.")]=(1e-3,3e-3,1e-2),
     work:WorkOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
     ("[bold]Multi-query associative recall from scratch[/]: accuracy of every attention against the bytes of its state.\n\n"

@@ -75,7 +75,7 @@ def mqar_experiment(
     variants=None, # Names of `MQAR`; all if None
     seeds=(0,), # Of data, weights and order
     size:MQARSize=MQAR_SIZES['cpu'], # Task, models and budget
-    lrs=(3e-3,1e-2), # Peak rates to choose from, for each variant and width on the first seed, by sequences held out
+    lrs=(1e-3,3e-3,1e-2), # Peak rates to choose from, for each variant and width on the first seed, by sequences held out
     device='cpu', # Where to run
     work=None, # Folder of this command alone; beside `path` if None
     command:str=None, # What was typed, for the record
