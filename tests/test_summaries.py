@@ -196,10 +196,10 @@ def test_stopped_run_goes_on(data, tmp_path):
         def stop(event, phase=None, **_):
             if (event,phase)==('progress',where): raise Stop
         return stop
-    kw = dict(data=data, variants=['hedgehog'], save_steps=1, **QUICK)
+    kw = dict(data=data, variants=['hedgehog'], save_steps=1, recipe='best', **QUICK)
     values = lambda rows: [(r['metric'], r['value'], r['tokens'], r['valid_loss'], r['kl'], r.get('written')) for r in rows if r['metric']!='tokens_per_s']
     whole = summaries_experiment(tmp_path/'a.json', **kw)
-    for where in ('distill','finetune','evaluate'):
+    for where in ('distill','align','finetune','evaluate'):
         with pytest.raises(Stop): summaries_experiment(tmp_path/'b.json', on_event=at(where), **kw)
     told = []
     assert values(summaries_experiment(tmp_path/'b.json', on_event=lambda event, **_: told.append(event), **kw))==values(whole) and told==['run','row']
@@ -207,10 +207,29 @@ def test_stopped_run_goes_on(data, tmp_path):
     assert values(summaries_experiment(tmp_path/'b.json', on_event=never, **kw))==values(whole)
     with pytest.raises(ValueError, match='runs of other settings .steps 2 there, 3 here'): summaries_experiment(tmp_path/'b.json', **{**kw, 'steps':3})
 
+def test_recipe_of_the_maps(data, tmp_path):
+    "What a recipe changes: maps, rows a step, alignment of a model without a window."
+    def run(recipe):
+        models,phases = {},{}
+        def listen(event, row=None, model=None, phase=None, done=None, label=None, **_):
+            if event=='run': phases[label] = {}
+            if event=='progress': phases[[*phases][-1]][phase] = done
+            if event=='row': models[row['variant']] = model
+        rows = summaries_experiment(tmp_path/f'{recipe}.json', data=data, variants=['softmax','hedgehog','hedgehog-window'], recipe=recipe, on_event=listen, **QUICK)
+        return models, phases, {r['variant']:r for r in rows if r['metric']=='rouge1'}
+    for recipe,features,steps,align in (('paper', (2,2), 2, {}), ('best', (8,4), 8, {'align':8})):
+        models,phases,rows = run(recipe)
+        maps = [next(iter(linear_layers(models[v]).values())).feature_map for v in ('hedgehog','hedgehog-window')]
+        assert tuple(m.feature_dim//m.head_dim for m in maps)==features
+        assert phases['hedgehog']=={'distill':steps, **align, 'finetune':2, 'evaluate':5} and phases['hedgehog-window']=={'distill':steps, 'finetune':2, 'evaluate':5}
+        assert [r.get('recipe') for r in rows.values()]==[None, recipe, recipe]
+        seen = {v:round(r['tokens']/rows['softmax']['tokens']) for v,r in rows.items()}
+        assert seen=={'softmax':1, 'hedgehog':2+len(align), 'hedgehog-window':2}
+
 def test_what_does_not_fit_is_said_first(data, tmp_path):
     for more,says in ((dict(variants=['linear']), "no variant is called 'linear'; there are softmax-zero-shot"),
         (dict(lora=dict(r=4, target_modules=['c_attn'])), 'modules called c_attn'), (dict(max_prompt=5), 'the question alone takes'),
-        (dict(autocast='half a bit'), 'is unknown')):
+        (dict(autocast='half a bit'), 'is unknown'), (dict(recipe='worst'), "recipe is one of paper, lolcats, best")):
         with pytest.raises(ValueError, match=says): summaries_experiment(tmp_path/'x.json', **{**QUICK, 'data':data, **more})
     assert not [*tmp_path.iterdir()]
 
@@ -220,6 +239,8 @@ def test_table_beside_the_paper():
     cells = {r[0]:r[1:] for r in rouge_table(rows).rows}
     p = PAPER['samsum']['metrics']['rouge1']
     assert cells['hedgehog'][:2]==['30.0 / 30.0 / 30.0','75'] and cells['hedgehog'][3]==f"{100*p['hedgehog']/p['softmax']:.0f}"
+    more = [{**rows[-1], 'metric':m, 'value':36., 'recipe':c} for c in ('best',) for m in ROUGE]
+    assert {r[0]:r[1:3] for r in rouge_table(rows+more).rows}=={v:c[:2] for v,c in cells.items()} | {'hedgehog, best':['36.0 / 36.0 / 36.0','90']}
     assert cells['t2r'][:2]==['not run yet','–'] and cells['window'][2:]==['–','–'] and [*cells]==[*SUMMARIES]
 
 def test_summaries_command(tmp_path):

@@ -136,7 +136,8 @@ def scratch_command(ctx:typer.Context, out:OutOpt,
 # %% ../../nbs/94b_experiments.ipynb #94b00015
 @experiments.command('summaries', epilog=_examples(
     'hedgehog experiment summaries HuggingFaceTB/SmolLM2-135M-Instruct --out results/samsum.json --autocast bfloat16',
-    'hedgehog experiment summaries SmolLM2/ --data samsum/ --variant softmax --variant hedgehog --lr 1e-3 --steps 1000 --out samsum.json'))
+    'hedgehog experiment summaries SmolLM2/ --data samsum/ --variant softmax --variant hedgehog --lr 1e-3 --steps 1000 --out samsum.json',
+    'hedgehog experiment summaries SmolLM2/ --data samsum/ --variant hedgehog --recipe best --out samsum-best.json'))
 @_command
 def summaries_command(ctx:typer.Context, model:ModelArg, out:OutOpt,
     data:Annotated[str, _opt('--data', '-d', metavar='DATA',
@@ -145,6 +146,8 @@ def summaries_command(ctx:typer.Context, model:ModelArg, out:OutOpt,
     variant:VariantOpt=None, seeds:SeedsOpt=1,
     steps:Annotated[int, _opt('--steps', metavar='N', min=1, help="Optimiser steps of the adapters.")]=400,
     distill_steps:Annotated[int, _opt('--distill-steps', metavar='N', min=1, help="Optimiser steps of the maps before.")]=400,
+    recipe:Annotated[str, _opt('--recipe', metavar='NAME', help="Settings of the maps, and how they are trained: the [cyan]paper[/]'s, [cyan]lolcats[/]', or "
+        "the [cyan]best[/] we know, with more maps, smaller steps on the same dialogues, and alignment where there is no window.")]='paper',
     batch_size:Annotated[int, _opt('--batch-size', metavar='N', min=1, help="Dialogues per step; twice as many are summarised at once.")]=8,
     lr:Annotated[List[float], _opt('--lr', metavar='X', help="Rates of the adapters; each variant's is chosen on seed 0, by summaries held out.")]=(3e-4,1e-3),
     test_rows:Annotated[Optional[int], _opt('--test-rows', metavar='N', min=1,
@@ -159,7 +162,7 @@ def summaries_command(ctx:typer.Context, model:ModelArg, out:OutOpt,
     screen = Terminal(as_json)
     with _experiment(out, screen):
         found = summaries_experiment(out, model, data, variant, range(seeds), steps, distill_steps, batch_size, tuple(lr), test_rows, max_prompt, new_tokens,
-            autocast=autocast, dtype=dtype, device=pick_device(device), work=work, command=command_line(ctx.parent.parent.obj),
+            recipe, autocast=autocast, dtype=dtype, device=pick_device(device), work=work, command=command_line(ctx.parent.parent.obj),
             on_event=_listener(screen, 'rouge1'))
     if found[0]['cut']: screen.say(f"{found[0]['cut']} of {found[0]['dialogues']} dialogues lost their beginning, to fit into {max_prompt} tokens")
     screen.object(out=str(out), rows=found)

@@ -6,7 +6,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/summaries.html.md"""
 
 # %% auto #0
 __all__ = ['ROUGE', 'SUMMARIES', 'dialogue_data', 'Prompt', 'summary_row', 'SummaryTask', 'rouge_scores', 'write_summaries',
-           'summaries_experiment', 'rouge_table']
+           'summaries_experiment', 'summary_rows', 'rouge_table']
 
 # %% ../../nbs/10h_summaries.ipynb #10h00004
 import hashlib, json, math, random, shutil, statistics, time, torch
@@ -23,6 +23,7 @@ from ..models.cache import cache_bytes
 from ..models.config import LinearizeConfig
 from ..models.linearize import linearize
 from ..results import check_row, final_value, growing_results, PAPER, Table
+from ..training.align import align
 from ..training.distill import distill
 from ..training.finetune import finetune
 from ..training.recipe import get_recipe, mixed_precision, open_work, tokens_after
@@ -163,34 +164,40 @@ def write_summaries(
     return [text[i] for i in range(len(order))], dict(tokens_per_s=tokens/seconds if seconds else 0., bytes=size/len(order), ended=100*ended/len(order))
 
 # %% ../../nbs/10h_summaries.ipynb #10h00062
-_window = dict(window=64, form='exp', bias=True)
 SUMMARIES = {'softmax-zero-shot':None, 'softmax':None, 't2r':Variant('t2r'), 't2r-hh':Variant('t2r', distilled=True),
-    'hedgehog':Variant('hedgehog', dict(form='exp', bias=True), True), 'hedgehog-window':Variant('hedgehog-window', _window, True),
-    'window':Variant('hedgehog-window', dict(_window, branch='window'))}
+    'hedgehog':Variant('hedgehog', distilled=True), 'hedgehog-window':Variant('hedgehog-window', dict(window=64), True),
+    'window':Variant('hedgehog-window', dict(window=64, branch='window'))}
 
 # %% ../../nbs/10h_summaries.ipynb #10h00064
 def _converted(base, variant, task, seed, o, folder, tell):
-    "(a copy of the model with the attention of a variant, maps distilled where that is said; distillation's history or None)"
-    model,v,h = deepcopy(base),SUMMARIES[variant],None
+    "(a copy of the model with the attention of a variant, maps trained where that is said; a history of each phase and its rows a step)"
+    model,v,phases = deepcopy(base),SUMMARIES[variant],[]
+    if not v: return model, phases
+    r,rows = get_recipe(o.recipe),o.distill_steps*o.batch_size
+    config,size = r.config(v.attention, **v.settings),min(o.batch_size, r.batch_for(rows, 1))
     torch.manual_seed(seed)
-    if v: linearize(model, LinearizeConfig(v.attention, attention_kwargs=v.settings))
-    if v and v.distilled:
-        r = get_recipe(o.recipe)
-        h = distill(model, task.train, o.distill_steps, o.batch_size, r.lr, r.objective, seed=seed, callbacks=[StepEvents(tell, 'distill')],
-            checkpoint=folder/'distill.safetensors', save_steps=o.save_steps, progress=False, **r.distill_args, **task.training())
-    return model, h
+    linearize(model, config)
+    def phase(name, train, steps, *args, **kw):
+        if steps: phases.append((train(model, task.train, steps, size, *args, seed=seed, callbacks=[StepEvents(tell, name)], save_steps=o.save_steps,
+            checkpoint=folder/f'{name}.safetensors', progress=False, **kw, **task.training()), size))
+    if v.distilled:
+        steps = math.ceil(rows/size)
+        phase('distill', distill, steps, r.lr, r.objective, **r.distill_args)
+        phase('align', align, round(steps*r.align_for(config, model)))
+    return model, phases
 
 def _tuned(base, variant, task, seed, lr, o, folder, tell):
-    "(trained model, {tokens, seconds, loss on the rows to choose by, kl})"
+    "(trained model, {tokens, seconds, loss on the rows to choose by; of maps: kl, recipe})"
     with mixed_precision(base.device, o.autocast):
-        model,d = _converted(base, variant, task, seed, o, folder, tell)
+        model,phases = _converted(base, variant, task, seed, o, folder, tell)
         h = finetune(model, task.train, o.steps, o.batch_size, lr, lora=o.lora, seed=seed, eval_data=task.valid, eval_steps=math.ceil(o.steps/4),
             callbacks=[StepEvents(tell, 'finetune')], checkpoint=folder/f'lora-{lr:g}.safetensors', save_steps=o.save_steps, progress=False, **task.training())
+    maps = dict(kl=round(phases[0][0].losses[-1], 4), recipe=o.recipe if isinstance(o.recipe, str) else 'own') if phases else {}
+    phases.append((h, o.batch_size))
     per_row = statistics.mean(len(r['input_ids']) for r in task.train)
-    phases = [x for x in (d, h) if x]
-    rows = sum(tokens_after(len(x.losses), torch.empty(len(task.train), 1), o.batch_size) for x in phases)
-    return model, dict(tokens=round(rows*per_row), seconds=round(sum(sum(x.seconds) for x in phases), 2), valid_loss=round(h.best_value, 4),
-        step_s=round(statistics.median(h.seconds), 3), **({'kl':round(d.losses[-1], 4)} if d else {}))
+    rows = sum(tokens_after(len(x.losses), torch.empty(len(task.train), 1), size) for x,size in phases)
+    return model, dict(tokens=round(rows*per_row), seconds=round(sum(sum(x.seconds) for x,_ in phases), 2), valid_loss=round(h.best_value, 4),
+        step_s=round(statistics.median(h.seconds), 3), **maps)
 
 # %% ../../nbs/10h_summaries.ipynb #10h00065
 def _measured(model, task, o, path, on_event, **same):
@@ -249,7 +256,7 @@ def summaries_experiment(
     test_rows:int=None, # Dialogues to summarise, the same for all; if None 200 on a CPU, all on a GPU
     max_prompt:int=512, # As for `SummaryTask`
     new_tokens:int=80, # Tokens of a summary, at most
-    recipe='paper', # A name of `RECIPES`, or a `Recipe`: how maps are distilled
+    recipe='paper', # A name of `RECIPES`, or a `Recipe`: settings of the maps, and how they are trained
     lora:dict=None, # Settings of `peft.LoraConfig`; the paper's if None: r=8, lora_alpha=16, on queries, keys, values and outputs
     autocast:str=None, # Mixed precision of training, "bfloat16" or "float16"
     dtype=None, # Of the weights; as saved if None
@@ -262,7 +269,7 @@ def summaries_experiment(
     ("Convert a model to every attention, finetune it with LoRA on dialogues, and judge its summaries; what is in the file is not run again. "
      "Raises `DataError`, `ModelError` or `ValueError`, one line, on what cannot be had or does not fit, and `FloatingPointError` where every rate diverges.")
     variants,work,lora = list(SUMMARIES if variants is None else variants),Path(work or Path(path).with_suffix('.work')),lora or get_recipe('lolcats').lora
-    check_rates(lrs); parse_dtype(autocast)
+    check_rates(lrs); parse_dtype(autocast); get_recipe(recipe)
     base,tok = load_model(model, dtype, device)
     _check(base, variants, lora)
     if test_rows is None and base.device.type=='cpu': test_rows = 200
@@ -289,15 +296,26 @@ def summaries_experiment(
         return done
 
 # %% ../../nbs/10h_summaries.ipynb #10h00091
+def summary_rows(
+    rows:list, # From `read_results`
+    experiment:str='samsum', # Which experiment
+)->dict: # {variant, or "variant, recipe" where that is not the paper's: its rows}, in the order of `SUMMARIES`; of what was not run none
+    "Rows of each variant."
+    by = {v:{v:[]} for v in SUMMARIES}
+    for r in rows:
+        if r['experiment']!=experiment or (v := r['variant']) not in by: continue
+        by[v].setdefault(v if r.get('recipe', 'paper')=='paper' else f"{v}, {r['recipe']}", []).append(r)
+    return {name:found for of in by.values() for name,found in of.items()}
+
 def rouge_table(
     rows:list, # From `read_results`
     experiment:str='samsum', # Which experiment
-)->Table: # A row per variant
+)->Table: # A row per variant and recipe
     "ROUGE-1, ROUGE-2 and ROUGE-L, and ROUGE-1 as a share of the softmax control's, beside the same of the paper; what was not measured says so."
-    ours = {v:[final_value(rows, experiment, m, variant=v) for m in ROUGE] for v in SUMMARIES}
-    paper = {v:[PAPER['samsum']['metrics'][m].get(v) for m in ROUGE] for v in SUMMARIES}
+    ours = {v:[final_value(rs, experiment, m) for m in ROUGE] for v,rs in summary_rows(rows, experiment).items()}
+    paper = {v:[PAPER['samsum']['metrics'][m].get(v) for m in ROUGE] for v in ours}
     def cells(by, v, missing):
         if by[v][0] is None: return [missing, '–']
         return [' / '.join(f'{x:.1f}' for x in by[v]), f"{100*by[v][0]/by['softmax'][0]:.0f}" if by['softmax'][0] else '–']
     return Table(['variant','ROUGE-1 / 2 / L','% of softmax','paper','% of softmax, paper'],
-        [[v, *cells(ours, v, 'not run yet'), *cells(paper, v, '–')] for v in SUMMARIES], 'Paper, as transcribed: Llama-2 7B on SAMSum.')
+        [[v, *cells(ours, v, 'not run yet'), *cells(paper, v, '–')] for v in ours], 'Paper, as transcribed: Llama-2 7B on SAMSum.')
