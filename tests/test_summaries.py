@@ -7,6 +7,7 @@ from helpers.commands import hedgehog
 torch = pytest.importorskip('torch')
 from hedgehog_nb.data.models import load_embedded
 from hedgehog_nb.data.text import DataError
+from hedgehog_nb.experiments import summarisation
 from hedgehog_nb.experiments.summarisation import (dialogue_data, Prompt, ROUGE, rouge_scores, rouge_table, SUMMARIES, summaries_experiment, summary_row,
     SummaryTask, write_summaries)
 from hedgehog_nb.models.attention import linear_layers
@@ -206,6 +207,14 @@ def test_stopped_run_goes_on(data, tmp_path):
     def never(event, **_): raise AssertionError(event)
     assert values(summaries_experiment(tmp_path/'b.json', on_event=never, **kw))==values(whole)
     with pytest.raises(ValueError, match='runs of other settings .steps 2 there, 3 here'): summaries_experiment(tmp_path/'b.json', **{**kw, 'steps':3})
+
+def test_a_text_that_repeats_its_dialogue_is_not_kept(data, tmp_path, monkeypatch):
+    data['test'] = [dict(id=str(i), dialogue='Tom: one two three four five six seven eight nine', summary='Tom counts.') for i in range(3)]
+    texts = ['He said one two three four five six seven, eight', 'then: two three four five six seven eight nine', 'Tom counts.']
+    monkeypatch.setattr(summarisation, 'write_summaries', lambda *a: (texts, dict(tokens_per_s=1., bytes=1., ended=100.)))
+    rows = summaries_experiment(tmp_path/'x.json', data=data, variants=['softmax-zero-shot'], **QUICK)
+    assert rows[0]['written']=={'0':texts[0], '1':'(repeats the dialogue)', '2':texts[2]}
+    assert rows[0]['value']==pytest.approx(sum(rouge_scores(texts, ['Tom counts.']*3)['rouge1'])/3, abs=1e-3) # and is judged all the same
 
 def test_recipe_of_the_maps(data, tmp_path):
     "What a recipe changes: maps, rows a step, alignment of a model without a window."

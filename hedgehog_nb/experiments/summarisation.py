@@ -163,6 +163,16 @@ def write_summaries(
     tokens,seconds,size,ended = (sum(b[k] for b in done) for k in ('tokens','seconds','bytes','ended'))
     return [text[i] for i in range(len(order))], dict(tokens_per_s=tokens/seconds if seconds else 0., bytes=size/len(order), ended=100*ended/len(order))
 
+# %% ../../nbs/10h_summaries.ipynb #10h00111
+def copies(
+    text:str, # What a model wrote
+    source:str, # What it read
+    words:int=8, # So many in a row
+)->bool:
+    "Does a text repeat some words of another in a row?"
+    def runs(x): return {tuple(x[i:i+words]) for i in range(len(x)-words+1)}
+    return not runs(text.split()).isdisjoint(runs(source.split()))
+
 # %% ../../nbs/10h_summaries.ipynb #10h00062
 SUMMARIES = {'softmax-zero-shot':None, 'softmax':None, 't2r':Variant('t2r'), 't2r-hh':Variant('t2r', distilled=True),
     'hedgehog':Variant('hedgehog', distilled=True), 'hedgehog-window':Variant('hedgehog-window', dict(window=64), True),
@@ -211,7 +221,7 @@ def _measured(model, task, o, path, on_event, **same):
     same = dict(same, dialogues=len(texts), cut=task.cut, ended=round(cost.pop('ended'), 1))
     rows = [dict(same, metric=m, value=round(statistics.mean(xs), 3), stderr=round(statistics.stdev(xs)/len(xs)**.5 if len(xs)>1 else 0., 3))
         for m,xs in rouge_scores(texts, [x['summary'] for x in task.test]).items()]
-    rows[0]['written'] = {x['id']:text for x,text in zip(task.test[:6], texts)}
+    rows[0]['written'] = {x['id']:'(repeats the dialogue)' if copies(text, x['dialogue']) else text for x,text in zip(task.test[:6], texts)}
     rows += [dict(same, metric=m, value=round(x, 3)) for m,x in cost.items()]
     if on_event: on_event('row', row=rows[0], model=model)
     return rows
