@@ -176,7 +176,7 @@ def test_all_variants(data, tmp_path):
     assert {v for v,r in last.items() if 'kl' in r}=={'t2r-hh','hedgehog','hedgehog-window'} and last['softmax-zero-shot']['tokens']==0
     per_row = sum(len(r['input_ids']) for r in SummaryTask(data, load_embedded()[1], 200).train)/24
     assert (last['t2r']['tokens'], last['hedgehog']['tokens'])==(round(8*per_row), round(16*per_row))
-    assert all(list(r['written'])==[x['id'] for x in data['test']] for r in last.values())
+    assert all(list(r['written'])==[x['id'] for x in data['test']] for v,r in last.items() if v!='softmax-zero-shot')
     scores = rouge_scores([*last['softmax']['written'].values()], [x['summary'] for x in data['test']])['rouge1']
     assert last['softmax']['value']==pytest.approx(sum(scores)/5, abs=1e-3)
     assert last['softmax']['stderr']==pytest.approx(torch.tensor(scores).std().item()/5**.5, abs=1e-3)
@@ -212,8 +212,8 @@ def test_a_text_that_repeats_its_dialogue_is_not_kept(data, tmp_path, monkeypatc
     data['test'] = [dict(id=str(i), dialogue='Tom: one two three four five six seven eight nine', summary='Tom counts.') for i in range(3)]
     texts = ['He said one two three four five six seven, eight', 'then: two three four five six seven eight nine', 'Tom counts.']
     monkeypatch.setattr(summarisation, 'write_summaries', lambda *a: (texts, dict(tokens_per_s=1., bytes=1., ended=100.)))
-    rows = summaries_experiment(tmp_path/'x.json', data=data, variants=['softmax-zero-shot'], **QUICK)
-    assert rows[0]['written']=={'0':texts[0], '1':'(repeats the dialogue)', '2':texts[2]}
+    rows = summaries_experiment(tmp_path/'x.json', data=data, variants=['softmax-zero-shot','t2r'], **QUICK)
+    assert 'written' not in rows[0] and rows[5]['written']=={'0':texts[0], '1':'(repeats the dialogue)', '2':texts[2]}
     assert rows[0]['value']==pytest.approx(sum(rouge_scores(texts, ['Tom counts.']*3)['rouge1'])/3, abs=1e-3) # and is judged all the same
 
 def test_recipe_of_the_maps(data, tmp_path):
