@@ -224,13 +224,15 @@ def test_recipe_of_the_maps(data, tmp_path):
             if event=='run': phases[label] = {}
             if event=='progress': phases[[*phases][-1]][phase] = done
             if event=='row': models[row['variant']] = model
-        rows = summaries_experiment(tmp_path/f'{recipe}.json', data=data, variants=['softmax','hedgehog','hedgehog-window'], recipe=recipe, on_event=listen, **QUICK)
+        names = ['softmax','hedgehog','hedgehog-window']
+        rows = summaries_experiment(tmp_path/f'{recipe}.json', data=data, variants=names, recipe=recipe, on_event=listen, **QUICK)
         return models, phases, {r['variant']:r for r in rows if r['metric']=='rouge1'}
     for recipe,features,steps,align in (('paper', (2,2), 2, {}), ('best', (8,4), 8, {'align':8})):
         models,phases,rows = run(recipe)
         maps = [next(iter(linear_layers(models[v]).values())).feature_map for v in ('hedgehog','hedgehog-window')]
         assert tuple(m.feature_dim//m.head_dim for m in maps)==features
-        assert phases['hedgehog']=={'distill':steps, **align, 'finetune':2, 'evaluate':5} and phases['hedgehog-window']=={'distill':steps, 'finetune':2, 'evaluate':5}
+        after = {'finetune':2, 'evaluate':5}
+        assert phases['hedgehog']=={'distill':steps, **align, **after} and phases['hedgehog-window']=={'distill':steps, **after}
         assert [r.get('recipe') for r in rows.values()]==[None, recipe, recipe]
         seen = {v:round(r['tokens']/rows['softmax']['tokens']) for v,r in rows.items()}
         assert seen=={'softmax':1, 'hedgehog':2+len(align), 'hedgehog-window':2}

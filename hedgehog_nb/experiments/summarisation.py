@@ -221,7 +221,8 @@ def _measured(model, task, o, path, on_event, **same):
     same = dict(same, dialogues=len(texts), cut=task.cut, ended=round(cost.pop('ended'), 1))
     rows = [dict(same, metric=m, value=round(statistics.mean(xs), 3), stderr=round(statistics.stdev(xs)/len(xs)**.5 if len(xs)>1 else 0., 3))
         for m,xs in rouge_scores(texts, [x['summary'] for x in task.test]).items()]
-    if same['stage']=='trained': rows[0]['written'] = {x['id']:'(repeats the dialogue)' if copies(text, x['dialogue']) else text for x,text in zip(task.test[:6], texts)}
+    shown = lambda text, x: '(repeats the dialogue)' if copies(text, x['dialogue']) else text
+    if same['stage']=='trained': rows[0]['written'] = {x['id']:shown(text, x) for x,text in zip(task.test[:6], texts)}
     rows += [dict(same, metric=m, value=round(x, 3)) for m,x in cost.items()]
     if on_event: on_event('row', row=rows[0], model=model)
     return rows
