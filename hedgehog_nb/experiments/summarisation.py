@@ -6,7 +6,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/summaries.html.md"""
 
 # %% auto #0
 __all__ = ['ROUGE', 'SUMMARIES', 'dialogue_data', 'Prompt', 'summary_row', 'SummaryTask', 'rouge_scores', 'write_summaries',
-           'summaries_experiment', 'summary_rows', 'rouge_table']
+           'summaries_experiment', 'rows_by_variant', 'rouge_table']
 
 # %% ../../nbs/10h_summaries.ipynb #10h00004
 import hashlib, json, math, random, shutil, statistics, time, torch
@@ -20,7 +20,6 @@ from ..data.text import DataError
 from .tasks import best_rate, check_rates, check_settings, only_command, Variant, weights_digest
 from ..files import atomic_write
 from ..models.cache import cache_bytes
-from ..models.config import LinearizeConfig
 from ..models.linearize import linearize
 from ..results import check_row, final_value, growing_results, PAPER, Table
 from ..training.align import align
@@ -197,12 +196,13 @@ def _converted(base, variant, task, seed, o, folder, tell):
     return model, phases
 
 def _tuned(base, variant, task, seed, lr, o, folder, tell):
-    "(trained model, {tokens, seconds, loss on the rows to choose by; of maps: kl, recipe})"
+    "(trained model, {tokens, seconds, loss on the rows to choose by; of maps: recipe, and kl or distill_loss})"
     with mixed_precision(base.device, o.autocast):
         model,phases = _converted(base, variant, task, seed, o, folder, tell)
         h = finetune(model, task.train, o.steps, o.batch_size, lr, lora=o.lora, seed=seed, eval_data=task.valid, eval_steps=math.ceil(o.steps/4),
             callbacks=[StepEvents(tell, 'finetune')], checkpoint=folder/f'lora-{lr:g}.safetensors', save_steps=o.save_steps, progress=False, **task.training())
-    maps = dict(kl=round(phases[0][0].losses[-1], 4), recipe=o.recipe if isinstance(o.recipe, str) else 'own') if phases else {}
+    loss = 'kl' if get_recipe(o.recipe).objective=='weights' else 'distill_loss'
+    maps = {loss:round(phases[0][0].losses[-1], 4), 'recipe':o.recipe if isinstance(o.recipe, str) else 'own'} if phases else {}
     phases.append((h, o.batch_size))
     per_row = statistics.mean(len(r['input_ids']) for r in task.train)
     rows = sum(tokens_after(len(x.losses), torch.empty(len(task.train), 1), size) for x,size in phases)
@@ -307,7 +307,7 @@ def summaries_experiment(
         return done
 
 # %% ../../nbs/10h_summaries.ipynb #10h00091
-def summary_rows(
+def rows_by_variant(
     rows:list, # From `read_results`
     experiment:str='samsum', # Which experiment
 )->dict: # {variant, or "variant, recipe" where that is not the paper's: its rows}, in the order of `SUMMARIES`; of what was not run none
@@ -323,7 +323,7 @@ def rouge_table(
     experiment:str='samsum', # Which experiment
 )->Table: # A row per variant and recipe
     "ROUGE-1, ROUGE-2 and ROUGE-L, and ROUGE-1 as a share of the softmax control's, beside the same of the paper; what was not measured says so."
-    ours = {v:[final_value(rs, experiment, m) for m in ROUGE] for v,rs in summary_rows(rows, experiment).items()}
+    ours = {v:[final_value(rs, experiment, m) for m in ROUGE] for v,rs in rows_by_variant(rows, experiment).items()}
     paper = {v:[PAPER['samsum']['metrics'][m].get(v) for m in ROUGE] for v in ours}
     def cells(by, v, missing):
         if by[v][0] is None: return [missing, '–']
