@@ -141,7 +141,7 @@ def _read_run(path):
     "(a file of results, where it was measured: commit, device, date). Raises `ValueError` that names the file where it is none."
     try:
         run = json.loads(Path(path).read_text(encoding='utf-8'))
-        return {**run, 'rows':[check_row(r) for r in run['rows']]},{k:run[k] for k in _WHERE}
+        return {**run, 'wall_s':float(run['wall_s']), 'rows':[check_row(r) for r in run['rows']]},{k:run[k] for k in _WHERE}
     except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{path} is no file of results: {type(e).__name__} {e}") from None
 
 def growing_results(

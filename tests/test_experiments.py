@@ -162,7 +162,7 @@ def test_rates_that_diverge(bert, glue, tmp_path):
     for rate in (-1, 'nan', 0): assert 'a learning rate is a number above 0' in run('--lr', rate, code=1).stderr
 
 def test_a_damaged_file_is_named(bert, glue, tmp_path):
-    for text in ('', '[]', '{}', '{"rows": ['):
+    for text in ('', '[]', '{}', '{"rows": [', '{"command": "", "commit": "", "date": "", "device": "", "rows": []}'):
         (tmp_path/'x.json').write_text(text)
         r = hedgehog('experiment', 'glue', 'stsb', bert, '--data', glue, '--out', tmp_path/'x.json', code=1)
         assert 'x.json is no file of results' in r.stderr.replace('\n', '') and 'unexpected' not in r.stderr, (text, r.stderr)
@@ -233,6 +233,20 @@ def test_scratch_map_rates(tmp_path):
     values = lambda rows: [(r['tokens'], r['metric'], r['value']) for r in rows if r['seed']==0]
     assert values(alone)==values(hedgehog)
     with pytest.raises(ValueError, match='a number above 0; given -1'): scratch_experiment(tmp_path/'z.json', **{**kw, 'map_lrs':(-1,)})
+    with pytest.raises(ValueError, match='batch_size is above 0'):
+        scratch_experiment(tmp_path/'z.json', **{**kw, 'size':ScratchSize(1, 32, 2, 96, 0, 20_000, 1e-2, 'bpe:300')})
+
+def test_scratch_knows_its_text(tmp_path):
+    "The same text under another name of its folder goes on; another text is refused."
+    def put(folder, words):
+        folder.mkdir(exist_ok=True)
+        for s,n in (('train',4000), ('validation',600), ('test',600)): (folder/f'{s}.txt').write_text(' '.join(words[i*i%len(words)] for i in range(n)))
+    kw = dict(size=ScratchSize(1, 32, 2, 32, 4, 500, 1e-2, 'bpe:300'), evals=1)
+    put(tmp_path/'text', ['a cat sat','on','the red mat','today'])
+    scratch_experiment(tmp_path/'x.json', str(tmp_path/'text'), ['softmax'], **kw)
+    assert len(scratch_experiment(tmp_path/'x.json', f"{tmp_path/'text'}/", ['softmax','elu'], **kw))>2
+    put(tmp_path/'text', ['one dog ran','up','the green hill'])
+    with pytest.raises(ValueError, match='runs of other settings .text '): scratch_experiment(tmp_path/'x.json', str(tmp_path/'text'), ['taylor'], **kw)
 
 def test_scratch_command(tmp_path):
     run = lambda *more, **kw: hedgehog('experiment', 'scratch', '--data', 'embedded', '--out', tmp_path/'x.json', *more, **kw)

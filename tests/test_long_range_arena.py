@@ -174,7 +174,24 @@ def test_runs(tmp_path):
     assert round(curve[-1]['value'], 2)==tried[f'{best:g}']==max(tried.values())
     mean = arena_data('listops', size).mean_tokens()
     assert abs(last['tokens']-8*10*mean)<1 and abs(curve[0]['tokens']-2*10*mean)<1
-    with pytest.raises(ValueError, match='runs of other settings'): lra_experiment(tmp_path/'x.json', 'pathfinder', **{**kw, 'size':small('pathfinder')})
+    with pytest.raises(ValueError, match='runs of lra-listops, not of lra-pathfinder'):
+        lra_experiment(tmp_path/'x.json', 'pathfinder', **{**kw, 'size':small('pathfinder')})
+    with pytest.raises(ValueError, match='runs of other settings'): lra_experiment(tmp_path/'x.json', 'listops', **{**kw, 'evals':2})
+
+def test_what_does_not_fit_is_said(tmp_path):
+    size = small('listops', seq_len=24, steps=1)
+    for more,says in ((dict(lrs=()), 'one learning rate or more'), (dict(seeds=()), 'seeds is above 0'), (dict(evals=0), 'evals is above 0'),
+        (dict(size=small('listops', seq_len=24, held=0)), 'held is above 0'), (dict(variants=['linear']), "no variant is called 'linear'"),
+        (dict(data='imdb'), 'listops is generated and takes no data; given imdb')):
+        with pytest.raises(ValueError, match=says): lra_experiment(tmp_path/'x.json', 'listops', **{**dict(size=size, variants=['elu']), **more})
+    assert not [*tmp_path.iterdir()] and lra_experiment(tmp_path/'x.json', 'listops', variants=[], size=size)==[]
+
+def test_drawing_is_shown():
+    for task,seq_len in (('listops',24), ('pathfinder',576)):
+        told = []
+        size = small(task, seq_len=seq_len, train=200, held=20)
+        arena_data(task, size, on_event=lambda event, **kw: told.append((event, kw['phase'], kw['done'], kw['total'])))
+        assert told==[('progress','draw',n,240) for n in (100,200,240)]
 
 def test_measures_what_it_says(tmp_path):
     "The accuracy in the file is that of the trained model, counted anew."

@@ -1,5 +1,5 @@
 "Multi-query recall by the size of the state: what is counted, what is written, and a sweep that goes on."
-import pytest, torch
+import math, pytest, torch
 from typer.testing import CliRunner
 from hedgehog_nb.attentions.base import make_attention
 from hedgehog_nb.cli import app
@@ -60,12 +60,35 @@ def test_rate_of_each_width(tmp_path):
     assert told==[('elu, 32 channels',0,1e-2), ('elu, 32 channels',0,1e-7), ('elu, 32 channels',1,rows[0]['lr'])]
 
 
+def test_a_rate_that_diverges(tmp_path):
+    "It is left out, and is no measurement; a bar of it is not taken on by the next."
+    told = []
+    listen = lambda event, lr=None, loss=None, **_: told.append((event, lr if event!='progress' else math.isfinite(loss)))
+    row, = mqar_experiment(tmp_path/'x.json', ['elu'], size=TINY, lrs=(1e30,1e-2), on_event=listen)
+    assert row['lr']==1e-2 and [*row['tried']]==['0.01'] and ('diverged',1e30) in told and ('progress',True) in told
+    assert ('progress',False) not in told
+    with pytest.raises(FloatingPointError, match='the loss is nan'): mqar_experiment(tmp_path/'y.json', ['elu'], size=TINY, lrs=(1e30,))
+    assert not (tmp_path/'y.json').exists()
+    for more,says in ((dict(lrs=()), 'one learning rate or more'), (dict(seeds=()), 'seeds is above 0'),
+        (dict(size=mqar_size('cpu', steps=0)), 'steps is above 0')):
+        with pytest.raises(ValueError, match=says): mqar_experiment(tmp_path/'z.json', ['elu'], **more)
+
+
+def test_a_run_that_ends_early_says_so(tmp_path):
+    "The last of its steps is the last of the bar."
+    told = []
+    easy = mqar_size('cpu', seq_len=4, num_pairs=1, dims=(32,), examples=4000, batch_size=64, steps=600, vocab_size=256)
+    row, = mqar_experiment(tmp_path/'x.json', ['softmax'], size=easy, lrs=(1e-2,), on_event=lambda event, **kw: told.append(kw))
+    steps = [(k['done'],k['total']) for k in told if 'done' in k]
+    assert row['steps']<600 and steps[-2:]==[(row['steps'],600), (row['steps'],row['steps'])]
+
+
 def test_command(tmp_path):
     def run(*args, code=0):
         r = CliRunner(env={'COLUMNS':'120', 'TERM':'dumb'}).invoke(app, ['experiment','mqar','--out',str(tmp_path/'x.json'), *map(str, args)])
         assert r.exit_code==code, (r.output, r.exception)
         return ' '.join(r.stderr.split())
-    for args,says in ((('--variant','linear'), 'there are softmax, hedgehog'), (('--size','tpu'), 'one of cpu, gpu'), (('--dim',7), 'come in pairs; given 7'),
+    for args,says in ((('--variant','linear'), 'there are softmax, hedgehog'), (('--size','tpu'), 'one of cpu, gpu'), (('--dim',7), 'come in pairs; softmax has 7'),
             (('--variant','taylor','--dim',40), 'a multiple of 16; given 40'), (('--lr',-1), 'rate')):
         assert says in run(*args, '--steps', 1, code=1) and not (tmp_path/'x.json').exists()
     assert 'elu, 16 channels, seed 0, rate 0.01' in run('--variant', 'elu', '--dim', 16, '--steps', 1, '--lr', 1e-2)

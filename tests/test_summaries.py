@@ -1,5 +1,6 @@
 "Summaries of dialogues: prompts and labels, ROUGE, greedy decoding in batches, and the experiment that goes on where it was stopped."
 import json, random, sys
+from copy import deepcopy
 from functools import lru_cache
 import pytest
 from helpers.commands import hedgehog
@@ -12,7 +13,7 @@ from hedgehog_nb.experiments.summarisation import (dialogue_data, Prompt, ROUGE,
     SummaryTask, write_summaries)
 from hedgehog_nb.models.attention import linear_layers
 from hedgehog_nb.models.linearize import linearize
-from hedgehog_nb.results import PAPER
+from hedgehog_nb.results import PAPER, write_results
 
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 
@@ -208,6 +209,36 @@ def test_stopped_run_goes_on(data, tmp_path):
     assert values(summaries_experiment(tmp_path/'b.json', on_event=never, **kw))==values(whole)
     with pytest.raises(ValueError, match='runs of other settings .steps 2 there, 3 here'): summaries_experiment(tmp_path/'b.json', **{**kw, 'steps':3})
 
+def test_summaries_of_another_rate_are_not_taken_over(data, tmp_path):
+    "Stopped while it writes, another rate writes its own."
+    class Stop(Exception): pass
+    def stop(event, phase=None, **_):
+        if phase=='evaluate': raise Stop
+    kw = {**QUICK, 'data':data, 'variants':['softmax'], 'steps':12, 'new_tokens':8}
+    with pytest.raises(Stop): summaries_experiment(tmp_path/'x.json', on_event=stop, **{**kw, 'lrs':(1e-7,)})
+    rows,fresh = (summaries_experiment(tmp_path/f, **{**kw, 'lrs':(3e-2,)}) for f in ('x.json','y.json'))
+    old = summaries_experiment(tmp_path/'z.json', **{**kw, 'lrs':(1e-7,)})
+    assert rows[0]['written']==fresh[0]['written']!=old[0]['written']
+
+def test_files_of_other_experiments_are_refused(data, tmp_path):
+    rows = [dict(experiment='recall', model='m', data='d', variant='softmax', metric='accuracy', value=1., tokens=1, seed=0, stage='trained')]
+    write_results(tmp_path/'x.json', rows, 'hedgehog')
+    before = (tmp_path/'x.json').read_text()
+    with pytest.raises(ValueError, match='x.json holds runs of recall, not of summaries'):
+        summaries_experiment(tmp_path/'x.json', data=data, variants=['softmax'], **QUICK)
+    assert (tmp_path/'x.json').read_text()==before
+
+def test_a_summary_ends(embedded):
+    "An end of text that a tokenizer puts behind a prompt is left out; without one there is no summary."
+    from tokenizers.processors import TemplateProcessing
+    tok = deepcopy(embedded[1])
+    tok.chat_template = None
+    plain = Prompt(tok)('Tom: Hi')[0]
+    tok.backend_tokenizer.post_processor = TemplateProcessing(single='$A </s>', special_tokens=[('</s>', tok.eos_token_id)])
+    assert tok('x')['input_ids'][-1]==tok.eos_token_id and Prompt(tok)('Tom: Hi')[0][-5:]==plain[-5:]
+    tok.eos_token = None
+    with pytest.raises(ValueError, match='no token for the end of a text'): Prompt(tok)
+
 def test_a_text_that_repeats_its_dialogue_is_not_kept(data, tmp_path, monkeypatch):
     data['test'] = [dict(id=str(i), dialogue='Tom: one two three four five six seven eight nine', summary='Tom counts.') for i in range(3)]
     texts = ['He said one two three four five six seven, eight', 'then: two three four five six seven eight nine', 'Tom counts.']
@@ -240,6 +271,7 @@ def test_recipe_of_the_maps(data, tmp_path):
 def test_what_does_not_fit_is_said_first(data, tmp_path):
     for more,says in ((dict(variants=['linear']), "no variant is called 'linear'; there are softmax-zero-shot"),
         (dict(lora=dict(r=4, target_modules=['c_attn'])), 'modules called c_attn'), (dict(max_prompt=5), 'the question alone takes'),
+        (dict(lrs=()), 'one learning rate or more'), (dict(test_rows=0), 'test_rows is above 0'), (dict(seeds=()), 'seeds is above 0'),
         (dict(autocast='half a bit'), 'is unknown'), (dict(recipe='worst'), "recipe is one of paper, lolcats, best")):
         with pytest.raises(ValueError, match=says): summaries_experiment(tmp_path/'x.json', **{**QUICK, 'data':data, **more})
     assert not [*tmp_path.iterdir()]
@@ -270,3 +302,7 @@ def test_summaries_command(tmp_path):
     assert {r['variant'] for r in got['rows']}=={'softmax-zero-shot','hedgehog'} and {r['dialogues'] for r in got['rows']}=={4}
     assert got['command'].startswith('hedgehog experiment summaries embedded')
     assert 'nothing was left to run' in run('--variant', 'hedgehog', *quick).stderr
+    for targets,code in (('v_proj,o_proj', 0), ('c_attn', 1)):
+        r = run('--variant', 'softmax', '--lora-targets', targets, *quick[:-2], '--new-tokens', 4, '--out', tmp_path/f'{targets}.json', code=code)
+        assert code==0 or 'adapters go to modules called c_attn' in ' '.join(r.stderr.split())
+    assert json.loads((tmp_path/'v_proj,o_proj.json').read_text())['rows'][0]['settings']['lora']['target_modules']==['v_proj','o_proj']

@@ -138,6 +138,10 @@ class Progress:
         self.bars.remove_task(self.tasks.pop(phase)['id'])
         if loss is not None: self.line(phase, counted(done, unit), f"{name} {t['first']:.3f} → {t['mean']:.3f}", speed, f'{seconds:.0f} s')
 
+    def clear(self):
+        "Take away the bars that are left of a run which ended early."
+        while self.tasks: self.bars.remove_task(self.tasks.popitem()[1]['id'])
+
     def where(self): # How far the phase is that runs, in words
         return next((t['at'] for t in self.tasks.values()), '')
 

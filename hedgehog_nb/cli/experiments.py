@@ -13,7 +13,7 @@ import typer
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, List, Optional
-from .console import Terminal
+from .console import counted, Terminal
 from .inputs import check_output, pick_device
 from .options import _command, _examples, _opt, app, AutocastOpt, DebugOpt, DeviceOpt, DtypeOpt, JsonOpt, ModelArg
 from ..results import command_line, growing_results
@@ -35,7 +35,7 @@ StepsOpt = Annotated[Optional[int], _opt('--steps', metavar='N', min=1,
 DistillStepsOpt = Annotated[int, _opt('--distill-steps', metavar='N', min=1, help="Optimiser steps of distillation, of 8 examples each.")]
 RowsOpt = Annotated[Optional[int], _opt('--rows', metavar='N', min=20, help="Use so many examples of each split, to try it out.")]
 WorkOpt = Annotated[Optional[Path], _opt('--work', metavar='DIR',
-    help="Folder for the softmax model and unfinished runs, of this command alone; beside --out if not given.")]
+    help="Folder for unfinished runs, and what they share, of this command alone; beside --out if not given.")]
 
 # %% ../../nbs/94b_experiments.ipynb #94b00011
 @contextmanager
@@ -43,6 +43,8 @@ def _experiment(out, screen):
     "Check the file first; say afterwards what it holds, or where a stopped run is."
     if out.suffix!='.json': raise ValueError(f"--out is a .json file; given {out.name!r}")
     out = check_output(out, True, folder=False)
+    try: out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise ValueError(f"{out} cannot be written, {e.strerror.lower()}: choose another --out") from None
     def held(): return len(growing_results(out, '')[0])
     before = held()
     try:
@@ -51,14 +53,15 @@ def _experiment(out, screen):
         if not isinstance(e, ValueError): e.note = "what was done is kept, and the same command goes on from there"
         raise
     n = held()
-    screen.say(f"{n} numbers in [bold]{out}[/]" + (", nothing was left to run" if n==before else ''))
+    screen.say(f"{counted(n, 'numbers')} in [bold]{out}[/]" + (", nothing was left to run" if n==before else ''))
 
 def _listener(screen, metric, unit=None):
     "Says which run is on and what it scored, with a bar for each phase, that counts steps or, in an evaluation, examples; `unit` if all count the same."
     def listen(event, row=None, **kw):
+        if event in ('run','diverged'): screen.progress.clear()
         if event=='run': screen.say(f"[bold]{kw['label']}[/]" + (f", seed {kw['seed']}, rate {kw['lr']:g}" if 'lr' in kw else ''))
         elif event=='diverged': screen.say(f"rate {kw['lr']:g} is left out: {kw['reason']}")
-        elif event=='progress': screen.progress.bar(event, unit=unit or ('examples' if kw['phase']=='evaluate' else 'steps'), **kw)
+        elif event=='progress': screen.progress.bar(event, unit=unit or ('examples' if kw['phase'] in ('draw','evaluate') else 'steps'), **kw)
         elif event=='row' and row['metric']==metric: screen.progress.line('', row['stage'], f"{metric} [bold]{row['value']:.4g}[/]")
     return listen
 
@@ -154,15 +157,18 @@ def summaries_command(ctx:typer.Context, model:ModelArg, out:OutOpt,
         help="Dialogues to summarise, the same for all. If not given: 200 on a CPU, all on a GPU.")]=None,
     max_prompt:Annotated[int, _opt('--max-prompt', metavar='N', min=1, help="Tokens of a prompt, at most; a longer dialogue loses its beginning.")]=512,
     new_tokens:Annotated[int, _opt('--new-tokens', metavar='N', min=1, help="Tokens of a summary, at most.")]=80,
+    lora_targets:Annotated[Optional[str], _opt('--lora-targets', metavar='NAMES',
+        help="Modules that get adapters, with commas between them, or all-linear; q_proj,k_proj,v_proj,o_proj if not given.")]=None,
     work:WorkOpt=None, autocast:AutocastOpt=None, dtype:DtypeOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
     ("[bold]Convert a chat model and have it summarise dialogues[/], after LoRA: softmax, T2R, Hedgehog, a hybrid; ROUGE of each.\n\n"
      "    Maps are distilled on the same dialogues first, where they learn. Softmax gets the same adapters, as a control.")
-    from hedgehog_nb.experiments.summarisation import summaries_experiment
+    from hedgehog_nb.experiments.summarisation import summaries_experiment, SUMMARY_LORA
     screen = Terminal(as_json)
+    lora = lora_targets and dict(SUMMARY_LORA, target_modules=lora_targets if lora_targets=='all-linear' else lora_targets.split(','))
     with _experiment(out, screen):
         found = summaries_experiment(out, model, data, variant, range(seeds), steps, distill_steps, batch_size, tuple(lr), test_rows, max_prompt, new_tokens,
-            recipe, autocast=autocast, dtype=dtype, device=pick_device(device), work=work, command=command_line(ctx.parent.parent.obj),
+            recipe, lora, autocast=autocast, dtype=dtype, device=pick_device(device), work=work, command=command_line(ctx.parent.parent.obj),
             on_event=_listener(screen, 'rouge1'))
     if found[0]['cut']: screen.say(f"{found[0]['cut']} of {found[0]['dialogues']} dialogues lost their beginning, to fit into {max_prompt} tokens")
     screen.object(out=str(out), rows=found)
@@ -175,7 +181,8 @@ def lra_command(ctx:typer.Context,
     task:Annotated[str, typer.Argument(metavar='TASK', show_default=False, help="listops, text, image or pathfinder.")],
     out:OutOpt,
     data:Annotated[Optional[str], _opt('--data', '-d', metavar='DATA',
-        help="For text and image: a [cyan]datasets[/] name, or a folder; IMDB and CIFAR-10 of the hub if not given. The other tasks are generated.")]=None,
+        help="For text (columns [cyan]text[/] and [cyan]label[/]) and image: a [cyan]datasets[/] name, or a folder; IMDB and CIFAR-10 of the hub if not "
+            "given. The other tasks are generated.")]=None,
     variant:Annotated[Optional[List[str]], _opt('--variant', metavar='NAME',
         help="An attention; may be given several times. softmax, elu, performer and hedgehog if not given.")]=None, seeds:SeedsOpt=1,
     size:Annotated[str, _opt('--size', metavar='NAME', help="cpu: 2 layers of 128 channels, shorter sequences; gpu: 4 of 256, the benchmark's lengths.")]='cpu',

@@ -11,12 +11,13 @@ __all__ = ['SCRATCH', 'SCRATCH_SIZES', 'scratch_config', 'ScratchSize', 'scratch
 # %% ../../nbs/10g_from_scratch.ipynb #10a90004
 import torch
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from ..data.models import parse_dtype
 from ..data.text import load_texts, token_blocks
-from .tasks import best_rate, check_rates, check_settings, only_command, rate_sweep
+from .tasks import best_rate, check_positive, check_rates, check_settings, check_variants, only_command, rate_sweep
 from ..files import atomic_write
 from ..models.attention import linear_layers
 from ..models.config import LinearizeConfig
@@ -31,7 +32,7 @@ def scratch_config(
     seq_len:int, # Tokens of the longest text
 )->LinearizeConfig: # None for softmax
     "What takes the place of softmax in a model that is trained from scratch. Raises `ValueError` that lists the names."
-    if variant not in SCRATCH: raise ValueError(f"no variant is called {variant!r}; there are {', '.join(SCRATCH)}")
+    check_variants([variant], SCRATCH)
     if variant=='softmax': return None
     attention,settings = SCRATCH[variant]
     return LinearizeConfig(attention, attention_kwargs=dict(max_len=seq_len) if attention=='cosformer' else settings)
@@ -141,13 +142,16 @@ def scratch_experiment(
     variants,work,lrs = list(SCRATCH if variants is None else variants),Path(work or Path(path).with_suffix('.work')),tuple(lrs or (size.lr,))
     map_lrs = tuple(map_lrs or (size.map_lr,))
     for v in variants: scratch_config(v, size.seq_len)
-    check_rates(lrs); check_rates(map_lrs); parse_dtype(autocast)
+    check_rates(lrs); check_rates(map_lrs); parse_dtype(autocast); check_positive(**asdict(size), evals=evals, seeds=len(seeds))
     text = {s:load_texts(data, s) for s in ('train','validation','test')}
     source = 'wikitext-2' if 'wikitext-2' in str(data) else Path(str(data)).name
     same = dict(experiment='scratch-wikitext2' if source=='wikitext-2' else 'scratch', model=f'GPT-2, {size.layers} × {size.width}', data=source)
-    settings = dict(asdict(size), data=str(data), autocast=autocast, evals=evals)
+    seen = sha256()
+    for x in (x for s in text.values() for x in s): seen.update(x.encode())
+    settings = dict(asdict(size), data=source, text=seen.hexdigest()[:16], autocast=autocast, evals=evals)
+    for k in ('lr','map_lr'): del settings[k] # rows tell what was tried
     with only_command(path, work):
-        check_settings(path, settings)
+        check_settings(path, settings, same['experiment'])
         tok = scratch_tokenizer(size.tokenizer, text['train'], work)
         open_work(work, settings)
         train,valid,test = (token_blocks(t, tok, size.seq_len) for t in text.values())

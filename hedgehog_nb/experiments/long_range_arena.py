@@ -6,11 +6,11 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/long_range_arena.html.md"""
 
 # %% auto #0
 __all__ = ['LISTOPS', 'ARENA', 'ARENA_VARIANTS', 'listops_value', 'listops', 'distances', 'curves', 'pathfinder', 'Symbols',
-           'ArenaSize', 'ArenaTask', 'arena_task', 'arena_size', 'arena_data', 'arena_model', 'check_arena_variants',
-           'lra_experiment', 'arena_table']
+           'ArenaSize', 'ArenaTask', 'arena_task', 'arena_size', 'arena_data', 'arena_model', 'lra_experiment',
+           'arena_table']
 
 # %% ../../nbs/10i_long_range_arena.ipynb #10190004
-import math, numpy as np, random, statistics, torch
+import math, numpy as np, random, statistics, time, torch
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from torch.nn.utils.rnn import pad_sequence
@@ -19,7 +19,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from ..data.labelled import LabelledData, load_labelled
 from ..data.models import parse_dtype
 from ..data.text import DataError
-from .tasks import check_rates, check_settings, only_command, rate_sweep, variant_config
+from .tasks import check_positive, check_rates, check_settings, check_variants, only_command, rate_sweep, variant_config
 from .vision import image_data
 from ..models.linearize import linearize
 from ..results import final_value, growing_results, PAPER, Table
@@ -56,6 +56,7 @@ def listops(
     max_length:int=2000, # An expression has fewer tokens
     max_depth:int=10, # Levels of a tree, that of the digits included
     max_args:int=10, # Arguments of an operator, at most
+    on_row=None, # Called with the expressions found so far, and with `n`
 )->list: # Rows, all different: tokens, one byte each, and label, the value
     "Draw expressions. Raises `ValueError` where hardly a tree fits the limits."
     rng,found,drawn = random.Random(seed),{},0
@@ -63,7 +64,9 @@ def listops(
         if (drawn := drawn+1)>1000*(len(found)+10):
             raise ValueError(f"hardly a tree fits min_length={min_length}, max_length={max_length}, max_depth={max_depth}, max_args={max_args}: widen them")
         _grow(rng, out := bytearray(), max_depth, max_args, max_length)
-        if min_length<len(out)<max_length: found[bytes(out)] = None
+        if not min_length<len(out)<max_length or bytes(out) in found: continue
+        found[bytes(out)] = None
+        if on_row: on_row(len(found), n)
     return [dict(tokens=x, label=listops_value(x)) for x in found]
 
 # %% ../../nbs/10i_long_range_arena.ipynb #10190022
@@ -166,8 +169,8 @@ def _drawn(rows, size, classes):
     names,n = [str(i) for i in range(classes)],size.held
     return LabelledData('classes', ('tokens',), 'label', [*range(classes)], names, rows[2*n:], rows[:n], rows[n:2*n])
 
-def _listops(size, data):
-    return _drawn(listops(size.train+2*size.held, min_length=size.seq_len//4, max_length=size.seq_len), size, 10)
+def _listops(size, data, tell):
+    return _drawn(listops(size.train+2*size.held, min_length=size.seq_len//4, max_length=size.seq_len, on_row=tell), size, 10)
 
 def _side(size, least):
     "Pixels of a side. Raises `ValueError` where there is no such image."
@@ -175,9 +178,12 @@ def _side(size, least):
     if side**2!=size.seq_len or side<least: raise ValueError(f"the task takes a square of {least} × {least} pixels or more; given seq_len={size.seq_len}")
     return side
 
-def _pathfinder(size, data):
-    rng,side = np.random.default_rng(0),_side(size, 24)
-    return _drawn([dict(tokens=pathfinder(rng, i%2, side)[0].tobytes(), label=i%2) for i in range(size.train+2*size.held)], size, 2)
+def _pathfinder(size, data, tell):
+    rng,side,n,rows = np.random.default_rng(0),_side(size, 24),size.train+2*size.held,[]
+    for i in range(n):
+        rows.append(dict(tokens=pathfinder(rng, i%2, side)[0].tobytes(), label=i%2))
+        tell(i+1, n)
+    return _drawn(rows, size, 2)
 
 # %% ../../nbs/10i_long_range_arena.ipynb #10190044
 def _given(data, size, tokens):
@@ -186,27 +192,29 @@ def _given(data, size, tokens):
     rows = ([dict(tokens=tokens(data.texts(r)[0]), label=data.target(r)) for r in part] for part in (some.train, held.valid, held.test))
     return LabelledData('classes', ('tokens',), 'label', [*range(len(data.names))], data.names, *rows)
 
-def _text(size, data):
-    found = load_labelled(data or 'stanfordnlp/imdb', ('text',))
+def _text(size, data, tell):
+    try: found = load_labelled(data or 'stanfordnlp/imdb', ('text',))
+    except DataError as e: raise DataError(f"Text takes columns text and label: {e}") from None
     if found.kind!='classes': raise DataError(f"Text takes a class for each text; {data} holds {found.kind}")
     return _given(found, size, lambda x: x.encode()[:size.seq_len])
 
-def _image(size, data):
+def _image(size, data, tell):
     side = _side(size, 16)
     return _given(image_data(data or 'uoft-cs/cifar10'), size, lambda x: x.convert('L').resize((side,side)).tobytes())
 
 # %% ../../nbs/10i_long_range_arena.ipynb #10190045
 class ArenaTask(NamedTuple):
     "A task of the benchmark."
-    make:Callable # Called with a size and where the data is: `LabelledData`
+    make:Callable # Called with a size, where the data is, and a function that is told how many of how many there are: `LabelledData`
     symbols:int # Different tokens
     length:int # Tokens of the benchmark's longest sequence
     train:int # The benchmark's sequences to learn from, those to choose by not counted where it has none of its own
     held:int # The benchmark's sequences to measure on
     short:int # Tokens of the longest sequence, for two cores
+    drawn:bool # Is it generated?
 
-ARENA = dict(listops=ArenaTask(_listops, len(LISTOPS), 2000, 96_000, 2000, 512), text=ArenaTask(_text, 256, 4000, 25_000, 25_000, 512),
-    image=ArenaTask(_image, 256, 1024, 45_000, 10_000, 256), pathfinder=ArenaTask(_pathfinder, 256, 1024, 160_000, 20_000, 576))
+ARENA = dict(listops=ArenaTask(_listops, len(LISTOPS), 2000, 96_000, 2000, 512, True), text=ArenaTask(_text, 256, 4000, 25_000, 25_000, 512, False),
+    image=ArenaTask(_image, 256, 1024, 45_000, 10_000, 256, False), pathfinder=ArenaTask(_pathfinder, 256, 1024, 160_000, 20_000, 576, True))
 
 def arena_task(
     name:str, # A name of `ARENA`
@@ -231,9 +239,14 @@ def arena_data(
     task:str, # A name of `ARENA`
     size:ArenaSize, # How many sequences, and how long
     data=None, # Folder or `datasets` name of Text and Image; the hub's IMDB and CIFAR-10 if None
+    on_event=None, # Told ('progress', phase='draw', done=, total=, seconds=) while they are generated
 )->Task: # Sequences with their classes
     "The sequences of a task. Raises `DataError` or `ValueError`, one line, where they cannot be had."
-    return Task(arena_task(task).make(size, data), Symbols(), max_length=size.seq_len+1)
+    t,start = arena_task(task),time.perf_counter()
+    if data and t.drawn: raise ValueError(f"{task} is generated and takes no data; given {data}")
+    def tell(done, total):
+        if on_event and (done%100==0 or done==total): on_event('progress', phase='draw', done=done, total=total, seconds=time.perf_counter()-start)
+    return Task(t.make(size, data, tell), Symbols(), max_length=size.seq_len+1)
 
 def arena_model(
     variant:str, # A name of `ARENA_VARIANTS`
@@ -244,7 +257,7 @@ def arena_model(
     device='cpu', # Where it is made
 )->BertForSequenceClassification:
     "A BERT with random weights and the attention of a variant. Raises `ValueError` that lists the variants."
-    check_arena_variants([variant])
+    check_variants([variant], ARENA_VARIANTS)
     torch.manual_seed(seed)
     model = BertForSequenceClassification(BertConfig(vocab_size=symbols+2, hidden_size=size.width, num_hidden_layers=size.layers,
         num_attention_heads=size.heads, intermediate_size=4*size.width, max_position_embeddings=task.max_length, type_vocab_size=1, pad_token_id=0,
@@ -253,11 +266,6 @@ def arena_model(
     return model if variant=='softmax' else linearize(model, variant_config(variant, task))
 
 ARENA_VARIANTS = 'softmax','elu','performer','hedgehog','taylor','t2r','cosformer','relu'
-
-def check_arena_variants(names):
-    "Raise `ValueError` that lists the variants where one of `names` is none."
-    for n in names:
-        if n not in ARENA_VARIANTS: raise ValueError(f"no variant is called {n!r}; there are {', '.join(ARENA_VARIANTS)}")
 
 # %% ../../nbs/10i_long_range_arena.ipynb #10190052
 def lra_experiment(
@@ -277,9 +285,10 @@ def lra_experiment(
 )->list: # Rows of results
     ("Train an encoder with every attention on a task, writing each as it ends; what is in the file is not run again. "
      "Raises `DataError` or `ValueError`, one line, on what cannot be had or does not fit.")
-    variants,size,work = list(variants or ARENA_VARIANTS[:4]),size or arena_size('cpu', task),Path(work or Path(path).with_suffix('.work'))
-    check_arena_variants(variants); check_rates(lrs); parse_dtype(autocast)
-    examples = arena_data(task, size, data)
+    variants,size = ARENA_VARIANTS[:4] if variants is None else variants,size or arena_size('cpu', task)
+    work = Path(work or Path(path).with_suffix('.work'))
+    check_variants(variants, ARENA_VARIANTS); check_rates(lrs); parse_dtype(autocast); check_positive(**asdict(size), evals=evals, seeds=len(seeds))
+    examples = arena_data(task, size, data, on_event)
     same = dict(experiment=f'lra-{task}', model=f'BERT, {size.layers} × {size.width}', data=task, seq_len=size.seq_len, examples=len(examples.train),
         steps=size.steps)
     def run(v, seed, lr, folder):
@@ -290,7 +299,7 @@ def lra_experiment(
         return [{**same, **r, 'stage':'trained' if r['metric']=='accuracy' else 'train'} for r in rows],held[-1]
     settings = dict(asdict(size), task=task, data=examples.digest(), autocast=autocast, evals=evals)
     with only_command(path, work):
-        check_settings(path, settings)
+        check_settings(path, settings, same['experiment'])
         open_work(work, settings)
         done,save = growing_results(path, command, seeds[0], device)
         rate_sweep(done, save, run, variants, seeds, lrs, work, on_event, settings=settings)

@@ -8,13 +8,13 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/state_size.html.md"""
 __all__ = ['MQAR', 'MQAR_SIZES', 'mqar_heads', 'mqar_state', 'MQARSize', 'mqar_size', 'mqar_experiment', 'mqar_table']
 
 # %% ../../nbs/07b_state_size.ipynb #07b00004
-import torch
+import math, torch
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from ..attentions.base import make_attention
 from .recall import recall_data, RecallTask, train_recall
-from .tasks import check_rates, check_settings, only_command, rate_sweep
+from .tasks import check_positive, check_rates, check_settings, check_variants, only_command, rate_sweep
 from ..results import growing_results, Table
 from ..training.recipe import open_work
 
@@ -28,7 +28,7 @@ def mqar_heads(
     dim:int, # Channels of the model
 )->int: # Heads of a layer: one, or those of 16 channels
     "Heads of a variant. Raises `ValueError` that lists the names, or on a width that does not fit."
-    if variant not in MQAR: raise ValueError(f"no variant is called {variant!r}; there are {', '.join(MQAR)}")
+    check_variants([variant], MQAR)
     if variant!='taylor' or dim<=16: return 1
     if dim%16: raise ValueError(f"Taylor's heads have 16 channels: give a multiple of 16; given {dim}")
     return dim//16
@@ -39,7 +39,7 @@ def mqar_state(
     seq_len:int, # Tokens
     layers:int=2, # Layers
 )->int: # Bytes in float32
-    "What a model keeps of a sequence: keys and values of every token, or the state."
+    "What the attention keeps of a sequence: keys and values of every token, or the state. The three tokens that the convolution keeps are not counted."
     heads = mqar_heads(variant, dim)
     if variant=='softmax': return layers*2*seq_len*dim*4
     name,settings = MQAR[variant]
@@ -82,30 +82,34 @@ def mqar_experiment(
     on_event=None, # Listener, as for `task_sweep`
 )->list: # Rows of results
     ("Train two layers of every attention at every width, writing each as it ends; what is in the file is not run again. "
-     "Raises `ValueError`, one line, on what does not fit.")
+     "Raises `ValueError`, one line, on what does not fit, and `FloatingPointError` where every rate of a model diverges.")
     variants,work = list(MQAR if variants is None else variants),Path(work or Path(path).with_suffix('.work'))
     task = RecallTask(size.vocab_size, size.seq_len, size.num_pairs)
     for v in variants:
         for d in size.dims:
-            if d<2 or d%(2*mqar_heads(v, d)): raise ValueError(f"the channels of a head come in pairs; given {d} channels for {mqar_heads(v, d)} heads of {v}")
-    check_rates(lrs)
+            if d<2 or d%(2*mqar_heads(v, d)): raise ValueError(f"the channels of a head come in pairs; {v} has {d} channels and heads: {mqar_heads(v, d)}")
+    check_rates(lrs); check_positive(**asdict(size), seeds=len(seeds))
     settings,data = asdict(size),{}
     settings.pop('dims') # those of another command are added to the same file
     same = dict(experiment='mqar', model='2 layers', data=f'vocabulary {size.vocab_size}', metric='accuracy', seq_len=size.seq_len, num_pairs=size.num_pairs)
     def run(dim, v, seed, lr, folder):
         if seed not in data: data.clear(); data[seed] = recall_data(task, dict(train=size.examples, valid=500, test=2000), seed)
-        def on_step(step, loss, seconds):
-            if on_event: on_event('progress', phase='train', done=step, total=size.steps, seconds=seconds, loss=loss, metric='loss')
+        at = dict(phase='train', metric='loss')
+        def on_step(step, loss, seconds, total=size.steps):
+            if not math.isfinite(loss): raise FloatingPointError(f"step {step}: the loss is {loss}; lower the learning rate")
+            at.update(done=step, loss=loss, seconds=seconds)
+            if on_event: on_event('progress', total=total, **at)
         name,kw = MQAR[v]
         r = train_recall(name, task, seed, lr, size.steps, size.batch_size, every=max(1, size.steps//20), patience=None, target=99.9, data=data[seed],
             sizes=dict(dim=dim, num_heads=mqar_heads(v, dim), conv=4, rotary=False), map_lr=lr/100, on_step=on_step, device=device, **kw)
+        if r['steps']<size.steps: on_step(r['steps'], at['loss'], at['seconds'], r['steps']) # it learned all before the last step
         row = dict(same, variant=v, dim=dim, state_bytes=mqar_state(v, dim, size.seq_len), stage='trained', value=r['accuracy'], seed=seed,
             tokens=r['tokens'], steps=r['steps'], wall_s=round(r['wall_s'], 1), curve=[[s,round(a, 1)] for s,a in r['curve']])
         if on_event: on_event('row', row=row, model=r['model'])
         return [row],r['valid']
     def listen(dim): return on_event and (lambda event, label=None, **o: on_event(event, **o, **(dict(label=f'{label}, {dim} channels') if label else {})))
     with only_command(path, work):
-        check_settings(path, settings)
+        check_settings(path, settings, 'mqar')
         open_work(work, settings)
         done,save = growing_results(path, command, seeds[0], device)
         for dim in size.dims: rate_sweep(done, save, partial(run, dim), variants, seeds, lrs, work, listen(dim), settings=settings, dim=dim)
