@@ -67,7 +67,8 @@ def test_a_rate_that_diverges(tmp_path):
     row, = mqar_experiment(tmp_path/'x.json', ['elu'], size=TINY, lrs=(1e30,1e-2), on_event=listen)
     assert row['lr']==1e-2 and [*row['tried']]==['0.01'] and ('diverged',1e30) in told and ('progress',True) in told
     assert ('progress',False) not in told
-    with pytest.raises(FloatingPointError, match='the loss is nan'): mqar_experiment(tmp_path/'y.json', ['elu'], size=TINY, lrs=(1e30,))
+    with pytest.raises(FloatingPointError, match='the loss is nan'):
+        mqar_experiment(tmp_path/'y.json', ['elu'], size=TINY, lrs=(1e30,))
     assert not (tmp_path/'y.json').exists()
     for more,says in ((dict(lrs=()), 'one learning rate or more'), (dict(seeds=()), 'seeds is above 0'),
         (dict(size=mqar_size('cpu', steps=0)), 'steps is above 0')):
@@ -88,7 +89,7 @@ def test_command(tmp_path):
         r = CliRunner(env={'COLUMNS':'120', 'TERM':'dumb'}).invoke(app, ['experiment','mqar','--out',str(tmp_path/'x.json'), *map(str, args)])
         assert r.exit_code==code, (r.output, r.exception)
         return ' '.join(r.stderr.split())
-    for args,says in ((('--variant','linear'), 'there are softmax, hedgehog'), (('--size','tpu'), 'one of cpu, gpu'), (('--dim',7), 'come in pairs; softmax has 7'),
+    for args,says in ((('--variant','linear'), 'there are softmax, hedgehog'), (('--size','tpu'), 'one of cpu, gpu'), (('--dim',7), 'in pairs; softmax has 7'),
             (('--variant','taylor','--dim',40), 'a multiple of 16; given 40'), (('--lr',-1), 'rate')):
         assert says in run(*args, '--steps', 1, code=1) and not (tmp_path/'x.json').exists()
     assert 'elu, 16 channels, seed 0, rate 0.01' in run('--variant', 'elu', '--dim', 16, '--steps', 1, '--lr', 1e-2)
