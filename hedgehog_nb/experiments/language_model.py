@@ -17,7 +17,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from ..data.models import parse_dtype
 from ..data.text import load_texts, token_blocks
-from .tasks import best_rate, check_positive, check_rates, check_settings, check_variants, only_command, rate_sweep
+from .tasks import best_rate, check_positive, check_rates, check_settings, check_variants, only_command, pick_size, rate_sweep
 from ..files import atomic_write
 from ..models.attention import linear_layers
 from ..models.config import LinearizeConfig
@@ -63,8 +63,7 @@ def scratch_size(
     **given # Fields of `ScratchSize` that are to be other; None: not given
 )->ScratchSize:
     "A size of `SCRATCH_SIZES`, or one near it. Raises `ValueError` that lists them."
-    if name not in SCRATCH_SIZES: raise ValueError(f"the size is one of {', '.join(SCRATCH_SIZES)}; given {name!r}")
-    return replace(SCRATCH_SIZES[name], **{k:v for k,v in given.items() if v is not None})
+    return pick_size(SCRATCH_SIZES, name, **given)
 
 def scratch_model(
     variant:str, # A name of `SCRATCH`

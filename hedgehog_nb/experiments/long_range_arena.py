@@ -11,7 +11,7 @@ __all__ = ['LISTOPS', 'ARENA', 'ARENA_VARIANTS', 'listops_value', 'listops', 'di
 
 # %% ../../nbs/10i_long_range_arena.ipynb #10190004
 import math, numpy as np, random, statistics, time, torch
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from torch.nn.utils.rnn import pad_sequence
 from typing import Callable, NamedTuple
@@ -19,7 +19,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from ..data.labelled import LabelledData, load_labelled
 from ..data.models import parse_dtype
 from ..data.text import DataError
-from .tasks import check_positive, check_rates, check_settings, check_variants, only_command, rate_sweep, variant_config
+from .tasks import check_positive, check_rates, check_settings, check_variants, only_command, pick_size, rate_sweep, variant_config
 from .vision import image_data
 from ..models.linearize import linearize
 from ..results import final_value, growing_results, PAPER, Table
@@ -231,8 +231,7 @@ def arena_size(
     "The size of a task on a kind of machine, or one near it. Raises `ValueError` that lists the names."
     t = arena_task(task)
     sizes = dict(cpu=ArenaSize(t.short, 20_000, 2000, 2, 128, 4, 32, 3000), gpu=ArenaSize(t.length, t.train, t.held, 4, 256, 4, 32, 20_000))
-    if name not in sizes: raise ValueError(f"the size is one of {', '.join(sizes)}; given {name!r}")
-    return replace(sizes[name], **{k:v for k,v in given.items() if v is not None})
+    return pick_size(sizes, name, **given)
 
 # %% ../../nbs/10i_long_range_arena.ipynb #10190046
 def arena_data(

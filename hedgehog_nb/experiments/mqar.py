@@ -9,12 +9,12 @@ __all__ = ['MQAR', 'MQAR_SIZES', 'mqar_heads', 'mqar_state', 'MQARSize', 'mqar_s
 
 # %% ../../nbs/07b_state_size.ipynb #07b00004
 import math, torch
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from ..attentions.base import make_attention
 from .recall import recall_data, RecallTask, train_recall
-from .tasks import check_positive, check_rates, check_settings, check_variants, only_command, rate_sweep
+from .tasks import check_positive, check_rates, check_settings, check_variants, only_command, pick_size, rate_sweep
 from ..results import growing_results, Table
 from ..training.recipe import open_work
 
@@ -66,8 +66,7 @@ def mqar_size(
     **given # Fields of `MQARSize` that are to be other; None: not given
 )->MQARSize:
     "A size of `MQAR_SIZES`, or one near it. Raises `ValueError` that lists them, or on sizes that do not fit."
-    if name not in MQAR_SIZES: raise ValueError(f"the size is one of {', '.join(MQAR_SIZES)}; given {name!r}")
-    return replace(MQAR_SIZES[name], **{k:v for k,v in given.items() if v is not None})
+    return pick_size(MQAR_SIZES, name, **given)
 
 # %% ../../nbs/07b_state_size.ipynb #07b00043
 def mqar_experiment(
