@@ -46,3 +46,15 @@ def seed():
 
 @pytest.fixture(scope='session')
 def root(): return Path(__file__).resolve().parent.parent
+
+@pytest.fixture
+def rows_at_once(monkeypatch):
+    "A list, to which each step of training adds the rows that it computes at once: those of a batch, or of a piece of it."
+    from hedgehog_nb.training import distill, trainer
+    seen = []
+    for cls in (trainer.ResumableTrainer, distill._DistillTrainer):
+        def noted(self, model, inputs, *args, step=cls.training_step, **kw):
+            seen.append(len(next(iter(inputs.values()))))
+            return step(self, model, inputs, *args, **kw)
+        monkeypatch.setattr(cls, 'training_step', noted)
+    return seen

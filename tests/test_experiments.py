@@ -236,6 +236,26 @@ def test_scratch_map_rates(tmp_path):
     with pytest.raises(ValueError, match='batch_size is above 0'):
         scratch_experiment(tmp_path/'z.json', **{**kw, 'size':ScratchSize(1, 32, 2, 96, 0, 20_000, 1e-2, 'bpe:300')})
 
+@pytest.mark.parametrize('name', ['glue','vision','scratch','summaries','lra'])
+def test_batches_in_pieces(name, bert, glue, pictures, tmp_path, rows_at_once):
+    "--grad-accum computes no more rows at once than asked, in every phase; where no dropout draws anew, results are the same."
+    text = tmp_path/'text'
+    text.mkdir()
+    for s in ('train','validation','test'):
+        (text/f'{s}.jsonl').write_text(''.join(json.dumps(dict(dialogue=f'Tom: Let us {w}.', summary=f'Tom {w}s.'))+'\n' for w in WORDS))
+    few = ('--steps', 2, '--variant', 'hedgehog', '--lr', 1e-3)
+    args,rows = dict(glue=(('cola', bert, '--data', glue, '--epochs', .5, '--base-lr', 1e-3, '--distill-steps', 2, *few), 32),
+        vision=(('--data', pictures, '--rows', 20, '--epochs', 1, '--batch-size', 8, *few), 8),
+        scratch=(('--data', 'embedded', '--tokens', 2000, '--batch-size', 4, '--tokenizer', 'bpe:300', *few[2:]), 4),
+        summaries=(('embedded', '--data', text, '--distill-steps', 2, '--batch-size', 8, '--new-tokens', 4, *few), 8),
+        lra=(('listops', '--seq-len', 24, '--train', 40, '--held-out', 10, '--batch-size', 8, *few), 8))[name]
+    def run(n):
+        rows_at_once.clear()
+        hedgehog('experiment', name, *args, '--grad-accum', n, '--device', 'cpu', '--out', tmp_path/f'{n}.json')
+        return [r['value'] for r in json.loads((tmp_path/f'{n}.json').read_text())['rows'] if r['metric'] in ('ppl','rouge1')],[*rows_at_once]
+    (whole,one),(parts,four) = run(1),run(4)
+    assert max(one)==rows and max(four)==rows//4 and len(four)>3*len(one) and (name not in ('scratch','summaries') or parts==pytest.approx(whole, rel=1e-4))
+
 def test_scratch_knows_its_text(tmp_path):
     "The same text under another name of its folder goes on; another text is refused."
     def put(folder, words):

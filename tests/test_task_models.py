@@ -223,12 +223,16 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(phase, step, monkeypatch):
     drop = lambda rows: [{k:v for k,v in x.items() if k not in ('seconds','step_s')} for x in rows]
     assert drop(rows_of('whole'))==drop(rows_of('stopped'))
 
+def test_batches_in_pieces(rows_at_once):
+    hedgehog('linearize', bert(), '--data', reviews(), '--label-column', 'stars', '--baseline', '--out', 'out', '--grad-accum', 4, *FEW)
+    assert rows_at_once==[2]*24 # two steps of eight rows, of the baseline, the maps and the whole
+
 # What is refused
 
 @pytest.mark.parametrize('option,fits', [('--distill-tokens 9','--distill-epochs'), ('--finetune-tokens 9','--epochs'), ('--adapt-tokens 9','--adapt-epochs'),
     ('--seq-len 64','--max-length'), ('--align-tokens 9','not aligned'), ('--align-lr 0.1','not aligned'), ('--long-blocks 2','not joined'),
     ('--block-bos','as its tokenizer does'), ('--no-block-bos','as its tokenizer does'), ('--patience 2','--epochs'), ('--last-state','its last state'),
-    ('--lora-rank 2','all weights'), ('--lora-targets query','all weights'), ('--grad-accum 2','--batch-size'), ('--eval-tokens 9','all examples'),
+    ('--lora-rank 2','all weights'), ('--lora-targets query','all weights'), ('--eval-tokens 9','all examples'),
     ('--evals 2','after each phase'), ('--save trained','the whole model is saved')])
 def test_options_of_language_models_are_refused(option, fits):
     said = fails('linearize', bert(), '--data', reviews(), '--out', 'out', *option.split())

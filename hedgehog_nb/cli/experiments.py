@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, List, Optional
 from .console import counted, Terminal
 from .inputs import check_output, pick_device
-from .options import _command, _examples, _opt, app, AutocastOpt, DebugOpt, DeviceOpt, DtypeOpt, JsonOpt, ModelArg
+from .options import _command, _examples, _opt, app, AutocastOpt, DebugOpt, DeviceOpt, DtypeOpt, GradAccumOpt, JsonOpt, ModelArg
 from ..results import command_line, growing_results
 
 # %% ../../nbs/94b_experiments.ipynb #94b00010
@@ -75,7 +75,7 @@ def glue_command(ctx:typer.Context,
     data:Annotated[Optional[Path], _opt('--data', '-d', metavar='DIR',
         help="Folder with the tasks' own files, in CoLA/, SST-2/, MRPC/, STS-B/; the hub if not given.")]=None,
     variant:VariantOpt=None, seeds:SeedsOpt=1, lr:RatesOpt=(2e-5,1e-4), base_lr:BaseRatesOpt=(5e-5,1e-4,2e-4), epochs:EpochsOpt=None, steps:StepsOpt=None,
-    distill_steps:DistillStepsOpt=1000, rows:RowsOpt=None, work:WorkOpt=None, autocast:AutocastOpt=None, device:DeviceOpt=None,
+    distill_steps:DistillStepsOpt=1000, rows:RowsOpt=None, work:WorkOpt=None, grad_accum:GradAccumOpt=1, autocast:AutocastOpt=None, device:DeviceOpt=None,
     as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
     ("[bold]Convert a BERT that knows a task of GLUE[/] to every map of the paper's table.\n\n"
@@ -84,7 +84,7 @@ def glue_command(ctx:typer.Context,
     screen = Terminal(as_json)
     with _experiment(out, screen):
         found = glue_experiment(out, task, model, data, variant, range(seeds), epochs, steps, distill_steps, tuple(base_lr), tuple(lr), autocast,
-            pick_device(device), rows, work, command_line(ctx.parent.parent.obj), _listener(screen, GLUE[task].metric if task in GLUE else None))
+            pick_device(device), rows, work, command_line(ctx.parent.parent.obj), _listener(screen, GLUE[task].metric if task in GLUE else None), grad_accum)
     screen.object(out=str(out), rows=found)
 
 # %% ../../nbs/94b_experiments.ipynb #94b00013
@@ -97,7 +97,8 @@ def vision_command(ctx:typer.Context, out:OutOpt,
     data:Annotated[str, _opt('--data', '-d', metavar='DATA', help="A [cyan]datasets[/] name, or a folder of images, one folder a class.")]='uoft-cs/cifar10',
     variant:VariantOpt=None, seeds:SeedsOpt=1, lr:RatesOpt=(2e-5,1e-4), base_lr:BaseRatesOpt=(1e-3,), epochs:EpochsOpt=None, steps:StepsOpt=400,
     batch_size:Annotated[int, _opt('--batch-size', metavar='N', min=1, help="Images per step.")]=64,
-    rows:RowsOpt=None, work:WorkOpt=None, autocast:AutocastOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
+    rows:RowsOpt=None, work:WorkOpt=None, grad_accum:GradAccumOpt=1, autocast:AutocastOpt=None, device:DeviceOpt=None,
+    as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
     ("[bold]Convert a Vision Transformer[/]: softmax, the fixed map 1+ELU, learned maps.\n\n"
      "    The small one learns the classes first. Then as in [cyan]hedgehog experiment glue[/].")
@@ -105,7 +106,7 @@ def vision_command(ctx:typer.Context, out:OutOpt,
     screen = Terminal(as_json)
     with _experiment(out, screen):
         found = vision_experiment(out, model, data, variant, range(seeds), epochs, steps, batch_size, tuple(base_lr), tuple(lr), autocast, pick_device(device),
-            rows, work, command_line(ctx.parent.parent.obj), _listener(screen, 'accuracy'))
+            rows, work, command_line(ctx.parent.parent.obj), _listener(screen, 'accuracy'), grad_accum)
     screen.object(out=str(out), rows=found)
 
 # %% ../../nbs/94b_experiments.ipynb #94b00014
@@ -124,7 +125,7 @@ def scratch_command(ctx:typer.Context, out:OutOpt,
     lr:Annotated[Optional[List[float]], _opt('--lr', metavar='X',
         help="Peak rates; each variant's is chosen on seed 0, by validation text. By the size if not given.")]=None,
     map_lr:Annotated[Optional[List[float]], _opt('--map-lr', metavar='X', help="The same for feature maps, where a variant learns some.")]=None,
-    work:WorkOpt=None, autocast:AutocastOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
+    work:WorkOpt=None, grad_accum:GradAccumOpt=1, autocast:AutocastOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
     ("[bold]Train a GPT-2 from scratch[/] with every attention: softmax, Hedgehog, the paper's fixed maps, a hybrid.\n\n"
      "    All start from the same weights and see the same tokens.")
@@ -133,7 +134,8 @@ def scratch_command(ctx:typer.Context, out:OutOpt,
     with _experiment(out, screen):
         sizes = scratch_size(size, tokens=tokens, batch_size=batch_size, tokenizer=tokenizer)
         found = scratch_experiment(out, data, variant, range(seeds), sizes, lr, autocast=autocast, device=pick_device(device), work=work,
-            command=command_line(ctx.parent.parent.obj), on_event=_listener(screen, 'ppl', 'tokens'), map_lrs=map_lr)
+            command=command_line(ctx.parent.parent.obj), on_event=_listener(screen, 'ppl', 'tokens'), map_lrs=map_lr,
+            gradient_accumulation_steps=grad_accum)
     screen.object(out=str(out), rows=found)
 
 # %% ../../nbs/94b_experiments.ipynb #94b00015
@@ -159,7 +161,8 @@ def summaries_command(ctx:typer.Context, model:ModelArg, out:OutOpt,
     new_tokens:Annotated[int, _opt('--new-tokens', metavar='N', min=1, help="Tokens of a summary, at most.")]=80,
     lora_targets:Annotated[Optional[str], _opt('--lora-targets', metavar='NAMES',
         help="Modules that get adapters, with commas between them, or all-linear; q_proj,k_proj,v_proj,o_proj if not given.")]=None,
-    work:WorkOpt=None, autocast:AutocastOpt=None, dtype:DtypeOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
+    work:WorkOpt=None, grad_accum:GradAccumOpt=1, autocast:AutocastOpt=None, dtype:DtypeOpt=None, device:DeviceOpt=None,
+    as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
     ("[bold]Convert a chat model and have it summarise dialogues[/], after LoRA: softmax, T2R, Hedgehog, a hybrid; ROUGE of each.\n\n"
      "    Maps are distilled on the same dialogues first, where they learn. Softmax gets the same adapters, as a control.")
@@ -169,7 +172,7 @@ def summaries_command(ctx:typer.Context, model:ModelArg, out:OutOpt,
     with _experiment(out, screen):
         found = summaries_experiment(out, model, data, variant, range(seeds), steps, distill_steps, batch_size, tuple(lr), test_rows, max_prompt, new_tokens,
             recipe, lora, autocast=autocast, dtype=dtype, device=pick_device(device), work=work, command=command_line(ctx.parent.parent.obj),
-            on_event=_listener(screen, 'rouge1'))
+            on_event=_listener(screen, 'rouge1'), gradient_accumulation_steps=grad_accum)
     if found[0]['cut']: screen.say(f"{found[0]['cut']} of {found[0]['dialogues']} dialogues lost their beginning, to fit into {max_prompt} tokens")
     screen.object(out=str(out), rows=found)
 
@@ -195,7 +198,7 @@ def lra_command(ctx:typer.Context,
     batch_size:Annotated[Optional[int], _opt('--batch-size', metavar='N', min=1, help="Sequences per step; by the size if not given.")]=None,
     lr:Annotated[List[float], _opt('--lr', metavar='X',
         help="Peak rates; each variant's is chosen on seed 0, by sequences held out.")]=(1e-3,3e-4),
-    work:WorkOpt=None, autocast:AutocastOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
+    work:WorkOpt=None, grad_accum:GradAccumOpt=1, autocast:AutocastOpt=None, device:DeviceOpt=None, as_json:JsonOpt=False, debug:DebugOpt=False,
 ):
     ("[bold]Train an encoder from scratch on Long Range Arena[/]: softmax, 1+ELU, Performer, Hedgehog, and on request taylor, t2r, cosformer, relu.\n\n"
      "    All start from the same weights and see the same sequences.")
@@ -204,7 +207,7 @@ def lra_command(ctx:typer.Context,
     with _experiment(out, screen):
         sizes = arena_size(size, task, steps=steps, seq_len=seq_len, train=train, held=held, batch_size=batch_size)
         found = lra_experiment(out, task, data, variant, range(seeds), sizes, tuple(lr), autocast=autocast, device=pick_device(device), work=work,
-            command=command_line(ctx.parent.parent.obj), on_event=_listener(screen, 'accuracy'))
+            command=command_line(ctx.parent.parent.obj), on_event=_listener(screen, 'accuracy'), gradient_accumulation_steps=grad_accum)
     screen.object(out=str(out), rows=found)
 
 # %% ../../nbs/94b_experiments.ipynb #94b00017

@@ -17,7 +17,7 @@ from .console import AttentionSnapshots, conversion_line, counted, perplexity_ta
 from .inputs import block_start, check_output, describe_start, is_converted, map_plan, model_name, open_blocks, open_model
 from .options import (
     _command, _examples, _expand_config, _opt, app, AutocastOpt, BlockBosOpt, ColumnOpt, ConfigOpt, DataOpt, DebugOpt, DeviceOpt, EvalOpt,
-    ImplOpt, imported, JsonOpt, ModelArg, SeedOpt)
+    GradAccumOpt, ImplOpt, imported, JsonOpt, ModelArg, SeedOpt)
 from .tasks import (
     AdaptEpochsOpt, convert_labelled, DistillEpochsOpt, EpochsOpt, is_task, LabelOpt, MaxLengthOpt, MetricOpt, score_table)
 from ..files import atomic_write
@@ -169,8 +169,10 @@ def _save(model, tok, out, work, record, rows, card, pictures=(), trained=None, 
         else:
             save_linearized(model, d, tok, card={'data': rows[-1]['data'], 'tokens of training': rows[-1]['tokens'], **card})
         for name,draw in pictures: draw(d/name)
-        for f in (work/'results.json', d/'results.json', record):
-            if f: write_results(f, rows, **run)
+        written = write_results(work/'results.json', rows, **run)
+        shutil.copy(written, d)
+        if record:
+            with atomic_write(record) as f: shutil.copy(written, f)
 
 # %% ../../nbs/94_cli.ipynb #0ed3a19a
 OutOpt = Annotated[Path, _opt('--out', '-o', metavar='DIR', help="Folder to write: the model, figures, results.")]
@@ -254,8 +256,6 @@ LoraRankOpt = Annotated[Optional[int], _opt('--lora-rank', panel='Training', met
     help="Finetune LoRA adapters of this rank, and the maps, in place of all weights; merged at the end. 0: none, even where the recipe has some.")]
 LoraTargetsOpt = Annotated[Optional[str], _opt('--lora-targets', panel='Training', metavar='LIST',
     help="Modules that get adapters, such as [cyan]q_proj,v_proj[/].")]
-GradAccumOpt = Annotated[int, _opt('--grad-accum', panel='Training', metavar='N', min=1,
-    help="Compute each batch in so many pieces: the same step in less memory.")]
 SaveEveryOpt = Annotated[int, _opt('--save-every', panel='Training', metavar='N', min=1,
     help="Steps between two writings of the state that a stopped run goes on from.")]
 

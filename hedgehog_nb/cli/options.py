@@ -8,7 +8,7 @@ Docs: https://hedgehog-nb.github.io/hedgehog_nb/nbs/cli.html.md"""
 __all__ = []
 
 # %% ../../nbs/94_cli.ipynb #aaaf85i2
-import difflib, hashlib, importlib.util, os, signal, sys, threading, typer, warnings
+import difflib, hashlib, importlib.util, inspect, os, signal, sys, threading, typer, warnings
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -24,6 +24,7 @@ def _on_signal(sig, frame): raise Terminated(sig)
 @contextmanager
 def one_line_errors(
     debug:bool=False, # Let exceptions through, with their traceback?
+    params=(), # Names of the command's parameters, for what to try with less memory
 ):
     "Turn exceptions into one line on stderr and an exit code: 1 for errors, 128 + signal for a stop."
     main = threading.current_thread() is threading.main_thread()
@@ -33,7 +34,7 @@ def one_line_errors(
     except (typer.Exit, BrokenPipeError): raise
     except Exception as e:
         if debug: raise
-        _fail('; '.join([_explain(e), *filter(None, [getattr(e, 'note', None)])]))
+        _fail('; '.join([_explain(e, params), *filter(None, [getattr(e, 'note', None)])]))
     finally:
         for s,h in old.items(): signal.signal(s, h)
 
@@ -42,10 +43,13 @@ def _fail(msg, code=1):
     print(f"hedgehog: {' '.join(msg.split())}", file=sys.stderr)
     raise typer.Exit(code)
 
-def _explain(e):
-    "What to say about an exception."
+def _explain(e, params=()):
+    "What to say about an exception of a command with these parameters."
     if isinstance(e, (ValueError, FloatingPointError)): return str(e)
-    if isinstance(e, MemoryError) or 'out of memory' in str(e).lower(): return "out of memory; try --grad-accum, or a smaller --batch-size or --seq-len"
+    if isinstance(e, MemoryError) or 'out of memory' in str(e).lower():
+        less = [f"--{p.replace('_', '-')}" for p in ('batch_size','seq_len','max_length','max_prompt') if p in params]
+        ways = [*['a larger --grad-accum']*('grad_accum' in params), *[f"a smaller {' or '.join(less)}"]*bool(less)]
+        return 'out of memory' + (f"; try {', or '.join(ways)}" if ways else '')
     if isinstance(e, OSError) and e.strerror: return f"{e.filename or 'file system'}: {e.strerror}"
     return f"unexpected {type(e).__name__}: {str(e)[:200]} (--debug shows where)"
 
@@ -73,6 +77,8 @@ AutocastOpt = Annotated[Optional[str], _opt('--autocast', panel='Machine', metav
 ImplOpt = Annotated[Optional[str], _opt('--implementation', panel='Machine', metavar='NAME',
     help="How converted layers compute: [cyan]triton[/] (GPU), [cyan]c[/] (CPU), [cyan]chunked[/], [cyan]recurrent[/] "
          "or [cyan]naive[/], kept with a model that is saved. If not given: as it was saved, or by the input.")]
+GradAccumOpt = Annotated[int, _opt('--grad-accum', panel='Training', metavar='N', min=1,
+    help="Compute each batch in so many pieces: the same step in less memory.")]
 DeviceOpt = Annotated[Optional[str], _opt('--device', panel='Machine', metavar='NAME',
     help="[cyan]cpu[/], [cyan]cuda[/], [cyan]cuda:1[/], [cyan]mps[/]; the first GPU, or the CPU, if not given.")]
 BaseOpt = Annotated[Optional[str], _opt('--base', metavar='MODEL',
@@ -105,9 +111,10 @@ def _quiet(debug):
 
 def _command(f):
     "A command with plain errors and quiet libraries."
+    params = inspect.signature(f).parameters
     @wraps(f)
     def _f(*args, debug=False, **kw):
-        with one_line_errors(debug), _quiet(debug): return f(*args, debug=debug, **kw)
+        with one_line_errors(debug, params), _quiet(debug): return f(*args, debug=debug, **kw)
     return _f
 
 def _examples(*lines): return '\n'.join(['[bold]Examples[/]', *(f'  [dim]$[/] {l}' for l in lines)])

@@ -35,7 +35,7 @@ _OWN = dict(label_column="", metric="", epochs="say --finetune-tokens", distill_
 _OTHERS = dict(distill_tokens="say --distill-epochs", finetune_tokens="say --epochs", adapt_tokens="say --adapt-epochs", seq_len="say --max-length",
     align_tokens="modules are not aligned", align_lr="modules are not aligned", long_blocks="examples are not joined",
     block_bos="examples begin as its tokenizer does", patience="say --epochs", last_state="each phase ends with its last state",
-    lora_rank="all weights are finetuned", lora_targets="all weights are finetuned", grad_accum="say --batch-size",
+    lora_rank="all weights are finetuned", lora_targets="all weights are finetuned",
     eval_tokens="all examples of the split are measured", evals="it is measured after each phase", save="the whole model is saved", base="it is saved whole")
 
 def _given(ctx, name):
@@ -204,7 +204,8 @@ def convert_labelled(
     budgets = _budgets(o, maps)
     _check(o, model, new, budgets)
     screen.say(_plan(o, model, task, how, len(which), maps, lost, budgets))
-    name,same,rows = variant_name(how),dict(batch_size=o.batch_size, autocast=o.autocast, seed=o.seed, save_steps=o.save_every),[]
+    name,same,rows = variant_name(how),dict(batch_size=o.batch_size, autocast=o.autocast, seed=o.seed, save_steps=o.save_every,
+        gradient_accumulation_steps=o.grad_accum),[]
     listen = lambda phase=None: _listener(screen, task.metric, name, phase)
     (epochs,steps),lr = budgets['finetune'],2e-5 if o.finetune_lr is None else o.finetune_lr
     with screen.progress:

@@ -85,6 +85,7 @@ def glue_experiment(
     work=None, # Folder for what is unfinished, and the softmax model; beside `path` if None
     command:str=None, # What was typed, for the record
     on_event=None, # Listener, as for `task_sweep`
+    gradient_accumulation_steps:int=1, # As for `convert_task`
 )->list: # Rows of results
     ("Finetune softmax on a task of GLUE, and convert it to every map of the paper's table. "
      "Raises `DataError`, `ModelError` or `ValueError`, one line, on what cannot be had or does not fit.")
@@ -95,4 +96,4 @@ def glue_experiment(
     epochs,steps = glue.epochs if epochs is None else epochs, glue.steps if steps is None else steps
     names = dict(experiment=name, model=Path(str(model)).name, data=glue.title)
     return task_experiment(path, load, task, names, variants, seeds, epochs, base_lrs, lrs, work, command, on_event, autocast=autocast,
-        finetune_steps=steps, **{**DISTILLATION, 'distill_steps':distill_steps})
+        finetune_steps=steps, gradient_accumulation_steps=gradient_accumulation_steps, **{**DISTILLATION, 'distill_steps':distill_steps})

@@ -109,7 +109,7 @@ def _has_maps(variant, size, tok):
     layers = linear_layers(scratch_model(variant, replace(size, layers=1), tok))
     return any(True for m in layers.values() for _ in m.feature_map.parameters())
 
-def _train(variant, size, tok, train, test, valid, seed, lr, map_lr, work, evals, autocast, device, on_event):
+def _train(variant, size, tok, train, test, valid, seed, lr, map_lr, work, evals, autocast, device, on_event, pieces):
     "One model: (rows, perplexity on the text to choose by)."
     model = scratch_model(variant, size, tok, seed, device)
     log = EvalLog(test, size.batch_size, on_event, work/'measured.json', seed=seed)
@@ -117,7 +117,7 @@ def _train(variant, size, tok, train, test, valid, seed, lr, map_lr, work, evals
     watch = EvalCallback(log, model, 'train', variant, steps, train, size.batch_size, evals)
     with mixed_precision(device, autocast):
         watch.end(finetune(model, train, steps, size.batch_size, lr, seed=seed, weight_decay=.1, progress=False, callbacks=[watch],
-            checkpoint=work/'train.safetensors', map_lr=map_lr))
+            checkpoint=work/'train.safetensors', map_lr=map_lr, gradient_accumulation_steps=pieces))
         return log.rows, EvalLog(valid, size.batch_size, on_event).evaluate(model, variant, 'valid')['value']
 
 # %% ../../nbs/10g_from_scratch.ipynb #10a90033
@@ -135,6 +135,7 @@ def scratch_experiment(
     command:str=None, # What was typed, for the record
     on_event=None, # Listener, as for `task_sweep`
     map_lrs=None, # Rates of feature maps to choose from, in the same way, where a variant learns some; `size.map_lr` if None
+    gradient_accumulation_steps:int=1, # Pieces a batch is computed in, one after another: less memory
 )->list: # Rows of results
     ("Train a GPT-2 with every attention, writing each as it ends; what is in the file is not run again. "
      "Raises `DataError` or `ValueError`, one line, on what cannot be had or does not fit.")
@@ -157,7 +158,7 @@ def scratch_experiment(
         done,save = growing_results(path, command, seeds[0], device)
         def train_at(v, seed, lr, map_lr, folder):
             if map_lr and len(map_lrs)>1 and on_event: on_event('run', label=f'{v}, maps at {map_lr:g}')
-            rows,score = _train(v, size, tok, train, test, valid, seed, lr, map_lr, folder, evals, autocast, device, on_event)
+            rows,score = _train(v, size, tok, train, test, valid, seed, lr, map_lr, folder, evals, autocast, device, on_event, gradient_accumulation_steps)
             return [{**same, **r, 'seq_len':size.seq_len} for r in rows],score
         def run(v, seed, lr, folder):
             if not _has_maps(v, size, tok): return train_at(v, seed, lr, None, folder)

@@ -281,6 +281,7 @@ def lra_experiment(
     work=None, # Folder for unfinished runs; beside `path` if None
     command:str=None, # What was typed, for the record
     on_event=None, # Listener, as for `task_sweep`
+    gradient_accumulation_steps:int=1, # As for `finetune_task`
 )->list: # Rows of results
     ("Train an encoder with every attention on a task, writing each as it ends; what is in the file is not run again. "
      "Raises `DataError` or `ValueError`, one line, on what cannot be had or does not fit.")
@@ -293,7 +294,7 @@ def lra_experiment(
     def run(v, seed, lr, folder):
         model = arena_model(v, examples, ARENA[task].symbols, size, seed, device)
         rows = finetune_task(model, examples, steps=size.steps, batch_size=size.batch_size, lr=lr, autocast=autocast, variant=v, seed=seed,
-            on_event=on_event, work=folder, evals=evals)
+            on_event=on_event, work=folder, evals=evals, gradient_accumulation_steps=gradient_accumulation_steps)
         held = [r['value'] for r in rows if r['metric']=='accuracy-held-out']
         return [{**same, **r, 'stage':'trained' if r['metric']=='accuracy' else 'train'} for r in rows],held[-1]
     settings = dict(asdict(size), task=task, data=examples.digest(), autocast=autocast, evals=evals)

@@ -193,7 +193,7 @@ def _converted(base, variant, task, seed, o, folder, tell):
     linearize(model, config)
     def phase(name, train, steps, *args, **kw):
         if steps: phases.append((train(model, task.train, steps, size, *args, seed=seed, callbacks=[StepEvents(tell, name)], save_steps=o.save_steps,
-            checkpoint=folder/f'{name}.safetensors', progress=False, **kw, **task.training()), size))
+            checkpoint=folder/f'{name}.safetensors', progress=False, gradient_accumulation_steps=o.pieces, **kw, **task.training()), size))
     if v.distilled:
         steps = math.ceil(rows/size)
         phase('distill', distill, steps, r.lr, r.objective, **r.distill_args)
@@ -205,7 +205,8 @@ def _tuned(base, variant, task, seed, lr, o, folder, tell):
     with mixed_precision(base.device, o.autocast):
         model,phases = _converted(base, variant, task, seed, o, folder, tell)
         h = finetune(model, task.train, o.steps, o.batch_size, lr, lora=o.lora, seed=seed, eval_data=task.valid, eval_steps=math.ceil(o.steps/4),
-            callbacks=[StepEvents(tell, 'finetune')], checkpoint=folder/f'lora-{lr:g}.safetensors', save_steps=o.save_steps, progress=False, **task.training())
+            callbacks=[StepEvents(tell, 'finetune')], checkpoint=folder/f'lora-{lr:g}.safetensors', save_steps=o.save_steps, progress=False,
+            gradient_accumulation_steps=o.pieces, **task.training())
     loss = 'kl' if get_recipe(o.recipe).objective=='weights' else 'distill_loss'
     maps = {loss:round(phases[0][0].losses[-1], 4), 'recipe':o.recipe if isinstance(o.recipe, str) else 'own'} if phases else {}
     phases.append((h, o.batch_size))
@@ -280,6 +281,7 @@ def summaries_experiment(
     command:str=None, # What was typed, for the record
     save_steps:int=50, # Steps between two checkpoints
     on_event=None, # Listener, as for `task_sweep`
+    gradient_accumulation_steps:int=1, # Pieces a batch is computed in, one after another: less memory
 )->list: # Rows of results
     ("Convert a model to every attention, finetune it with LoRA on dialogues, and judge its summaries; what is in the file is not run again. "
      "Raises `DataError`, `ModelError` or `ValueError`, one line, on what cannot be had or does not fit, and `FloatingPointError` where every rate diverges.")
@@ -292,7 +294,7 @@ def summaries_experiment(
     task = SummaryTask(data if isinstance(data, dict) else dialogue_data(data), tok, max_prompt, test_rows)
     settings = dict(steps=steps, distill_steps=distill_steps, batch_size=batch_size, max_prompt=max_prompt, new_tokens=new_tokens, recipe=str(recipe),
         lora=lora, autocast=autocast, dtype=dtype and str(dtype))
-    o = SimpleNamespace(**{**settings, 'recipe':recipe}, save_steps=save_steps)
+    o = SimpleNamespace(**{**settings, 'recipe':recipe}, save_steps=save_steps, pieces=gradient_accumulation_steps)
     name = 'dialogues' if isinstance(data, dict) else Path(str(data)).name
     if 'samsum' in name.lower(): name = 'SAMSum'
     same = dict(experiment='samsum' if name=='SAMSum' else 'summaries', model=Path(str(model)).name, data=name)

@@ -244,7 +244,7 @@ def _convert(base, task, label, seed, lr, work, kept, distilled, on_event, budge
             more.extend({**row, 'metric':m, 'value':v, 'unit':''} for m,v in _attention_rows(model, task).items())
         if on_event: on_event(event, row=row, model=model, **kw)
     if VARIANTS[label] is None:
-        same = {k:budget[k] for k in ('batch_size','autocast','teacher_logits') if k in budget}
+        same = {k:budget[k] for k in ('batch_size','autocast','teacher_logits','gradient_accumulation_steps') if k in budget}
         rows = finetune_task(model, task, budget.get('finetune_epochs', 1.), budget.get('finetune_steps'), lr=lr, seed=seed, work=work, on_event=listen, **same)
     else:
         if distilled and distilled.exists() and not work.exists(): # the maps of another rate of finetuning
@@ -299,7 +299,7 @@ def task_sweep(
         if on_event: on_event('run', label='time of a step')
         done[:] = [r for r in done if r['metric']!='ms']
         times = step_times(base, task, [v for v in VARIANTS if v in ran], budget.get('batch_size', 32), autocast=budget.get('autocast'),
-            kept=heads() if any(map(keeps, ran)) else None)
+            kept=heads() if any(map(keeps, ran)) else None, gradient_accumulation_steps=budget.get('gradient_accumulation_steps', 1))
         add([dict(variant=v, stage='step', metric='ms', value=ms) for v,ms in times.items()])
         save()
     return done
@@ -314,6 +314,7 @@ def step_times(
     autocast:str=None, # As for `convert_task`
     seed:int=0, # Which rows
     kept:dict=None, # `layers` and `softmax_heads` of the variants that keep heads
+    gradient_accumulation_steps:int=1, # As for `convert_task`
 )->dict: # {variant: milliseconds}, medians
     ("Time of a training step, forward and backward, each round on the same rows for every variant; of softmax that of the faster "
      "implementation of `transformers`, 'sdpa' or 'eager'.")
@@ -324,10 +325,12 @@ def step_times(
     collate,found = task.training().get('collator', default_data_collator),{k:[] for k in models}
     lengths = None if task.data.kind=='images' else TrainingData(base, task.train).lengths()
     for rows in batch_indices(len(task.train), rounds+2, batch_size, seed, lengths):
-        x = {k:t.to(base.device) for k,t in collate([task.train[i] for i in rows]).items()}
+        parts = (rows[i::gradient_accumulation_steps] for i in range(gradient_accumulation_steps))
+        xs = [{k:t.to(base.device) for k,t in collate([task.train[i] for i in part]).items()} for part in parts if part]
         for k,m in models.items():
             t = time.perf_counter()
-            with mixed_precision(base.device, autocast): m(**x).loss.backward()
+            for x in xs:
+                with mixed_precision(base.device, autocast): m(**x).loss.backward()
             if base.device.type=='cuda': torch.cuda.synchronize()
             found[k].append(time.perf_counter()-t)
             m.zero_grad()
@@ -362,10 +365,11 @@ def task_experiment(
         raise ValueError("the model has no head for these labels, and a new one knows nothing: give epochs (--epochs) by which it learns the task")
     learns = dict(weights=weights_digest(first), data=task.digest(), epochs=epochs, base_lrs=base_lrs)
     settings,same = {**learns, **budget, 'lrs':lrs},{k:budget[k] for k in ('autocast','batch_size') if k in budget}
+    pieces = settings.pop('gradient_accumulation_steps', 1)
     with only_command(path, work):
         check_settings(path, settings, names['experiment'])
         if (work/'base').exists(): open_work(work, {**names, **learns, **same})
-        base,tried = finetuned_base(load, task, work, base_lrs, epochs, on_event, **same)
+        base,tried = finetuned_base(load, task, work, base_lrs, epochs, on_event, gradient_accumulation_steps=pieces, **same)
         open_work(work, {**names, **learns, **same}) # from here on; at first another rate may be tried
         base.to(first.device).set_attn_implementation(first.config._attn_implementation)
         return task_sweep(path, base, task, names, variants, seeds, lrs, tried, settings, work, command, on_event, **budget)

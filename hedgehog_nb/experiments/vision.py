@@ -149,6 +149,7 @@ def vision_experiment(
     work=None, # Folder for what is unfinished, and the softmax model; beside `path` if None
     command:str=None, # What was typed, for the record
     on_event=None, # Listener, as for `task_sweep`
+    gradient_accumulation_steps:int=1, # As for `convert_task`
 )->list: # Rows of results
     "Train or load a Vision Transformer, and convert it. Raises `DataError` or `ModelError`, one line, on what cannot be had."
     variants = ('softmax','elu','t2r-hh','hedgehog','hedgehog-halves','hedgehog-two','hedgehog-four') if variants is None else variants
@@ -168,4 +169,5 @@ def vision_experiment(
         if event=='row' and (row['variant'],row['metric'],row['seed'])==('hedgehog-distilled','accuracy',0):
             with suppress(ValueError): row['looks'] = looks(model, task) # not of patches that form no square
     return task_experiment(path, load, task, names, variants, seeds, epochs, base_lrs, lrs, work, command, listen, finetune_steps=steps,
-        batch_size=batch_size, autocast=autocast, **{**DISTILLATION, 'distill_batch_size':batch_size, 'distill_steps':steps})
+        batch_size=batch_size, autocast=autocast, gradient_accumulation_steps=gradient_accumulation_steps,
+        **{**DISTILLATION, 'distill_batch_size':batch_size, 'distill_steps':steps})

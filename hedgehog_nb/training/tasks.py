@@ -218,7 +218,8 @@ class _TaskRun:
         half = {} if o['autocast'] is None else {'bf16' if parse_dtype(o['autocast'])==torch.bfloat16 else 'fp16':True}
         rows = o.get(f'{phase}_batch_size') or o['batch_size']
         h = fn(model, task.train, batch_size=rows, lr=lr, seed=o['seed'], callbacks=[watch(log.tell, phase)], progress=False,
-            checkpoint=self.work and self.work/f'{phase}.safetensors', save_steps=o['save_steps'], **self.budget(phase), **task.training(), **half, **kw)
+            checkpoint=self.work and self.work/f'{phase}.safetensors', save_steps=o['save_steps'], gradient_accumulation_steps=o['gradient_accumulation_steps'],
+            **self.budget(phase), **task.training(), **half, **kw)
         log.seconds += sum(h.seconds)
         log.tokens += self.seen(len(h.losses), rows)
         log.same['step_s'] = round(statistics.median(h.seconds), 4)
@@ -269,6 +270,7 @@ def convert_task(
     on_event=None, # Listener; see `EvalLog`
     work=None, # Folder that keeps what is done; the same call goes on from there
     save_steps:int=100, # Steps between two writings of it
+    gradient_accumulation_steps:int=1, # Pieces a batch is computed in, one after another: less memory
 )->list: # Rows of results: score, agreement, correlation after each phase
     ("Swap, distil, finetune, and measure after each (paper, Section 5.3). Attention dropout goes without a warning (`lost_dropout`). "
      "Raises what `linearize`, `distill` and `finetune` raise.")
@@ -282,7 +284,8 @@ def convert_task(
     if config.heads_to_choose: build_attentions(model, config) # refused before anything is measured
     if teacher_logits is None: teacher_logits = task.predict(model, batch_size=2*batch_size)[0]
     log = _TaskLog(task, batch_size, on_event, work and work/'measured.json', teacher_logits, seed=seed)
-    _TaskRun(log, task, dict(o, save_steps=save_steps), work).phases(model, config)
+    o.update(save_steps=save_steps, gradient_accumulation_steps=gradient_accumulation_steps)
+    _TaskRun(log, task, o, work).phases(model, config)
     return log.rows
 
 # %% ../../nbs/10c_task_models.ipynb #10c00058
@@ -328,12 +331,13 @@ def finetune_task(
     work=None, # Folder that keeps what is done; the same call goes on from there
     save_steps:int=100, # Steps between two writings of it
     evals:int=0, # Scores of the rows held out while it trains, and losses before them, at steps that double; the last at the end
+    gradient_accumulation_steps:int=1, # Pieces a batch is computed in, one after another: less memory
 )->list: # Rows of results
     "Finetune on labels with the schedule of `convert_task`, and measure. Raises what `finetune` raises."
     o = dict(finetune_epochs=epochs, finetune_steps=steps, batch_size=batch_size, finetune_lr=lr, autocast=autocast, seed=seed)
     if work: work = open_work(work, {**o, **(dict(evals=evals) if evals else {}), 'data':task.digest()})
     log = _TaskLog(task, batch_size, on_event, work and work/'measured.json', teacher_logits, seed=seed)
-    run = _TaskRun(log, task, dict(o, save_steps=save_steps), work)
+    run = _TaskRun(log, task, dict(o, save_steps=save_steps, gradient_accumulation_steps=gradient_accumulation_steps), work)
     run.finetune(model, **(dict(watch=partial(_Curve, run=run, model=model, variant=variant, evals=evals)) if evals else {}))
     log.evaluate(model, variant, 'finetune')
     return log.rows
