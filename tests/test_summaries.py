@@ -9,11 +9,11 @@ torch = pytest.importorskip('torch')
 from hedgehog_nb.data.models import load_embedded
 from hedgehog_nb.data.text import DataError
 from hedgehog_nb.experiments import summarisation
-from hedgehog_nb.experiments.summarisation import (dialogue_data, Prompt, ROUGE, rouge_scores, rouge_table, SUMMARIES, summaries_experiment, summary_row,
-    SummaryTask, write_summaries)
+from hedgehog_nb.experiments.summarisation import (dialogue_data, Prompt, ROUGE, rouge_scores, rouge_table, rows_by_variant, SUMMARIES,
+    summaries_experiment, summary_row, SummaryTask, write_summaries)
 from hedgehog_nb.models.attention import linear_layers
 from hedgehog_nb.models.linearize import linearize
-from hedgehog_nb.results import PAPER, write_results
+from hedgehog_nb.results import PAPER, read_results, write_results
 
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 
@@ -208,6 +208,25 @@ def test_stopped_run_goes_on(data, tmp_path):
     def never(event, **_): raise AssertionError(event)
     assert values(summaries_experiment(tmp_path/'b.json', on_event=never, **kw))==values(whole)
     with pytest.raises(ValueError, match='runs of other settings .steps 2 there, 3 here'): summaries_experiment(tmp_path/'b.json', **{**kw, 'steps':3})
+
+def test_adapted_first(data, tmp_path):
+    "Softmax learns the task once for a seed, and all rows start from there: the control, and the maps, which are distilled from what it has become."
+    told = []
+    def listen(event, phase=None, done=0, total=0, **_): told.extend([phase] if event=='progress' and done==total else ())
+    kw = {**QUICK, 'data':data, 'steps':3, 'adapt_steps':6}
+    def run(name, variants=('softmax','hedgehog'), **more): # {variant: [ROUGE-1, …]}
+        rows = summaries_experiment(tmp_path/f'{name}.json', variants=variants, **{**kw, **more})
+        return {v:[r for r in rows if r['variant']==v and r['metric'] in ROUGE] for v in variants}
+    rows,plain = run('x', on_event=listen),run('y', adapt_steps=0)
+    assert told==['adapt','finetune','evaluate','distill','finetune','evaluate']
+    for v,(r,*_) in rows.items():
+        was = plain[v][0]
+        assert r['adapt_steps']==6 and 'adapt_steps' not in was and r['valid_loss']<was['valid_loss']-.1 and r['seconds']>was['seconds'], (v, r, was)
+    per_row = sum(len(r['input_ids']) for r in SummaryTask(data, load_embedded()[1], 200).train)/24
+    assert abs(rows['softmax'][0]['tokens']-plain['softmax'][0]['tokens']-24*per_row)<=1 # six steps of four
+    alone = run('z', ['hedgehog'])['hedgehog'] # without a row before it
+    assert [r['value'] for r in alone]==[r['value'] for r in rows['hedgehog']]
+    assert [*rows_by_variant(read_results(tmp_path), 'summaries')][-4:-2]==['hedgehog','hedgehog, adapted first']
 
 def test_summaries_of_another_rate_are_not_taken_over(data, tmp_path):
     "Stopped while it writes, another rate writes its own."

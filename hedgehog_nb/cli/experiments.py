@@ -155,6 +155,8 @@ def summaries_command(ctx:typer.Context, model:ModelArg, out:OutOpt,
         "the [cyan]best[/] we know, with more maps, smaller steps on the same dialogues, and alignment where there is no window.")]='paper',
     batch_size:Annotated[int, _opt('--batch-size', metavar='N', min=1, help="Dialogues per step; twice as many are summarised at once.")]=8,
     lr:Annotated[List[float], _opt('--lr', metavar='X', help="Rates of the adapters; each variant's is chosen on seed 0, by summaries held out.")]=(3e-4,1e-3),
+    adapt_steps:Annotated[int, _opt('--adapt-steps', metavar='N', min=0,
+        help="Optimiser steps of adapters by which the softmax model learns the task before anything is converted; 0: none.")]=0,
     test_rows:Annotated[Optional[int], _opt('--test-rows', metavar='N', min=1,
         help="Dialogues to summarise, the same for all. If not given: 200 on a CPU, all on a GPU.")]=None,
     max_prompt:Annotated[int, _opt('--max-prompt', metavar='N', min=1, help="Tokens of a prompt, at most; a longer dialogue loses its beginning.")]=512,
@@ -172,7 +174,7 @@ def summaries_command(ctx:typer.Context, model:ModelArg, out:OutOpt,
     with _experiment(out, screen):
         found = summaries_experiment(out, model, data, variant, range(seeds), steps, distill_steps, batch_size, tuple(lr), test_rows, max_prompt, new_tokens,
             recipe, lora, autocast=autocast, dtype=dtype, device=pick_device(device), work=work, command=command_line(ctx.parent.parent.obj),
-            on_event=_listener(screen, 'rouge1'), gradient_accumulation_steps=grad_accum)
+            on_event=_listener(screen, 'rouge1'), gradient_accumulation_steps=grad_accum, adapt_steps=adapt_steps)
     if found[0]['cut']: screen.say(f"{found[0]['cut']} of {found[0]['dialogues']} dialogues lost their beginning, to fit into {max_prompt} tokens")
     screen.object(out=str(out), rows=found)
 

@@ -183,10 +183,16 @@ SUMMARIES = {'softmax-zero-shot':None, 'softmax':None, 't2r':Variant('t2r'), 't2
 SUMMARY_LORA = get_recipe('lolcats').lora # the paper's: r=8, lora_alpha=16, on queries, keys, values and outputs
 
 # %% ../../nbs/10h_summaries.ipynb #10h00064
-def _converted(base, variant, task, seed, o, folder, tell):
-    "(a copy of the model with the attention of a variant, maps trained where that is said; a history of each phase and its rows a step)"
-    model,v,phases = deepcopy(base),SUMMARIES[variant],[]
-    if not v: return model, phases
+def _adapters(model, task, phase, steps, seed, lr, o, folder, tell):
+    "Finetune adapters on the dialogues, and merge them: the history."
+    return finetune(model, task.train, steps, o.batch_size, lr, lora=o.lora, seed=seed, eval_data=task.valid, eval_steps=math.ceil(steps/4),
+        callbacks=[StepEvents(tell, phase)], checkpoint=folder/f'{phase}-{lr:g}.safetensors', save_steps=o.save_steps, progress=False,
+        gradient_accumulation_steps=o.pieces, **task.training())
+
+def _distilled(model, variant, task, seed, o, folder, tell):
+    "Give the model the attention of a variant, and train its maps where that is said; a history of each phase and its rows a step."
+    v,phases = SUMMARIES[variant],[]
+    if not v: return phases
     r,rows = get_recipe(o.recipe),o.distill_steps*o.batch_size
     config,size = r.config(v.attention, **v.settings),min(o.batch_size, r.batch_for(rows, 1))
     torch.manual_seed(seed)
@@ -198,18 +204,19 @@ def _converted(base, variant, task, seed, o, folder, tell):
         steps = math.ceil(rows/size)
         phase('distill', distill, steps, r.lr, r.objective, **r.distill_args)
         phase('align', align, round(steps*r.align_for(config, model)))
-    return model, phases
+    return phases
 
 def _tuned(base, variant, task, seed, lr, o, folder, tell):
     "(trained model, {tokens, seconds, loss on the rows to choose by; of maps: recipe, and kl or distill_loss})"
+    model = deepcopy(base)
     with mixed_precision(base.device, o.autocast):
-        model,phases = _converted(base, variant, task, seed, o, folder, tell)
-        h = finetune(model, task.train, o.steps, o.batch_size, lr, lora=o.lora, seed=seed, eval_data=task.valid, eval_steps=math.ceil(o.steps/4),
-            callbacks=[StepEvents(tell, 'finetune')], checkpoint=folder/f'lora-{lr:g}.safetensors', save_steps=o.save_steps, progress=False,
-            gradient_accumulation_steps=o.pieces, **task.training())
+        before = [(_adapters(model, task, 'adapt', o.adapt_steps, seed, lr, o, folder.parent/f'adapted-{seed}', tell), o.batch_size)] if o.adapt_steps else []
+        phases = _distilled(model, variant, task, seed, o, folder, tell)
+        h = _adapters(model, task, 'finetune', o.steps, seed, lr, o, folder, tell)
     loss = 'kl' if get_recipe(o.recipe).objective=='weights' else 'distill_loss'
     maps = {loss:round(phases[0][0].losses[-1], 4), 'recipe':o.recipe if isinstance(o.recipe, str) else 'own'} if phases else {}
-    phases.append((h, o.batch_size))
+    if before: maps['adapt_steps'] = o.adapt_steps
+    phases += [*before, (h, o.batch_size)]
     per_row = statistics.mean(len(r['input_ids']) for r in task.train)
     rows = sum(tokens_after(len(x.losses), torch.empty(len(task.train), 1), size) for x,size in phases)
     return model, dict(tokens=round(rows*per_row), seconds=round(sum(sum(x.seconds) for x,_ in phases), 2), valid_loss=round(h.best_value, 4),
@@ -282,6 +289,7 @@ def summaries_experiment(
     save_steps:int=50, # Steps between two checkpoints
     on_event=None, # Listener, as for `task_sweep`
     gradient_accumulation_steps:int=1, # Pieces a batch is computed in, one after another: less memory
+    adapt_steps:int=0, # Optimiser steps of adapters by which the softmax model learns the task before anything is converted
 )->list: # Rows of results
     ("Convert a model to every attention, finetune it with LoRA on dialogues, and judge its summaries; what is in the file is not run again. "
      "Raises `DataError`, `ModelError` or `ValueError`, one line, on what cannot be had or does not fit, and `FloatingPointError` where every rate diverges.")
@@ -293,7 +301,7 @@ def summaries_experiment(
     if test_rows is None and base.device.type=='cpu': test_rows = 200
     task = SummaryTask(data if isinstance(data, dict) else dialogue_data(data), tok, max_prompt, test_rows)
     settings = dict(steps=steps, distill_steps=distill_steps, batch_size=batch_size, max_prompt=max_prompt, new_tokens=new_tokens, recipe=str(recipe),
-        lora=lora, autocast=autocast, dtype=dtype and str(dtype))
+        lora=lora, autocast=autocast, dtype=dtype and str(dtype), adapt_steps=adapt_steps)
     o = SimpleNamespace(**{**settings, 'recipe':recipe}, save_steps=save_steps, pieces=gradient_accumulation_steps)
     name = 'dialogues' if isinstance(data, dict) else Path(str(data)).name
     if 'samsum' in name.lower(): name = 'SAMSum'
@@ -318,12 +326,13 @@ def summaries_experiment(
 def rows_by_variant(
     rows:list, # From `read_results`
     experiment:str='samsum', # Which experiment
-)->dict: # {variant, or "variant, recipe" where that is not the paper's: its rows}, in the order of `SUMMARIES`; of what was not run none
-    "Rows of each variant."
+)->dict: # {variant, and behind it the recipe where that is not the paper's, and "adapted first": its rows}, in the order of `SUMMARIES`
+    "Rows of each variant; of one that was not run, none."
     by = {v:{v:[]} for v in SUMMARIES}
     for r in rows:
         if r['experiment']!=experiment or (v := r['variant']) not in by: continue
-        by[v].setdefault(v if r.get('recipe', 'paper')=='paper' else f"{v}, {r['recipe']}", []).append(r)
+        recipe,first = r.get('recipe', 'paper'),'adapted first' if 'adapt_steps' in r else None
+        by[v].setdefault(', '.join(filter(None, [v, recipe if recipe!='paper' else None, first])), []).append(r)
     return {name:found for of in by.values() for name,found in of.items()}
 
 def rouge_table(
