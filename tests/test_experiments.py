@@ -75,7 +75,7 @@ def test_command_goes_on(bert, glue, tmp_path):
     rate = next(r['lr'] for r in was['rows'] if r['variant']=='hedgehog')
     assert {r['lr'] for r in now['rows'] if r['variant']=='hedgehog' and r['seed']==1}=={rate} # chosen on the first seed
     assert second.stderr.count('seed 1')==3 and {r['variant'] for r in now['rows'] if r['metric']=='ms'}=={'softmax','hedgehog','elu'}
-    assert {p.name for p in (tmp_path/'cola.work').iterdir()}<={'base','settings.json','running.lock'}
+    assert sorted(p.name for p in (tmp_path/'cola.work').iterdir())==['base','running.lock','settings.json']
     rows = read_results(tmp_path)
     assert tasks.finished(rows, 'cola', 'mcc').keys()=={'softmax','hedgehog','elu'}
     assert all(0<=x for by in tasks.recovery(rows, 'cola', 'mcc').values() for x in by.values())
@@ -151,6 +151,19 @@ def test_one_process_writes_a_file(tmp_path):
                 with tasks.only_command(tmp_path/path, tmp_path/work): pass
         with tasks.only_command(tmp_path/'y.json', tmp_path/'b'): pass
 
+def test_folder_for_unfinished_runs(tmp_path):
+    "It stays as long as something is in it."
+    work = tmp_path/'work'
+    def run(name):
+        with tasks.only_command(tmp_path/'x.json', work):
+            tasks.open_work(work, dict(lr=1))
+            if name: (work/name).write_text('half a run')
+    run('maps')
+    assert sorted(p.name for p in work.iterdir())==['maps','running.lock','settings.json']
+    (work/'maps').unlink()
+    run(None)
+    assert not [*tmp_path.iterdir()]
+
 def test_rates_that_diverge(bert, glue, tmp_path):
     "They are left out, of the softmax model's and of a map's; where none is left, another may be tried."
     run = lambda *more, **kw: hedgehog('experiment', 'glue', 'stsb', bert, '--data', glue, '--out', tmp_path/'x.json', '--epochs', 1, '--steps', 3,
@@ -158,7 +171,7 @@ def test_rates_that_diverge(bert, glue, tmp_path):
     assert 'the loss is nan' in run('--base-lr', 1e30, '--lr', 1e-4, code=1).stderr
     r = run('--base-lr', 1e30, '--base-lr', 1e-3, '--lr', 1e30, '--lr', 1e-4)
     assert r.stderr.count('rate 1e+30 is left out: ')==2 and {row['lr'] for row in read_results(tmp_path) if 'lr' in row}=={1e-4}
-    assert {p.name for p in (tmp_path/'x.work').iterdir()}<={'base','settings.json','running.lock'}
+    assert sorted(p.name for p in (tmp_path/'x.work').iterdir())==['base','running.lock','settings.json']
     for rate in (-1, 'nan', 0): assert 'a learning rate is a number above 0' in run('--lr', rate, code=1).stderr
 
 def test_a_damaged_file_is_named(bert, glue, tmp_path):

@@ -166,7 +166,7 @@ def test_runs(tmp_path):
     kw = dict(variants=['elu'], size=size, lrs=(1e-2, 1e-7), evals=3, on_event=listen)
     rows = lra_experiment(tmp_path/'x.json', 'listops', seeds=(0, 1), **kw)
     best = rows[0]['lr']
-    assert told==[('elu',0,1e-2), ('elu',0,1e-7), ('elu',1,best)] and {r['lr'] for r in rows}=={best}
+    assert [p.name for p in tmp_path.iterdir()]==['x.json'] and told==[('elu',0,1e-2), ('elu',0,1e-7), ('elu',1,best)] and {r['lr'] for r in rows}=={best}
     curve = [r for r in rows if r['metric']=='accuracy-held-out' and not r['seed']]
     last, = (r for r in rows if r['metric']=='accuracy' and not r['seed'])
     assert len(curve)==3 and curve[-1]['tokens']==last['tokens'] and last['stage']=='trained' and last['seq_len']==24

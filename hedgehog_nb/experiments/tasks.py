@@ -169,13 +169,16 @@ def only_command(
     path, # File of results that it writes
     work, # Folder that it works in
 ):
-    "A block that one process at a time is in. Raises `ValueError` in others."
+    "A block that one process at a time is in; the folder goes where nothing is left in it. Raises `ValueError` in others."
     path,work = Path(path).resolve(),Path(work)
     try: work.mkdir(parents=True, exist_ok=True)
     except FileExistsError: raise ValueError(f"{work} is a file; name a folder for unfinished runs") from None
     try:
         with FileLock(Path(tempfile.gettempdir())/f'hedgehog-{sha256(str(path).encode()).hexdigest()[:16]}.lock', timeout=0), \
-            FileLock(work/'running.lock', timeout=0): yield
+            FileLock(work/'running.lock', timeout=0):
+            try: yield
+            finally:
+                if {p.name for p in work.iterdir()}<={'running.lock','settings.json'}: shutil.rmtree(work) # nothing is unfinished
     except Timeout: raise ValueError(f"another command writes {path.name} or works in {work}: wait for it, or give other names for both") from None
 
 def weights_digest(model)->str:
